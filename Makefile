@@ -1,0 +1,27 @@
+# Needs python3 (3.10 or newer) with venv, and make. Every target sets up what it needs; the second time is quick.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test check
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[vision,report,dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/synchromesh train demo --run runs/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest --jaxtyping-packages=synchromesh,beartype.beartype --ignore=tests/compile tests $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/compile $(PYTEST_ARGS)
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports

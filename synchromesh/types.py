@@ -1,0 +1,147 @@
+"""The values that pass between the parts of a Mixture-of-Experts layer.
+
+Legend of the shape letters, here and everywhere: T tokens on this rank, K choices per token, E experts, L experts held
+by this rank, R rows of the expert-sorted buffer, C capacity, D width, F hidden width, W ranks, S = max(1, W/E) shards
+of one expert, G ranks per node, g gather degree, r row copies, P expert parameters in all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.export import register_dataclass
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts each token goes to, and with which weight.
+
+    Attributes:
+        expert_ids: int64; -1 is an absent pair.
+        weights: the combine weight of each pair; not read where the pair is absent.
+        scores: the router's probability of every expert, as used for the selection.
+        logits: before scoring, without noise.
+        noisy_logits: with noise; None when there was none.
+        noise_std: standard deviation of that noise; None when there was none.
+        max_pairs: static bound on the number of present pairs; None means T * K.
+    """
+
+    expert_ids: Int[Tensor, "T K"]
+    weights: Float[Tensor, "T K"]
+    scores: Float[Tensor, "T E"]
+    logits: Float[Tensor, "T E"]
+    noisy_logits: Float[Tensor, "T E"] | None = None
+    noise_std: float | None = None
+    max_pairs: int | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return self.scores.shape[1]
+
+
+@dataclass(frozen=True)
+class RowMap:
+    """Where each kept (token, choice) pair lies in a buffer of rows sorted by expert, without gaps.
+
+    Rows ends[e-1] .. ends[e] belong to expert e. Rows from ends[-1] on are the tail: never written, never read.
+
+    Attributes:
+        rows: int64, row of each pair; -1 where absent or dropped.
+        pairs: int64, the pair t * K + k in each row; -1 in the tail. Its length R is static.
+        ends: int32, running sum of the kept rows.
+        capacity: most rows of one expert: an int when fixed beforehand, a 0-d tensor when measured, None when unlimited.
+    """
+
+    rows: Int[Tensor, "T K"]
+    pairs: Int[Tensor, " R"]
+    ends: Int[Tensor, " E"]
+    capacity: int | Int[Tensor, ""] | None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a plan is chosen for; hashable, and equal on all ranks.
+
+    Attributes:
+        rows: tokens per rank. choices: K. skew: bucket of largest over mean rows of an expert, in powers of two.
+    """
+
+    rows: int
+    choices: int
+    width: int
+    hidden: int
+    experts: int
+    dtype: torch.dtype
+    training: bool
+    skew: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the ranks share the work of one layer for one step.
+
+    Attributes:
+        gather: g, the ranks that pool their parts of the weights. near: neighbours in rank order, or every (W/g)-th.
+        chunks: pieces whose exchange overlaps compute. two_level: exchange inside nodes, then between them.
+        ragged: send real rows only, after their counts. regather: gather again in backward instead of keeping.
+    """
+
+    gather: int = 1
+    near: bool = True
+    chunks: int = 1
+    two_level: bool = False
+    ragged: bool = True
+    regather: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("gather", "chunks"):
+            got = getattr(self, name)
+            if got < 1:
+                raise ValueError(f"Plan.{name} is {got}, wanted an integer >= 1")
+
+    def to_json(self) -> str:
+        """Return the plan as one JSON object.
+
+        >>> Plan.from_json(Plan(gather=2).to_json()) == Plan(gather=2)
+        True
+        """
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read what `to_json` wrote. Raises ValueError on unknown or missing fields."""
+        fields = json.loads(text)
+        wanted = {f.name for f in dataclasses.fields(Plan)}
+        if not isinstance(fields, dict) or set(fields) != wanted:
+            raise ValueError(f"a plan holds the fields {sorted(wanted)}, got {text!r}")
+        return Plan(**fields)
+
+
+@dataclass(frozen=True)
+class LoadStats:
+    """What the experts of one layer were given.
+
+    Attributes:
+        tokens_per_expert: int64, pairs routed to each expert, before dropping.
+        dropped: int64, pairs dropped for lack of capacity.
+        plan: the plan of the last forward. exposed_communication: seconds the compute waited for the network.
+    """
+
+    tokens_per_expert: Int[Tensor, " E"]
+    dropped: Int[Tensor, ""]
+    plan: Plan
+    exposed_communication: float = 0.0
+
+    @property
+    def drop_rate(self) -> float:
+        """Dropped over routed pairs; 0 when nothing was routed."""
+        return int(self.dropped) / max(1, int(self.tokens_per_expert.sum()))
+
+
+for _value in (Routing, RowMap, Plan, LoadStats):
+    register_dataclass(_value)
