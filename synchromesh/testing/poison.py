@@ -1,0 +1,37 @@
+"""Uninitialised memory that shows: fresh tensors hold NaN, so that a kernel which skips a row is found out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+
+def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def allocate_poisoned(*args: object, **kwargs: object) -> Tensor:
+        fresh = allocate(*args, **kwargs)
+        if fresh.is_floating_point() and not fresh.is_meta:
+            with torch.no_grad():
+                fresh.fill_(float("nan"))
+        return fresh
+
+    return allocate_poisoned
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill what `torch.empty`, `torch.empty_like` and `Tensor.new_empty` return with NaN.
+
+    >>> with poisoned_memory():
+    ...     bool(torch.empty(3).isnan().all())
+    True
+    """
+    with (
+        patch.object(torch, "empty", _poisoned(torch.empty)),
+        patch.object(torch, "empty_like", _poisoned(torch.empty_like)),
+        patch.object(Tensor, "new_empty", _poisoned(Tensor.new_empty)),
+    ):
+        yield
