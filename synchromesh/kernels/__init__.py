@@ -1,0 +1,57 @@
+"""The kernels: a folder per family; `reference.py` defines it, every other file is a faster way to the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from synchromesh.kernels.fused_mlp import reference as fused_mlp_reference
+from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights
+from synchromesh.kernels.grouped_mm import reference as grouped_mm_reference
+from synchromesh.kernels.permute import reference as permute_reference
+from synchromesh.kernels.positions import reference as positions_reference
+
+__all__ = ["CPU", "REFERENCE", "Activation", "Kernels", "MLPWeights", "kernels_for"]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One implementation of every kernel family; two of them make an A/B test.
+
+    Attributes:
+        positions: (expert_ids, num_experts, priority=None) -> places, counts.
+        gather: (x, rowmap) -> rows. combine: (buffer, weights, rowmap) -> y.
+        grouped_mm: (rows, weight, ends, bias=None) -> rows.
+        fused_mlp: (x, weights, rowmap, mlp, activation) -> y, for any activation.
+        fuses: tells whether fused_mlp runs an activation inside its fused kernel; others it composes from the pieces.
+    """
+
+    positions: Callable[..., tuple[Tensor, Tensor]]
+    gather: Callable[..., Tensor]
+    combine: Callable[..., Tensor]
+    grouped_mm: Callable[..., Tensor]
+    fused_mlp: Callable[..., Tensor]
+    fuses: Callable[[Activation], bool]
+
+
+def _fuses_nothing(activation: Activation) -> bool:
+    return False
+
+
+REFERENCE = Kernels(
+    positions=positions_reference.positions,
+    gather=permute_reference.gather,
+    combine=permute_reference.combine,
+    grouped_mm=grouped_mm_reference.grouped_mm,
+    fused_mlp=fused_mlp_reference.fused_mlp,
+    fuses=_fuses_nothing,
+)
+CPU = REFERENCE
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    """Return the fastest kernels for a device."""
+    return CPU if device.type == "cpu" else REFERENCE
