@@ -43,6 +43,12 @@ class Routing:
     def num_experts(self) -> int:
         return self.scores.shape[1]
 
+    def tokens_per_expert(self, choices: int | None = None) -> Int[Tensor, " E"]:
+        """Count the present pairs of each expert, in the first `choices` columns or in all."""
+        slots = self.expert_ids[:, :choices].flatten() + 1  # slot 0 takes the absent pairs
+        counts = slots.new_zeros(self.num_experts + 1)
+        return counts.scatter_add_(0, slots, torch.ones_like(slots))[1:]
+
 
 @dataclass(frozen=True)
 class RowMap:
@@ -54,7 +60,7 @@ class RowMap:
         rows: int64, row of each pair; -1 where absent or dropped.
         pairs: int64, the pair t * K + k in each row; -1 in the tail. Its length R is static.
         ends: int32, running sum of the kept rows.
-        capacity: most rows of one expert: an int when fixed beforehand, a 0-d tensor when measured, None when unlimited.
+        capacity: most rows of an expert: an int fixed beforehand, a 0-d tensor if measured, None if unlimited.
     """
 
     rows: Int[Tensor, "T K"]

@@ -1,0 +1,137 @@
+"""Capacity: how many rows an expert takes, and who is dropped. `Routing` to `RowMap`."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from synchromesh.kernels import kernels_for
+from synchromesh.types import Routing, RowMap
+
+AgreeMax = Callable[[Tensor], Tensor]
+Priority = Callable[[Routing], "Float[Tensor, ' T'] | None"]
+
+
+def token_order(routing: Routing) -> None:
+    """Serve tokens in their order; all first choices come before all second ones."""
+
+
+def batch_prioritized(routing: Routing) -> Float[Tensor, " T"]:
+    """Serve tokens in descending order of their best score (V-MoE, arXiv 2106.05974), choice after choice."""
+    return routing.scores.detach().amax(dim=1)
+
+
+class Capacity(ABC):
+    """Decides which pairs are kept, and where their rows lie."""
+
+    @abstractmethod
+    def __call__(self, routing: Routing, agree_max: AgreeMax) -> RowMap:
+        """Map the pairs to rows; `agree_max` is the maximum over ranks where a number must be agreed."""
+
+
+@dataclass(frozen=True)
+class Dropless(Capacity):
+    """Keep every pair."""
+
+    def __call__(self, routing: Routing, agree_max: AgreeMax) -> RowMap:
+        return _map_rows(routing, *_places(routing, token_order), capacity=None, most=None)
+
+
+@dataclass(frozen=True)
+class FixedCapacity(Capacity):
+    """Keep at most C = ceil(factor K T / E) pairs of an expert (Tutel paper, eq. 1).
+
+    Attributes:
+        factor: 1.0 is room for a perfectly even load; 0 drops all.
+        tokens: T that C is computed from; None takes each call's own.
+        priority: who is served first: `token_order`, `batch_prioritized`, or a function of your own.
+
+    >>> FixedCapacity(1.25).rows_per_expert(tokens=64, choices=1, experts=8)
+    10
+    """
+
+    factor: float
+    tokens: int | None = None
+    priority: Priority = token_order
+
+    def __post_init__(self) -> None:
+        _check_factor("FixedCapacity.factor", self.factor, least=0.0)
+
+    def rows_per_expert(self, *, tokens: int, choices: int, experts: int) -> int:
+        """Return C."""
+        return _rows(self.factor, tokens if self.tokens is None else self.tokens, choices, experts)
+
+    def __call__(self, routing: Routing, agree_max: AgreeMax) -> RowMap:
+        tokens, choices = routing.expert_ids.shape
+        most = self.rows_per_expert(tokens=tokens, choices=choices, experts=routing.num_experts)
+        return _map_rows(routing, *_places(routing, self.priority), capacity=most, most=most)
+
+
+@dataclass(frozen=True)
+class NeededCapacity(Capacity):
+    """Take the smallest capacity that drops nothing, measured at each call and agreed over the ranks.
+
+    Attributes:
+        max_factor: never more than FixedCapacity(max_factor) would hold; None is no limit.
+        priority: who is served first where that limit binds.
+    """
+
+    max_factor: float | None = None
+    priority: Priority = token_order
+
+    def __post_init__(self) -> None:
+        if self.max_factor is not None:
+            _check_factor("NeededCapacity.max_factor", self.max_factor, least=0.0)
+
+    def __call__(self, routing: Routing, agree_max: AgreeMax) -> RowMap:
+        tokens, choices = routing.expert_ids.shape
+        positions, counts = _places(routing, self.priority)
+        needed = agree_max(counts.max())
+        if self.max_factor is None:
+            return _map_rows(routing, positions, counts, capacity=needed, most=None)
+        most = _rows(self.max_factor, tokens, choices, routing.num_experts)
+        return _map_rows(routing, positions, counts, capacity=needed.clamp(max=most), most=most)
+
+
+def _check_factor(name: str, factor: float, *, least: float) -> None:
+    if not least <= factor < math.inf:
+        raise ValueError(f"{name} is {factor}, wanted a finite number >= {least}; Dropless() keeps every pair")
+
+
+def _rows(factor: float, tokens: int, choices: int, experts: int) -> int:
+    return math.ceil(factor * choices * tokens / experts - 1e-9)  # 1.1 * 10 is 11.000000000000002
+
+
+def _places(routing: Routing, priority: Priority) -> tuple[Int[Tensor, "T K"], Int[Tensor, " E"]]:
+    """Return the place of each pair in its expert's queue, and the length of the queues."""
+    ids = routing.expert_ids.detach()
+    return kernels_for(ids.device).positions(ids, routing.num_experts, priority(routing))
+
+
+def _map_rows(
+    routing: Routing,
+    positions: Int[Tensor, "T K"],
+    counts: Int[Tensor, " E"],
+    *,
+    capacity: int | Int[Tensor, ""] | None,
+    most: int | None,
+) -> RowMap:
+    """Lay the kept pairs out by expert. `most` bounds the rows of an expert on the host, so that R is static."""
+    ids = routing.expert_ids
+    pairs = ids.numel() if routing.max_pairs is None else min(ids.numel(), routing.max_pairs)
+    num_rows = pairs if most is None else min(pairs, routing.num_experts * most)
+    kept_counts = counts if capacity is None else counts.clamp(max=capacity)
+    ends = kept_counts.cumsum(0)
+    starts = ends - kept_counts
+    kept = ids >= 0 if capacity is None else (ids >= 0) & (positions < capacity)
+    rows = torch.where(kept, starts[ids.clamp(min=0)] + positions, -1)
+    slots = torch.where(kept, rows, num_rows).flatten()  # one slot past the end takes the pairs without a row
+    buffer = torch.full((num_rows + 1,), -1, dtype=torch.int64, device=ids.device)
+    buffer = buffer.scatter(0, slots, torch.arange(ids.numel(), device=ids.device))
+    return RowMap(rows, buffer[:num_rows], ends.to(torch.int32), capacity)

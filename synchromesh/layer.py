@@ -1,0 +1,193 @@
+"""MoE: route, map, run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from synchromesh.capacity import Capacity, Dropless
+from synchromesh.experts import Experts
+from synchromesh.losses import Loss
+from synchromesh.parallel.strategy import Local, Strategy, compute_dtype
+from synchromesh.recompute import Decisions
+from synchromesh.record import Forward, Record
+from synchromesh.routing import BiasBalance
+from synchromesh.types import Plan, Routing, RowMap, Workload
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a call may choose; None leaves it to the layer."""
+
+    k: int | None = None
+    capacity: Capacity | None = None
+    plan: Plan | None = None
+
+    def over(self, other: Options) -> Options:
+        """Return these options, with those of `other` where these say nothing."""
+        return Options(
+            other.k if self.k is None else self.k,
+            other.capacity if self.capacity is None else self.capacity,
+            other.plan if self.plan is None else self.plan,
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one forward runs with; k None is the router's own."""
+
+    k: int | None
+    capacity: Capacity
+    plan: Plan
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts layer: tensor in, tensor of the same shape out.
+
+        y[t] = sum_k weights[t, k] * expert[ids[t, k]](x[t])  (+ shared(x[t]))
+
+    Args:
+        router: tokens to `Routing`; any module with forward(x [T D], k) will do.
+        experts: `MLPExperts`, `GatedMLPExperts`, `ModuleExperts` or an `Experts` of your own.
+        capacity: which pairs are kept; `Dropless()` keeps all.
+        losses: read with `aux_loss(model)` after each training forward.
+        shared: a module that every token passes, beside its experts.
+        strategy: where the rows are computed.
+
+    Raises:
+        ValueError: router and experts differ in number of experts; in forward, an input of another width, device or
+            dtype than the experts'.
+
+    >>> from synchromesh import MLPExperts, TopKRouter
+    >>> moe = MoE(TopKRouter(16, 4, k=2), MLPExperts(4, 16, hidden=32))
+    >>> moe(torch.randn(2, 3, 16)).shape
+    torch.Size([2, 3, 16])
+    """
+
+    def __init__(
+        self,
+        router: nn.Module,
+        experts: Experts,
+        *,
+        capacity: Capacity = Dropless(),
+        losses: Sequence[Loss] = (),
+        shared: nn.Module | None = None,
+        strategy: Strategy = Local(),
+    ) -> None:
+        super().__init__()
+        routed = getattr(router, "num_experts", experts.num_experts)
+        if routed != experts.num_experts:
+            raise ValueError(
+                f"the router chooses among {routed} experts, got {experts.num_experts}; wanted equal numbers"
+            )
+        self.router, self.experts, self.shared = router, experts, shared
+        self.capacity, self.losses, self.strategy = capacity, tuple(losses), strategy
+        self.options = Options()
+        self.record = Record()
+        self._decisions = Decisions()
+
+    def forward(
+        self,
+        x: Float[Tensor, "*batch D"],
+        *,
+        k: int | None = None,
+        capacity: Capacity | None = None,
+        plan: Plan | None = None,
+    ) -> Float[Tensor, "*batch D"]:
+        """Run the layer; k, capacity and plan hold for this call only."""
+        x_TD = _checked(x, self.experts).reshape(-1, x.shape[-1])
+        choice = self._decisions.once(lambda: self._choose(x_TD, Options(k, capacity, plan).over(self.options)))
+        routing = self._routed(x_TD, choice)
+        rowmap = choice.capacity(routing, lambda number: self._decisions.once(lambda: self.strategy.agree_max(number)))
+        y_TD = self.strategy.run(x_TD, routing, rowmap, self.experts, choice.plan)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        self._note(routing, rowmap, choice.plan)
+        return y_TD.view(x.shape)
+
+    def _choose(self, x_TD: Tensor, options: Options) -> Choice:
+        capacity = options.capacity or self.capacity
+        if options.plan is not None:
+            return Choice(options.k, capacity, options.plan)
+        workload = Workload(
+            rows=x_TD.shape[0],
+            choices=options.k or getattr(self.router, "k", 1),
+            width=x_TD.shape[1],
+            hidden=getattr(self.experts, "hidden", x_TD.shape[1]),
+            experts=self.experts.num_experts,
+            dtype=compute_dtype(x_TD),
+            training=self.training,
+        )
+        return Choice(options.k, capacity, self.strategy.choose(workload, capacity))
+
+    def _routed(self, x_TD: Tensor, choice: Choice) -> Routing:
+        with self._decisions.same_random(x_TD.device):
+            routing = self.router(x_TD, choice.k)
+        if not isinstance(routing, Routing):
+            raise ValueError(f"the router returned {type(routing).__name__}, wanted synchromesh.Routing")
+        got, wanted = (len(routing.expert_ids), routing.num_experts), (len(x_TD), self.experts.num_experts)
+        if got != wanted:
+            raise ValueError(f"the router returned a routing of {got[0]} tokens to {got[1]} experts, wanted {wanted}")
+        return routing
+
+    def _note(self, routing: Routing, rowmap: RowMap, plan: Plan) -> None:
+        training = self.training and torch.is_grad_enabled()
+        if not training and not self.record.observing:
+            return
+        counts = routing.tokens_per_expert()
+        losses = [loss(routing, self.strategy.agree_sum) for loss in self.losses] if training else []
+        forward = Forward(torch.stack(losses).sum() if losses else None, counts, counts.sum() - rowmap.ends[-1], plan)
+        trained = self.record.add(forward, training=training)
+        if trained is not None:
+            for module in self.router.modules():
+                if isinstance(module, BiasBalance):
+                    module.observe(trained)
+
+
+@contextmanager
+def routing_options(
+    model: nn.Module, *, k: int | None = None, capacity: Capacity | None = None, plan: Plan | None = None
+) -> Iterator[None]:
+    """Give every MoE layer inside a model these options while the block runs; arguments of a call come before them.
+
+    >>> from synchromesh import MLPExperts, TopKRouter
+    >>> moe = MoE(TopKRouter(8, 4, k=1), MLPExperts(4, 8, hidden=16))
+    >>> with routing_options(moe, k=4):
+    ...     y = moe(torch.randn(5, 8))
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    if not layers:
+        raise ValueError(f"routing_options found no MoE layer in {type(model).__name__}")
+    before = [layer.options for layer in layers]
+    for layer in layers:
+        layer.options = Options(k, capacity, plan).over(layer.options)
+    try:
+        yield
+    finally:
+        for layer, options in zip(layers, before, strict=True):
+            layer.options = options
+
+
+def _checked(x: Tensor, experts: Experts) -> Tensor:
+    """Return x, or say what is wrong with it."""
+    if not x.is_floating_point():
+        raise ValueError(f"a MoE layer got {x.dtype}, wanted a floating dtype: embed or convert the input first")
+    if x.dim() == 0 or (experts.width is not None and x.shape[-1] != experts.width):
+        raise ValueError(f"a MoE layer got an input of shape {tuple(x.shape)}, wanted a last dim of {experts.width}")
+    weight = next(experts.parameters(), None)
+    if weight is None:
+        return x
+    if weight.device != x.device:
+        raise ValueError(
+            f"a MoE layer got an input on {x.device}, its experts are on {weight.device}: move one of them"
+        )
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"a MoE layer got {x.dtype}, its experts are {weight.dtype}: convert one of them, or use torch.autocast"
+        )
+    return x

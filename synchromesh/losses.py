@@ -1,0 +1,100 @@
+"""Losses that keep the experts in use: `Routing` to a scalar, already weighted.
+
+Each is called with `agree_sum`, the strategy's sum over ranks; with one process it is the identity.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from synchromesh.types import Routing
+
+AgreeSum = Callable[[Tensor], Tensor]
+
+
+class Loss(ABC):
+    """A scalar of one layer's routing."""
+
+    @abstractmethod
+    def __call__(self, routing: Routing, agree_sum: AgreeSum) -> Float[Tensor, ""]:
+        """Return the weighted loss, 0 without tokens."""
+
+
+@dataclass(frozen=True)
+class LoadBalance(Loss):
+    """weight * E * sum_e (mean score of e) * (fraction of tokens whose choice is e); 1 * weight when balanced.
+
+    Source: GShard (arXiv 2006.16668) and Switch (arXiv 2101.03961), as in Tutel.
+
+    Attributes:
+        weight: usual value 0.01. choices: leading choices that count; None counts all of them.
+    """
+
+    weight: float
+    choices: int | None = 1
+
+    def __call__(self, routing: Routing, agree_sum: AgreeSum) -> Float[Tensor, ""]:
+        counts = routing.tokens_per_expert(self.choices).to(routing.scores.dtype)
+        mean_score = _mean(routing.scores, agree_sum)
+        pairs = agree_sum(counts.sum()).clamp(min=1)
+        return self.weight * routing.num_experts * (mean_score * agree_sum(counts) / pairs).sum()
+
+
+@dataclass(frozen=True)
+class ImportanceLoad(Loss):
+    """weight * (CV²(importance) + CV²(load)) / 2, CV = standard deviation over mean, over the experts.
+
+        importance_e = sum_t softmax(logits)[t, e]
+        load_e       = sum_t P(e is among the k of t when its noise is drawn anew)
+                     = sum_t Phi((logits[t, e] - threshold_t) / noise_std)
+
+    threshold_t is the k-th largest noisy logit of the token, so logits meet logits. (Tutel compares the softmax of the
+    clean logits with it.) Source: V-MoE (arXiv 2106.05974), appendix A.
+    """
+
+    weight: float
+
+    def __call__(self, routing: Routing, agree_sum: AgreeSum) -> Float[Tensor, ""]:
+        if routing.noisy_logits is None or routing.noise_std is None:
+            raise ValueError(
+                "ImportanceLoad got a routing without noise, wanted noisy logits: give the router noise=1.0 "
+                "(and train()), or use LoadBalance"
+            )
+        k = routing.expert_ids.shape[1]
+        threshold = routing.noisy_logits.topk(k, dim=1).values[:, -1:]
+        chance = torch.special.ndtr((routing.logits - threshold) / routing.noise_std)
+        importance = agree_sum(routing.logits.softmax(dim=1).sum(dim=0))
+        return self.weight * (_cv_squared(importance) + _cv_squared(agree_sum(chance.sum(dim=0)))) / 2
+
+
+@dataclass(frozen=True)
+class ZLoss(Loss):
+    """weight * mean_t (log sum_e exp logits[t, e])²: keeps the logits small (ST-MoE, arXiv 2202.08906).
+
+    Attributes:
+        weight: usual value 0.001.
+    """
+
+    weight: float
+
+    def __call__(self, routing: Routing, agree_sum: AgreeSum) -> Float[Tensor, ""]:
+        return self.weight * _mean(routing.logits.logsumexp(dim=1).square(), agree_sum)
+
+
+def _mean(values: Tensor, agree_sum: AgreeSum) -> Tensor:
+    """Average over dim 0, the tokens of all ranks; 0 without tokens."""
+    tokens = agree_sum(values.new_tensor(values.shape[0]))
+    return agree_sum(values.sum(dim=0)) / tokens.clamp(min=1)
+
+
+def _cv_squared(load: Float[Tensor, " E"]) -> Float[Tensor, ""]:
+    if load.numel() == 1:
+        return load.sum() * 0
+    mean = load.mean()
+    return load.var() / (mean.square() + torch.finfo(load.dtype).eps)

@@ -1,0 +1,114 @@
+"""Activation checkpointing: a recomputation decides nothing anew.
+
+`torch.utils.checkpoint` (use_reentrant=False) runs a forward a second time inside backward. By then options, plan and
+random state may have moved on, so the first forward's decisions are kept with its checkpoint and used again. There is
+no public way to ask which checkpoint a forward belongs to; `_checkpoint_frame` is the one place that looks inside.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def in_backward() -> bool:
+    """Tell whether autograd is running a backward in this thread; a forward under it is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@torch.library.custom_op("synchromesh::first_forward", mutates_args=())
+def first_forward(anchor: Tensor) -> Tensor:
+    """Tell at run time, inside a compiled graph too, whether this is no recomputation: a bool tensor on the CPU.
+
+    The anchor only ties the operation to its place in the graph.
+    """
+    return torch.tensor(not in_backward())
+
+
+@first_forward.register_fake
+def _(anchor: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.bool, device="cpu")
+
+
+class Decisions:
+    """What each checkpointed forward of one layer decided, in order, for its recomputation."""
+
+    def __init__(self) -> None:
+        self._made: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
+        self._next: weakref.WeakKeyDictionary[Any, dict[int, int]] = weakref.WeakKeyDictionary()
+
+    def once(self, decide: Callable[[], T]) -> T:
+        """Return what decide() returns; in a recomputation, what it returned in the first forward.
+
+        Raises:
+            ValueError: no first forward is known, as under reentrant checkpointing.
+        """
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return decide()
+        frame = _checkpoint_frame()
+        if not in_backward():
+            decision = decide()
+            if frame is not None:
+                self._made.setdefault(frame, []).append(decision)
+            return decision
+        made = [] if frame is None else self._made.get(frame, [])
+        used = {} if frame is None else self._next.setdefault(frame, {})
+        task = torch._C._current_graph_task_id()
+        index = used.get(task, 0)
+        if index >= len(made):
+            raise ValueError(
+                "a MoE layer ran inside backward without its first forward, as reentrant or nested checkpointing makes "
+                "it; wanted torch.utils.checkpoint.checkpoint(..., use_reentrant=False), not nested"
+            )
+        used[task] = index + 1
+        return made[index]
+
+    @contextmanager
+    def same_random(self, device: torch.device) -> Iterator[None]:
+        """Draw in a recomputation what the first forward drew, also under checkpoint(..., preserve_rng_state=False)."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _checkpoint_frame() is None:
+            yield
+            return
+        before = self.once(lambda: _random_state(device))
+        if all(map(torch.equal, before, _random_state(device))):  # the checkpoint itself restored it
+            yield
+            return
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.set_rng_state(before[0])
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(before[1], device)
+            yield
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Decisions:
+        return Decisions()
+
+    def __reduce__(self) -> tuple[type[Decisions], tuple[()]]:
+        return Decisions, ()
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _checkpoint_frame() -> object | None:
+    """Return the object that a checkpointed forward and its recomputations share; None outside of a checkpoint."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is None:
+        return None
+    pack = inspect.unwrap(hooks[0])
+    if not inspect.isfunction(pack):
+        return None
+    held = inspect.getclosurevars(pack).nonlocals
+    if "frame" in held:
+        return held["frame"]
+    reference = held.get("target_frame_ref")
+    return None if reference is None else reference()

@@ -1,0 +1,47 @@
+"""replace_ffn: chosen feed-forward blocks of any model become MoE layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+
+def replace_ffn(
+    model: nn.Module, select: Callable[[str, nn.Module], bool], factory: Callable[[nn.Module], nn.Module]
+) -> list[str]:
+    """Replace modules of a model in place, and return their names.
+
+    Args:
+        model: any model.
+        select: called with each module's dotted name and the module; True replaces it, and nothing inside it is asked.
+        factory: called with the old module; returns the new one, tensor in, tensor out.
+
+    Raises:
+        ValueError: nothing was selected, or the model itself.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    >>> replace_ffn(model, lambda name, module: name == "1", lambda old: nn.Identity())
+    ['1']
+    """
+    if select("", model):
+        raise ValueError("select chose the model itself, wanted blocks inside it")
+    replaced = _replace_inside(model, "", select, factory)
+    if not replaced:
+        names = [name for name, _ in model.named_modules() if name][:8]
+        raise ValueError(f"select chose no module of {type(model).__name__}; names look like {names}")
+    return replaced
+
+
+def _replace_inside(
+    parent: nn.Module, path: str, select: Callable[[str, nn.Module], bool], factory: Callable[[nn.Module], nn.Module]
+) -> list[str]:
+    replaced = []
+    for name, child in list(parent.named_children()):
+        child_path = f"{path}.{name}" if path else name
+        if select(child_path, child):
+            setattr(parent, name, factory(child).train(child.training))
+            replaced.append(child_path)
+        else:
+            replaced += _replace_inside(child, child_path, select, factory)
+    return replaced

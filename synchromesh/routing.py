@@ -1,0 +1,311 @@
+"""Routers: tokens to `Routing`. Any module whose forward(x, k) returns a `Routing` may stand in for one."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from synchromesh.types import Routing
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Probabilities over all experts.
+
+    Attributes:
+        normalize: divide the weights of a token by their sum (only where it has more than one choice).
+        after_selection: weights are the softmax of the selected logits alone.
+        dtype: of the whole gate, its matmul included, whatever the model's dtype.
+    """
+
+    normalize: bool = False
+    after_selection: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def scores(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        return logits.softmax(dim=1)
+
+    def weights(self, logits: Float[Tensor, "T K"], scores: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
+        return logits.softmax(dim=1) if self.after_selection else _normalized(scores, self.normalize)
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    """Independent scores of the experts (DeepSeek-V3). The sigmoid is monotone: before or after the selection is one.
+
+    Attributes: as those of `Softmax`.
+    """
+
+    normalize: bool = True
+    dtype: torch.dtype = torch.float32
+
+    def scores(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        return logits.sigmoid()
+
+    def weights(self, logits: Float[Tensor, "T K"], scores: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
+        return _normalized(scores, self.normalize)
+
+
+@dataclass(frozen=True)
+class NodeLimit:
+    """Let a token choose inside its best groups of experts only (DeepSeek-V3, section 2.1.2).
+
+    A group's score is the sum of its two best experts.
+
+    Attributes:
+        groups: equal parts the experts are cut into, in order. selected: groups a token may choose from.
+    """
+
+    groups: int
+    selected: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.selected <= self.groups:
+            raise ValueError(
+                f"NodeLimit selects {self.selected} of {self.groups} groups, wanted 1 <= selected <= groups"
+            )
+
+    def mask(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """Return the scores, -inf outside the best groups of each token."""
+        grouped = scores.unflatten(1, (self.groups, -1))
+        best = grouped.topk(min(2, grouped.shape[2]), dim=2).values.sum(dim=2).topk(self.selected, dim=1).indices
+        outside = torch.ones_like(grouped[:, :, 0], dtype=torch.bool).scatter_(1, best, False)
+        return grouped.masked_fill(outside[:, :, None], -math.inf).flatten(1)
+
+
+class BiasBalance(nn.Module):
+    """Balance by a bias on the selection instead of a loss (DeepSeek-V3, arXiv 2408.15664).
+
+    The bias of an expert grows by `rate` at each `update_balance` if it had fewer tokens than the mean, and falls if it
+    had more. It decides who is selected, never the weights.
+    """
+
+    steps: Tensor
+    tokens_per_expert: Tensor
+
+    def __init__(self, num_experts: int, rate: float = 1e-3) -> None:
+        super().__init__()
+        if rate <= 0:
+            raise ValueError(f"the rate of BiasBalance is {rate}, wanted a positive number such as 0.001")
+        self.rate = rate
+        self.register_buffer("steps", torch.zeros(num_experts, dtype=torch.int64))  # exact in a model of any dtype
+        self.register_buffer("tokens_per_expert", torch.zeros(num_experts, dtype=torch.int64))
+
+    def observe(self, tokens_per_expert: Int[Tensor, " E"]) -> None:
+        """Add the load of one training forward."""
+        self.tokens_per_expert += tokens_per_expert
+
+    @property
+    def bias(self) -> Float[Tensor, " E"]:
+        """What is added to the scores for the selection."""
+        return self.rate * self.steps.to(torch.float32)
+
+    def update(self) -> None:
+        """Move the bias against the load seen since the last update."""
+        load = self.tokens_per_expert
+        self.steps += (load.sum() - load * load.numel()).sign()
+        self.tokens_per_expert.zero_()
+
+
+def update_balance(model: nn.Module) -> None:
+    """Update every `BiasBalance` in a model; call it once after each optimizer step."""
+    for module in model.modules():
+        if isinstance(module, BiasBalance):
+            module.update()
+
+
+class Router(nn.Module, ABC):
+    """Decides which experts each token goes to."""
+
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "T D"], k: int | None = None) -> Routing:
+        """Route tokens of width D; k overrides the number of choices for this call."""
+
+
+class TopKRouter(Router):
+    """Linear gate: each token goes to the k experts of highest score.
+
+        logits = x W^T,  scores = softmax or sigmoid (logits + noise),  ids = top k of scores (+ bias)
+
+    Args:
+        width: D. num_experts: E. k: choices per token, 1 to E.
+        scores: `Softmax(...)` or `Sigmoid(...)`.
+        noise: standard deviation of the Gaussian noise on the logits while training, times E (V-MoE: 1).
+        balance: `BiasBalance(num_experts)` to balance without a loss.
+        limit: `NodeLimit(...)` to keep a token's experts on few nodes.
+
+    Raises:
+        ValueError: k outside 1..E, or more than the groups of `limit` hold.
+
+    >>> TopKRouter(16, 4, k=2)(torch.randn(3, 16)).expert_ids.shape
+    torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_experts: int,
+        *,
+        k: int = 1,
+        scores: Softmax | Sigmoid = Softmax(),
+        noise: float = 0.0,
+        balance: BiasBalance | None = None,
+        limit: NodeLimit | None = None,
+    ) -> None:
+        super().__init__()
+        _check_noise(noise)
+        if limit is not None and num_experts % limit.groups:
+            raise ValueError(f"NodeLimit cuts {num_experts} experts into {limit.groups} groups, wanted equal groups")
+        self.num_experts, self.noise, self.scores, self.balance, self.limit = num_experts, noise, scores, balance, limit
+        self.k = _checked_k(k, self.selectable)
+        self.weight = nn.Parameter(torch.empty(num_experts, width))
+        self.reset_parameters()
+
+    @property
+    def selectable(self) -> int:
+        """The most experts that one token can choose."""
+        return self.num_experts if self.limit is None else self.num_experts // self.limit.groups * self.limit.selected
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, x: Float[Tensor, "T D"], k: int | None = None) -> Routing:
+        k = self.k if k is None else _checked_k(k, self.selectable)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.to(self.scores.dtype), self.weight.to(self.scores.dtype))
+            noisy, std = _noisy(logits, self.noise if self.training else 0.0)
+            scores = self.scores.scores(logits if noisy is None else noisy)
+            preference = scores if self.balance is None else scores + self.balance.bias
+            preference = preference if self.limit is None else self.limit.mask(preference)
+            ids = preference.topk(k, dim=1).indices
+            return _selected(ids, self.scores, scores, logits, noisy, std)
+
+
+class CosineRouter(Router):
+    """Cosine gate (Tutel paper, eq. 2): logits = cos(W x, M_e) / temperature.
+
+    Args:
+        width: D. num_experts: E. k: choices per token, 1 to E.
+        dim: width of the projection W x. temperature: its initial value; learnable, never below 0.01.
+        noise, scores: as for `TopKRouter`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_experts: int,
+        *,
+        k: int = 1,
+        dim: int = 256,
+        temperature: float = 0.5,
+        noise: float = 0.0,
+        scores: Softmax | Sigmoid = Softmax(),
+    ) -> None:
+        super().__init__()
+        _check_noise(noise)
+        if temperature < self.floor:
+            raise ValueError(f"the temperature is {temperature}, wanted at least {self.floor}")
+        self.num_experts, self.noise, self.scores = num_experts, noise, scores
+        self.k = _checked_k(k, num_experts)
+        self.initial_temperature = temperature
+        self.projector = nn.Linear(width, dim)
+        self.directions = nn.Parameter(torch.empty(num_experts, dim))
+        self.log_scale = nn.Parameter(torch.empty(()))  # log(1 / temperature): positive whatever the optimizer does
+        self.reset_parameters()
+
+    floor = 0.01
+
+    def reset_parameters(self) -> None:
+        self.projector.reset_parameters()
+        nn.init.normal_(self.directions, std=0.01)
+        nn.init.constant_(self.log_scale, -math.log(self.initial_temperature))
+
+    def forward(self, x: Float[Tensor, "T D"], k: int | None = None) -> Routing:
+        k = self.k if k is None else _checked_k(k, self.num_experts)
+        dtype = self.scores.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            projected = F.linear(x.to(dtype), self.projector.weight.to(dtype), self.projector.bias.to(dtype))
+            cosine = F.normalize(projected, dim=1) @ F.normalize(self.directions.to(dtype), dim=1).T
+            logits = cosine * self.log_scale.to(dtype).clamp(max=-math.log(self.floor)).exp()
+            noisy, std = _noisy(logits, self.noise if self.training else 0.0)
+            scores = self.scores.scores(logits if noisy is None else noisy)
+            return _selected(scores.topk(k, dim=1).indices, self.scores, scores, logits, noisy, std)
+
+
+class ExpertChoiceRouter(Router):
+    """Each expert takes its ceil(k T / E) best tokens (Zhou et al., arXiv 2202.09368); k is the mean choices per token.
+
+    The Routing has one column per expert, with holes; every expert has the same load. A token's experts depend on the
+    other tokens of the batch: not for autoregressive models.
+    """
+
+    def __init__(self, width: int, num_experts: int, *, k: int = 1, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.num_experts, self.dtype = num_experts, dtype
+        self.k = _checked_k(k, num_experts)
+        self.weight = nn.Parameter(torch.empty(num_experts, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, x: Float[Tensor, "T D"], k: int | None = None) -> Routing:
+        k = self.k if k is None else _checked_k(k, self.num_experts)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.to(self.dtype), self.weight.to(self.dtype))
+            scores = logits.softmax(dim=1)
+            tokens, experts = scores.shape
+            share = min(tokens, -(-k * tokens // experts))
+            broken = ~logits.isfinite().all(dim=1, keepdim=True)
+            # A token with a broken gate is chosen last, so that it takes nobody's place; expert 0 then carries its NaN.
+            chosen = scores.detach().masked_fill(broken, -1.0).topk(share, dim=0).indices
+            column = torch.arange(experts, device=x.device).expand(tokens, experts)
+            ids = torch.full_like(column, -1).scatter(0, chosen, column[:share])
+            ids = torch.where(broken, torch.where(column == 0, 0, -1), ids)
+            weights = scores.masked_fill(broken, math.nan)
+            return Routing(ids, weights, scores, logits, max_pairs=share * experts + tokens)
+
+
+def _checked_k(k: int, most: int) -> int:
+    if not 1 <= k <= most:
+        raise ValueError(f"k is {k}, wanted 1 <= k <= {most}, the experts that one token can choose")
+    return k
+
+
+def _check_noise(noise: float) -> None:
+    if noise < 0:
+        raise ValueError(f"the noise is {noise}, wanted 0 (none) or a positive number")
+
+
+def _normalized(weights: Float[Tensor, "T K"], normalize: bool) -> Float[Tensor, "T K"]:
+    if not normalize or weights.shape[1] == 1:
+        return weights
+    return weights / weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+def _noisy(logits: Float[Tensor, "T E"], noise: float) -> tuple[Float[Tensor, "T E"] | None, float | None]:
+    if noise == 0:
+        return None, None
+    std = noise / logits.shape[1]
+    return logits + std * torch.randn_like(logits), std
+
+
+def _selected(
+    ids: Int[Tensor, "T K"],
+    kind: Softmax | Sigmoid,
+    scores: Float[Tensor, "T E"],
+    logits: Float[Tensor, "T E"],
+    noisy: Float[Tensor, "T E"] | None,
+    std: float | None,
+) -> Routing:
+    used = logits if noisy is None else noisy
+    weights = kind.weights(used.gather(1, ids), scores.gather(1, ids))
+    # Where the gate is not finite the token's result is NaN, for every kind of score.
+    broken = ~logits.isfinite().all(dim=1, keepdim=True)
+    return Routing(ids, weights.masked_fill(broken, math.nan), scores, logits, noisy, std)
