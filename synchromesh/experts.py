@@ -87,7 +87,7 @@ class MLPExperts(Experts):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        _uniform(self.width, self.up, self.up_bias)
+        _uniform(self.up.shape[2], self.up, self.up_bias)
         _uniform(self.hidden, self.down, self.down_bias)
 
     def parts(self) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ class MLPExperts(Experts):
         self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, weights: Mapping[str, Tensor], kernels: Kernels
     ) -> Float[Tensor, "T D"] | None:
         if not kernels.fuses(self.activation) or (self.training and self.dropout > 0):
-            return None
+            return None  # a fused kernel has no place for dropout
         return kernels.fused_mlp(x, routing.weights, rowmap, MLPWeights(**weights), self.activation)
 
 
@@ -142,8 +142,7 @@ class GatedMLPExperts(Experts):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        _uniform(self.width, self.gate, self.gate_bias)
-        _uniform(self.width, self.up, self.up_bias)
+        _uniform(self.up.shape[2], self.gate, self.gate_bias, self.up, self.up_bias)
         _uniform(self.hidden, self.down, self.down_bias)
 
     def parts(self) -> dict[str, Tensor]:
@@ -161,7 +160,7 @@ class GatedMLPExperts(Experts):
         self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, weights: Mapping[str, Tensor], kernels: Kernels
     ) -> Float[Tensor, "T D"] | None:
         if not kernels.fuses(self.activation) or (self.training and self.dropout > 0):
-            return None
+            return None  # a fused kernel has no place for dropout
         return kernels.fused_mlp(x, routing.weights, rowmap, MLPWeights(**weights), self.activation)
 
 

@@ -24,7 +24,7 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-@torch.library.custom_op("synchromesh::first_forward", mutates_args=())
+@torch.library.custom_op("synchromesh::first_forward", mutates_args=(), schema="(Tensor anchor) -> Tensor")
 def first_forward(anchor: Tensor) -> Tensor:
     """Tell at run time, inside a compiled graph too, whether this is no recomputation: a bool tensor on the CPU.
 
@@ -101,7 +101,7 @@ def _random_state(device: torch.device) -> list[Tensor]:
 
 def _checkpoint_frame() -> object | None:
     """Return the object that a checkpointed forward and its recomputations share; None outside of a checkpoint."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
     if hooks is None:
         return None
     pack = inspect.unwrap(hooks[0])
