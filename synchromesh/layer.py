@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from synchromesh.capacity import Capacity, Dropless
@@ -93,13 +92,13 @@ class MoE(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "*batch D"],
+        x: Tensor,
         *,
         k: int | None = None,
         capacity: Capacity | None = None,
         plan: Plan | None = None,
-    ) -> Float[Tensor, "*batch D"]:
-        """Run the layer; k, capacity and plan hold for this call only."""
+    ) -> Tensor:
+        """Run the layer on x [..., D]; k, capacity and plan hold for this call only."""
         x_TD = _checked(x, self.experts).reshape(-1, x.shape[-1])
         choice = self._decisions.once(lambda: self._choose(x_TD, Options(k, capacity, plan).over(self.options)))
         routing = self._routed(x_TD, choice)
