@@ -21,6 +21,15 @@ def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return allocate_poisoned
 
 
+def _on_default_device(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Heed `with torch.device(...)`, which knows functions by identity and so would miss the patched one."""
+
+    def allocate_there(*args: object, device: torch.device | str | None = None, **kwargs: object) -> Tensor:
+        return allocate(*args, device=torch.get_default_device() if device is None else device, **kwargs)
+
+    return allocate_there
+
+
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fill what `torch.empty`, `torch.empty_like` and `Tensor.new_empty` return with NaN.
@@ -30,7 +39,7 @@ def poisoned_memory() -> Iterator[None]:
     True
     """
     with (
-        patch.object(torch, "empty", _poisoned(torch.empty)),
+        patch.object(torch, "empty", _poisoned(_on_default_device(torch.empty))),
         patch.object(torch, "empty_like", _poisoned(torch.empty_like)),
         patch.object(Tensor, "new_empty", _poisoned(Tensor.new_empty)),
     ):

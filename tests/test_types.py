@@ -1,0 +1,60 @@
+import copy
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from synchromesh.types import LoadStats, Plan, Routing, RowMap, Workload
+
+
+def routing(ids: list[list[int]], experts: int = 3) -> Routing:
+    ids_TK = torch.tensor(ids)
+    scores = torch.rand(len(ids), experts)
+    return Routing(ids_TK, torch.rand(ids_TK.shape), scores, scores.log())
+
+
+def test_absent_pairs_are_not_counted():
+    values = routing([[0, -1], [2, 0], [-1, -1]])
+    assert values.tokens_per_expert().tolist() == [2, 0, 1]
+    assert values.tokens_per_expert(1).tolist() == [1, 0, 1]
+
+
+def test_every_value_shows_its_tensors_to_wrappers():
+    """Hooks of DDP, activation checkpointing and export walk a module's output as a tree."""
+    leaves, tree = pytree.tree_flatten(routing([[0], [1]]))
+    assert sum(isinstance(leaf, torch.Tensor) for leaf in leaves) == 4
+    assert isinstance(pytree.tree_unflatten(leaves, tree), Routing)
+    rowmap = RowMap(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.ones(2).int(), None)
+    assert len([x for x in pytree.tree_leaves(rowmap) if isinstance(x, torch.Tensor)]) == 3
+    stats = LoadStats(torch.ones(2).long(), torch.tensor(0), Plan())
+    assert len([x for x in pytree.tree_leaves(stats) if isinstance(x, torch.Tensor)]) == 2
+
+
+def test_a_plan_is_a_key_and_survives_json():
+    plan = Plan(gather=4, near=False, chunks=2, two_level=True, ragged=False, regather=True)
+    assert {plan: 1}[copy.copy(plan)] == 1
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("text", ["[]", '{"gather": 1}', '{"gather": 1, "speed": 2}', "no json"])
+def test_what_is_no_plan_is_refused(text):
+    with pytest.raises(ValueError, match=r"a plan holds the fields|Expecting value"):
+        Plan.from_json(text)
+
+
+@pytest.mark.parametrize("field", ["gather", "chunks"])
+def test_a_plan_without_ranks_or_pieces_is_refused(field):
+    with pytest.raises(ValueError, match=f"Plan.{field} is 0, wanted an integer >= 1"):
+        Plan(**{field: 0})
+
+
+def test_a_workload_is_a_key():
+    def workload(skew: int) -> Workload:
+        return Workload(8, 1, 4, 8, 2, torch.float32, training=True, skew=skew)
+
+    assert len({workload(0), workload(0), workload(1)}) == 2
+
+
+def test_nothing_routed_is_nothing_dropped():
+    assert LoadStats(torch.zeros(3).long(), torch.tensor(0), Plan()).drop_rate == 0
+    assert LoadStats(torch.tensor([3, 1]), torch.tensor(1), Plan()).drop_rate == 0.25
