@@ -1,0 +1,111 @@
+"""TrainConfig: everything that determines a run. A recipe returns one, the command line overrides it, JSON keeps it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from synchromesh.training.architecture import Architecture, SwinMoE
+from synchromesh.training.augment import Augment
+from synchromesh.training.images import Preprocess
+from synchromesh.training.loader import Loading
+from synchromesh.training.optim import Optim
+from synchromesh.training.sources import MnistDigits, Source
+
+
+class Freeze(Enum):
+    """What is not trained."""
+
+    NOTHING = "nothing"
+    MOE = "moe"  # routers and experts: best for detection in the paper, table 10
+    BACKBONE = "backbone"  # all but the classifier: a linear probe
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which images, and how they become the model's input.
+
+    Attributes:
+        source: the digits of a package, or a folder. preprocess: size, channels, normalisation.
+        shots: train on this many images per class only; 0 for all.
+    """
+
+    source: Source = field(default_factory=MnistDigits)
+    preprocess: Preprocess = field(default_factory=Preprocess)
+    shots: int = 0
+
+
+@dataclass(frozen=True)
+class Start:
+    """What training starts from.
+
+    Attributes:
+        weights: a run folder, a checkpoint folder, a .safetensors file, or a file that torch.load reads with
+            weights_only=True; None starts from random weights. freeze: what stays as it was.
+    """
+
+    weights: Path | None = None
+    freeze: Freeze = Freeze.NOTHING
+
+
+@dataclass(frozen=True)
+class Keep:
+    """How often the run writes; no field changes the numbers.
+
+    Attributes:
+        log_steps: steps between two lines of metrics. evaluate_epochs: epochs between two evaluations.
+        checkpoint_seconds: time between checkpoints, besides those at evaluations. checkpoint_steps: likewise in
+            steps; 0 for none. best: also keep the checkpoint of the best evaluation; off where the score is a test
+            that must not choose.
+        tensorboard: also write TensorBoard events.
+        device: such as 'cpu' or 'cuda:1'; None takes the first GPU, or the CPU where there is none.
+    """
+
+    log_steps: int = 20
+    evaluate_epochs: int = 1
+    checkpoint_seconds: float = 120.0
+    checkpoint_steps: int = 0
+    best: bool = True
+    tensorboard: bool = False
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+        name: of the recipe. model: what is trained. twin: a second model trained after it in the same way, for
+            comparison; None for none.
+        epochs: passes over the training images. batch_size: images per optimizer step.
+        accumulate: equal parts each batch is cut into, to fit into memory.
+        label_smoothing: share of the target spread over all classes.
+        bf16: autocast to bfloat16. seed: of everything random.
+    """
+
+    name: str = "demo"
+    model: Architecture = field(default_factory=SwinMoE)
+    twin: Architecture | None = None
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    optim: Optim = field(default_factory=Optim)
+    start: Start = field(default_factory=Start)
+    epochs: int = 90
+    batch_size: int = 128
+    eval_batch_size: int = 256
+    accumulate: int = 1
+    label_smoothing: float = 0.1
+    bf16: bool = True
+    seed: int = 0
+    loading: Loading = field(default_factory=Loading)
+    keep: Keep = field(default_factory=Keep)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "eval_batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted at least 1")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}, wanted 0 <= it < 1")

@@ -1,0 +1,31 @@
+"""What can stop a run, other than its end."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used: a missing folder, a corrupt image. Shown as one line, without a trace."""
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient became NaN or infinite.
+
+    Attributes:
+        step: optimizer step, counted from 1, that was not taken. layer: the first module that made such a number.
+    """
+
+    def __init__(self, *, step: int, layer: str, what: str) -> None:
+        super().__init__(f"{what} at step {step}; first seen in {layer}")
+        self.step, self.layer, self.what = step, layer, what
+
+
+class StoppedError(RuntimeError):
+    """A signal asked the run to stop; it has saved itself.
+
+    Attributes:
+        signal: the signal's number. step: optimizer steps done and saved.
+    """
+
+    def __init__(self, *, signal: int, step: int) -> None:
+        super().__init__(f"stopped by signal {signal} after step {step}")
+        self.signal, self.step = signal, step

@@ -1,0 +1,109 @@
+"""The order of an epoch, and its batches, decoded ahead by a few threads with bounded memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from synchromesh.training import seeds
+from synchromesh.training.errors import InputError
+from synchromesh.training.images import Batch, Images, RandomCrop
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How batches are read; no field changes the numbers.
+
+    Attributes:
+        workers: decoding threads (Pillow releases the interpreter while it decodes). ahead: batches read in advance.
+        skip_bad_images: leave unreadable files out and count them, instead of stopping.
+    """
+
+    workers: int = 4
+    ahead: int = 2
+    skip_bad_images: bool = False
+
+
+def steps_per_epoch(images: Images, batch_size: int) -> int:
+    """Return the number of full batches; a set smaller than one batch is one batch."""
+    return max(1, len(images) // batch_size)
+
+
+def epoch_order(count: int, *, seed: int, epoch: int) -> np.ndarray:
+    """Return the shuffled indices of one epoch, int64 [count]."""
+    return seeds.numpy_generator(seed, seeds.ORDER, epoch).permutation(count)
+
+
+@dataclass(frozen=True)
+class EpochPlace:
+    """Where reading starts: the epoch and its first batch still to come, both from 0."""
+
+    seed: int
+    epoch: int
+    first: int = 0
+
+
+def train_batches(
+    images: Images, batch_size: int, *, place: EpochPlace, crop: RandomCrop | None, loading: Loading
+) -> Iterator[Batch]:
+    """Yield the batches of one epoch from `place` on; each image's crop depends on seed, epoch and index alone."""
+    order = epoch_order(len(images), seed=place.seed, epoch=place.epoch)
+    count = steps_per_epoch(images, batch_size)
+    groups = [order[i * batch_size : (i + 1) * batch_size] for i in range(place.first, count)]
+
+    def read(index: int) -> Tensor:
+        if crop is None:
+            return images.read(index)
+        return images.read(index, (crop, seeds.numpy_generator(place.seed, seeds.CROP, place.epoch, index)))
+
+    yield from _read_ahead(images, groups, read, loading)
+
+
+def eval_batches(images: Images, batch_size: int, *, loading: Loading) -> Iterator[Batch]:
+    """Yield every image once, shuffled in a fixed order.
+
+    Class by class, as files lie on disk, one batch would flood few experts, and a capacity would drop its tokens.
+    """
+    order = seeds.numpy_generator(0, seeds.SPLIT).permutation(len(images))
+    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    yield from _read_ahead(images, groups, images.read, loading)
+
+
+def _read_ahead(
+    images: Images, groups: Sequence[np.ndarray], read: Callable[[int], Tensor], loading: Loading
+) -> Iterator[Batch]:
+    if loading.workers < 1 or loading.ahead < 1:
+        raise ValueError(f"got {loading.workers} workers and {loading.ahead} batches ahead, wanted at least 1 of each")
+    waiting: deque[tuple[np.ndarray, list[Future[Tensor]]]] = deque()
+    pool = ThreadPoolExecutor(loading.workers, thread_name_prefix="decode")
+    try:
+        remaining = iter(groups)
+        for group in remaining:
+            waiting.append((group, [pool.submit(read, int(i)) for i in group]))
+            if len(waiting) > loading.ahead:
+                yield _collect(images, *waiting.popleft(), skip=loading.skip_bad_images)
+        while waiting:
+            yield _collect(images, *waiting.popleft(), skip=loading.skip_bad_images)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _collect(images: Images, group: np.ndarray, futures: list[Future[Tensor]], *, skip: bool) -> Batch:
+    pixels, kept, bad = [], [], []
+    for index, future in zip(group, futures, strict=True):
+        try:
+            pixels.append(future.result())
+            kept.append(int(index))
+        except InputError as error:
+            if not skip:
+                raise InputError(f"{error}; --on-bad-image skip leaves such files out") from error
+            bad.append(str(error))
+    size = (images.preprocess.channels, images.preprocess.image_size, images.preprocess.image_size)
+    stacked = torch.stack(pixels) if pixels else torch.zeros(0, *size, dtype=torch.uint8)
+    return Batch(stacked, images.labels[torch.tensor(kept, dtype=torch.int64)], tuple(bad))

@@ -1,0 +1,314 @@
+"""The training loop: steps, evaluations and checkpoints until the last epoch, from wherever the run folder stands."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from synchromesh.record import load_stats
+from synchromesh.training.checkpoint import (
+    checkpoint_folder,
+    newest_checkpoint,
+    restore_optimizer,
+    save_best,
+    save_checkpoint,
+)
+from synchromesh.training.config import TrainConfig
+from synchromesh.training.errors import InputError, StoppedError
+from synchromesh.training.evaluate import EvalOptions, Evaluation, evaluate
+from synchromesh.training.images import Batch
+from synchromesh.training.interrupt import StopWish
+from synchromesh.training.loader import EpochPlace, steps_per_epoch, train_batches
+from synchromesh.training.metrics import NAME, MetricsWriter, drop_rate, load_shares
+from synchromesh.training.optim import build_optimizer, make_schedule
+from synchromesh.training.sources import Splits
+from synchromesh.training.step import prepare, train_step
+from synchromesh.training.window import Window
+
+
+@dataclass(frozen=True)
+class Event:
+    """What the loop tells whoever watches.
+
+    Attributes:
+        kind: "step", "train" and "test" (a line of metrics), "saved", "note". step: done so far. total: in all.
+        line: numbers by name, as in metrics.jsonl. text: a sentence for people.
+    """
+
+    kind: str
+    step: int
+    total: int
+    line: dict[str, Any] = field(default_factory=dict)
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `fit` works on.
+
+    Attributes:
+        config: the run. model: already on its device, with its first weights. images: to learn from and to score on.
+        folder: of the run; continued from where it stands. identity: what a prediction needs besides the weights,
+            stored with every checkpoint. stop: read between steps. tell: gets each `Event`.
+    """
+
+    config: TrainConfig
+    model: nn.Module
+    images: Splits
+    folder: Path
+    identity: dict[str, Any]
+    stop: StopWish
+    tell: Callable[[Event], None]
+
+    @property
+    def epoch_steps(self) -> int:
+        return steps_per_epoch(self.images.train, self.config.batch_size)
+
+    @property
+    def total(self) -> int:
+        """Optimizer steps in all."""
+        return self.epoch_steps * self.config.epochs
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+@dataclass
+class Standing:
+    """Where a run stands; the part of a checkpoint that is not tensors.
+
+    Attributes:
+        step: optimizer steps done. seconds: of wall time so far, evaluations and checkpoints included.
+        step_seconds: of them, in steps. trained_images: so far. bad_images: unreadable ones so far.
+        evaluated: the step of the last evaluation, -1 before the first. best: its highest accuracy, at best_step.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    step_seconds: float = 0.0
+    trained_images: int = 0
+    bad_images: int = 0
+    evaluated: int = -1
+    best: float = -1.0
+    best_step: int = -1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run: its numbers, and the evaluation of the last epoch's weights."""
+
+    standing: Standing
+    evaluation: Evaluation
+
+
+def fit(job: Job) -> Outcome:
+    """Train to the end, continuing from the newest unharmed checkpoint in the run folder.
+
+    Raises:
+        StoppedError: `job.stop` asked for it; everything is saved.
+        NonFiniteError: the loss or a gradient became NaN or infinite; the last checkpoint stays as it is.
+        InputError: an image is unreadable.
+    """
+    loop = _Loop(job)
+    with _deterministic_on_cpu(loop.device), loop:
+        while True:
+            if loop.evaluation_due():
+                loop.evaluate()
+            if loop.standing.step == job.total:
+                break
+            loop.train_epoch()
+        loop.save()
+    return Outcome(loop.standing, loop.last_evaluation or loop.score())
+
+
+class _Loop:
+    """The moving parts of one `fit`."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.config, self.model = job, job.config, job.model
+        self.device = next(job.model.parameters()).device
+        self.optimizer: Optimizer = build_optimizer(job.model, job.config.optim)
+        self.schedule = make_schedule(
+            job.config.optim,
+            batch_size=job.config.batch_size,
+            steps_per_epoch=job.epoch_steps,
+            epochs=job.config.epochs,
+        )
+        self.standing, self.window = Standing(), Window()
+        self.last_evaluation: Evaluation | None = None
+        self._saved: tuple[int, int] | None = None
+        size = self._restore()
+        board = job.folder / "tensorboard" if job.config.keep.tensorboard else None
+        self.metrics = MetricsWriter(job.folder / NAME, size=size, tensorboard=board, step=self.standing.step)
+        self._saved_at = self._clock = time.perf_counter()
+
+    def __enter__(self) -> _Loop:
+        self._clock = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.metrics.close()
+
+    def train_epoch(self) -> None:
+        """Take the steps of the epoch that are still to come."""
+        job, config = self.job, self.config
+        epoch, first = divmod(self.standing.step, job.epoch_steps)
+        place = EpochPlace(config.seed, epoch, first)
+        self.model.train()
+        batches = train_batches(
+            job.images.train, config.batch_size, place=place, crop=config.augment.crop, loading=config.loading
+        )
+        started = time.perf_counter()
+        for batch in batches:
+            self._step(batch, started)
+            self._after_step()
+            started = time.perf_counter()
+
+    def _step(self, batch: Batch, started: float) -> None:
+        now = self.standing
+        now.bad_images += len(batch.bad)
+        for text in batch.bad:
+            self._tell("note", text=f"left out: {text}")
+        if len(batch.labels) > 0:
+            classes = len(self.job.images.train.classes)
+            mixed = prepare(batch, self.config, now.step, num_classes=classes, device=self.device)
+            rate = self.schedule(now.step)
+            numbers = train_step(self.model, self.optimizer, mixed, self.config, step=now.step, rate=rate)
+            taken = time.perf_counter() - started
+            self.window.add(numbers, load_stats(self.model), taken)
+            now.step_seconds += taken
+            now.trained_images += numbers.images
+            self._tell("step", line={"loss": numbers.loss, "learning_rate": rate, "images": numbers.images})
+        now.step += 1
+
+    def _after_step(self) -> None:
+        keep, step = self.config.keep, self.standing.step
+        self._tick()
+        if step % keep.log_steps == 0 or step == self.job.total:
+            line = {
+                **self.window.line(),
+                "learning_rate": self.schedule(step - 1),
+                "bad_images": self.standing.bad_images,
+            }
+            self._write("train", line)
+            self.window = Window()
+        self._stop_if_asked()
+        late = time.perf_counter() - self._saved_at > keep.checkpoint_seconds
+        if late or (keep.checkpoint_steps and step % keep.checkpoint_steps == 0):
+            self.save()
+
+    def evaluation_due(self) -> bool:
+        """Whether an epoch has just ended that is to be evaluated, and was not."""
+        step, every = self.standing.step, self.config.keep.evaluate_epochs * self.job.epoch_steps
+        return self.standing.evaluated < step and (step == self.job.total or step % every == 0) and step > 0
+
+    def evaluate(self) -> None:
+        """Score the test images, write the line, save, and keep the best."""
+        self.last_evaluation = found = self.score()
+        now = self.standing
+        now.evaluated = now.step
+        better = found.accuracy > now.best
+        if better:
+            now.best, now.best_step = found.accuracy, now.step
+        self._tick()
+        line = {"loss": found.loss, "accuracy": found.accuracy, "images_per_second": found.images / found.seconds}
+        self._write("test", {**line, "drop_rate": drop_rate(found.loads), "load": load_shares(found.loads)})
+        folder = self.save()
+        if better and self.config.keep.best:
+            save_best(self.job.checkpoints, folder)
+
+    def score(self) -> Evaluation:
+        """Evaluate the weights as they are; a stop wish is heeded between two batches."""
+        options = EvalOptions(self.config.loading, self.config.eval_batch_size, self.config.bf16)
+        return evaluate(self.model, self.job.images.test, options, between=self._stop_if_asked)
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment, unless there is one; return its folder."""
+        now = self.standing
+        if self._saved == (now.step, now.evaluated):
+            return checkpoint_folder(self.job.checkpoints, now.step)
+        self._tick()
+        state = {
+            "step": now.step,
+            "train_images": len(self.job.images.train),
+            "standing": dataclasses.asdict(now),
+            "window": self.window.to_json(),
+            "metrics_bytes": self.metrics.sync(),
+            **self.job.identity,
+        }
+        folder = save_checkpoint(self.job.checkpoints, self.model, self.optimizer, state)
+        self._saved, self._saved_at = (now.step, now.evaluated), time.perf_counter()
+        self._tell("saved", text=str(folder))
+        return folder
+
+    def _restore(self) -> int:
+        """Continue from the newest unharmed checkpoint; return how many bytes of the metrics belong to it."""
+        found = newest_checkpoint(self.job.checkpoints, damaged=self._note_damaged)
+        if found is None:
+            return 0
+        images = len(self.job.images.train)
+        if found.state["train_images"] != images:
+            raise InputError(
+                f"{self.job.folder} was trained on {found.state['train_images']} images, the data now holds {images}: "
+                "bring the data back, or start a new run"
+            )
+        self.model.load_state_dict(found.weights)
+        restore_optimizer(found.folder, self.model, self.optimizer)
+        self.standing = Standing(**found.state["standing"])
+        self.window = Window.from_json(found.state["window"], self.device)
+        self._saved = (self.standing.step, self.standing.evaluated)
+        if self.standing.best_step == self.standing.step and self.config.keep.best:
+            save_best(self.job.checkpoints, found.folder)  # the run may have ended between the two
+        self._tell("note", text=f"continuing {self.job.folder} after step {self.standing.step} of {self.job.total}")
+        return found.state["metrics_bytes"]
+
+    def _note_damaged(self, text: str) -> None:
+        self._tell("note", text=f"{text}; using the one before it")
+
+    def _stop_if_asked(self) -> None:
+        if self.job.stop.signal is not None:
+            self.save()
+            raise StoppedError(signal=self.job.stop.signal, step=self.standing.step)
+
+    def _tick(self) -> None:
+        """Bring `seconds` up to now."""
+        now = time.perf_counter()
+        self.standing.seconds += now - self._clock
+        self._clock = now
+
+    def _write(self, kind: str, numbers: dict[str, Any]) -> None:
+        step = self.standing.step
+        place = {"kind": kind, "step": step, "epoch": step / self.job.epoch_steps, "seconds": self.standing.seconds}
+        self.metrics.write({**place, **numbers})
+        self._tell(kind, line={**place, **numbers})
+
+    def _tell(self, kind: str, *, line: dict[str, Any] | None = None, text: str = "") -> None:
+        self.job.tell(Event(kind, self.standing.step, self.job.total, line or {}, text))
+
+
+@contextmanager
+def _deterministic_on_cpu(device: torch.device) -> Iterator[None]:
+    """Let no CPU kernel add in an order that threads decide; GPUs keep their speed."""
+    if device.type != "cpu":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
+    torch.use_deterministic_algorithms(True)
+    # What fills fresh memory for debugging, and costs time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # pyright: ignore[reportAttributeAccessIssue]

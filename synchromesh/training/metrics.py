@@ -1,0 +1,113 @@
+"""metrics.jsonl: one JSON object a line, one line per logged step and per evaluation.
+
+Every line has `kind`, `step` (optimizer steps done) and `epoch` (passes over the training images done, a fraction).
+
+    kind "train"     means over the steps since the line before:
+        loss             task loss plus MoE losses, nats      task_loss, aux_loss   its two parts
+        accuracy         share of training images right, as augmented, of the label with the larger part when mixed
+        learning_rate    of the last step                     gradient_norm         before clipping, of the last step
+        images_per_second   trained, without evaluations      seconds               of training so far, all in
+        drop_rate        (token, expert) pairs dropped for lack of capacity, a share
+        load             per MoE layer, the share of its pairs that each expert got; sums to 1
+        bad_images       unreadable files left out so far
+    kind "test"      over all test images:
+        loss (nats), accuracy (share), drop_rate, load        as above
+        images_per_second   evaluated                         seconds               of training so far, all in
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from synchromesh.training.errors import InputError
+from synchromesh.types import LoadStats
+
+NAME = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends lines; knows its length in bytes, so that a resumed run cuts off what its checkpoint does not know.
+
+    Args:
+        path: the file. size: bytes to keep of what is there.
+        tensorboard: folder for TensorBoard events; None for none.
+    """
+
+    def __init__(self, path: Path, *, size: int = 0, tensorboard: Path | None = None, step: int = 0) -> None:
+        self._file = path.open("ab")
+        if self._file.tell() < size:
+            self._file.close()
+            raise InputError(f"{path} is shorter than its checkpoint says: it was changed since; start a new run")
+        self._file.truncate(size)
+        self._file.seek(size)
+        self._board = None if tensorboard is None else _board(tensorboard, step)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line, NaN as null."""
+        self._file.write(json.dumps(_finite(line), allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in _scalars(line):
+                self._board.add_scalar(f"{line['kind']}/{name}", value, line["step"])
+
+    def sync(self) -> int:
+        """Flush to the disk and return the length in bytes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines; a last one cut short by a crash is left out. Raises InputError where a line is not JSON."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: {path.parent} is not the folder of a run")
+    lines = path.read_bytes().split(b"\n")
+    try:
+        return [json.loads(line) for line in lines[:-1] if line]
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} holds a line that is not JSON: {error}") from error
+
+
+def load_shares(loads: dict[str, LoadStats]) -> dict[str, list[float]]:
+    """Return, per layer, the share of its pairs that each expert got, to five digits."""
+    shares = {}
+    for name, load in loads.items():
+        tokens = load.tokens_per_expert.double()
+        shares[name] = [round(v, 5) for v in (tokens / tokens.sum().clamp(min=1)).tolist()]
+    return shares
+
+
+def drop_rate(loads: dict[str, LoadStats]) -> float:
+    """Return dropped over routed pairs, all layers together; 0 without MoE layers."""
+    dropped = sum(int(load.dropped) for load in loads.values())
+    return dropped / max(1, sum(int(load.tokens_per_expert.sum()) for load in loads.values()))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(line: dict[str, Any]) -> list[tuple[str, float]]:
+    flat = [(k, float(v)) for k, v in line.items() if isinstance(v, (int, float)) and k != "step"]
+    for layer, shares in line.get("load", {}).items():
+        flat += [(f"load/{layer}/expert_{i}", share) for i, share in enumerate(shares)]
+    return flat
+
+
+def _board(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # an extra
+    except ImportError as error:
+        raise InputError("--tensorboard needs the package tensorboard: pip install 'synchromesh[report]'") from error
+    return SummaryWriter(str(folder), purge_step=step)

@@ -1,0 +1,69 @@
+"""The running sums between two lines of metrics; saved with a checkpoint, so that a resumed line is the same line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from synchromesh.training.metrics import drop_rate, load_shares
+from synchromesh.training.step import StepNumbers
+from synchromesh.types import LoadStats, Plan
+
+_SUMS = ("steps", "loss", "task_loss", "aux_loss", "right", "images", "seconds")
+
+
+@dataclass
+class Window:
+    """Sums over the steps since the last line.
+
+    Attributes:
+        sums: per name of `_SUMS`. gradient_norm: of the last step. loads: per layer.
+    """
+
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMS, 0.0))
+    gradient_norm: float = 0.0
+    loads: dict[str, LoadStats] = field(default_factory=dict)
+
+    def add(self, numbers: StepNumbers, loads: dict[str, LoadStats], seconds: float) -> None:
+        """Take in one step that took `seconds`."""
+        values = (1, numbers.loss, numbers.task_loss, numbers.aux_loss, numbers.right, numbers.images, seconds)
+        for name, value in zip(_SUMS, values, strict=True):
+            self.sums[name] += value
+        self.gradient_norm = numbers.gradient_norm
+        for name, load in loads.items():
+            tokens, dropped = load.tokens_per_expert, load.dropped
+            if name in self.loads:
+                tokens, dropped = tokens + self.loads[name].tokens_per_expert, dropped + self.loads[name].dropped
+            self.loads[name] = LoadStats(tokens, dropped, load.plan)
+
+    def line(self) -> dict[str, Any]:
+        """Return the means, as the fields of a line of metrics."""
+        steps, images = max(1.0, self.sums["steps"]), max(1.0, self.sums["images"])
+        return {
+            **{name: self.sums[name] / steps for name in ("loss", "task_loss", "aux_loss")},
+            "accuracy": self.sums["right"] / images,
+            "gradient_norm": self.gradient_norm,
+            "images_per_second": self.sums["images"] / max(1e-9, self.sums["seconds"]),
+            "drop_rate": drop_rate(self.loads),
+            "load": load_shares(self.loads),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain values; floats survive JSON exactly."""
+        loads = {n: [v.tokens_per_expert.tolist(), int(v.dropped)] for n, v in self.loads.items()}
+        return {"sums": self.sums, "gradient_norm": self.gradient_norm, "loads": loads}
+
+    @staticmethod
+    def from_json(data: dict[str, Any], device: torch.device) -> Window:
+        """Read what `to_json` wrote."""
+
+        def tensor(value: Any) -> Tensor:
+            return torch.tensor(value, dtype=torch.int64, device=device)
+
+        loads = {
+            n: LoadStats(tensor(tokens), tensor(dropped), Plan()) for n, (tokens, dropped) in data["loads"].items()
+        }
+        return Window(dict(data["sums"]), data["gradient_norm"], loads)
