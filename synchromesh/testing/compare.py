@@ -29,7 +29,7 @@ def relative_rms(got: Tensor, wanted: Tensor) -> float:
 def assert_close(name: str, got: Tensor | None, wanted: Tensor | None) -> None:
     """Fail unless shapes and dtypes agree and the error is within the table. None (no gradient) equals None only."""
     if got is None or wanted is None:
-        assert got is None and wanted is None, f"{name}: got {_about(got)}, wanted {_about(wanted)}"
+        assert got is wanted, f"{name}: got {_about(got)}, wanted {_about(wanted)}"
         return
     assert got.shape == wanted.shape, f"{name}: got shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
     if not wanted.is_floating_point():
@@ -45,7 +45,7 @@ def check(
 ) -> None:
     """Fail unless two functions of the same named tensors agree in their output and in every gradient.
 
-    Each function gets its own copy of the inputs; gradients flow into the floating ones from one random output gradient.
+    Each function gets its own copy of the inputs; one random gradient of the output flows back to the floating ones.
     """
     results = []
     for function in (wanted, got):
