@@ -1,0 +1,569 @@
+"""SwinV2: a hierarchical vision transformer with shifted windows (arXiv 2111.09883; released under MIT by Microsoft).
+
+- attention inside square windows, shifted by half a window in every second block, with log-spaced position bias;
+- scaled cosine similarity and normalisation at the end of each residual branch, or whatever else a `BlockStyle` holds;
+- any image size: patches, windows and merges pad with zeros on the right and at the bottom;
+- the feed-forward of every block comes from a factory, so that mixtures of experts need no subclass;
+- four stage maps for dense tasks, mask token for masked image modelling, stochastic depth, gradient checkpointing.
+
+Shape letters: B images, C D channels, H W rows and columns, G windows of a map, N positions of a window, L patches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.export import register_dataclass
+from torch.utils.checkpoint import checkpoint
+
+from synchromesh.models.window_attention import (
+    AttentionConfig,
+    CosineSimilarity,
+    PositionBias,
+    WindowAttention,
+    bounded,
+    from_windows,
+    pad_map,
+    shift_mask,
+    to_windows,
+)
+
+FeedForwardFactory = Callable[[int, int, int], nn.Module]
+"""(stage, block, width) -> the block's feed-forward module, [... width] -> [... width]."""
+
+
+# helpers
+
+
+@dataclass(frozen=True)
+class SwinV2Config:
+    """What a SwinV2 is made of.
+
+    Attributes:
+        image_size: height and width, or both at once, that the windows are laid out for; forward takes any size.
+        depths: blocks of each stage; the width doubles from stage to stage.
+        num_heads: attention heads of each stage.
+        window_size: side of a window; a stage whose map is no higher than this uses one window and no shift.
+        pretrained_window_sizes: side of the window of each stage in pre-training, 0 (or no values) for the same as now.
+        drop_path: largest stochastic depth rate; it rises linearly from 0 over the blocks.
+        dropout: after the patch embedding and each feed-forward. attention_dropout: on attention weights and output.
+        mask_token: whether there is a learned token for hidden patches (masked image modelling).
+        checkpointed: whether training recomputes blocks in backward instead of keeping their insides.
+        branch_norm_init: first value of the norm weights that end residual branches; Microsoft's release starts at 0.
+        style: how a block attends and where it normalises.
+    """
+
+    image_size: int | tuple[int, int] = 256
+    patch_size: int = 4
+    in_channels: int = 3
+    embed_dim: int = 96
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: tuple[int, ...] = (3, 6, 12, 24)
+    window_size: int = 8
+    pretrained_window_sizes: tuple[int, ...] = ()
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    drop_path: float = 0.1
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    mask_token: bool = False
+    checkpointed: bool = False
+    init_std: float = 0.02
+    branch_norm_init: float = 1.0
+    style: BlockStyle = dataclasses.field(default_factory=lambda: SWIN_V2)
+
+    def __post_init__(self) -> None:
+        stages = len(self.depths)
+        if len(self.num_heads) != stages or len(self.pretrained_window_sizes) not in (0, stages):
+            raise ValueError(
+                f"num_heads is {self.num_heads} and pretrained_window_sizes {self.pretrained_window_sizes}, "
+                f"wanted one value for each of the {stages} stages of depths {self.depths}"
+            )
+        for name in ("patch_size", "in_channels", "embed_dim", "window_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted an integer >= 1")
+        for name in ("drop_path", "dropout", "attention_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted a rate in [0, 1)")
+        for stage, heads in enumerate(self.num_heads):
+            if heads < 1 or self.width(stage) % heads:
+                raise ValueError(f"stage {stage} has width {self.width(stage)}, which {heads} heads do not divide")
+        if any(side < 0 or side == 1 for side in self.pretrained_window_sizes):
+            raise ValueError(f"pretrained_window_sizes is {self.pretrained_window_sizes}, wanted 0 or >= 2 for each")
+        if min(self.grid) < 1:
+            raise ValueError(f"image_size {self.image_size} is smaller than one patch of {self.patch_size}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along height and width of an image of the configured size."""
+        height, width = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+        return height // self.patch_size, width // self.patch_size
+
+    def map_size(self, stage: int) -> tuple[int, int]:
+        """Height and width of a stage's map for an image of the configured size; partial patches and squares count."""
+        height, width = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+        unit = self.patch_size << stage
+        return -(-height // unit), -(-width // unit)
+
+    @property
+    def num_features(self) -> int:
+        """Width of the last stage."""
+        return self.width(len(self.depths) - 1)
+
+    def width(self, stage: int) -> int:
+        """Channels of a stage."""
+        return self.embed_dim * 2**stage
+
+    def window(self, stage: int) -> int:
+        """Side of the windows of a stage."""
+        return max(1, min(self.window_size, self.grid[0] >> stage))
+
+    def shift(self, stage: int, block: int) -> int:
+        """Positions by which the windows of a block are shifted."""
+        return self.window_size // 2 if block % 2 and self.grid[0] >> stage > self.window_size else 0
+
+    def attention(self, stage: int) -> AttentionConfig:
+        """What the attention of a stage is made of."""
+        return AttentionConfig(
+            width=self.width(stage),
+            num_heads=self.num_heads[stage],
+            window=self.window(stage),
+            pretrained_window=self.pretrained_window_sizes[stage] if self.pretrained_window_sizes else 0,
+            similarity=self.style.similarity,
+            squash=self.style.squash,
+            qkv_bias=self.qkv_bias,
+            key_bias=self.style.key_bias,
+            dropout=self.attention_dropout,
+        )
+
+    def drop_path_rate(self, stage: int, block: int) -> float:
+        """Stochastic depth of one block."""
+        return self.drop_path * (sum(self.depths[:stage]) + block) / max(1, sum(self.depths) - 1)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the backbone sees in the images.
+
+    Attributes:
+        pooled: mean of `last` over the positions.
+        last: the last stage's map after the final normalisation, channels last.
+        maps: each stage's map before merging and without normalisation, channels first (views, for dense tasks).
+    """
+
+    pooled: Float[Tensor, "B D"]
+    last: Float[Tensor, "B H W D"]
+    maps: tuple[Float[Tensor, "B _ _ _"], ...]
+
+
+register_dataclass(Features)
+
+
+class DropPath(nn.Module):
+    """Drops a residual branch for whole images and scales up the rest (stochastic depth, arXiv 1603.09382)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
+        if not self.training or self.rate == 0.0:
+            return x
+        kept = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.rate
+        return x * (kept.to(x.dtype) / (1.0 - self.rate))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+# block
+
+Branch = Callable[[Tensor], Tensor]
+
+
+def post_norm(x: Tensor, branch: Branch, norm: nn.Module, drop: nn.Module) -> Tensor:
+    """Residual step of SwinV2: x + drop(norm(branch(x)))."""
+    return x + drop(norm(branch(x)))
+
+
+def pre_norm(x: Tensor, branch: Branch, norm: nn.Module, drop: nn.Module) -> Tensor:
+    """Residual step of Swin: x + drop(branch(norm(x)))."""
+    return x + drop(branch(norm(x)))
+
+
+class MergeThenNorm(nn.Module):
+    """Halves a map: four neighbours side by side, projected to twice the width, then normalised (SwinV2)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+        self.norm = nn.LayerNorm(2 * width)
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H2 W2 C2"]:
+        return self.norm(self.reduction(neighbours(x)))
+
+
+class NormThenMerge(nn.Module):
+    """Halves a map: four neighbours side by side, normalised, then projected to twice the width (Swin)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * width)
+        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H2 W2 C2"]:
+        return self.reduction(self.norm(neighbours(x)))
+
+
+def neighbours(x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H2 W2 C4"]:
+    """Lay the four positions of each 2 x 2 square side by side: top left, bottom left, top right, bottom right."""
+    x = pad_map(x, 2)
+    B, H, W, C = x.shape
+    return x.view(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5).reshape(B, H // 2, W // 2, 4 * C)
+
+
+@dataclass(frozen=True)
+class BlockStyle:
+    """How a block attends and where it normalises.
+
+    Attributes:
+        residual: (x, branch, norm, drop) -> x; ends or begins the branch with the norm.
+        similarity: (num_heads, head_width) -> module that prepares queries and keys.
+        squash: applied to the position bias.
+        merge: width -> module that halves a map.
+        key_bias: whether keys have a bias beside queries and values.
+    """
+
+    residual: Callable[[Tensor, Branch, nn.Module, nn.Module], Tensor]
+    similarity: Callable[[int, int], nn.Module]
+    squash: Callable[[Tensor], Tensor]
+    merge: Callable[[int], nn.Module]
+    key_bias: bool
+
+
+SWIN_V2 = BlockStyle(
+    residual=post_norm, similarity=CosineSimilarity, squash=bounded, merge=MergeThenNorm, key_bias=False
+)
+
+
+class FeedForward(nn.Module):
+    """The plain feed-forward of a transformer block: down(gelu(up(x)))."""
+
+    def __init__(self, width: int, hidden: int, *, down_bias: bool = True, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width, bias=down_bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:
+        return self.dropout(self.down(F.gelu(self.up(x))))
+
+
+class SwinBlock(nn.Module):
+    """Window attention and feed-forward, each in a residual branch."""
+
+    def __init__(self, config: SwinV2Config, stage: int, block: int, *, ffn: nn.Module) -> None:
+        super().__init__()
+        self.side, self.shift = config.window(stage), config.shift(stage, block)
+        self.residual = config.style.residual
+        height, width = config.map_size(stage)
+        self.size = (height + -height % self.side, width + -width % self.side)
+        self.attention = WindowAttention(config.attention(stage))
+        self.norm1 = nn.LayerNorm(config.width(stage))
+        self.ffn = ffn
+        self.norm2 = nn.LayerNorm(config.width(stage))
+        self.drop_path = DropPath(config.drop_path_rate(stage, block))
+        count, positions = self.size[0] * self.size[1] // self.side**2, self.side**2
+        self.mask = nn.Buffer(torch.empty(count, positions, positions), persistent=False) if self.shift else None
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Compute what does not depend on weights (again, after `to_empty`)."""
+        if self.mask is not None:
+            self.mask.copy_(shift_mask(*self.size, self.side, self.shift))
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        x = self.residual(x, self._attend, self.norm1, self.drop_path)
+        return self.residual(x, self.ffn, self.norm2, self.drop_path)
+
+    def _attend(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        height, width = x.shape[1:3]
+        x = pad_map(x, self.side)
+        size = x.shape[1:3]
+        x = torch.roll(x, (-self.shift, -self.shift), (1, 2)) if self.shift else x
+        x = from_windows(self.attention(to_windows(x, self.side), self._mask(*size)), *size)
+        x = torch.roll(x, (self.shift, self.shift), (1, 2)) if self.shift else x
+        return x[:, :height, :width]
+
+    def _mask(self, height: int, width: int) -> Float[Tensor, "G N N"] | None:
+        if self.mask is None or (height, width) == self.size:
+            return self.mask
+        return shift_mask(height, width, self.side, self.shift).to(self.mask)
+
+
+# stage
+
+
+class SwinStage(nn.Module):
+    """Blocks of one width, then (but in the last stage) a merge that halves the map."""
+
+    def __init__(self, config: SwinV2Config, stage: int, *, ffn: FeedForwardFactory) -> None:
+        super().__init__()
+        width = config.width(stage)
+        self.checkpointed = config.checkpointed
+        self.blocks = nn.ModuleList(
+            SwinBlock(config, stage, block, ffn=ffn(stage, block, width)) for block in range(config.depths[stage])
+        )
+        self.merge = config.style.merge(width) if stage < len(config.depths) - 1 else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> tuple[Float[Tensor, "B H W C"], Float[Tensor, "B H2 W2 D"]]:
+        """Return the map after the blocks, and what goes into the next stage."""
+        for block in self.blocks:
+            if self.checkpointed and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x, self.merge(x)
+
+
+# model
+
+
+class PatchEmbedding(nn.Module):
+    """Cuts images into patches, projects and normalises them; hidden patches become the mask token."""
+
+    def __init__(self, config: SwinV2Config) -> None:
+        super().__init__()
+        self.patch_size, self.in_channels = config.patch_size, config.in_channels
+        self.proj = nn.Conv2d(config.in_channels, config.embed_dim, config.patch_size, stride=config.patch_size)
+        self.norm = nn.LayerNorm(config.embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(config.embed_dim)) if config.mask_token else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, images: Float[Tensor, "B C H W"], hidden: Bool[Tensor, "B L"] | None = None
+    ) -> Float[Tensor, "B H2 W2 D"]:
+        if images.shape[1] != self.in_channels:
+            raise ValueError(f"images have {images.shape[1]} channels, wanted {self.in_channels}: [B, C, H, W]")
+        bottom, right = -images.shape[2] % self.patch_size, -images.shape[3] % self.patch_size
+        images = F.pad(images, (0, right, 0, bottom)) if bottom or right else images
+        x = self.norm(self.proj(images).permute(0, 2, 3, 1))
+        return self.dropout(x if hidden is None else self._hide(x, hidden))
+
+    def _hide(self, x: Tensor, hidden: Tensor) -> Tensor:
+        if self.mask_token is None:
+            raise ValueError("patches are hidden but the model has no mask token: build it with mask_token=True")
+        if hidden.shape != (x.shape[0], x.shape[1] * x.shape[2]):
+            raise ValueError(f"hidden has shape {tuple(hidden.shape)}, wanted {(x.shape[0], x.shape[1] * x.shape[2])}")
+        return torch.where(hidden.view(*x.shape[:3], 1), self.mask_token.to(x.dtype), x)
+
+
+class SwinV2(nn.Module):
+    """The backbone: images to features.
+
+    Args:
+        config: sizes, rates and style.
+        ffn: makes the feed-forward of each block from (stage, block, width); a plain one by default.
+    """
+
+    def __init__(self, config: SwinV2Config, *, ffn: FeedForwardFactory | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = PatchEmbedding(config)
+        self.stages = nn.ModuleList(
+            SwinStage(config, stage, ffn=ffn or dense_ffn(config)) for stage in range(len(config.depths))
+        )
+        self.norm = nn.LayerNorm(config.num_features)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as the release does: truncated normal weights, zero biases, norms that end branches as configured.
+
+        The feed-forward modules of a custom factory keep their own initialisation, but for the linear layers in them.
+        """
+        for module in self.modules():
+            _reset(module, self.config.init_std)
+        for module in self.modules():
+            if isinstance(module, SwinBlock) and self.config.style.residual is post_norm:
+                nn.init.constant_(module.norm1.weight, self.config.branch_norm_init)
+                nn.init.constant_(module.norm2.weight, self.config.branch_norm_init)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Compute masks and coordinates again; needed after `to_empty` before a checkpoint is loaded."""
+        for module in self.modules():
+            if isinstance(module, PositionBias | SwinBlock):
+                module.reset_buffers()
+
+    def forward(self, images: Float[Tensor, "B C H W"], hidden: Bool[Tensor, "B L"] | None = None) -> Features:
+        """Return the features of images of any size.
+
+        Args:
+            images: normalised pixels.
+            hidden: patches that the mask token replaces, row by row.
+
+        Raises:
+            ValueError: wrong channels; hidden patches without a mask token, or not one flag per patch.
+        """
+        x = self.embed(images, hidden)
+        maps: list[Tensor] = []
+        for stage in self.stages:
+            before, x = stage(x)
+            maps.append(before.permute(0, 3, 1, 2))
+        last = self.norm(x)
+        return Features(pooled=last.mean((1, 2)), last=last, maps=tuple(maps))
+
+
+class SwinV2Classifier(nn.Module):
+    """A backbone and a linear head on its pooled features: images to logits."""
+
+    def __init__(self, config: SwinV2Config, num_classes: int, *, ffn: FeedForwardFactory | None = None) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}, wanted an integer >= 1")
+        self.backbone = SwinV2(config, ffn=ffn)
+        self.head = nn.Linear(config.num_features, num_classes)
+        _reset(self.head, config.init_std)
+
+    def reset_parameters(self) -> None:
+        """Initialise backbone and head."""
+        self.backbone.reset_parameters()
+        _reset(self.head, self.backbone.config.init_std)
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
+        return self.head(self.backbone(images).pooled)
+
+
+def dense_ffn(config: SwinV2Config) -> FeedForwardFactory:
+    """Return the factory of plain feed-forwards of the configured ratio and dropout."""
+
+    def make(stage: int, block: int, width: int) -> nn.Module:
+        return FeedForward(width, int(config.mlp_ratio * width), dropout=config.dropout)
+
+    return make
+
+
+def _reset(module: nn.Module, std: float) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=std)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm | nn.Conv2d | CosineSimilarity):
+        module.reset_parameters()
+    elif isinstance(module, WindowAttention) and module.q_bias is not None and module.v_bias is not None:
+        nn.init.zeros_(module.q_bias)
+        nn.init.zeros_(module.v_bias)
+    elif isinstance(module, PatchEmbedding) and module.mask_token is not None:
+        nn.init.trunc_normal_(module.mask_token, std=std)
+
+
+# foreign checkpoints
+
+_RENAMED = (  # transformers, ours; ^ is the beginning of a key
+    ("^swinv2.layernorm.", "^backbone.norm."),
+    ("^layernorm.", "^norm."),
+    ("^swinv2.", "^backbone."),
+    ("^classifier.", "^head."),
+    ("embeddings.patch_embeddings.projection.", "embed.proj."),
+    ("embeddings.norm.", "embed.norm."),
+    ("embeddings.mask_token", "embed.mask_token"),
+    ("encoder.layers.", "stages."),
+    (".downsample.", ".merge."),
+    (".attention.self.logit_scale", ".attention.similarity.log_scale"),
+    (".attention.self.continuous_position_bias_mlp.", ".attention.position_bias.mlp."),
+    (".attention.output.dense.", ".attention.proj."),
+    (".layernorm_before.", ".norm1."),
+    (".layernorm_after.", ".norm2."),
+    (".intermediate.dense.", ".ffn.up."),
+    (".output.dense.", ".ffn.down."),
+)
+_JOINED = ("query", "key", "value")
+
+
+def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of a transformers Swinv2 (model or classifier) to ours; join query, key and value weights.
+
+    It is linear, so it maps gradients as well as weights.
+    """
+    ours: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        stem, found, name = key.rpartition(".attention.self.")
+        part, _, kind = name.partition(".")
+        if not found or part not in _JOINED:
+            ours[_rename(key, _RENAMED)] = tensor.view(-1) if key.endswith("mask_token") else tensor
+        elif kind == "bias":
+            ours[_rename(stem, _RENAMED) + f".attention.{part[0]}_bias"] = tensor
+        elif part == "query":
+            joined = torch.cat([state[f"{stem}.attention.self.{each}.weight"] for each in _JOINED])
+            ours[_rename(stem, _RENAMED) + ".attention.qkv.weight"] = joined
+    return ours
+
+
+def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo `from_transformers`.
+
+    Raises:
+        ValueError: a tensor that a transformers Swinv2 has no place for (experts, key bias).
+    """
+    back = tuple((ours, theirs) for theirs, ours in _RENAMED)
+    theirs: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        stem, _, name = key.rpartition(".attention.")
+        inner = _rename(stem, back) + ".attention.self."
+        if name == "qkv.weight":
+            theirs |= {f"{inner}{part}.weight": piece for part, piece in zip(_JOINED, tensor.chunk(3), strict=True)}
+        elif name in ("q_bias", "v_bias"):
+            theirs[f"{inner}{'query' if name == 'q_bias' else 'value'}.bias"] = tensor
+        elif name == "qkv.bias" or ".experts." in key:
+            raise ValueError(f"transformers' Swinv2 has no place for {key}: only the true, dense SwinV2 maps to it")
+        else:
+            theirs[_rename(key, back)] = tensor.view(1, 1, -1) if key.endswith("mask_token") else tensor
+    return theirs
+
+
+def _rename(key: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    key = "^" + key
+    for old, new in pairs:
+        key = key.replace(old, new)
+    return key.removeprefix("^")
+
+
+# published sizes
+
+
+def swin_v2_tiny(num_classes: int = 1000, *, image_size: int = 256, window_size: int = 8) -> SwinV2Classifier:
+    """Build SwinV2-T: width 96, depths 2-2-6-2."""
+    return SwinV2Classifier(_published(96, (2, 2, 6, 2), image_size, window_size), num_classes)
+
+
+def swin_v2_small(num_classes: int = 1000, *, image_size: int = 256, window_size: int = 8) -> SwinV2Classifier:
+    """Build SwinV2-S: width 96, depths 2-2-18-2."""
+    return SwinV2Classifier(_published(96, (2, 2, 18, 2), image_size, window_size), num_classes)
+
+
+def swin_v2_base(num_classes: int = 1000, *, image_size: int = 256, window_size: int = 8) -> SwinV2Classifier:
+    """Build SwinV2-B: width 128, depths 2-2-18-2."""
+    return SwinV2Classifier(_published(128, (2, 2, 18, 2), image_size, window_size), num_classes)
+
+
+def swin_v2_large(num_classes: int = 21841, *, image_size: int = 192, window_size: int = 12) -> SwinV2Classifier:
+    """Build SwinV2-L: width 192, depths 2-2-18-2."""
+    return SwinV2Classifier(_published(192, (2, 2, 18, 2), image_size, window_size), num_classes)
+
+
+def _published(embed_dim: int, depths: tuple[int, ...], image_size: int, window_size: int) -> SwinV2Config:
+    return SwinV2Config(
+        image_size=image_size,
+        embed_dim=embed_dim,
+        depths=depths,
+        num_heads=tuple(embed_dim * 2**stage // 32 for stage in range(len(depths))),
+        window_size=window_size,
+        drop_path=0.2,
+        branch_norm_init=0.0,
+    )

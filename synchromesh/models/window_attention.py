@@ -1,0 +1,204 @@
+"""Self-attention inside the windows of a map, with a position bias that is a function of the offset (arXiv 2111.09883).
+
+Shape letters: B images, C channels, H W rows and columns, G windows of a map, N positions of a window, h heads, d width
+of a head, M offsets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+MASKED = -200.0  # what transformers adds in all to the score of a pair from two image regions
+MAX_LOG_SCALE = math.log(100.0)
+BIAS_HIDDEN = 512
+
+
+def pad_map(x: Float[Tensor, "B H W C"], multiple: int) -> Float[Tensor, "B H2 W2 C"]:
+    """Append zero rows and columns until both sides are multiples; the same tensor where they are."""
+    bottom, right = -x.shape[1] % multiple, -x.shape[2] % multiple
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+
+
+def to_windows(x: Float[Tensor, "B H W C"], side: int) -> Float[Tensor, "B G N C"]:
+    """Cut a map into square windows, row by row; one window that covers the map is a view."""
+    B, H, W, C = x.shape
+    tiles = x.reshape(B, H // side, side, W // side, side, C).transpose(2, 3)
+    return tiles.reshape(B, (H // side) * (W // side), side * side, C)
+
+
+def from_windows(x: Float[Tensor, "B G N C"], height: int, width: int) -> Float[Tensor, "B H W C"]:
+    """Put windows back; the inverse of `to_windows`."""
+    B, _, N, C = x.shape
+    side = math.isqrt(N)
+    tiles = x.reshape(B, height // side, width // side, side, side, C).transpose(2, 3)
+    return tiles.reshape(B, height, width, C)
+
+
+def shift_mask(height: int, width: int, side: int, shift: int) -> Float[Tensor, "G N N"]:
+    """Score to add so that a shifted window attends only inside one region of the image: 0 or `MASKED`."""
+    region = torch.zeros(1, height, width, 1)
+    for weight, length, dim in ((3.0, height, 1), (1.0, width, 2)):
+        place = torch.arange(length)
+        band = (place >= length - side).float() + (place >= length - shift).float()
+        region += weight * band.view([-1 if d == dim else 1 for d in range(4)])
+    region_GN = to_windows(region, side)[0, :, :, 0]
+    return (region_GN[:, :, None] != region_GN[:, None, :]).float() * MASKED
+
+
+def relative_coordinates(side: int, pretrained: int) -> Float[Tensor, "M 2"]:
+    """Log-spaced offsets of all pairs of a window: sign(o) log2(1 + 8 |o| / (P - 1)) / 3, P the side once trained."""
+    offsets = torch.arange(1 - side, side, dtype=torch.float32) / max(1, (pretrained or side) - 1) * 8.0
+    spaced = offsets.sign() * torch.log2(offsets.abs() + 1.0) / math.log2(8.0)
+    return torch.cartesian_prod(spaced, spaced)
+
+
+def relative_index(side: int) -> Int[Tensor, " NN"]:
+    """Row of `relative_coordinates` for each pair of positions of a window."""
+    place = torch.arange(side)
+    offset = place[:, None] - place[None, :] + side - 1
+    return (offset[:, None, :, None] * (2 * side - 1) + offset[None, :, None, :]).reshape(-1)
+
+
+class CosineSimilarity(nn.Module):
+    """Prepares queries and keys so that their product is s cos(q, k), with s <= 100 learned per head (section 3.2)."""
+
+    def __init__(self, num_heads: int, head_width: int) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.empty(num_heads, 1, 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.log_scale, math.log(10.0))
+
+    def forward(
+        self, q: Float[Tensor, "BG h N d"], k: Float[Tensor, "BG h N d"]
+    ) -> tuple[Float[Tensor, "BG h N d"], Float[Tensor, "BG h N d"]]:
+        scale = self.log_scale.clamp(max=MAX_LOG_SCALE).exp()
+        return q * (scale / _norm(q)).to(q.dtype), k * _norm(k).reciprocal().to(k.dtype)
+
+
+class DotSimilarity(nn.Module):
+    """Prepares queries and keys so that their product is q.k / sqrt(d)."""
+
+    def __init__(self, num_heads: int, head_width: int) -> None:
+        super().__init__()
+        self.scale = head_width**-0.5
+
+    def forward(
+        self, q: Float[Tensor, "BG h N d"], k: Float[Tensor, "BG h N d"]
+    ) -> tuple[Float[Tensor, "BG h N d"], Float[Tensor, "BG h N d"]]:
+        return q * self.scale, k
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+class PositionBias(nn.Module):
+    """Maps the offset of two positions of a window to one score per head: squash(MLP(log-spaced offset)) (section 3.3).
+
+    Args:
+        squash: applied to the MLP's output.
+    """
+
+    def __init__(self, side: int, pretrained: int, num_heads: int, *, squash: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.side, self.pretrained, self.squash = side, pretrained, squash
+        self.mlp = nn.Sequential(
+            nn.Linear(2, BIAS_HIDDEN), nn.ReLU(inplace=True), nn.Linear(BIAS_HIDDEN, num_heads, bias=False)
+        )
+        self.coordinates = nn.Buffer(torch.empty((2 * side - 1) ** 2, 2), persistent=False)
+        self.index = nn.Buffer(torch.empty(side**4, dtype=torch.int64), persistent=False)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Compute what does not depend on weights (again, after `to_empty`)."""
+        self.coordinates.copy_(relative_coordinates(self.side, self.pretrained))
+        self.index.copy_(relative_index(self.side))
+
+    def forward(self) -> Float[Tensor, "h N N"]:
+        table_hM = self.squash(self.mlp(self.coordinates)).t()
+        return table_hM.index_select(1, self.index).view(-1, self.side**2, self.side**2)
+
+
+def bounded(x: Tensor) -> Tensor:
+    """Squash a position bias into (0, 16), as SwinV2 does."""
+    return 16.0 * torch.sigmoid(x)
+
+
+def attend(
+    q: Float[Tensor, "BG h N d"],
+    k: Float[Tensor, "BG h N d"],
+    v: Float[Tensor, "BG h N d"],
+    bias: Float[Tensor, "G h N N"],
+    dropout: float,
+) -> Float[Tensor, "BG h N d"]:
+    """Return softmax(q k^T + bias) v; bias is one for all windows (G = 1) or one for each window of a map."""
+    if q.device.type == "cpu" and torch.is_grad_enabled():  # a bias that wants a gradient leaves no fused kernel there
+        scores = (q @ k.transpose(-2, -1)).unflatten(0, (-1, bias.shape[0])) + bias
+        weights = F.dropout(scores.softmax(-1), dropout, dropout > 0).flatten(0, 1)
+        return weights.to(v.dtype) @ v
+    repeats = 1 if bias.shape[0] == 1 else q.shape[0] // bias.shape[0]
+    mask = bias.to(q.dtype).repeat(repeats, 1, 1, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """What window attention is made of.
+
+    Attributes:
+        window: side of a window. pretrained_window: that in pre-training, 0 for the same as now.
+        similarity: (num_heads, head_width) -> module that prepares queries and keys.
+        squash: applied to the position bias.
+        qkv_bias: whether queries and values have a bias. key_bias: whether keys then have one too.
+        dropout: on attention weights and output.
+    """
+
+    width: int
+    num_heads: int
+    window: int
+    pretrained_window: int
+    similarity: Callable[[int, int], nn.Module]
+    squash: Callable[[Tensor], Tensor]
+    qkv_bias: bool = True
+    key_bias: bool = False
+    dropout: float = 0.0
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention inside windows with position bias."""
+
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__()
+        width, self.num_heads, self.dropout = config.width, config.num_heads, config.dropout
+        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias and config.key_bias)
+        separate = config.qkv_bias and not config.key_bias
+        self.q_bias = nn.Parameter(torch.zeros(width)) if separate else None
+        self.v_bias = nn.Parameter(torch.zeros(width)) if separate else None
+        self.similarity = config.similarity(self.num_heads, width // self.num_heads)
+        self.position_bias = PositionBias(config.window, config.pretrained_window, self.num_heads, squash=config.squash)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Float[Tensor, "B G N C"], mask: Float[Tensor, "G N N"] | None) -> Float[Tensor, "B G N C"]:
+        B, G, N, C = x.shape
+        qkv = F.linear(x, self.qkv.weight, self._bias()).view(B * G, N, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k = self.similarity(q, k)
+        bias = self.position_bias()[None]
+        bias = bias if mask is None else bias + mask[:, None]
+        rate = self.dropout if self.training else 0.0
+        y = attend(q, k, v, bias, rate).transpose(1, 2).reshape(B, G, N, C)
+        return F.dropout(self.proj(y), rate, self.training)
+
+    def _bias(self) -> Tensor | None:
+        if self.q_bias is None or self.v_bias is None:
+            return self.qkv.bias
+        return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
