@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import _CheckpointFrame
 
 T = TypeVar("T")
 
@@ -108,7 +109,5 @@ def _checkpoint_frame() -> object | None:
     if not inspect.isfunction(pack):
         return None
     held = inspect.getclosurevars(pack).nonlocals
-    if "frame" in held:
-        return held["frame"]
-    reference = held.get("target_frame_ref")
-    return None if reference is None else reference()
+    frame = held["target_frame_ref"]() if "target_frame_ref" in held else held.get("frame")
+    return frame if isinstance(frame, _CheckpointFrame) else None

@@ -152,6 +152,32 @@ def test_plan_and_agreed_capacity_are_asked_once():
     assert (strategy.chosen, strategy.agreed) == (2, 2)
 
 
+def test_accumulated_steps_sum_up_with_and_without_checkpointing():
+    xs = [torch.randn(9, D, dtype=torch.float64) for _ in range(3)]
+    model = block()
+    wanted = step(model, xs, [plain] * 3)
+    for run in (plain, checkpointed):
+        torch.manual_seed(7)
+        model.zero_grad()
+        for x in xs:
+            (run(model, x).square().mean() + aux_loss(model)).backward()
+        for name, p in model.named_parameters():
+            assert_close(f"gradient of {name}", p.grad, wanted[name])
+
+
+def test_hooks_of_others_on_saved_tensors_are_no_checkpoint():
+    model, xs = block(), [torch.randn(9, D, dtype=torch.float64)]
+
+    def offloaded(m, x):
+        with torch.autograd.graph.save_on_cpu():
+            return m(x)
+
+    wanted = step(model, xs, [plain])
+    got = step(model, xs, [offloaded])
+    for name, grad in wanted.items():
+        assert_close(f"gradient of {name}", got[name], grad)
+
+
 def test_backward_twice_recomputes_twice():
     model, x = block(), torch.randn(9, D, dtype=torch.float64)
     torch.manual_seed(3)
