@@ -8,10 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from synchromesh.kernels.fused_mlp import cpu as fused_mlp_cpu
 from synchromesh.kernels.fused_mlp import reference as fused_mlp_reference
 from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights
+from synchromesh.kernels.grouped_mm import cpu as grouped_mm_cpu
 from synchromesh.kernels.grouped_mm import reference as grouped_mm_reference
+from synchromesh.kernels.permute import cpu as permute_cpu
 from synchromesh.kernels.permute import reference as permute_reference
+from synchromesh.kernels.positions import cpu as positions_cpu
 from synchromesh.kernels.positions import reference as positions_reference
 
 __all__ = ["CPU", "REFERENCE", "Activation", "Kernels", "MLPWeights", "kernels_for"]
@@ -49,7 +53,14 @@ REFERENCE = Kernels(
     fused_mlp=fused_mlp_reference.fused_mlp,
     fuses=_fuses_nothing,
 )
-CPU = REFERENCE
+CPU = Kernels(
+    positions=positions_cpu.positions,
+    gather=permute_cpu.gather,
+    combine=permute_cpu.combine,
+    grouped_mm=grouped_mm_cpu.grouped_mm,
+    fused_mlp=fused_mlp_cpu.fused_mlp,
+    fuses=fused_mlp_cpu.fuses,
+)
 
 
 def kernels_for(device: torch.device) -> Kernels:

@@ -1,0 +1,122 @@
+"""grouped_mm on a CPU: a loop of matrix products into one preallocated buffer.
+
+Not torch's own grouped_mm: it refuses float64, unaligned strides and expanded gradients, and compiles in bfloat16
+only. Not indexing under autograd: each `weight[e]` would cost a zero gradient of the size of all experts.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from synchromesh.kernels.autocast import autocast
+
+
+def grouped_mm(
+    rows: Float[Tensor, "R I"],
+    weight: Float[Tensor, "E I O"],
+    ends: Int[Tensor, " E"],
+    bias: Float[Tensor, "E O"] | None = None,
+) -> Float[Tensor, "R O"]:
+    """Multiply each expert's rows by its matrix and add its bias; the tail is left as it is.
+
+    Raises ValueError where rows, weight and bias are not of one dtype.
+    """
+    rows, parts = autocast(rows, [weight, bias])
+    others = {part.dtype for part in parts if part is not None} - {rows.dtype}
+    if others:
+        raise ValueError(
+            f"got rows of {rows.dtype} and expert weights of {others}, wanted one dtype: "
+            "convert the module or the input, or use torch.autocast"
+        )
+    return _grouped_mm(rows, parts[0], ends, parts[1])
+
+
+def row_ranges(ends: Tensor) -> list[tuple[int, int]]:
+    """Return the range of rows of each expert."""
+    return list(pairwise([0, *ends.tolist()]))
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """Write a·b + bias into out, which may be a transposed view."""
+    if not out.is_contiguous() and out.t().is_contiguous() and bias is None:
+        a, b, out = b.t(), a.t(), out.t()
+    if bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
+
+
+@torch.library.custom_op(
+    "synchromesh::grouped_mm_cpu",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor rows, Tensor weight, Tensor ends, Tensor? bias) -> Tensor",
+)
+def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
+    out = rows.new_empty(rows.shape[0], weight.shape[2])
+    for expert, (start, stop) in enumerate(row_ranges(ends)):
+        if stop > start:
+            multiply(rows[start:stop], weight[expert], out[start:stop], None if bias is None else bias[expert])
+    return out
+
+
+@_grouped_mm.register_fake
+def _(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[2])
+
+
+@torch.library.custom_op(
+    "synchromesh::grouped_mm_backward_cpu",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor grad, Tensor? rows, Tensor weight, Tensor ends, bool[] needs) -> (Tensor, Tensor, Tensor)",
+)
+def _grouped_mm_backward(
+    grad: Tensor, rows: Tensor | None, weight: Tensor, ends: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad = grad.contiguous()
+    d_rows, d_weight, d_bias = _room(grad, rows, weight, ends, needs)
+    for expert, (start, stop) in enumerate(row_ranges(ends)):
+        d_out = grad[start:stop]
+        if needs[0] and stop > start:
+            multiply(d_out, weight[expert].t(), d_rows[start:stop])
+        if rows is not None:
+            multiply(rows[start:stop].t(), d_out, d_weight[expert])  # zero where there are no rows
+        if needs[2]:
+            torch.sum(d_out, 0, out=d_bias[expert])
+    if needs[0]:
+        d_rows[int(ends[-1]) :] = 0
+    return d_rows, d_weight, d_bias
+
+
+@_grouped_mm_backward.register_fake
+def _room(
+    grad: Tensor, rows: Tensor | None, weight: Tensor, ends: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return room for each gradient that is needed, and nothing for the others."""
+    return (
+        grad.new_empty(grad.shape[0], weight.shape[1]) if needs[0] else grad.new_empty(0),
+        torch.empty_like(weight) if needs[1] else grad.new_empty(0),
+        grad.new_empty(weight.shape[0], weight.shape[2]) if needs[2] else grad.new_empty(0),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, weight, ends, _ = inputs
+    needs_rows, needs_weight, _, needs_bias = ctx.needs_input_grad
+    ctx.needs = [needs_rows, needs_weight, needs_bias]
+    ctx.save_for_backward(rows if needs_weight else None, weight, ends)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    d_rows, d_weight, d_bias = _grouped_mm_backward(grad, *ctx.saved_tensors, ctx.needs)
+    needs_rows, needs_weight, needs_bias = ctx.needs
+    return d_rows if needs_rows else None, d_weight if needs_weight else None, None, d_bias if needs_bias else None
+
+
+_grouped_mm.register_autograd(_backward, setup_context=_setup)
