@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.export import register_dataclass
 from torch.utils.checkpoint import checkpoint
 
+from synchromesh.experts import Experts
 from synchromesh.models.window_attention import (
     AttentionConfig,
     CosineSimilarity,
@@ -33,6 +34,7 @@ from synchromesh.models.window_attention import (
     shift_mask,
     to_windows,
 )
+from synchromesh.routing import CosineRouter, TopKRouter
 
 FeedForwardFactory = Callable[[int, int, int], nn.Module]
 """(stage, block, width) -> the block's feed-forward module, [... width] -> [... width]."""
@@ -385,7 +387,7 @@ class SwinV2(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise as the release does: truncated normal weights, zero biases, norms that end branches as configured.
 
-        The feed-forward modules of a custom factory keep their own initialisation, but for the linear layers in them.
+        Experts and linear routers count as weights and biases; other modules of a custom factory keep their own.
         """
         for module in self.modules():
             _reset(module, self.config.init_std)
@@ -454,7 +456,13 @@ def _reset(module: nn.Module, std: float) -> None:
         nn.init.trunc_normal_(module.weight, std=std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm | nn.Conv2d | CosineSimilarity):
+    elif isinstance(module, Experts | TopKRouter):
+        for name, parameter in module.named_parameters(recurse=False):
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.trunc_normal_(parameter, std=std)
+    elif isinstance(module, nn.LayerNorm | nn.Conv2d | CosineSimilarity | CosineRouter):
         module.reset_parameters()
     elif isinstance(module, WindowAttention) and module.q_bias is not None and module.v_bias is not None:
         nn.init.zeros_(module.q_bias)
