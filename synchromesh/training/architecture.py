@@ -8,39 +8,49 @@ from typing import final
 from torch import nn
 
 from synchromesh.capacity import Capacity, Dropless, FixedCapacity, batch_prioritized, token_order
-from synchromesh.experts import MLPExperts
 from synchromesh.layer import MoE
 from synchromesh.losses import ImportanceLoad, LoadBalance
-from synchromesh.models.swin_v2 import FeedForward, SwinV2Classifier, SwinV2Config
+from synchromesh.models.swin_v2 import SWIN_V2, SwinV2Classifier, SwinV2Config
+from synchromesh.models.swin_v2_moe import SWIN_MOE, ExpertsConfig, RouterFactory, swin_v2_moe
 from synchromesh.routing import BiasBalance, CosineRouter, TopKRouter
+from synchromesh.training.errors import InputError
+from synchromesh.training.images import Preprocess
 
 
 @dataclass(frozen=True)
 class Swin:
-    """A dense SwinV2; the fields mean what those of `SwinV2Config` do.
+    """Sizes and rates of a SwinV2.
 
     Attributes:
-        checkpointed: recompute blocks in backward instead of keeping their insides. init_std: of all linear weights.
+        embed_dim: width of the first stage; it doubles from stage to stage.
+        depths: blocks of each stage.
+        num_heads: attention heads of each stage.
+        patch_size: side of a patch, pixels.
+        window_size: side of a window, positions.
+        mlp_ratio: hidden width of a feed-forward over its width.
+        drop_path: largest stochastic depth rate.
+        dropout: after the patch embedding and each feed-forward.
+        released_style: pre-norm blocks with dot-product attention, as in the released Swin-MoE, instead of SwinV2's.
+        recompute: compute the blocks again in backward instead of keeping their insides.
+        init_std: standard deviation of the first weights.
+        branch_norm_init: first weight of the norms that end residual branches.
     """
 
     embed_dim: int = 48
     depths: tuple[int, ...] = (2, 4)
     num_heads: tuple[int, ...] = (3, 6)
     patch_size: int = 4
-    window_size: int = 7
+    window_size: int = 4
     mlp_ratio: float = 4.0
     drop_path: float = 0.1
     dropout: float = 0.0
-    checkpointed: bool = False
+    released_style: bool = False
+    recompute: bool = False
     init_std: float = 0.02
     branch_norm_init: float = 1.0
 
-    def build(self, *, num_classes: int, channels: int, image_size: int) -> nn.Module:
-        """Return the classifier: images [B, channels, H, W] to logits [B, num_classes]."""
-        return SwinV2Classifier(self.settings(channels=channels, image_size=image_size), num_classes)
-
     def settings(self, *, channels: int, image_size: int) -> SwinV2Config:
-        """Return the model's own configuration."""
+        """Return the model's own configuration for images of this kind."""
         return SwinV2Config(
             image_size=image_size,
             patch_size=self.patch_size,
@@ -53,23 +63,29 @@ class Swin:
             mlp_ratio=self.mlp_ratio,
             drop_path=self.drop_path,
             dropout=self.dropout,
-            checkpointed=self.checkpointed,
+            checkpointed=self.recompute,
             init_std=self.init_std,
             branch_norm_init=self.branch_norm_init,
+            style=SWIN_MOE if self.released_style else SWIN_V2,
         )
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertLayers:
     """The MoE layers of a model.
 
     Attributes:
-        count: E. k: experts per token. blocks: per stage, the blocks whose feed-forward becomes a MoE layer.
-        capacity_factor: room per expert over an even load; 0 drops nothing. prioritized: who is surest is served first
-            (batch-prioritised routing), else token order.
-        cosine: the cosine router instead of the linear one. noise: on the logits while training, times E.
-        loss: keeps the load even. bias_rate: balance by a bias of the selection, at this rate; 0 for none.
-        dropout: in the experts. down_bias: whether their second bias is there.
+        count: experts of each layer, E.
+        k: experts per token.
+        blocks: for each stage, the blocks whose feed-forward becomes a MoE layer, from 0.
+        capacity_factor: room per expert over an even load; 0 drops nothing.
+        prioritized: serve the surest tokens first (batch-prioritised routing), else in their order.
+        cosine: the cosine router instead of the linear one.
+        noise: on the logits while training, times E.
+        loss: keeps the load even.
+        bias_rate: balance by a bias of the selection that moves at this rate; 0 for none. Linear router only.
+        dropout: in the experts.
+        down_bias: whether feed-forwards, experts or not, have an output bias.
     """
 
     count: int = 8
@@ -84,21 +100,33 @@ class Experts:
     dropout: float = 0.0
     down_bias: bool = True
 
-    def capacity(self) -> Capacity:
+    def settings(self) -> ExpertsConfig:
+        """Return the model's own configuration."""
+        return ExpertsConfig(
+            num_experts=self.count,
+            k=self.k,
+            blocks=self.blocks,
+            router=self._router(),
+            capacity=self._capacity(),
+            losses=() if self.loss is None else (self.loss,),
+            dropout=self.dropout,
+            down_bias=self.down_bias,
+        )
+
+    def _capacity(self) -> Capacity:
         if self.capacity_factor == 0:
             return Dropless()
         return FixedCapacity(self.capacity_factor, priority=batch_prioritized if self.prioritized else token_order)
 
-    def layer(self, width: int, hidden: int) -> MoE:
-        """Return one MoE layer of this kind."""
+    def _router(self) -> RouterFactory:
         if self.cosine:
-            router: nn.Module = CosineRouter(width, self.count, k=self.k, noise=self.noise)
-        else:
-            balance = BiasBalance(self.count, self.bias_rate) if self.bias_rate > 0 else None
-            router = TopKRouter(width, self.count, k=self.k, noise=self.noise, balance=balance)
-        experts = MLPExperts(self.count, width, hidden=hidden, down_bias=self.down_bias, dropout=self.dropout)
-        losses = () if self.loss is None else (self.loss,)
-        return MoE(router, experts, capacity=self.capacity(), losses=losses)
+            return lambda width, count, k: CosineRouter(width, count, k=k, noise=self.noise)
+
+        def linear(width: int, count: int, k: int) -> nn.Module:
+            balance = BiasBalance(count, self.bias_rate) if self.bias_rate > 0 else None
+            return TopKRouter(width, count, k=k, noise=self.noise, balance=balance)
+
+        return linear
 
 
 @final
@@ -108,8 +136,9 @@ class DenseSwin:
 
     swin: Swin = field(default_factory=Swin)
 
-    def build(self, *, num_classes: int, channels: int, image_size: int) -> nn.Module:
-        return self.swin.build(num_classes=num_classes, channels=channels, image_size=image_size)
+    def build(self, num_classes: int, *, channels: int, image_size: int) -> nn.Module:
+        """Return the classifier: images [B, channels, H, W] to logits [B, num_classes]."""
+        return SwinV2Classifier(self.swin.settings(channels=channels, image_size=image_size), num_classes)
 
 
 @final
@@ -118,26 +147,27 @@ class SwinMoE:
     """A SwinV2 classifier with MoE layers in some blocks."""
 
     swin: Swin = field(default_factory=Swin)
-    experts: Experts = field(default_factory=Experts)
+    experts: ExpertLayers = field(default_factory=ExpertLayers)
 
-    def build(self, *, num_classes: int, channels: int, image_size: int) -> nn.Module:
+    def build(self, num_classes: int, *, channels: int, image_size: int) -> nn.Module:
         """Return the classifier: images [B, channels, H, W] to logits [B, num_classes]."""
-        if len(self.experts.blocks) != len(self.swin.depths):
-            raise ValueError(
-                f"experts.blocks names {len(self.experts.blocks)} stages, the model has {len(self.swin.depths)}"
-            )
-
-        def ffn(stage: int, block: int, width: int) -> nn.Module:
-            hidden = round(self.swin.mlp_ratio * width)
-            if block in self.experts.blocks[stage]:
-                return self.experts.layer(width, hidden)
-            return FeedForward(width, hidden, dropout=self.swin.dropout)
-
         settings = self.swin.settings(channels=channels, image_size=image_size)
-        return SwinV2Classifier(settings, num_classes, ffn=ffn)
+        return swin_v2_moe(settings, num_classes, experts=self.experts.settings())
 
 
 Architecture = SwinMoE | DenseSwin
+
+
+def build_classifier(architecture: Architecture, preprocess: Preprocess, num_classes: int) -> nn.Module:
+    """Build the model for these images and classes.
+
+    Raises:
+        InputError: its settings contradict each other.
+    """
+    try:
+        return architecture.build(num_classes, channels=preprocess.channels, image_size=preprocess.image_size)
+    except ValueError as error:
+        raise InputError(f"the model cannot be built: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def decode(wanted: type[Value], data: Any) -> Value:
     Raises:
         ValueError: a field is unknown, missing or of another type; the message names it by its dotted path.
     """
-    return _decode(wanted, data, wanted.__name__)
+    return _decode(wanted, data, getattr(wanted, "__name__", "value"))
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -31,6 +31,7 @@ from synchromesh.training.loader import EpochPlace, steps_per_epoch, train_batch
 from synchromesh.training.metrics import NAME, MetricsWriter, drop_rate, load_shares
 from synchromesh.training.optim import build_optimizer, make_schedule
 from synchromesh.training.sources import Splits
+from synchromesh.training.start import still
 from synchromesh.training.step import prepare, train_step
 from synchromesh.training.window import Window
 
@@ -165,6 +166,7 @@ class _Loop:
         epoch, first = divmod(self.standing.step, job.epoch_steps)
         place = EpochPlace(config.seed, epoch, first)
         self.model.train()
+        still(self.model, config.start.freeze)
         batches = train_batches(
             job.images.train, config.batch_size, place=place, crop=config.augment.crop, loading=config.loading
         )

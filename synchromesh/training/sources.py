@@ -82,10 +82,7 @@ class ImageFolder:
 
     def load(self, preprocess: Preprocess) -> Splits:
         """List the files; nothing is decoded yet. Raises InputError, with what is missing."""
-        if not self.path.is_dir():
-            raise InputError(
-                f"the data folder {self.path} does not exist" if not self.path.exists() else _not_dir(self)
-            )
+        _check_folder(self.path)
         train, test = self.path / "train", self.path / "val"
         if train.is_dir() and not test.is_dir():
             raise InputError(f"{self.path} has train/ but no val/: give both, or the class folders themselves")
@@ -97,6 +94,19 @@ class ImageFolder:
             return Splits(_from_files(train, classes, preprocess), _from_files(test, classes, preprocess))
         everything = _from_files(self.path, _class_names(self.path), preprocess)
         return _split_at_random(everything, self.test_share, self.split_seed)
+
+    def load_all(self, preprocess: Preprocess, classes: tuple[str, ...]) -> Images:
+        """List every image to score a model of these classes on: those of val/, or of the class folders themselves.
+
+        Raises:
+            InputError: the folder is missing or empty, or has a class that is not among these.
+        """
+        _check_folder(self.path)
+        folder = self.path / "val" if (self.path / "val").is_dir() else self.path
+        extra = sorted(set(_class_names(folder)) - set(classes))
+        if extra:
+            raise InputError(f"{folder} has the class {extra[0]!r}, which the model has not: it knows {_few(classes)}")
+        return _from_files(folder, classes, preprocess)
 
 
 Source = MnistDigits | ScikitDigits | ImageFolder
@@ -171,5 +181,13 @@ def _from_files(folder: Path, classes: tuple[str, ...], preprocess: Preprocess) 
     return FileImages(torch.tensor(labels, dtype=torch.int64), classes, preprocess, tuple(paths))
 
 
-def _not_dir(source: ImageFolder) -> str:
-    return f"the data folder {source.path} is a file: give a folder of class folders"
+def _check_folder(path: Path) -> None:
+    if not path.exists():
+        raise InputError(f"the data folder {path} does not exist")
+    if not path.is_dir():
+        raise InputError(f"the data folder {path} is a file: give a folder of class folders")
+
+
+def _few(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:5])
+    return f"{shown}, ... ({len(names)} in all)" if len(names) > 5 else shown

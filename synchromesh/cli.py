@@ -1,0 +1,220 @@
+"""The `synchromesh` command: parsing only. Names on the command line select recipes and commands here, nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+from rich.console import Console
+
+from synchromesh.commands.evaluate import EvalRequest, run_eval
+from synchromesh.commands.predict import PredictRequest, run_predict
+from synchromesh.commands.report import run_report
+from synchromesh.commands.train import train
+from synchromesh.recipes.catalog import RECIPES
+from synchromesh.training.config import TrainConfig
+from synchromesh.training.errors import InputError
+from synchromesh.training.loader import Loading
+from synchromesh.training.sources import ImageFolder
+
+USAGE = """\
+usage: synchromesh COMMAND ...
+
+  train RECIPE        train a model from a recipe, its settings changed as you like
+  eval RUN            score a trained model, class by class
+  predict IMAGE ...   name what a trained model sees in image files
+  report RUN          write report.html of a run, finished or not
+
+examples:
+  synchromesh train demo                          a SwinV2-MoE learns digits, on a CPU, in minutes
+  synchromesh train demo --optim.lr 1e-3 --epochs 5 --run runs/quick
+  synchromesh train demo --run runs/quick --resume
+  synchromesh train finetune_1k --data photos/ --start.weights runs/big --start.freeze moe
+  synchromesh eval runs/demo
+  synchromesh predict digit.png another.png --run runs/demo --json
+
+synchromesh COMMAND --help says more.
+"""
+
+Options = TypeVar("Options")
+OUT = Console()
+ERRORS = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of `train`.
+
+    Attributes:
+        run: folder of the run; runs/RECIPE if not given. A run that is there already is moved aside, never deleted.
+        data: folder of images, instead of the recipe's: train/ and val/ with one folder per class, or the class
+            folders themselves.
+        resume: continue what was begun in the run folder; a crash loses nothing that was saved.
+        on_bad_image: stop at an unreadable image, or skip it and count.
+        tensorboard: also write TensorBoard events.
+    """
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    run: Path | None = None
+    data: Annotated[Path | None, tyro.conf.arg(name="data")] = None
+    resume: bool = False
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Options of `eval`.
+
+    Attributes:
+        run: folder of the run.
+        data: folder of images to score on, instead of the run's own test images.
+        best: the checkpoint of the best evaluation, instead of the last epoch's.
+        on_bad_image: stop at an unreadable image, or skip it and count.
+        json: print one JSON object.
+    """
+
+    run: tyro.conf.Positional[Path]
+    data: Path | None = None
+    best: bool = False
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Options of `predict`.
+
+    Attributes:
+        images: image files; a run folder may stand first, instead of --run.
+        run: folder of a run, or of a checkpoint.
+        top: classes to name for each image.
+        best: the checkpoint of the best evaluation, instead of the last epoch's.
+        on_bad_image: stop at an unreadable image, or skip it and end with exit code 2.
+        json: print one JSON object a line.
+    """
+
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    run: Path | None = None
+    top: int = 3
+    best: bool = False
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Options of `report`.
+
+    Attributes:
+        run: folder of the run.
+    """
+
+    run: tyro.conf.Positional[Path]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; return its exit code: 0 done, 2 for what the user can mend, others as the command says."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        OUT.print(USAGE, highlight=False, markup=False, soft_wrap=True, end="")
+        return 0 if given else 2
+    try:
+        if given[0] not in COMMANDS:
+            raise InputError(f"there is no command {given[0]!r}: wanted one of {', '.join(COMMANDS)}")
+        return COMMANDS[given[0]](given[1:])
+    except InputError as error:
+        ERRORS.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stderr.close()
+        return 141
+
+
+def _train(given: list[str]) -> int:
+    if not given or given[0] in ("-h", "--help"):
+        OUT.print(_recipes(), highlight=False, markup=False, soft_wrap=True, end="")
+        return 0 if given else 2
+    name, *rest = given
+    if name not in RECIPES:
+        raise InputError(f"there is no recipe {name!r}: wanted one of {', '.join(RECIPES)}")
+    about = f"Train by the recipe {name}. Every setting below can be changed, such as --epochs 5 or --optim.lr 1e-3."
+    options = _parse(
+        TrainOptions, rest, prog=f"synchromesh train {name}", about=about, default=TrainOptions(RECIPES[name]())
+    )
+    config = _overridden(options)
+    return train(config, options.run or Path("runs") / name, resume=options.resume, console=OUT)
+
+
+def _overridden(options: TrainOptions) -> TrainConfig:
+    config = options.config
+    if options.data is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=ImageFolder(options.data)))
+    if options.on_bad_image == "skip":
+        loading = dataclasses.replace(config.loading, skip_bad_images=True)
+        config = dataclasses.replace(config, loading=loading)
+    if options.tensorboard:
+        config = dataclasses.replace(config, keep=dataclasses.replace(config.keep, tensorboard=True))
+    return config
+
+
+def _recipes() -> str:
+    lines = ["usage: synchromesh train RECIPE [--run DIR] [--data DIR] [--resume] [any setting of the recipe]", ""]
+    for name, recipe in RECIPES.items():
+        about = (sys.modules[recipe.__module__].__doc__ or "").partition("\n")[0].partition(": ")[2]
+        lines.append(f"  {name:18}  {about}")
+    lines += ["", "synchromesh train RECIPE --help lists every setting with its default.", ""]
+    return "\n".join(lines)
+
+
+def _eval(given: list[str]) -> int:
+    about = "Score a trained model on its test images, or on a folder of yours: accuracy by class and expert load."
+    options = _parse(EvalOptions, given, prog="synchromesh eval", about=about)
+    loading = Loading(skip_bad_images=options.on_bad_image == "skip")
+    request = EvalRequest(options.run, options.data, options.best, loading, as_json=options.json)
+    return run_eval(request, console=OUT)
+
+
+def _predict(given: list[str]) -> int:
+    about = (
+        "Name what a trained model sees in image files (JPEG, PNG, WebP; grey or colour, any size).\n\n"
+        "  synchromesh predict digit.png --run runs/demo\n"
+        "  synchromesh predict runs/demo *.png --json"
+    )
+    options = _parse(PredictOptions, given, prog="synchromesh predict", about=about)
+    run, images = options.run, options.images
+    if run is None and images and images[0].is_dir():
+        run, images = images[0], images[1:]
+    if run is None:
+        raise InputError("no run given: name the folder of a trained model, such as --run runs/demo")
+    request = PredictRequest(run, images, options.top, options.best, options.on_bad_image == "skip", options.json)
+    return run_predict(request, console=OUT, errors=ERRORS)
+
+
+def _report(given: list[str]) -> int:
+    about = "Write report.html into the folder of a run: curves, expert load, throughput, all in one file."
+    options = _parse(ReportOptions, given, prog="synchromesh report", about=about)
+    return run_report(options.run, console=OUT)
+
+
+def _parse(kind: type[Options], given: list[str], *, prog: str, about: str, default: Options | None = None) -> Options:
+    settings = (tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues)
+    try:
+        if default is None:
+            return tyro.cli(kind, args=given, prog=prog, description=about, config=settings)
+        return tyro.cli(kind, args=given, prog=prog, description=about, config=settings, default=default)
+    except ValueError as error:  # a configuration refuses its values
+        raise InputError(str(error)) from error
+
+
+COMMANDS: Mapping[str, Callable[[list[str]], int]] = MappingProxyType(
+    {"train": _train, "eval": _eval, "predict": _predict, "report": _report}
+)

@@ -1,0 +1,125 @@
+"""What a run looks like while it runs: a live table on a terminal, a few plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any, Final, final
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from synchromesh.training.loop import Event
+
+_BARS = "▁▂▃▄▅▆▇█"
+PLAIN_SECONDS: Final = 20.0  # between two lines of training where no terminal shows them live
+
+
+@final
+class RunProgress:
+    """Shows the events of one model's training; use it as a context manager.
+
+    Args:
+        console: a terminal gets the live view, anything else plain lines.
+        title: names the model.
+    """
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._console, self._title = console, title
+        self._train: dict[str, Any] = {}
+        self._test: dict[str, Any] = {}
+        self._loss: float | None = None
+        self._printed_at = time.monotonic()
+        self._bar = Progress(
+            TextColumn(f"[bold]{title}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("steps ·"),
+            TimeElapsedColumn(),
+            TextColumn("· left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task(title, total=None)
+        self._live = Live(self, console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> RunProgress:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def __rich__(self) -> Group:
+        return Group(self._bar, self._numbers(), self._loads())
+
+    def tell(self, event: Event) -> None:
+        """Take in one event of the loop."""
+        self._bar.update(self._task, completed=event.step, total=event.total)
+        if event.kind == "step":
+            self._loss = event.line["loss"]
+        elif event.kind == "note":
+            self._console.print(event.text, style="yellow", highlight=False)
+        elif event.kind == "train":
+            self._train = event.line
+            if not self._console.is_terminal and time.monotonic() - self._printed_at > PLAIN_SECONDS:
+                self._print(event)
+        elif event.kind == "test":
+            self._test = event.line
+            self._print(event)
+
+    def _print(self, event: Event) -> None:
+        self._printed_at = time.monotonic()
+        line = event.line
+        text = f"{self._title}  epoch {line['epoch']:6.2f}  step {event.step}/{event.total}  {event.kind:5}"
+        text += f"  loss {line['loss']:.4f}  accuracy {line['accuracy']:.2%}  {line['images_per_second']:,.0f} images/s"
+        if line["load"]:
+            text += f"  dropped {line['drop_rate']:.1%}"
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def _numbers(self) -> Table:
+        table = Table.grid(padding=(0, 3))
+        train, test = self._train, self._test
+        loss = "-" if self._loss is None else f"{self._loss:.4f}"
+        table.add_row(
+            f"loss {loss}",
+            _number(train, "accuracy", "training accuracy {:.1%}"),
+            _number(test, "accuracy", "[bold green]test accuracy {:.2%}[/]"),
+            _number(train, "images_per_second", "{:,.0f} images/s"),
+            _number(train, "drop_rate", "dropped {:.1%}") if train.get("load") else "",
+            _number(train, "learning_rate", "learning rate {:.2e}"),
+        )
+        return table
+
+    def _loads(self) -> Table:
+        table = Table.grid(padding=(0, 1))
+        for layer, shares in self._train.get("load", {}).items():
+            table.add_row(Text(f"{layer}", style="dim"), load_bar(shares), Text(_extremes(shares), style="dim"))
+        return table
+
+
+def load_bar(shares: list[float]) -> Text:
+    """Draw one bar per expert: half height is its fair part 1/E, red is under a tenth of it.
+
+    >>> load_bar([0.5, 0.5, 0.0, 0.0]).plain
+    '██▁▁'
+    """
+    bar = Text()
+    for share in shares:
+        relative = share * len(shares)
+        height = min(len(_BARS) - 1, round(relative / 2 * (len(_BARS) - 1)))
+        bar.append(_BARS[height], style="red" if relative < 0.1 else "cyan")
+    return bar
+
+
+def _extremes(shares: list[float]) -> str:
+    return f"{len(shares)} experts, load {min(shares):.1%} to {max(shares):.1%}"
+
+
+def _number(line: dict[str, Any], name: str, form: str) -> str:
+    return form.format(line[name]) if name in line else ""

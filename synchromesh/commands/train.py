@@ -1,0 +1,183 @@
+"""`synchromesh train`: from a configuration to a finished run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from synchromesh.commands.progress import RunProgress
+from synchromesh.commands.report import report_if_possible
+from synchromesh.training import seeds
+from synchromesh.training.architecture import Architecture, DenseSwin, ModelSize, build_classifier, model_size
+from synchromesh.training.config import TrainConfig
+from synchromesh.training.durable import write_json
+from synchromesh.training.errors import InputError, NonFiniteError, StoppedError
+from synchromesh.training.interrupt import StopWish, stop_on_signals
+from synchromesh.training.loop import Job, Outcome, fit
+from synchromesh.training.run_folder import (
+    CHECKPOINTS,
+    SUMMARY,
+    TWIN,
+    claimed,
+    identity,
+    prepare_folder,
+    read_summary,
+)
+from synchromesh.training.sources import Splits, take_shots
+from synchromesh.training.start import Loaded, freeze, load_weights
+from synchromesh.training.summary import Finished, summarize
+
+NON_FINITE = 3  # exit code of a run that NaN or infinity stopped
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One model of a run: its architecture, where it is kept and what it is called on the screen."""
+
+    architecture: Architecture
+    folder: Path
+    title: str
+
+
+def train(config: TrainConfig, folder: Path, *, resume: bool, console: Console) -> int:
+    """Train the model of a configuration, and its twin if it has one; return the exit code.
+
+    0: finished. 3: stopped by NaN or infinity. 128 + n: stopped by signal n, saved, `--resume` continues.
+
+    Raises:
+        InputError: settings, data or the folder cannot be used.
+    """
+    images = _load_images(config)
+    if resume and read_summary(folder) is not None:
+        prepare_folder(folder, config, resume=True)
+        console.print(f"{folder} is finished; nothing is left to do")
+        _closing_table(console, read_summary(folder) or {}, folder)
+        return 0
+    note = prepare_folder(folder, config, resume=resume)
+    if note:
+        console.print(note, style="yellow", highlight=False, soft_wrap=True)
+    with claimed(folder), stop_on_signals() as stop:
+        try:
+            summary = _train_all(config, folder, images, stop, console)
+        except StoppedError as stopped:
+            name = signal.Signals(stopped.signal).name
+            console.print(f"{name}: saved after step {stopped.step}. The same command with --resume continues.")
+            return 128 + stopped.signal
+        except NonFiniteError as error:
+            kept = folder / CHECKPOINTS
+            console.print(f"error: {error}; the last good checkpoint is in {kept}", style="red", soft_wrap=True)
+            return NON_FINITE
+        write_json(folder / SUMMARY, summary)
+    report_if_possible(folder, console=console)
+    _closing_table(console, summary, folder)
+    return 0
+
+
+def _load_images(config: TrainConfig) -> Splits:
+    images = config.data.source.load(config.data.preprocess)
+    if config.data.shots == 0:
+        return images
+    return dataclasses.replace(images, train=take_shots(images.train, config.data.shots, seed=config.seed))
+
+
+def _train_all(config: TrainConfig, folder: Path, images: Splits, stop: StopWish, console: Console) -> dict[str, Any]:
+    device = _device(config.keep.device)
+    console.print(
+        f"{config.name}: {len(images.train):,} images to learn from, {len(images.test):,} to score on, "
+        f"{len(images.train.classes):,} classes · {device} · {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    main = _fit_stage(Stage(config.model, folder, _title(config.model)), config, images, stop, console)
+    twin = None
+    if config.twin is not None:
+        twin = _fit_stage(Stage(config.twin, folder / TWIN, _title(config.twin)), config, images, stop, console)
+    return summarize(config, main, twin, device=device)
+
+
+def _fit_stage(stage: Stage, config: TrainConfig, images: Splits, stop: StopWish, console: Console) -> Finished:
+    device = _device(config.keep.device)
+    preprocess, classes = config.data.preprocess, images.train.classes
+    with seeds.torch_seeded(torch.device("cpu"), config.seed, seeds.INIT):
+        model = build_classifier(stage.architecture, preprocess, len(classes))
+    if config.start.weights is not None:
+        _say_loaded(console, config.start.weights, load_weights(model, config.start.weights))
+    freeze(model, config.start.freeze)
+    size = model_size(model)
+    console.print(f"{stage.title}: {_size(size)}", highlight=False)
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    with RunProgress(console, stage.title) as progress:
+        outcome: Outcome = fit(
+            Job(
+                config=config,
+                model=model.to(device),
+                images=images,
+                folder=stage.folder,
+                identity=identity(stage.architecture, preprocess, classes),
+                stop=stop,
+                tell=progress.tell,
+            )
+        )
+    return Finished(outcome, size)
+
+
+def _device(wanted: str | None) -> torch.device:
+    if wanted is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise InputError(f"there is no device {wanted!r}: wanted such as cpu or cuda:0") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"this machine has no GPU that torch can use, got --keep.device {wanted}")
+    return device
+
+
+def _title(architecture: Architecture) -> str:
+    return "dense" if isinstance(architecture, DenseSwin) else f"MoE, {architecture.experts.count} experts"
+
+
+def _size(size: ModelSize) -> str:
+    active = "" if size.active == size.parameters else f", of which {size.active:,} active per token"
+    return f"{size.parameters:,} parameters{active}"
+
+
+def _say_loaded(console: Console, path: Path, loaded: Loaded) -> None:
+    text = f"{path}: {loaded.taken} tensors taken"
+    if loaded.fresh:
+        text += f"; {len(loaded.fresh)} start afresh, such as {loaded.fresh[0]}"
+    if loaded.unused:
+        text += f"; {len(loaded.unused)} of the file are not used, such as {loaded.unused[0]}"
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def _closing_table(console: Console, summary: dict[str, Any], folder: Path) -> None:
+    table = Table(title=f"recipe {summary['recipe']}, seed {summary['seed']}", title_justify="left")
+    table.add_column("")
+    columns = [("", "MoE" if summary["test_load"] else "dense")]
+    columns += [("dense_", "dense twin")] if "dense_test_accuracy" in summary else []
+    for _, title in columns:
+        table.add_column(title, justify="right")
+    for name, title, form in _ROWS:
+        table.add_row(title, *(form.format(summary[prefix + name]) for prefix, _ in columns))
+    if summary["test_load"]:
+        table.add_row("dead experts", str(summary["dead_experts"]), *[""] * (len(columns) - 1))
+    console.print(table)
+    console.print(f"{folder / SUMMARY} · {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+_ROWS = (
+    ("test_accuracy", "test accuracy", "{:.2%}"),
+    ("test_loss", "test loss, nats", "{:.4f}"),
+    ("train_seconds", "training, seconds", "{:,.0f}"),
+    ("images_per_second", "training, images/s", "{:,.0f}"),
+    ("parameters", "parameters", "{:,}"),
+    ("active_parameters", "active parameters", "{:,}"),
+)

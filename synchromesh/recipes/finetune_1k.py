@@ -1,0 +1,34 @@
+"""finetune_1k: a pre-trained SwinV2-MoE-B on ImageNet-1K, or on any other folder of images.
+
+The paper gives the pre-training in full and of the fine-tuning only the results; these settings are those of SwinV2's
+released fine-tuning from 22K (batch 1,024, 30 epochs, no mixing), with its rates in units of a batch of 512.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from synchromesh.recipes.swinv2_moe_s_22k import EXPERTS, IMAGENET, swin
+from synchromesh.training.architecture import SwinMoE
+from synchromesh.training.augment import Augment
+from synchromesh.training.config import Data, Freeze, Start, TrainConfig
+from synchromesh.training.images import RandomCrop
+from synchromesh.training.optim import Optim
+from synchromesh.training.rand_augment import RandAugment
+from synchromesh.training.sources import ImageFolder
+
+
+def finetune_1k() -> TrainConfig:
+    """Return the fine-tuning recipe; give --start.weights, and --start.freeze moe to keep the MoE layers."""
+    return TrainConfig(
+        name="finetune_1k",
+        model=SwinMoE(swin(128, drop_path=0.2), EXPERTS),
+        data=Data(ImageFolder(Path("imagenet1k")), IMAGENET),
+        augment=Augment(crop=RandomCrop(), flip=0.5, rand_augment=RandAugment(), erase=0.25),
+        optim=Optim(lr=2e-5, warmup_lr=2e-8, final_lr=2e-7, warmup_epochs=5.0, weight_decay=1e-8, clip_norm=5.0),
+        start=Start(weights=Path("runs/swinv2_moe_b_22k"), freeze=Freeze.NOTHING),
+        epochs=30,
+        batch_size=1024,
+        accumulate=8,
+        label_smoothing=0.1,
+    )

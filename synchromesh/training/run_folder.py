@@ -1,0 +1,188 @@
+"""The folder of a run: what lies in it, who may write to it, and what it takes to use its model again.
+
+recipe.json      the configuration as run          metrics.jsonl    see `metrics`
+checkpoints/     see `checkpoint`                  dense/           the same, of the dense twin
+summary.json     written when the run is finished  report.html      for people
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from synchromesh.training.architecture import Architecture, build_classifier
+from synchromesh.training.checkpoint import Checkpoint, best_folder, newest_checkpoint, read_checkpoint
+from synchromesh.training.codec import decode, differences, encode
+from synchromesh.training.config import TrainConfig
+from synchromesh.training.durable import write_json
+from synchromesh.training.errors import InputError
+from synchromesh.training.images import Preprocess
+
+RECIPE, SUMMARY, REPORT, TWIN, CHECKPOINTS, LOCK = (
+    "recipe.json",
+    "summary.json",
+    "report.html",
+    "dense",
+    "checkpoints",
+    ".lock",
+)
+# Parts of a configuration that do not change the numbers, so that a resumed run may have others.
+_FREE = ("keep.", "loading.")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model as a checkpoint holds it, ready to predict.
+
+    Attributes:
+        model: in evaluation mode. classes: names, in the order of the logits. checkpoint: where it came from.
+    """
+
+    model: nn.Module
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    checkpoint: Path
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process alone; it is made where it is missing.
+
+    Raises:
+        InputError: another process trains in it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(f"cannot write to the run folder {folder}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is training in {folder}: wait for it, or give another --run") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def prepare_folder(folder: Path, config: TrainConfig, *, resume: bool) -> str:
+    """Make the folder ready for this configuration, and return what was done about an older run, if anything.
+
+    Without `resume`, an older run is moved aside to `<folder>.1`, `.2` and so on: nothing is ever deleted. With it, the
+    recipe of the folder must be the same, but for what does not change the numbers.
+
+    Raises:
+        InputError: the folder holds other things, belongs to another process, or was begun with other settings.
+    """
+    note = ""
+    if folder.exists() and not resume:
+        note = _set_aside(folder)
+    with claimed(folder):
+        if resume and (folder / RECIPE).is_file():
+            _check_same(folder, config)
+        write_json(folder / RECIPE, encode(config))
+    return note
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """Return the configuration that a run was begun with.
+
+    Raises:
+        InputError: the folder is not that of a run, or its recipe is damaged.
+    """
+    path = folder / RECIPE
+    if not path.is_file():
+        there = "does not exist" if not folder.exists() else f"is not the folder of a run: it has no {RECIPE}"
+        raise InputError(f"{folder} {there}")
+    try:
+        return decode(TrainConfig, json.loads(path.read_text()))
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Return what a finished run reports, None while it is not finished."""
+    path = folder / SUMMARY
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def identity(architecture: Architecture, preprocess: Preprocess, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Return what a checkpoint must say of itself, so that its weights can be used without the run."""
+    return {"model": encode(architecture), "preprocess": encode(preprocess), "classes": list(classes)}
+
+
+def load_trained(path: Path, *, best: bool = False, device: torch.device | None = None) -> Trained:
+    """Load the model of a run folder (its last epoch, or its best one) or of a checkpoint folder.
+
+    Raises:
+        InputError: there is no checkpoint, or it is damaged.
+    """
+    found = _checkpoint(path, best=best)
+    state = found.state
+    architecture = _decoded(Architecture, state["model"], found.folder)
+    preprocess = _decoded(Preprocess, state["preprocess"], found.folder)
+    model = build_classifier(architecture, preprocess, len(state["classes"]))
+    model.load_state_dict(found.weights)
+    return Trained(model.to(device).eval(), tuple(state["classes"]), preprocess, found.folder)
+
+
+def _checkpoint(path: Path, *, best: bool) -> Checkpoint:
+    if (path / "state.json").is_file():
+        return read_checkpoint(path)
+    root = path / CHECKPOINTS
+    if best:
+        folder = best_folder(root)
+        if folder is None:
+            raise InputError(f"{path} kept no best checkpoint: leave --best out for the last epoch")
+        return read_checkpoint(folder)
+    damaged: list[str] = []
+    found = newest_checkpoint(root, damaged=damaged.append)
+    if found is None:
+        why = damaged[0] if damaged else f"{path} holds no checkpoint: is it the folder of a run that has begun?"
+        raise InputError(why)
+    return found
+
+
+def _decoded(wanted: Any, data: Any, folder: Path) -> Any:
+    try:
+        return decode(wanted, data)
+    except ValueError as error:
+        raise InputError(f"{folder} was written by another version: {error}") from error
+
+
+def _check_same(folder: Path, config: TrainConfig) -> None:
+    stored = encode(read_config(folder))
+    changed = [d for d in differences(stored, encode(config)) if not d.startswith(_FREE)]
+    if changed:
+        raise InputError(
+            f"{folder} was begun with other settings ({'; '.join(changed[:4])}): "
+            "resume with the same, or leave --resume out to start anew"
+        )
+
+
+def _set_aside(folder: Path) -> str:
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file: give another --run")
+    kept = [p.name for p in folder.iterdir() if p.name != LOCK]
+    if not kept:
+        return ""
+    if RECIPE not in kept:
+        raise InputError(f"{folder} is not empty and not the folder of a run: give another --run")
+    with claimed(folder):
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+            number += 1
+        folder.rename(aside)
+    if (aside / SUMMARY).is_file():
+        return f"{folder} held a finished run; it is now {aside}"
+    return f"{folder} held an unfinished run (--resume would have continued it); it is now {aside}"

@@ -1,0 +1,108 @@
+"""What training starts from: weights of another run, and what of them stays frozen."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from synchromesh.layer import MoE
+from synchromesh.training.checkpoint import WEIGHTS
+from synchromesh.training.config import Freeze
+from synchromesh.training.errors import InputError
+from synchromesh.training.run_folder import load_trained
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """How much of a model came from a file; names of parameters.
+
+    Attributes:
+        taken: how many were taken. fresh: those that keep their random start, for want of one of the same shape.
+        unused: those of the file that the model has not.
+    """
+
+    taken: int
+    fresh: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def load_weights(model: nn.Module, path: Path) -> Loaded:
+    """Copy every tensor of the same name and shape into the model; a classifier for other classes so stays fresh.
+
+    Raises:
+        InputError: the file cannot be read, or nothing in it fits.
+    """
+    given = _read(path)
+    own = model.state_dict()
+    fits = {name: tensor for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
+    if not fits:
+        raise InputError(f"no tensor of {path} fits the model: it names {_some(given)}, wanted such as {_some(own)}")
+    model.load_state_dict(fits, strict=False)
+    return Loaded(len(fits), tuple(n for n in own if n not in fits), tuple(n for n in given if n not in own))
+
+
+def freeze(model: nn.Module, what: Freeze) -> None:
+    """Switch off the gradients of what is not trained. `still` keeps it in evaluation mode."""
+    for module in frozen_modules(model, what):
+        module.requires_grad_(False)
+
+
+def still(model: nn.Module, what: Freeze) -> None:
+    """Put what is frozen into evaluation mode: no dropout, noise or losses. Call it after `model.train()`."""
+    for module in frozen_modules(model, what):
+        module.eval()
+
+
+def frozen_modules(model: nn.Module, what: Freeze) -> list[nn.Module]:
+    """Return the modules that stay as they are.
+
+    Raises:
+        InputError: the model has none such.
+    """
+    if what is Freeze.NOTHING:
+        return []
+    if what is Freeze.MOE:
+        found: list[nn.Module] = [m for m in model.modules() if isinstance(m, MoE)]
+    else:
+        found = [child for name, child in model.named_children() if name != "head"]
+    if not found or (what is Freeze.BACKBONE and len(found) == len(list(model.children()))):
+        raise InputError(f"freezing {what.value!r} finds nothing to freeze, or no head to train, in this model")
+    return found
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.is_dir():
+        if (path / WEIGHTS).is_file() or (path / "checkpoints").is_dir():
+            return load_trained(path).model.state_dict()
+        raise InputError(f"{path} is neither the folder of a run nor a checkpoint")
+    if not path.is_file():
+        raise InputError(f"the file of weights {path} does not exist")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} is not a whole safetensors file: {error}") from error
+    return _read_torch(path)
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"{path} is not a file of tensors alone: {str(error).splitlines()[0]}") from error
+    for key in ("model", "state_dict"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise InputError(f"{path} does not hold a dictionary of tensors")
+    return loaded
+
+
+def _some(state: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in list(state.items())[:2])
