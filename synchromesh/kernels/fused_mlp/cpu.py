@@ -24,7 +24,7 @@ from synchromesh.types import RowMap
 # Rows of an expert that go forward at a time: enough for a full-speed product, few enough for the last-level cache.
 BLOCK = 512
 
-Optionals = list[Tensor | None]  # the fields of MLPWeights, in order
+Optionals = Sequence[Tensor | None]  # the fields of MLPWeights, in order
 
 
 class _Net(NamedTuple):
@@ -61,23 +61,23 @@ def fused_mlp(
     others = {part.dtype for part in parts if part is not None} - {x.dtype}
     if others:
         raise ValueError(
-            f"got x of {x.dtype} and expert weights of {others}, wanted one dtype: "
+            f"got x of {x.dtype} and expert weights of {', '.join(map(str, others))}, wanted one dtype: "
             "convert the module or the input, or use torch.autocast"
         )
     learns = any(tensor is not None and tensor.requires_grad for tensor in (x, weights, *parts))
     save = torch.is_grad_enabled() and learns
-    return _fused_mlp(x, weights, rowmap.pairs, rowmap.ends, parts, name, save)[0]
+    return _fused_mlp(x, weights, rowmap.pairs, rowmap.ends, name, save, *parts)[0]
 
 
 @torch.library.custom_op(
     "synchromesh::fused_mlp_cpu",
     mutates_args=(),
     device_types="cpu",
-    schema="(Tensor x, Tensor weights, Tensor pairs, Tensor ends, Tensor?[] mlp, str activation, bool save)"
-    " -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor x, Tensor weights, Tensor pairs, Tensor ends, str activation, bool save, Tensor up, Tensor down,"
+    " Tensor? gate, Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias) -> (Tensor, Tensor, Tensor)",
 )
 def _fused_mlp(
-    x: Tensor, weights: Tensor, pairs: Tensor, ends: Tensor, mlp: Optionals, activation: str, save: bool
+    x: Tensor, weights: Tensor, pairs: Tensor, ends: Tensor, activation: str, save: bool, *mlp: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, (tokens, scale) = x.contiguous(), kept_pairs(weights, pairs, ends, x.dtype)
     y = x.new_zeros(x.shape, dtype=scale.dtype)
@@ -96,7 +96,7 @@ def _fused_mlp(
 
 @_fused_mlp.register_fake
 def _(
-    x: Tensor, weights: Tensor, pairs: Tensor, ends: Tensor, mlp: Optionals, activation: str, save: bool
+    x: Tensor, weights: Tensor, pairs: Tensor, ends: Tensor, activation: str, save: bool, *mlp: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), *_pre_activations(x, pairs, mlp, save)
 
@@ -116,7 +116,7 @@ def _pre_activations(x: Tensor, pairs: Tensor, mlp: Optionals, save: bool) -> tu
     schema="(Tensor grad, Tensor[] saved, Tensor?[] mlp, str activation, bool[] needs) -> (Tensor, Tensor, Tensor[])",
 )
 def _fused_mlp_backward(
-    grad: Tensor, saved: list[Tensor], mlp: Optionals, activation: str, needs: list[bool]
+    grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, needs: list[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     x, weights, pairs, ends, pre_up, pre_gate = saved
     x, grad, (tokens, scale) = x.contiguous(), grad.contiguous(), kept_pairs(weights, pairs, ends, x.dtype)
@@ -148,7 +148,7 @@ def _fused_mlp_backward(
 
 @_fused_mlp_backward.register_fake
 def _gradients(
-    grad: Tensor, saved: list[Tensor], mlp: Optionals, activation: str, needs: list[bool]
+    grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, needs: list[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return zeros for the sparse gradient of the weights, and room for the gradients that are needed."""
     x, weights, *_ = saved
@@ -160,19 +160,20 @@ def _gradients(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weights, pairs, ends, mlp, ctx.activation, _ = inputs
-    needs_x, needs_weights, _, _, needs_mlp, *_ = ctx.needs_input_grad
+    x, weights, pairs, ends, ctx.activation, _, *mlp = inputs
+    needs_x, needs_weights, _, _, _, _, *needs_mlp = ctx.needs_input_grad[: len(inputs)]
     ctx.needs = [needs_x, needs_weights, *needs_mlp]
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, weights, pairs, ends, *output[1:], *mlp)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Any, ...]:
-    saved, mlp = list(ctx.saved_tensors[:6]), list(ctx.saved_tensors[6:])
+    tensors = list(ctx.saved_tensors)  # read once: activation checkpointing unpacks each a single time
+    saved, mlp = tensors[:6], tensors[6:]
     d_x, d_weights, d_mlp = _fused_mlp_backward(grad, saved, mlp, ctx.activation, ctx.needs)
     needs_x, needs_weights, *needs_mlp = ctx.needs
     wanted = [d if need else None for d, need in zip(d_mlp, needs_mlp, strict=True)]
-    return d_x if needs_x else None, d_weights if needs_weights else None, None, None, wanted, None, None
+    return d_x if needs_x else None, d_weights if needs_weights else None, None, None, None, None, *wanted
 
 
 _fused_mlp.register_autograd(_backward, setup_context=_setup)

@@ -30,7 +30,7 @@ def grouped_mm(
     others = {part.dtype for part in parts if part is not None} - {rows.dtype}
     if others:
         raise ValueError(
-            f"got rows of {rows.dtype} and expert weights of {others}, wanted one dtype: "
+            f"got rows of {rows.dtype} and expert weights of {', '.join(map(str, others))}, wanted one dtype: "
             "convert the module or the input, or use torch.autocast"
         )
     return _grouped_mm(rows, parts[0], ends, parts[1])
@@ -108,7 +108,7 @@ def _room(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, weight, ends, _ = inputs
-    needs_rows, needs_weight, _, needs_bias = ctx.needs_input_grad
+    needs_rows, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
     ctx.needs = [needs_rows, needs_weight, needs_bias]
     ctx.save_for_backward(rows if needs_weight else None, weight, ends)
 
