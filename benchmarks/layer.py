@@ -1,0 +1,385 @@
+"""One MoE layer on a CPU: its time and memory against the pure matrix products and against other layers.
+
+    python benchmarks/layer.py                       # every shape, fp32 and bf16, balanced and Zipf routing
+    python benchmarks/layer.py --shapes 1 3 --quick  # two shapes, few rounds
+
+All contestants compute y = Σ_k w_k gelu(x upᵀ) down without biases, from the same routing, and are first compared with
+each other, output and gradients; where they differ no time is printed. Rounds are interleaved, times are medians.
+The limit is the fastest of a loop of products into preallocated outputs, bmm (even loads only) and grouped_mm, on
+rows already sorted. Peak memory is what torch's allocator holds at most during one run above what lived before it,
+gradients included, from torch's profiler; the limit's buffers are allocated beforehand and not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+from synchromesh import MLPExperts, MoE
+from synchromesh.kernels import CPU
+from synchromesh.testing.cases import balanced, routing_of, zipf
+from synchromesh.testing.compare import assert_close
+from synchromesh.types import Routing
+
+SHAPES = [
+    (4096, 2048, 2048, 2, 2),
+    (4096, 512, 2048, 8, 1),
+    (4096, 512, 2048, 32, 1),
+    (4096, 512, 2048, 32, 2),
+    (4096, 256, 512, 64, 4),
+    (256, 512, 2048, 64, 2),
+]
+ROUTINGS = {"balanced": balanced, "zipf": zipf}
+RESULTS = Path(__file__).parent / "results" / "layer.jsonl"
+
+
+@dataclass(frozen=True)
+class Args:
+    """What to measure. shapes: indices, all by default. seconds: of timing per contestant. quick: few rounds."""
+
+    shapes: list[int] = field(default_factory=lambda: list(range(len(SHAPES))))
+    dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
+    seconds: float = 3.0
+    quick: bool = False
+    out: Path = RESULTS
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Tensors that all contestants share; rows are sorted by expert for the limit."""
+
+    ids: Tensor
+    x: Tensor
+    weights: Tensor
+    up: Tensor
+    down: Tensor
+    grad: Tensor
+
+    @property
+    def counts(self) -> Tensor:
+        return self.ids.flatten().bincount(minlength=len(self.up))
+
+
+def problem_of(shape: Sequence[int], dtype: torch.dtype, routing: str) -> Problem:
+    tokens, width, hidden, experts, choices = shape
+    torch.manual_seed(0)
+    return Problem(
+        ids=ROUTINGS[routing](tokens, experts, choices),
+        x=torch.randn(tokens, width).to(dtype).requires_grad_(),
+        weights=torch.rand(tokens, choices).to(dtype).requires_grad_(),
+        up=nn.Parameter((torch.randn(experts, hidden, width) / width**0.5).to(dtype)),
+        down=nn.Parameter((torch.randn(experts, hidden, width) / hidden**0.5).to(dtype)),
+        grad=torch.randn(tokens, width).to(dtype),
+    )
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A layer. turned: its down is laid out [E D F]."""
+
+    forward: Callable[[], Tensor]
+    down: Tensor
+    turned: bool = False
+
+
+class GivenRouting(nn.Module):
+    """A router whose decision is fixed: the router's own product is not what is measured."""
+
+    def __init__(self, routing: Routing) -> None:
+        super().__init__()
+        self.routing, self.num_experts = routing, routing.num_experts
+
+    def forward(self, x: Tensor, k: int | None = None) -> Routing:
+        return self.routing
+
+
+def ours(p: Problem) -> Contestant:
+    num_experts, hidden, width = p.up.shape
+    with torch.device("meta"):
+        experts = MLPExperts(num_experts, width, hidden=hidden, up_bias=False, down_bias=False)
+    experts.up, experts.down = p.up, p.down
+    layer = MoE(GivenRouting(routing_of(p.ids, num_experts, p.weights)), experts)
+    return Contestant(lambda: layer(p.x), p.down)
+
+
+def padded(p: Problem) -> Contestant:
+    """Pad every expert to the largest count and multiply in batches; padding rows are never read back."""
+    num_experts, _, width = p.up.shape
+    tokens, choices = p.ids.shape
+
+    def forward() -> Tensor:
+        places, counts = CPU.positions(p.ids, num_experts)
+        most = int(counts.max())
+        slots = (p.ids * most + places).view(-1)
+        token_of_slot = torch.zeros(num_experts * most, dtype=torch.int64)
+        token_of_slot[slots] = torch.arange(tokens).repeat_interleave(choices)
+        buffer = p.x.index_select(0, token_of_slot).view(num_experts, most, width)
+        out = torch.bmm(F.gelu(torch.bmm(buffer, p.up.mT)), p.down).view(-1, width)
+        return torch.bmm(p.weights[:, None], out.index_select(0, slots).view(tokens, choices, width))[:, 0]
+
+    return Contestant(forward, p.down)
+
+
+def transformers_experts(implementation: str) -> Callable[[Problem], Contestant]:
+    def build(p: Problem) -> Contestant:
+        num_experts, hidden, width = p.up.shape
+        config = SimpleNamespace(
+            n_routed_experts=num_experts,
+            hidden_size=width,
+            moe_intermediate_size=hidden,
+            moe_latent_size=None,
+            mlp_hidden_act="gelu",
+            _experts_implementation=implementation,
+        )
+        with torch.device("meta"):
+            experts = NemotronHExperts(config)
+        experts.up_proj, experts.down_proj = p.up, nn.Parameter(p.down.detach().mT.contiguous())
+        return Contestant(lambda: experts(p.x, p.ids, p.weights), experts.down_proj, turned=True)
+
+    return build
+
+
+CONTESTANTS = {
+    "ours": ours,
+    "padded": padded,
+    "hf_grouped_mm": transformers_experts("grouped_mm"),
+    "hf_eager": transformers_experts("eager"),
+}
+
+
+def limits(p: Problem, *, backward: bool) -> dict[str, Callable[[], None]]:
+    """Return each way of doing nothing but the matrix products, on sorted rows, into preallocated outputs."""
+    sizes = p.counts.tolist()
+    num_rows, (num_experts, hidden, width) = sum(sizes), p.up.shape
+    with torch.no_grad():
+        rows, grads = torch.randn(2, num_rows, width).to(p.x.dtype)
+        h, d_h = torch.empty(2, num_rows, hidden, dtype=p.x.dtype)
+        y, d_rows = torch.empty_like(rows), torch.empty_like(rows)
+        up, down = p.up.detach(), p.down.detach()
+        d_up, d_down = torch.empty_like(up), torch.empty_like(down)
+
+    def loop() -> None:
+        split = [t.split(sizes) for t in (rows, h, y, grads, d_h, d_rows)]
+        for e, (rows_e, h_e, y_e, grads_e, d_h_e, d_rows_e) in enumerate(zip(*split, strict=True)):
+            torch.mm(rows_e, up[e].t(), out=h_e)
+            torch.mm(h_e, down[e], out=y_e)
+            if backward:
+                torch.mm(grads_e, down[e].t(), out=d_h_e)
+                torch.mm(h_e.t(), grads_e, out=d_down[e])
+                torch.mm(d_h_e.t(), rows_e, out=d_up[e])
+                torch.mm(d_h_e, up[e], out=d_rows_e)
+
+    def bmm() -> None:
+        rows_e, h_e, y_e, grads_e, d_h_e, d_rows_e = (
+            t.view(num_experts, -1, t.shape[1]) for t in (rows, h, y, grads, d_h, d_rows)
+        )
+        torch.bmm(rows_e, up.mT, out=h_e)
+        torch.bmm(h_e, down, out=y_e)
+        if backward:
+            torch.bmm(grads_e, down.mT, out=d_h_e)
+            torch.bmm(h_e.mT, grads_e, out=d_down)
+            torch.bmm(d_h_e.mT, rows_e, out=d_up)
+            torch.bmm(d_h_e, up, out=d_rows_e)
+
+    ends = torch.tensor(sizes).cumsum(0).to(torch.int32)
+
+    def grouped() -> None:
+        h = F.grouped_mm(rows, up.mT, offs=ends)
+        F.grouped_mm(h, down, offs=ends)
+        if backward:
+            d_h = F.grouped_mm(grads, down.mT, offs=ends)
+            F.grouped_mm(h.t(), grads, offs=ends)
+            F.grouped_mm(d_h.t(), rows, offs=ends)
+            F.grouped_mm(d_h, up, offs=ends)
+
+    even = {"bmm": bmm} if len(set(sizes)) == 1 else {}
+    return {"loop": loop, **even, "grouped_mm": grouped}
+
+
+def run_once(p: Problem, contestant: Contestant, *, backward: bool) -> tuple[Tensor, float]:
+    """Return the output and the seconds of one run; gradients are those of this run alone."""
+    for leaf in (p.x, p.weights, p.up, p.down, contestant.down):
+        leaf.grad = None
+    start = time.perf_counter()
+    with torch.set_grad_enabled(backward):
+        y = contestant.forward()
+        if backward:
+            y.backward(p.grad)
+    return y.detach(), time.perf_counter() - start
+
+
+def check_equal(p: Problem, contestants: dict[str, Contestant]) -> None:
+    """Fail unless all give the same output and gradients, within the tolerance of the dtype."""
+    wanted: dict[str, Tensor] = {}
+    for name, contestant in contestants.items():
+        y, _ = run_once(p, contestant, backward=True)
+        d_down = contestant.down.grad
+        assert d_down is not None
+        got = {"y": y, "x": p.x.grad, "weights": p.weights.grad, "up": p.up.grad}
+        got["down"] = d_down.mT if contestant.turned else d_down
+        wanted = wanted or got
+        for part, value in got.items():
+            assert_close(f"{part} of {name} against {next(iter(contestants))}", value, wanted[part])
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Return the most bytes that torch's CPU allocator held during a run, above what it held before."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def timed(runs: dict[str, Callable[[], float]], *, seconds: float, least: int) -> dict[str, float]:
+    """Return the median time of each, over interleaved rounds; who has used up his seconds sits out."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    while True:
+        waiting = [name for name, own in times.items() if len(own) < least or sum(own) < seconds]
+        waiting = [name for name in waiting if len(times[name]) < 50 and sum(times[name]) < 4 * seconds]
+        if not waiting:
+            return {name: statistics.median(own) for name, own in times.items()}
+        for name in waiting:
+            times[name].append(runs[name]())
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def measure(shape: Sequence[int], dtype: torch.dtype, routing: str, args: Args) -> list[dict[str, object]]:
+    """Return one record for the forward and one for forward and backward."""
+    p = problem_of(shape, dtype, routing)
+    contestants = {name: build(p) for name, build in CONTESTANTS.items()}
+    check_equal(p, contestants)
+    records = []
+    for backward in (False, True):
+        bare = limits(p, backward=backward)
+        runs = {f"limit {name}": lambda run=run: seconds_of(run) for name, run in bare.items()}
+        runs |= {name: lambda c=c: run_once(p, c, backward=backward)[1] for name, c in contestants.items()}
+        for run in bare.values():
+            run()
+        times = timed(runs, seconds=0.5 if args.quick else args.seconds, least=2 if args.quick else 5)
+        peaks = {name: peak_bytes(lambda c=c: run_once(p, c, backward=backward)) for name, c in contestants.items()}
+        seconds = {name: times[name] for name in contestants}
+        best = min((name for name in times if name.startswith("limit")), key=times.__getitem__)
+        records.append(
+            {
+                "shape": list(shape),
+                "dtype": str(dtype).removeprefix("torch."),
+                "routing": routing,
+                "pass": "forward+backward" if backward else "forward",
+                "limit": best.removeprefix("limit "),
+                "seconds": {"limit": times[best], **seconds},
+                "peak_bytes": peaks,
+                **verdict(p, times[best], seconds, routing),
+            }
+        )
+    return records
+
+
+def verdict(p: Problem, limit: float, seconds: dict[str, float], routing: str) -> dict[str, object]:
+    """Compare with what is wanted of the layer."""
+    mean, most = p.ids.numel() / len(p.up), int(p.counts.max())
+    others = {name: time for name, time in seconds.items() if name != "ours"}
+    best_other, mine = min(others.values()), seconds["ours"]
+    bound = 1.25 if p.x.shape[1] >= 512 and mean >= 128 else 1.6
+    met = {f"at most {bound}x the limit": mine <= bound * limit}
+    if routing == "balanced":
+        met["at most 1.03x the best other"] = mine <= 1.03 * best_other
+    else:
+        met["faster than transformers"] = mine < min(others["hf_grouped_mm"], others["hf_eager"])
+        if most >= 2 * mean:
+            met["1.5x faster than padded"] = 1.5 * mine <= others["padded"]
+    return {
+        "over_limit": mine / limit,
+        "over_best_other": mine / best_other,
+        "padded_over_ours": others["padded"] / mine,
+        "largest_over_mean_count": most / mean,
+        "met": met,
+    }
+
+
+def machine() -> dict[str, object]:
+    """Return what a figure depends on besides the code."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    model = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "")
+    return {
+        "machine": f"{model or platform.processor()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "commit": commit,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def save(records: list[dict[str, object]], out: Path) -> None:
+    """Replace the records of the same figures, written aside and renamed."""
+
+    def figure(record: dict[str, object]) -> str:
+        return json.dumps([record[name] for name in ("shape", "dtype", "routing", "pass")])
+
+    old = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    kept = {figure(record): record for record in [*old, *records]}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_suffix(".part")
+    aside.write_text("".join(json.dumps(record) + "\n" for record in kept.values()))
+    aside.replace(out)
+
+
+def show(records: list[dict[str, object]]) -> None:
+    table = Table("T D F E K", "dtype", "routing", "pass", title="milliseconds (MiB at peak)")
+    for name in ("limit", *CONTESTANTS, "over limit", "over best", "misses"):
+        table.add_column(name, justify="right")
+    for r in records:
+        cells = [f"{r['seconds']['limit'] * 1e3:.1f} {r['limit']}"]
+        cells += [f"{r['seconds'][c] * 1e3:.1f} ({r['peak_bytes'][c] / 2**20:.0f})" for c in CONTESTANTS]
+        missed = ", ".join(name for name, met in r["met"].items() if not met)
+        ratios = [f"{r['over_limit']:.2f}", f"{r['over_best_other']:.2f}", missed or "-"]
+        shape = " ".join(map(str, r["shape"]))
+        table.add_row(shape, r["dtype"], r["routing"], r["pass"], *cells, *ratios)
+    Console(width=200).print(table)
+
+
+def main(args: Args) -> None:
+    about = machine()
+    records = []
+    for index in args.shapes:
+        for dtype in args.dtypes:
+            for routing in ROUTINGS:
+                records += measure(SHAPES[index], getattr(torch, dtype), routing, args)
+                print(f"{len(records)} figures", file=sys.stderr)
+    records = [{**about, **record} for record in records]
+    save(records, args.out)
+    show(records)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
