@@ -62,7 +62,7 @@ class RandomCrop:
             ratio = np.exp(rng.uniform(np.log(self.ratio[0]), np.log(self.ratio[1])))
             w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
-                left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+                left, top = float(rng.integers(0, width - w + 1)), float(rng.integers(0, height - h + 1))
                 return left, top, left + w, top + h
         return _centre(height, width, 1.0)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from synchromesh.training.codec import encode
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.durable import write_atomically
 from synchromesh.training.errors import InputError
@@ -53,9 +55,12 @@ def _script() -> str:
 
 
 def _grid(figures: Sequence[Any]) -> str:
-    config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]}
-    drawn = (figure.to_html(full_html=False, include_plotlyjs=False, config=config) for figure in figures)
-    return f'<div class="grid">{"".join(f"<figure>{one}</figure>" for one in drawn)}</div>'
+    drawn = (f"<figure><script type='application/json'>{_json(figure)}</script></figure>" for figure in figures)
+    return f'<div class="grid">{"".join(drawn)}</div>'
+
+
+def _json(figure: Any) -> str:
+    return figure.to_json().replace("</", "<\\/")
 
 
 def _loads_section(figures: Sequence[Any]) -> str:
@@ -90,10 +95,6 @@ def _table(summary: dict[str, Any]) -> str:
 
 
 def _settings(config: TrainConfig) -> str:
-    import json
-
-    from synchromesh.training.codec import encode
-
     text = html.escape(json.dumps(encode(config), indent=2))
     return f"<details><summary>The recipe as run</summary><pre>{text}</pre></details>"
 
@@ -134,6 +135,13 @@ _PAGE = """<!doctype html>
 </head>
 <body>
 {body}
+<script>
+  for (const one of document.querySelectorAll("figure")) {{
+    const {{ data, layout }} = JSON.parse(one.querySelector("script").textContent);
+    Plotly.newPlot(one.appendChild(document.createElement("div")), data, layout,
+                   {{ responsive: true, displayModeBar: false }});
+  }}
+</script>
 </body>
 </html>
 """

@@ -1,0 +1,77 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from synchromesh.models.swin_v2 import SWIN_V2, SwinV2Config
+from synchromesh.models.swin_v2_moe import SWIN_MOE, CosineGate, ExpertsConfig, LinearGate, swin_v2_moe
+from synchromesh.training.optim import Optim, Schedule, build_optimizer, make_schedule, parameter_groups
+
+
+@pytest.mark.parametrize("style", [SWIN_V2, SWIN_MOE])
+@pytest.mark.parametrize("gate", [LinearGate(), CosineGate(dim=8)])
+def test_only_matrices_of_linear_layers_and_experts_decay(style: object, gate: object) -> None:
+    config = SwinV2Config(
+        image_size=8, patch_size=2, embed_dim=8, depths=(1, 2), num_heads=(1, 2), window_size=4,
+        pretrained_window_sizes=(0, 0), mask_token=True, style=style,
+    )  # fmt: skip
+    model = swin_v2_moe(config, 5, experts=ExpertsConfig(num_experts=4, blocks=((), (1,)), router=gate, down_bias=True))
+    decayed, plain = parameter_groups(model, 0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.1
+    assert plain["weight_decay"] == 0.0
+    with_decay = {names[id(p)] for p in decayed["params"]}
+    without = {names[id(p)] for p in plain["params"]}
+    assert with_decay | without == set(names.values())
+    assert not with_decay & without
+    wanted = {n for n in names.values() if n.endswith(("qkv.weight", "proj.weight", "ffn.up.weight", "ffn.down.weight"))}
+    wanted |= {n for n in names.values() if n.endswith(("reduction.weight", "head.weight", "experts.up", "experts.down"))}
+    wanted |= {n for n in names.values() if n.endswith("router.weight")}
+    assert with_decay == wanted
+    expert_biases = {n for n in without if n.endswith(("experts.up_bias", "experts.down_bias"))}
+    assert len(expert_biases) == 2
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    groups = parameter_groups(model, 0.1)
+    assert [len(group["params"]) for group in groups] == [1, 1]
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of Sequential requires a gradient"):
+        build_optimizer(model, Optim())
+
+
+def test_the_papers_schedule_at_batch_4096() -> None:
+    rate = make_schedule(Optim(), batch_size=4096, steps_per_epoch=100, epochs=90)
+    assert math.isclose(rate(0), 1e-6)
+    assert math.isclose(rate(1000), 1e-3)
+    assert math.isclose(rate(500), (1e-3 + 1e-6) / 2)
+    assert math.isclose(rate(5000), (1e-3 + 1e-5) / 2)
+    assert math.isclose(rate(9000), 1e-5)
+    assert math.isclose(rate(12000), 1e-5)
+
+
+def test_the_rate_rises_then_falls_without_a_jump() -> None:
+    rate = Schedule(peak=1.0, start=0.1, end=0.01, warmup=10, total=100)
+    values = [rate(step) for step in range(101)]
+    assert all(a < b for a, b in zip(values[:10], values[1:11], strict=True))
+    assert all(a > b for a, b in zip(values[10:-1], values[11:], strict=True))
+    assert max(abs(a - b) for a, b in zip(values, values[1:], strict=False)) < 0.1
+
+
+def test_without_warm_up_the_peak_comes_first() -> None:
+    assert Schedule(peak=1.0, start=0.0, end=0.0, warmup=0, total=4)(0) == 1.0
+
+
+def test_decay_reaches_matrices_and_not_biases() -> None:
+    model = nn.Linear(2, 2)
+    nn.init.ones_(model.weight)
+    nn.init.ones_(model.bias)
+    optimizer = build_optimizer(model, Optim(lr=0.1, weight_decay=0.5))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.allclose(model.weight, torch.full((2, 2), 0.95))
+    assert torch.equal(model.bias, torch.ones(2))
