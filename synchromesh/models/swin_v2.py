@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from synchromesh.experts import Experts
 from synchromesh.models.window_attention import (
     AttentionConfig,
-    CosineSimilarity,
+    CosineAttention,
     PositionBias,
     WindowAttention,
     bounded,
@@ -137,7 +137,7 @@ class SwinV2Config:
             num_heads=self.num_heads[stage],
             window=self.window(stage),
             pretrained_window=self.pretrained_window_sizes[stage] if self.pretrained_window_sizes else 0,
-            similarity=self.style.similarity,
+            kernel=self.style.kernel,
             squash=self.style.squash,
             qkv_bias=self.qkv_bias,
             key_bias=self.style.key_bias,
@@ -236,22 +236,20 @@ class BlockStyle:
 
     Attributes:
         residual: (x, branch, norm, drop) -> x; ends or begins the branch with the norm.
-        similarity: (num_heads, head_width) -> module that prepares queries and keys.
+        kernel: (num_heads, head_width) -> attention module.
         squash: applied to the position bias.
         merge: width -> module that halves a map.
         key_bias: whether keys have a bias beside queries and values.
     """
 
     residual: Callable[[Tensor, Branch, nn.Module, nn.Module], Tensor]
-    similarity: Callable[[int, int], nn.Module]
+    kernel: Callable[[int, int], nn.Module]
     squash: Callable[[Tensor], Tensor]
     merge: Callable[[int], nn.Module]
     key_bias: bool
 
 
-SWIN_V2 = BlockStyle(
-    residual=post_norm, similarity=CosineSimilarity, squash=bounded, merge=MergeThenNorm, key_bias=False
-)
+SWIN_V2 = BlockStyle(residual=post_norm, kernel=CosineAttention, squash=bounded, merge=MergeThenNorm, key_bias=False)
 
 
 class FeedForward(nn.Module):
@@ -462,7 +460,7 @@ def _reset(module: nn.Module, std: float) -> None:
                 nn.init.zeros_(parameter)
             else:
                 nn.init.trunc_normal_(parameter, std=std)
-    elif isinstance(module, nn.LayerNorm | nn.Conv2d | CosineSimilarity | CosineRouter):
+    elif isinstance(module, nn.LayerNorm | nn.Conv2d | CosineAttention | CosineRouter):
         module.reset_parameters()
     elif isinstance(module, WindowAttention) and module.q_bias is not None and module.v_bias is not None:
         nn.init.zeros_(module.q_bias)
@@ -483,7 +481,7 @@ _RENAMED = (  # transformers, ours; ^ is the beginning of a key
     ("embeddings.mask_token", "embed.mask_token"),
     ("encoder.layers.", "stages."),
     (".downsample.", ".merge."),
-    (".attention.self.logit_scale", ".attention.similarity.log_scale"),
+    (".attention.self.logit_scale", ".attention.kernel.log_scale"),
     (".attention.self.continuous_position_bias_mlp.", ".attention.position_bias.mlp."),
     (".attention.output.dense.", ".attention.proj."),
     (".layernorm_before.", ".norm1."),

@@ -26,7 +26,7 @@ from synchromesh.models.swin_v2 import (
     SwinV2Config,
     pre_norm,
 )
-from synchromesh.models.window_attention import DotSimilarity
+from synchromesh.models.window_attention import DotAttention
 from synchromesh.routing import CosineRouter, TopKRouter
 
 # helpers
@@ -88,7 +88,7 @@ def unbounded(x: Tensor) -> Tensor:
     return x
 
 
-SWIN_MOE = BlockStyle(residual=pre_norm, similarity=DotSimilarity, squash=unbounded, merge=NormThenMerge, key_bias=True)
+SWIN_MOE = BlockStyle(residual=pre_norm, kernel=DotAttention, squash=unbounded, merge=NormThenMerge, key_bias=True)
 """The blocks that Microsoft released as Swin-MoE: Swin's, with SwinV2's log-spaced position bias but not its limit."""
 
 
@@ -169,7 +169,7 @@ def _published(embed_dim: int, *, drop_path: float, style: BlockStyle) -> SwinV2
 # demo sizes
 
 DEMO = SwinV2Config(
-    image_size=28,
+    image_size=32,
     in_channels=1,
     embed_dim=48,
     depths=(2, 4),
@@ -178,7 +178,8 @@ DEMO = SwinV2Config(
     drop_path=0.05,
     style=SWIN_V2,
 )
-"""28 x 28 grey images: maps of 7 x 7 and 4 x 4 positions."""
+"""For 28 x 28 grey images: maps of 7 x 7 and 4 x 4 positions. Windows are laid out for 32 x 32, as 7 // 2 = 3 would cut
+the second map of 4 x 4 into four windows of 3 x 3, most of them padding; like this it is one window."""
 
 DEMO_EXPERTS = ExpertsConfig(num_experts=8, blocks=((), (1, 3)), dropout=0.0, down_bias=True)
 

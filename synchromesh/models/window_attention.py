@@ -1,7 +1,7 @@
 """Self-attention inside the windows of a map, with a position bias that is a function of the offset (arXiv 2111.09883).
 
-Shape letters: B images, C channels, H W rows and columns, G windows of a map, N positions of a window, h heads, d width
-of a head, M offsets.
+Shape letters: B images, C channels, H W rows and columns, G windows of a map, N positions of a window, W windows of all
+images, h heads, d width of a head, M offsets.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from synchromesh.models.cosine_attention import cosine_attention
 
 MASKED = -200.0  # what transformers adds in all to the score of a pair from two image regions
 MAX_LOG_SCALE = math.log(100.0)
@@ -66,11 +68,12 @@ def relative_index(side: int) -> Int[Tensor, " NN"]:
     return (offset[:, None, :, None] * (2 * side - 1) + offset[None, :, None, :]).reshape(-1)
 
 
-class CosineSimilarity(nn.Module):
-    """Prepares queries and keys so that their product is s cos(q, k), with s <= 100 learned per head (section 3.2)."""
+class CosineAttention(nn.Module):
+    """Scaled cosine attention: softmax(s cos(q, k) + bias) v, with s <= 100 learned per head (section 3.2)."""
 
     def __init__(self, num_heads: int, head_width: int) -> None:
         super().__init__()
+        self.num_heads = num_heads
         self.log_scale = nn.Parameter(torch.empty(num_heads, 1, 1))
         self.reset_parameters()
 
@@ -78,23 +81,51 @@ class CosineSimilarity(nn.Module):
         nn.init.constant_(self.log_scale, math.log(10.0))
 
     def forward(
-        self, q: Float[Tensor, "BG h N d"], k: Float[Tensor, "BG h N d"]
-    ) -> tuple[Float[Tensor, "BG h N d"], Float[Tensor, "BG h N d"]]:
+        self, qkv: Float[Tensor, "W N QKV"], bias: Float[Tensor, "G h N N"], dropout: float
+    ) -> Float[Tensor, "W N C"]:
         scale = self.log_scale.clamp(max=MAX_LOG_SCALE).exp()
-        return q * (scale / _norm(q)).to(q.dtype), k * _norm(k).reciprocal().to(k.dtype)
+        if qkv.device.type == "cpu" and dropout == 0.0 and not torch.compiler.is_compiling():
+            return cosine_attention(qkv, scale.flatten(), bias)
+        q, k, v = _heads(qkv, self.num_heads)
+        q, k = q * (scale / _norm(q)).to(q.dtype), k * _norm(k).reciprocal().to(k.dtype)
+        return attend(q, k, v, bias, dropout)
 
 
-class DotSimilarity(nn.Module):
-    """Prepares queries and keys so that their product is q.k / sqrt(d)."""
+class DotAttention(nn.Module):
+    """Scaled dot-product attention: softmax(q.k / sqrt(d) + bias) v."""
 
     def __init__(self, num_heads: int, head_width: int) -> None:
         super().__init__()
-        self.scale = head_width**-0.5
+        self.num_heads, self.scale = num_heads, head_width**-0.5
 
     def forward(
-        self, q: Float[Tensor, "BG h N d"], k: Float[Tensor, "BG h N d"]
-    ) -> tuple[Float[Tensor, "BG h N d"], Float[Tensor, "BG h N d"]]:
-        return q * self.scale, k
+        self, qkv: Float[Tensor, "W N QKV"], bias: Float[Tensor, "G h N N"], dropout: float
+    ) -> Float[Tensor, "W N C"]:
+        q, k, v = _heads(qkv, self.num_heads)
+        return attend(q * self.scale, k, v, bias, dropout)
+
+
+def attend(
+    q: Float[Tensor, "W h N d"],
+    k: Float[Tensor, "W h N d"],
+    v: Float[Tensor, "W h N d"],
+    bias: Float[Tensor, "G h N N"],
+    dropout: float,
+) -> Float[Tensor, "W N C"]:
+    """Return softmax(q k^T + bias) v, heads side by side; bias is one for all windows (G = 1) or one per window."""
+    if q.device.type == "cpu" and torch.is_grad_enabled():  # a bias that wants a gradient leaves no fused kernel there
+        scores = (q @ k.mT).unflatten(0, (-1, bias.shape[0])) + bias
+        weights = F.dropout(scores.softmax(-1), dropout, dropout > 0).flatten(0, 1)
+        y = weights.to(v.dtype) @ v
+    else:
+        repeats = 1 if bias.shape[0] == 1 else q.shape[0] // bias.shape[0]
+        mask = bias.to(q.dtype).repeat(repeats, 1, 1, 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0)
+    return y.transpose(1, 2).flatten(2)
+
+
+def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    return qkv.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -133,30 +164,13 @@ def bounded(x: Tensor) -> Tensor:
     return 16.0 * torch.sigmoid(x)
 
 
-def attend(
-    q: Float[Tensor, "BG h N d"],
-    k: Float[Tensor, "BG h N d"],
-    v: Float[Tensor, "BG h N d"],
-    bias: Float[Tensor, "G h N N"],
-    dropout: float,
-) -> Float[Tensor, "BG h N d"]:
-    """Return softmax(q k^T + bias) v; bias is one for all windows (G = 1) or one for each window of a map."""
-    if q.device.type == "cpu" and torch.is_grad_enabled():  # a bias that wants a gradient leaves no fused kernel there
-        scores = (q @ k.transpose(-2, -1)).unflatten(0, (-1, bias.shape[0])) + bias
-        weights = F.dropout(scores.softmax(-1), dropout, dropout > 0).flatten(0, 1)
-        return weights.to(v.dtype) @ v
-    repeats = 1 if bias.shape[0] == 1 else q.shape[0] // bias.shape[0]
-    mask = bias.to(q.dtype).repeat(repeats, 1, 1, 1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0)
-
-
 @dataclass(frozen=True)
 class AttentionConfig:
     """What window attention is made of.
 
     Attributes:
         window: side of a window. pretrained_window: that in pre-training, 0 for the same as now.
-        similarity: (num_heads, head_width) -> module that prepares queries and keys.
+        kernel: (num_heads, head_width) -> module from (qkv, bias, dropout) to heads side by side.
         squash: applied to the position bias.
         qkv_bias: whether queries and values have a bias. key_bias: whether keys then have one too.
         dropout: on attention weights and output.
@@ -166,7 +180,7 @@ class AttentionConfig:
     num_heads: int
     window: int
     pretrained_window: int
-    similarity: Callable[[int, int], nn.Module]
+    kernel: Callable[[int, int], nn.Module]
     squash: Callable[[Tensor], Tensor]
     qkv_bias: bool = True
     key_bias: bool = False
@@ -178,25 +192,24 @@ class WindowAttention(nn.Module):
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
-        width, self.num_heads, self.dropout = config.width, config.num_heads, config.dropout
+        width, self.dropout = config.width, config.dropout
         self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias and config.key_bias)
         separate = config.qkv_bias and not config.key_bias
         self.q_bias = nn.Parameter(torch.zeros(width)) if separate else None
         self.v_bias = nn.Parameter(torch.zeros(width)) if separate else None
-        self.similarity = config.similarity(self.num_heads, width // self.num_heads)
-        self.position_bias = PositionBias(config.window, config.pretrained_window, self.num_heads, squash=config.squash)
+        self.kernel = config.kernel(config.num_heads, width // config.num_heads)
+        self.position_bias = PositionBias(
+            config.window, config.pretrained_window, config.num_heads, squash=config.squash
+        )
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Float[Tensor, "B G N C"], mask: Float[Tensor, "G N N"] | None) -> Float[Tensor, "B G N C"]:
         B, G, N, C = x.shape
-        qkv = F.linear(x, self.qkv.weight, self._bias()).view(B * G, N, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        q, k = self.similarity(q, k)
+        qkv = F.linear(x, self.qkv.weight, self._bias()).view(B * G, N, 3 * C)
         bias = self.position_bias()[None]
         bias = bias if mask is None else bias + mask[:, None]
         rate = self.dropout if self.training else 0.0
-        y = attend(q, k, v, bias, rate).transpose(1, 2).reshape(B, G, N, C)
-        return F.dropout(self.proj(y), rate, self.training)
+        return F.dropout(self.proj(self.kernel(qkv, bias, rate).view(B, G, N, C)), rate, self.training)
 
     def _bias(self) -> Tensor | None:
         if self.q_bias is None or self.v_bias is None:
