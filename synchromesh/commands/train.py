@@ -55,6 +55,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool, console: Console) 
         InputError: settings, data or the folder cannot be used.
     """
     images = _load_images(config)
+    _check(config, images)
     if resume and read_summary(folder) is not None:
         prepare_folder(folder, config, resume=True)
         console.print(f"{folder} is finished; nothing is left to do")
@@ -85,6 +86,17 @@ def _load_images(config: TrainConfig) -> Splits:
     if config.data.shots == 0:
         return images
     return dataclasses.replace(images, train=take_shots(images.train, config.data.shots, seed=config.seed))
+
+
+def _check(config: TrainConfig, images: Splits) -> None:
+    """Find what cannot work before an older run is touched."""
+    _device(config.keep.device)
+    if config.start.weights is not None and not config.start.weights.exists():
+        raise InputError(f"the file of weights {config.start.weights} does not exist")
+    for architecture in (config.model, config.twin):
+        if architecture is not None:
+            with torch.device("meta"):
+                build_classifier(architecture, config.data.preprocess, len(images.train.classes))
 
 
 def _train_all(config: TrainConfig, folder: Path, images: Splits, stop: StopWish, console: Console) -> dict[str, Any]:

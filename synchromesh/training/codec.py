@@ -7,9 +7,7 @@ import types
 import typing
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar, Union
-
-Value = TypeVar("Value")
+from typing import Any, Union
 
 
 def encode(value: Any) -> Any:
@@ -28,8 +26,8 @@ def encode(value: Any) -> Any:
     raise ValueError(f"cannot write a {type(value).__name__} as JSON: {value!r}")
 
 
-def decode(wanted: type[Value], data: Any) -> Value:
-    """Read what `encode` wrote as a value of the type `wanted`.
+def decode(wanted: Any, data: Any) -> Any:
+    """Read what `encode` wrote as a value of the type `wanted`, a dataclass or a union of such.
 
     Raises:
         ValueError: a field is unknown, missing or of another type; the message names it by its dotted path.

@@ -28,7 +28,8 @@ class Finished:
         """Return its part of the summary, each name with the prefix.
 
         test_accuracy: share. test_loss: nats. train_seconds: wall time of all training, with evaluations and
-        checkpoints. images_per_second: trained, in steps. parameters, active_parameters: counts.
+        checkpoints. images_per_second: trained, in steps. parameters, active_parameters: counts. bad_images,
+        test_bad_images: unreadable ones left out, in all epochs and in the last evaluation.
         """
         now, found = self.outcome.standing, self.outcome.evaluation
         values = {
@@ -41,6 +42,7 @@ class Finished:
             "active_parameters": self.size.active,
             "steps": now.step,
             "bad_images": now.bad_images,
+            "test_bad_images": len(found.bad),
             "best_accuracy": now.best,
             "best_step": now.best_step,
         }

@@ -20,7 +20,12 @@ def trained(steps: int = 2) -> tuple[nn.Module, AdamW]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     model[0].bias.requires_grad_(False)
-    optimizer = AdamW([{"params": [model[2].weight]}, {"params": [p for n, p in model.named_parameters() if n != "2.weight" and p.requires_grad]}])
+    optimizer = AdamW(
+        [
+            {"params": [model[2].weight]},
+            {"params": [p for n, p in model.named_parameters() if n != "2.weight" and p.requires_grad]},
+        ]
+    )
     for _ in range(steps):
         model(torch.randn(8, 4)).square().mean().backward()
         optimizer.step()

@@ -99,7 +99,11 @@ def test_a_random_crop_stays_inside_and_has_the_wanted_area() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "text"),
-    [({"channels": 2}, "channels is 2"), ({"mean": (0.5, 0.5)}, "mean has 2 numbers"), ({"image_size": 0}, "image_size 0")],
+    [
+        ({"channels": 2}, "channels is 2"),
+        ({"mean": (0.5, 0.5)}, "mean has 2 numbers"),
+        ({"image_size": 0}, "image_size 0"),
+    ],
 )
 def test_impossible_settings_are_refused(fields: dict[str, object], text: str) -> None:
     with pytest.raises(ValueError, match=text):

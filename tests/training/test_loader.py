@@ -35,9 +35,9 @@ def watched(broken: Sequence[int] = ()) -> Watched:
     return Watched(torch.arange(COUNT) % 3, ("a", "b", "c"), Preprocess(image_size=4), [], frozenset(broken))
 
 
-def batches(images: Images, size: int = 8, *, loading: Loading = Loading(), **place: int) -> list[Batch]:
+def batches(images: Images, size: int = 8, *, loading: Loading | None = None, **place: int) -> list[Batch]:
     where = EpochPlace(seed=place.get("seed", 0), epoch=place.get("epoch", 0), first=place.get("first", 0))
-    return list(train_batches(images, size, place=where, crop=None, loading=loading))
+    return list(train_batches(images, size, place=where, crop=None, loading=loading or Loading()))
 
 
 def indices(found: list[Batch]) -> list[int]:
@@ -56,7 +56,9 @@ def test_labels_stay_with_their_images() -> None:
 
 
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:
-    assert indices(batches(watched(), epoch=2)) == indices(batches(watched(), epoch=2, loading=Loading(workers=1, ahead=5)))
+    assert indices(batches(watched(), epoch=2)) == indices(
+        batches(watched(), epoch=2, loading=Loading(workers=1, ahead=5))
+    )
     assert indices(batches(watched(), epoch=2)) != indices(batches(watched(), epoch=3))
     assert indices(batches(watched(), epoch=2)) != indices(batches(watched(), epoch=2, seed=1))
 
@@ -116,5 +118,7 @@ def test_an_images_crop_does_not_depend_on_its_place_in_the_batches() -> None:
     by_index = []
     for size in (5, 10):
         found = train_batches(images, size, place=EpochPlace(0, 0), crop=RandomCrop(), loading=Loading())
-        by_index.append({int(label): image for batch in found for label, image in zip(batch.labels, batch.images, strict=True)})
+        by_index.append(
+            {int(label): image for batch in found for label, image in zip(batch.labels, batch.images, strict=True)}
+        )
     assert all(torch.equal(by_index[0][i], by_index[1][i]) for i in range(COUNT))

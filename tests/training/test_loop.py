@@ -21,7 +21,7 @@ from synchromesh.training.start import freeze
 TIMES = ("seconds", "images_per_second")  # what no two runs share
 
 
-class Crash(Exception):
+class CrashError(Exception):
     """Stands for a kill: nothing of the loop runs after it."""
 
 
@@ -33,7 +33,7 @@ def job(config: TrainConfig, splits: Splits, folder: Path, *, crash_at: int = -1
 
     def tell(event: Event) -> None:
         if event.kind == "step" and event.step == crash_at:
-            raise Crash
+            raise CrashError
 
     return Job(config, model, splits, folder, {"classes": list(splits.train.classes)}, stop or StopWish(), tell)
 
@@ -73,7 +73,7 @@ def test_a_run_cut_off_anywhere_continues_bit_for_bit(
 ) -> None:
     config = dataclasses.replace(tiny, keep=dataclasses.replace(tiny.keep, checkpoint_steps=every))
     whole, outcome = run(config, splits, tmp_path / "whole")
-    with pytest.raises(Crash):
+    with pytest.raises(CrashError):
         run(config, splits, tmp_path / "cut", crash_at=crash_at)
     continued, again = run(config, splits, tmp_path / "cut")
     assert_same(whole, continued)
@@ -89,7 +89,7 @@ def test_a_run_cut_off_twice_and_with_a_truncated_checkpoint_continues_bit_for_b
     config = dataclasses.replace(tiny, keep=dataclasses.replace(tiny.keep, checkpoint_steps=2))
     whole, _ = run(config, splits, tmp_path / "whole")
     for crash_at in (5, 9):
-        with pytest.raises(Crash):
+        with pytest.raises(CrashError):
             run(config, splits, tmp_path / "cut", crash_at=crash_at)
     newest = sorted((tmp_path / "cut" / "checkpoints").glob("step-*"))[-1] / "optimizer.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
@@ -100,7 +100,7 @@ def test_a_run_cut_off_twice_and_with_a_truncated_checkpoint_continues_bit_for_b
 
 def test_training_time_adds_up_over_the_parts(tiny: TrainConfig, splits: Splits, tmp_path: Path) -> None:
     config = dataclasses.replace(tiny, keep=dataclasses.replace(tiny.keep, checkpoint_steps=1))
-    with pytest.raises(Crash):
+    with pytest.raises(CrashError):
         run(config, splits, tmp_path, crash_at=8)
     newest = sorted((tmp_path / "checkpoints").glob("step-*"))[-1] / "state.json"
     before = json.loads(newest.read_text())["standing"]["seconds"]
@@ -184,7 +184,9 @@ def test_what_is_frozen_stays_bit_for_bit(tiny: TrainConfig, splits: Splits, tmp
     before = {k: v.clone() for k, v in job(config, splits, tmp_path / "x").model.state_dict().items()}
     after, _ = run(config, splits, tmp_path)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    frozen = {n for n in before if (".ffn.router" in n or ".ffn.experts" in n if what is Freeze.MOE else n[:4] != "head")}
+    frozen = {
+        n for n in before if (".ffn.router" in n or ".ffn.experts" in n if what is Freeze.MOE else n[:4] != "head")
+    }
     assert not changed & frozen
     assert "head.weight" in changed
 

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,8 +26,12 @@ def test_only_matrices_of_linear_layers_and_experts_decay(style: object, gate: o
     without = {names[id(p)] for p in plain["params"]}
     assert with_decay | without == set(names.values())
     assert not with_decay & without
-    wanted = {n for n in names.values() if n.endswith(("qkv.weight", "proj.weight", "ffn.up.weight", "ffn.down.weight"))}
-    wanted |= {n for n in names.values() if n.endswith(("reduction.weight", "head.weight", "experts.up", "experts.down"))}
+    wanted = {
+        n for n in names.values() if n.endswith(("qkv.weight", "proj.weight", "ffn.up.weight", "ffn.down.weight"))
+    }
+    wanted |= {
+        n for n in names.values() if n.endswith(("reduction.weight", "head.weight", "experts.up", "experts.down"))
+    }
     wanted |= {n for n in names.values() if n.endswith("router.weight")}
     assert with_decay == wanted
     expert_biases = {n for n in without if n.endswith(("experts.up_bias", "experts.down_bias"))}
@@ -56,9 +61,9 @@ def test_the_papers_schedule_at_batch_4096() -> None:
 def test_the_rate_rises_then_falls_without_a_jump() -> None:
     rate = Schedule(peak=1.0, start=0.1, end=0.01, warmup=10, total=100)
     values = [rate(step) for step in range(101)]
-    assert all(a < b for a, b in zip(values[:10], values[1:11], strict=True))
-    assert all(a > b for a, b in zip(values[10:-1], values[11:], strict=True))
-    assert max(abs(a - b) for a, b in zip(values, values[1:], strict=False)) < 0.1
+    assert all(a < b for a, b in pairwise(values[:11]))
+    assert all(a > b for a, b in pairwise(values[10:]))
+    assert max(abs(a - b) for a, b in pairwise(values)) < 0.1
 
 
 def test_without_warm_up_the_peak_comes_first() -> None:

@@ -5,10 +5,10 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from synchromesh.training.rand_augment import RandAugment, _operations, auto_contrast, posterize
 
-NAMES = (
-    "auto_contrast equalize invert rotate posterize solarize solarize_add color contrast brightness sharpness "
-    "shear_x shear_y translate_x translate_y"
-).split()
+NAMES = [
+    *("auto_contrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "color", "contrast"),
+    *("brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y"),
+]
 
 
 def apply(name: str, x: torch.Tensor, level: float, sign: float = 1.0) -> torch.Tensor:
@@ -58,7 +58,10 @@ def test_a_rotation_of_wide_pictures_keeps_lengths() -> None:
     x = torch.zeros(1, 1, 41, 81)
     x[:, :, 20, 60] = 1
     rotated = apply("rotate", x, 1.0)[0, 0]
-    row, column = ((rotated * grid).sum() / rotated.sum() for grid in torch.meshgrid(torch.arange(41), torch.arange(81), indexing="ij"))
+    row, column = (
+        (rotated * grid).sum() / rotated.sum()
+        for grid in torch.meshgrid(torch.arange(41), torch.arange(81), indexing="ij")
+    )
     assert abs(float(((row - 20) ** 2 + (column - 40) ** 2).sqrt()) - 20) < 0.3
     assert abs(abs(float(torch.atan2(row - 20, column - 40))) - np.pi / 6) < 0.02
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from synchromesh.routing import BiasBalance
 from synchromesh.testing.compare import assert_close
 from synchromesh.training.architecture import build_classifier
 from synchromesh.training.config import TrainConfig
@@ -104,10 +105,10 @@ def test_the_task_loss_is_the_soft_cross_entropy() -> None:
 def test_the_balance_bias_moves_once_a_step(plain: TrainConfig) -> None:
     model = build_classifier(plain.model, plain.data.preprocess, CLASSES).train()
     take(model, batch(16), dataclasses.replace(plain, accumulate=2))
-    biases = [b for name, b in model.named_buffers() if name.endswith("balance.bias")]
-    assert len(biases) == 1
-    assert set(biases[0].abs().tolist()) <= {0.0, pytest.approx(1e-3)}
-    assert biases[0].abs().max() > 0
+    (balance,) = (module for module in model.modules() if isinstance(module, BiasBalance))
+    assert set(balance.steps.abs().tolist()) <= {0, 1}
+    assert balance.steps.abs().max() == 1
+    assert balance.tokens_per_expert.sum() == 0
 
 
 def test_the_gradient_is_clipped_and_its_norm_reported_before(plain: TrainConfig) -> None:
@@ -119,7 +120,9 @@ def test_the_gradient_is_clipped_and_its_norm_reported_before(plain: TrainConfig
     assert float(after) == pytest.approx(0.01, rel=1e-3)
 
 
-@pytest.mark.parametrize(("forward", "text"), [(True, r"the loss .* the output of 2 \(Fails\)"), (False, "the gradient")])
+@pytest.mark.parametrize(
+    ("forward", "text"), [(True, r"the loss .* the output of 2 \(Fails\)"), (False, "the gradient")]
+)
 def test_a_non_finite_number_stops_before_the_step_and_names_step_and_layer(
     plain: TrainConfig, forward: bool, text: str
 ) -> None:
@@ -167,5 +170,3 @@ def test_the_same_step_draws_the_same_random_numbers(tiny: TrainConfig) -> None:
         torch.manual_seed(noise)
         losses.append((take(model, data, tiny, step=7), take(model, data, tiny, step=8)))
     assert losses[0] == losses[1]
-
-
