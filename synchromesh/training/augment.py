@@ -21,7 +21,10 @@ class Affine:
     """A small random rotation, shear, zoom and shift, drawn for each image from even ranges around none.
 
     Attributes:
-        rotate: degrees. shear: degrees. zoom: share of the size. shift: share of the size.
+        rotate: largest angle, degrees.
+        shear: largest angle, degrees.
+        zoom: largest change of the size, a share of it.
+        shift: longest way along each side, a share of it.
     """
 
     rotate: float = 10.0
@@ -35,8 +38,11 @@ class Augment:
     """What is done to training images, in this order; None and 0 leave a step out.
 
     Attributes:
-        crop: random crop while decoding. flip: chance of a mirror image. affine: see `Affine`.
-        rand_augment: see `RandAugment`. erase: chance that a random box is filled with noise.
+        crop: random crop while decoding.
+        flip: chance of a mirror image.
+        affine: small random rotation, zoom and shift.
+        rand_augment: random operations on geometry and colour.
+        erase: chance that a random box is filled with noise.
         mixing: mixup and cutmix.
     """
 

@@ -27,7 +27,8 @@ class Data:
     """Which images, and how they become the model's input.
 
     Attributes:
-        source: the digits of a package, or a folder. preprocess: size, channels, normalisation.
+        source: the digits of a package, or a folder.
+        preprocess: size, channels, normalisation.
         shots: train on this many images per class only; 0 for all.
     """
 
@@ -42,7 +43,8 @@ class Start:
 
     Attributes:
         weights: a run folder, a checkpoint folder, a .safetensors file, or a file that torch.load reads with
-            weights_only=True; None starts from random weights. freeze: what stays as it was.
+            weights_only=True; None starts from random weights.
+        freeze: what stays as it was.
     """
 
     weights: Path | None = None
@@ -54,10 +56,11 @@ class Keep:
     """How often the run writes; no field changes the numbers.
 
     Attributes:
-        log_steps: steps between two lines of metrics. evaluate_epochs: epochs between two evaluations.
-        checkpoint_seconds: time between checkpoints, besides those at evaluations. checkpoint_steps: likewise in
-            steps; 0 for none. best: also keep the checkpoint of the best evaluation; off where the score is a test
-            that must not choose.
+        log_steps: steps between two lines of metrics.
+        evaluate_epochs: epochs between two evaluations.
+        checkpoint_seconds: time between checkpoints, besides those at evaluations.
+        checkpoint_steps: steps between checkpoints, besides; 0 for none.
+        best: also keep the checkpoint of the best evaluation; off where the score is a test that must not choose.
         tensorboard: also write TensorBoard events.
         device: such as 'cpu' or 'cuda:1'; None takes the first GPU, or the CPU where there is none.
     """
@@ -76,12 +79,22 @@ class TrainConfig:
     """One training run.
 
     Attributes:
-        name: of the recipe. model: what is trained. twin: a second model trained after it in the same way, for
-            comparison; None for none.
-        epochs: passes over the training images. batch_size: images per optimizer step.
+        name: of the recipe.
+        model: what is trained.
+        twin: a second model trained after it in the same way, for comparison; None for none.
+        data: which images.
+        augment: what is done to training images.
+        optim: the optimizer and its schedule.
+        start: what training starts from.
+        epochs: passes over the training images.
+        batch_size: images per optimizer step.
+        eval_batch_size: images per batch of evaluations.
         accumulate: equal parts each batch is cut into, to fit into memory.
         label_smoothing: share of the target spread over all classes.
-        bf16: autocast to bfloat16. seed: of everything random.
+        bf16: autocast to bfloat16.
+        seed: of everything random.
+        loading: how images are read.
+        keep: how often the run writes.
     """
 
     name: str = "demo"

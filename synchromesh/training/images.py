@@ -27,9 +27,11 @@ class Preprocess:
     """How a picture becomes the model's input; stored with every checkpoint, so that predictions use the same.
 
     Attributes:
-        image_size: side of the square input, pixels. channels: 1 for grey, 3 for colour.
+        image_size: side of the square input, pixels.
+        channels: 1 for grey, 3 for colour.
         crop_ratio: the centre crop's share of the resized shorter side; training crops ignore it.
-        mean: per channel, in units of 0..1. std: per channel, likewise.
+        mean: of each channel's values, which are 0 to 1.
+        std: standard deviation of each channel's values.
     """
 
     image_size: int = 28

@@ -21,7 +21,8 @@ class Loading:
     """How batches are read; no field changes the numbers.
 
     Attributes:
-        workers: decoding threads (Pillow releases the interpreter while it decodes). ahead: batches read in advance.
+        workers: decoding threads (Pillow releases the interpreter while it decodes).
+        ahead: batches read in advance.
         skip_bad_images: leave unreadable files out and count them, instead of stopping.
     """
 

@@ -17,8 +17,10 @@ class Mixing:
     """Blend a whole batch, by mixup (Zhang et al., 2017) or by cutmix (Yun et al., 2019).
 
     Attributes:
-        mixup: alpha of the Beta(alpha, alpha) that draws the share; 0 leaves mixup out. cutmix: likewise.
-        chance: that a batch is blended at all. cutmix_chance: that a blended batch is cut, where both are on.
+        mixup: alpha of the Beta(alpha, alpha) that draws the share of mixup; 0 leaves it out.
+        cutmix: alpha of the Beta(alpha, alpha) that draws the share of cutmix; 0 leaves it out.
+        chance: that a batch is blended at all.
+        cutmix_chance: that a blended batch is cut, where both are on.
     """
 
     mixup: float = 0.8

@@ -20,9 +20,13 @@ class Optim:
 
     Attributes:
         lr: peak learning rate for a batch of `lr_batch` images; the run's is lr * batch_size / lr_batch.
-        warmup_lr: where the warm-up starts; scaled likewise. final_lr: where the cosine ends; scaled likewise.
+        warmup_lr: where the warm-up starts; scaled likewise.
+        final_lr: where the cosine ends; scaled likewise.
+        lr_batch: the batch size that the rates are for.
         warmup_epochs: length of the warm-up, epochs; may be a fraction.
         weight_decay: of matrices; none for biases, norms, scales and position parameters.
+        betas: of AdamW.
+        eps: of AdamW.
         clip_norm: largest norm of the whole gradient; 0 turns clipping off.
     """
 

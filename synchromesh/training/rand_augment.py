@@ -23,8 +23,11 @@ class RandAugment:
     """Apply `layers` operations, drawn for each image, one after the other.
 
     Attributes:
-        magnitude: mean strength, 0 to 10. spread: standard deviation of the strength.
-        chance: that a drawn operation is applied. fill: grey value outside of the moved picture.
+        layers: operations drawn for each image.
+        magnitude: mean strength, 0 to 10.
+        spread: standard deviation of the strength.
+        chance: that a drawn operation is applied.
+        fill: grey value outside of the moved picture, 0 to 1.
     """
 
     layers: int = 2

@@ -53,7 +53,13 @@ class MnistDigits:
 
 @dataclass(frozen=True)
 class ScikitDigits:
-    """1,797 handwritten digits, 8 x 8 grey with 17 levels, that come with scikit-learn; 140 of each class train."""
+    """1,797 handwritten digits, 8 x 8 grey with 17 levels, that come with scikit-learn.
+
+    In file order the first 140 of each class train and the rest, 34 to 43, test.
+
+    Attributes:
+        held_out: as for `MnistDigits`.
+    """
 
     held_out: int = 0
 
@@ -72,8 +78,13 @@ class ScikitDigits:
 class ImageFolder:
     """A folder of class folders of JPEG, PNG or WebP files.
 
-    Either `train/` and `val/`, each with one folder per class, or the class folders themselves; then `test_share` of
-    each class is scored on, chosen by `split_seed` and the file names alone.
+    Either `train/` and `val/`, each with one folder per class, or the class folders themselves; then a share of each
+    class is scored on, chosen by the seed and the file names alone.
+
+    Attributes:
+        path: the folder.
+        test_share: of each class, to score on, where there is no val/.
+        split_seed: chooses these.
     """
 
     path: Path
