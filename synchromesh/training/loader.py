@@ -76,17 +76,18 @@ def eval_batches(images: Images, batch_size: int, *, loading: Loading) -> Iterat
     yield from _read_ahead(images, groups, images.read, loading)
 
 
-def _read_ahead(
-    images: Images, groups: Sequence[np.ndarray], read: Callable[[int], Tensor], loading: Loading
-) -> Iterator[Batch]:
+Read = Callable[[int], Tensor]
+
+
+def _read_ahead(images: Images, groups: Sequence[np.ndarray], read: Read, loading: Loading) -> Iterator[Batch]:
     if loading.workers < 1 or loading.ahead < 1:
         raise ValueError(f"got {loading.workers} workers and {loading.ahead} batches ahead, wanted at least 1 of each")
-    waiting: deque[tuple[np.ndarray, list[Future[Tensor]]]] = deque()
+    waiting: deque[tuple[np.ndarray, list[Future[list[Tensor | InputError]]]]] = deque()
     pool = ThreadPoolExecutor(loading.workers, thread_name_prefix="decode")
     try:
-        remaining = iter(groups)
-        for group in remaining:
-            waiting.append((group, [pool.submit(read, int(i)) for i in group]))
+        for group in groups:
+            pieces = np.array_split(group, min(loading.workers, len(group)))
+            waiting.append((group, [pool.submit(_read_piece, read, piece) for piece in pieces]))
             if len(waiting) > loading.ahead:
                 yield _collect(images, *waiting.popleft(), skip=loading.skip_bad_images)
         while waiting:
@@ -95,16 +96,32 @@ def _read_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _collect(images: Images, group: np.ndarray, futures: list[Future[Tensor]], *, skip: bool) -> Batch:
-    pixels, kept, bad = [], [], []
-    for index, future in zip(group, futures, strict=True):
+def _read_piece(read: Read, indices: np.ndarray) -> list[Tensor | InputError]:
+    """Read one worker's part of a batch: a future for each image would cost more than a small image does."""
+    found: list[Tensor | InputError] = []
+    for index in indices:
         try:
-            pixels.append(future.result())
-            kept.append(int(index))
+            found.append(read(int(index)))
         except InputError as error:
-            if not skip:
-                raise InputError(f"{error}; --on-bad-image skip leaves such files out") from error
-            bad.append(str(error))
+            found.append(error)
+    return found
+
+
+def _collect(
+    images: Images, group: np.ndarray, futures: list[Future[list[Tensor | InputError]]], *, skip: bool
+) -> Batch:
+    pixels: list[Tensor] = []
+    kept: list[int] = []
+    bad: list[str] = []
+    found = (one for future in futures for one in future.result())
+    for index, one in zip(group, found, strict=True):
+        if isinstance(one, Tensor):
+            pixels.append(one)
+            kept.append(int(index))
+        elif skip:
+            bad.append(str(one))
+        else:
+            raise InputError(f"{one}; --on-bad-image skip leaves such files out") from one
     size = (images.preprocess.channels, images.preprocess.image_size, images.preprocess.image_size)
     stacked = torch.stack(pixels) if pixels else torch.zeros(0, *size, dtype=torch.uint8)
     return Batch(stacked, images.labels[torch.tensor(kept, dtype=torch.int64)], tuple(bad))

@@ -1,0 +1,107 @@
+"""The demo over several seeds: accuracy, training seconds and dead experts of the MoE and of its dense twin.
+
+    python benchmarks/demo.py --seeds 0 1 2             train all, one line each in benchmarks/results/demo.jsonl
+    python benchmarks/demo.py --seeds 0 --models moe    one of them
+    python benchmarks/demo.py --seeds                   only print mean and spread of what is there
+
+Each model is trained alone, by the recipe and the code of `synchromesh train demo`; a test holds that code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from synchromesh.commands.train import train
+from synchromesh.recipes.demo import demo
+from synchromesh.training.config import TrainConfig
+
+RESULTS = Path(__file__).parent / "results" / "demo.jsonl"
+FIGURES = ("test_accuracy", "train_seconds", "images_per_second", "dead_experts")
+ABOUT = ("parameters", "active_parameters", "epochs", "test_images", "test_load", "threads", "torch", "python")
+
+
+@dataclass(frozen=True)
+class Args:
+    """What to train. seeds: one run each. models: which of the two. out: file to append to."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    models: tuple[Literal["moe", "dense"], ...] = ("moe", "dense")
+    out: Path = RESULTS
+
+
+def alone(model: str, seed: int) -> TrainConfig:
+    """Return the demo's recipe for one of its two models."""
+    config = dataclasses.replace(demo(), seed=seed)
+    if model == "dense":
+        assert config.twin is not None
+        config = dataclasses.replace(config, model=config.twin)
+    return dataclasses.replace(config, twin=None)
+
+
+def measure(model: str, seed: int, console: Console) -> dict[str, Any]:
+    """Train one model from scratch and return its line."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        code = train(alone(model, seed), run, resume=False, console=console)
+        if code != 0:
+            raise RuntimeError(f"the run of {model}, seed {seed}, ended with exit code {code}")
+        summary = json.loads((run / "summary.json").read_text())
+    figures = {name: summary[name] for name in (*FIGURES, *ABOUT)}
+    return {"benchmark": "demo", "model": model, "seed": seed, **figures, **machine()}
+
+
+def machine() -> dict[str, Any]:
+    """Name the processor and the commit."""
+    cpu = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {"machine": f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores", "commit": commit}
+
+
+def table(lines: Sequence[dict[str, Any]]) -> Table:
+    """Return mean and spread (smallest to largest) over the newest line of each seed."""
+    shown = Table("model", "seeds", *(name.replace("_", " ") for name in FIGURES), title="recipe demo")
+    for model in ("moe", "dense"):
+        newest = {line["seed"]: line for line in lines if line["model"] == model}
+        if newest:
+            cells = (spread([line[name] for line in newest.values()], name) for name in FIGURES)
+            shown.add_row(model, str(len(newest)), *cells)
+    return shown
+
+
+def spread(values: Sequence[float], name: str) -> str:
+    """Return 'mean (smallest to largest)'."""
+    form = "{:.2%}" if name == "test_accuracy" else "{:,.0f}"
+    mean, low, high = (form.format(v) for v in (statistics.fmean(values), min(values), max(values)))
+    return f"{mean} ({low} to {high})"
+
+
+def main(args: Args) -> None:
+    console = Console()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        for model in args.models:
+            line = measure(model, seed, console)
+            with args.out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+    if args.out.is_file():
+        console.print(table([json.loads(line) for line in args.out.read_text().splitlines()]))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
