@@ -18,6 +18,7 @@ from synchromesh.kernels.activations import KNOWN, KnownActivation, known_name
 from synchromesh.kernels.autocast import autocast
 from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights, compose_mlp
 from synchromesh.kernels.grouped_mm.cpu import grouped_mm, row_ranges
+from synchromesh.kernels.memory import room
 from synchromesh.kernels.permute.cpu import combine, gather, kept_pairs
 from synchromesh.types import RowMap
 
@@ -80,8 +81,8 @@ def _fused_mlp(
     x: Tensor, weights: Tensor, pairs: Tensor, ends: Tensor, activation: str, save: bool, *mlp: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, (tokens, scale) = x.contiguous(), kept_pairs(weights, pairs, ends, x.dtype)
-    y = x.new_zeros(x.shape, dtype=scale.dtype)
-    pre_up, pre_gate = _pre_activations(x, pairs, mlp, save)
+    y = room(x.shape, scale.dtype).zero_()
+    pre_up, pre_gate = (room(shape, x.dtype) for shape in _pre_activations(pairs, mlp, save))
     for expert, own in _blocks(ends):
         net = _net(mlp, expert)
         rows = x.index_select(0, tokens[own])
@@ -98,15 +99,16 @@ def _fused_mlp(
 def _(
     x: Tensor, weights: Tensor, pairs: Tensor, ends: Tensor, activation: str, save: bool, *mlp: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), *_pre_activations(x, pairs, mlp, save)
+    pre_up, pre_gate = _pre_activations(pairs, mlp, save)
+    return x.new_empty(x.shape), x.new_empty(pre_up), x.new_empty(pre_gate)
 
 
-def _pre_activations(x: Tensor, pairs: Tensor, mlp: Optionals, save: bool) -> tuple[Tensor, Tensor]:
-    """Return room for what is saved of up and of gate."""
+def _pre_activations(pairs: Tensor, mlp: Optionals, save: bool) -> list[Sequence[Any]]:  # Any: sizes may be symbols
+    """Return the shapes of what is saved of up and of gate."""
     up, _, gate, *_ = mlp
     assert up is not None
     rows = pairs.shape[0] if save else 0
-    return x.new_empty(rows, up.shape[1]), x.new_empty(0 if gate is None else rows, up.shape[1])
+    return [(rows, up.shape[1]), (0 if gate is None else rows, up.shape[1])]
 
 
 @torch.library.custom_op(
@@ -120,8 +122,8 @@ def _fused_mlp_backward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     x, weights, pairs, ends, pre_up, pre_gate = saved
     x, grad, (tokens, scale) = x.contiguous(), grad.contiguous(), kept_pairs(weights, pairs, ends, x.dtype)
-    d_x, d_scale, act = x.new_zeros(x.shape, dtype=scale.dtype), torch.zeros_like(scale), KNOWN[activation]
-    _, d_weights, d_mlp = _gradients(grad, saved, mlp, activation, needs)
+    d_x, d_scale, act = room(x.shape, scale.dtype).zero_(), torch.zeros_like(scale), KNOWN[activation]
+    d_mlp = [room(shape, x.dtype) for shape in _wanted_shapes(mlp, needs)]
     wanted = [d if need else None for d, need in zip(d_mlp, needs[2:], strict=True)]
     for expert, (start, stop) in enumerate(row_ranges(ends)):
         own = slice(start, stop)
@@ -142,21 +144,23 @@ def _fused_mlp_backward(
             if net.gate is not None:
                 d_rows.addmm_(d_gate, net.gate)
             d_x.index_add_(0, at, d_rows * s)
+    d_weights = weights.new_zeros(weights.shape)
     d_weights.view(-1)[pairs[: len(scale)]] = d_scale[:, 0].to(weights.dtype)
     return d_x.to(x.dtype), d_weights, d_mlp
 
 
 @_fused_mlp_backward.register_fake
-def _gradients(
+def _(
     grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, needs: list[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return zeros for the sparse gradient of the weights, and room for the gradients that are needed."""
     x, weights, *_ = saved
-    room = [
-        grad.new_empty(part.shape if need and part is not None else 0)
-        for part, need in zip(mlp, needs[2:], strict=True)
-    ]
-    return x.new_empty(x.shape), weights.new_zeros(weights.shape), room
+    d_mlp = [x.new_empty(shape) for shape in _wanted_shapes(mlp, needs)]
+    return x.new_empty(x.shape), weights.new_empty(weights.shape), d_mlp
+
+
+def _wanted_shapes(mlp: Optionals, needs: list[bool]) -> list[Sequence[Any]]:
+    """Return the shape of each gradient that is needed, and no room for the others."""
+    return [tuple(part.shape) if need and part is not None else (0,) for part, need in zip(mlp, needs[2:], strict=True)]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -215,7 +219,7 @@ def _row_dots(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _down_gradients(d_net: _Net, hidden: Tensor, d_out: Tensor, s: Tensor) -> None:
     """Write the gradients of down and its bias; d_out is overwritten."""
-    torch.mul(d_out, s, out=d_out)
+    d_out.mul_(s.to(d_out.dtype))  # one pass; of mixed dtypes torch would make float32 copies
     if d_net.down is not None:
         torch.mm(hidden.t(), d_out, out=d_net.down)
     if d_net.down_bias is not None:
@@ -224,9 +228,10 @@ def _down_gradients(d_net: _Net, hidden: Tensor, d_out: Tensor, s: Tensor) -> No
 
 def _up_gradients(d_net: _Net, d_up: Tensor, d_gate: Any, rows: Tensor, s: Tensor) -> None:
     """Write the gradients of up, gate and their biases; rows are overwritten."""
-    torch.mul(rows, s, out=rows)
+    s = s.to(rows.dtype)
+    rows.mul_(s)
     for d_pre, d_weight, d_bias in ((d_up, d_net.up, d_net.up_bias), (d_gate, d_net.gate, d_net.gate_bias)):
         if d_weight is not None:
             torch.mm(d_pre.t(), rows, out=d_weight)
         if d_bias is not None:
-            torch.mm(s.t().to(d_pre.dtype), d_pre, out=d_bias[None])
+            torch.mm(s.t(), d_pre, out=d_bias[None])

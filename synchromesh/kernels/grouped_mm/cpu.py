@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from synchromesh.kernels.autocast import autocast
+from synchromesh.kernels.memory import room, room_like
 
 
 def grouped_mm(
@@ -58,7 +59,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> N
     schema="(Tensor rows, Tensor weight, Tensor ends, Tensor? bias) -> Tensor",
 )
 def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
-    out = rows.new_empty(rows.shape[0], weight.shape[2])
+    out = room((rows.shape[0], weight.shape[2]), rows.dtype)
     for expert, (start, stop) in enumerate(row_ranges(ends)):
         if stop > start:
             multiply(rows[start:stop], weight[expert], out[start:stop], None if bias is None else bias[expert])
@@ -80,7 +81,10 @@ def _grouped_mm_backward(
     grad: Tensor, rows: Tensor | None, weight: Tensor, ends: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad = grad.contiguous()
-    d_rows, d_weight, d_bias = _room(grad, rows, weight, ends, needs)
+    num_experts, width, out = weight.shape
+    d_rows = room((grad.shape[0], width) if needs[0] else (0,), grad.dtype)
+    d_weight = room_like(weight) if needs[1] else grad.new_empty(0)
+    d_bias = grad.new_empty((num_experts, out) if needs[2] else (0,))
     for expert, (start, stop) in enumerate(row_ranges(ends)):
         d_out = grad[start:stop]
         if needs[0] and stop > start:
@@ -95,10 +99,9 @@ def _grouped_mm_backward(
 
 
 @_grouped_mm_backward.register_fake
-def _room(
+def _(
     grad: Tensor, rows: Tensor | None, weight: Tensor, ends: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return room for each gradient that is needed, and nothing for the others."""
     return (
         grad.new_empty(grad.shape[0], weight.shape[1]) if needs[0] else grad.new_empty(0),
         torch.empty_like(weight) if needs[1] else grad.new_empty(0),

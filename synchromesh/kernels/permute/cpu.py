@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from synchromesh.kernels.memory import room
 from synchromesh.types import RowMap
 
 # Rows whose float32 products stay in a core's second-level cache until they are added up.
@@ -52,7 +53,7 @@ def _count(ends: Tensor) -> int:
 )
 def _gather(x: Tensor, pairs: Tensor, ends: Tensor, choices: int) -> Tensor:
     n = _count(ends)
-    rows = x.new_empty(pairs.shape[0], x.shape[1])
+    rows = room((pairs.shape[0], x.shape[1]), x.dtype)
     torch.index_select(x.contiguous(), 0, pairs[:n] // choices, out=rows[:n])
     return rows
 
@@ -85,7 +86,7 @@ _gather.register_autograd(_gather_backward, setup_context=_gather_setup)
 )
 def _combine(buffer: Tensor, weights: Tensor, pairs: Tensor, ends: Tensor) -> Tensor:
     tokens, scale = kept_pairs(weights, pairs, ends, buffer.dtype)
-    total = buffer.new_zeros(weights.shape[0], buffer.shape[1], dtype=sum_dtype(buffer.dtype))
+    total = room((weights.shape[0], buffer.shape[1]), scale.dtype).zero_()
     for block in _blocks(len(tokens)):
         total.index_add_(0, tokens[block], buffer[block] * scale[block])
     return total.to(buffer.dtype)
@@ -106,7 +107,7 @@ def _combine_backward(
     grad: Tensor, buffer: Tensor, weights: Tensor, pairs: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
     tokens, scale = kept_pairs(weights, pairs, ends, buffer.dtype)
-    grad, d_buffer = grad.contiguous(), buffer.new_empty(buffer.shape)
+    grad, d_buffer = grad.contiguous(), room(buffer.shape, buffer.dtype)
     d_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
     for block in _blocks(len(tokens)):
         rows = grad.index_select(0, tokens[block])

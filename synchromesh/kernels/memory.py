@@ -1,0 +1,35 @@
+"""Large buffers whose first use does not cost more than the arithmetic in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HUGE_FROM = 4 * 2**20  # bytes; where numpy begins to ask for huge pages
+ALIGNED_TO = 64
+
+
+def room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return uninitialised CPU memory, on huge pages where it is large.
+
+    Fresh memory costs one page fault per 4 KiB when it is first written: for the weight gradients of many small
+    experts more than the matrix products. numpy asks the kernel for pages of 2 MiB; torch does so only if the user's
+    environment says so. The memory is the tensor's own in either case.
+    """
+    nbytes = prod(shape) * dtype.itemsize
+    if nbytes < HUGE_FROM:
+        return torch.empty(shape, dtype=dtype)
+    raw = np.empty(nbytes + ALIGNED_TO, np.uint8)
+    start = -raw.ctypes.data % ALIGNED_TO
+    return torch.from_numpy(raw[start : start + nbytes]).view(dtype).view(*shape)
+
+
+def room_like(tensor: Tensor) -> Tensor:
+    """Return room laid out as a tensor is: contiguous, or with its last two dims swapped."""
+    if tensor.is_contiguous() or not tensor.mT.is_contiguous():
+        return room(tensor.shape, tensor.dtype)
+    return room(tensor.mT.shape, tensor.dtype).mT
