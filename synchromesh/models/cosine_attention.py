@@ -50,7 +50,7 @@ class _CosineAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (dy,) = gradients
         unit, q, k, v, weights, factors_Th, scale = ctx.saved_tensors
         G, bias_dtype = ctx.bias

@@ -1,0 +1,279 @@
+"""SwinV2 on a CPU: a training step and inference, dense against transformers' Swinv2, with experts against dense.
+
+    python benchmarks/swin.py                              # every model, fp32 and bf16 autocast
+    python benchmarks/swin.py --models demo --dtypes bfloat16
+
+The dense model has the weights of transformers' and is first compared with it, logits and all gradients; where they
+differ no time is printed. transformers runs the only attention it has for Swinv2. Stochastic depth is off. A training
+step is forward, cross entropy (and the losses of routers) and backward, without the optimizer. Rounds are interleaved,
+times are medians. `matmuls` is the time of nothing but the matrix products of one dense step, replayed on tensors of
+the same shapes and strides: transformers' time over it is the most that is left to gain.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Swinv2Config, Swinv2ForImageClassification
+
+from synchromesh.models.swin_v2 import SwinV2Classifier, SwinV2Config, from_transformers
+from synchromesh.models.swin_v2_moe import DEMO, DEMO_EXPERTS, ExpertsConfig, swin_v2_moe
+from synchromesh.record import aux_loss
+from synchromesh.testing.compare import relative_rms
+
+RESULTS = Path(__file__).parent / "results" / "swin.jsonl"
+TINY = SwinV2Config(image_size=64, drop_path=0.0)
+TINY_EXPERTS = ExpertsConfig(num_experts=8, blocks=((), (), (1, 3, 5), (1,)), dropout=0.0, down_bias=True)
+WANTED = {"train": 1.3, "infer": 1.5, "experts": 0.85}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its experts, and the batch it is measured with."""
+
+    config: SwinV2Config
+    experts: ExpertsConfig
+    pixels: int
+    batch: int
+    classes: int
+
+
+CASES = {
+    "demo": Case(dataclasses.replace(DEMO, drop_path=0.0), DEMO_EXPERTS, 28, 128, 10),
+    "tiny 64px": Case(TINY, TINY_EXPERTS, 64, 32, 1000),
+    "tiny 128px": Case(dataclasses.replace(TINY, image_size=128), TINY_EXPERTS, 128, 16, 1000),
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    """What to measure. models: of the cases, all by default. seconds: of timing per contestant and figure."""
+
+    models: list[str] = field(default_factory=lambda: list(CASES))
+    dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
+    seconds: float = 5.0
+    threads: int = 0
+    out: Path = RESULTS
+
+
+class Theirs(nn.Module):
+    """transformers' classifier as images to logits."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        c = case.config
+        self.model = Swinv2ForImageClassification(
+            Swinv2Config(
+                image_size=c.image_size,
+                patch_size=c.patch_size,
+                num_channels=c.in_channels,
+                embed_dim=c.embed_dim,
+                depths=list(c.depths),
+                num_heads=list(c.num_heads),
+                window_size=c.window_size,
+                pretrained_window_sizes=[0] * len(c.depths),
+                drop_path_rate=0.0,
+                num_labels=case.classes,
+            )
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images).logits
+
+
+class Products(TorchDispatchMode):
+    """Notes the matrix products that run, with the shapes and strides of their operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[tuple[Callable[..., Tensor], list[tuple[torch.Size, tuple[int, ...], torch.dtype]]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        names = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1, torch.ops.aten.bmm.default: 0}
+        if func in names or func is torch.ops.aten.bmm.out:
+            run = torch.bmm if func in (torch.ops.aten.bmm.default, torch.ops.aten.bmm.out) else torch.mm
+            operands = args[names.get(func, 0) :][:2]
+            self.noted.append((run, [(t.shape, t.stride(), t.dtype) for t in operands]))
+        return func(*args, **(kwargs or {}))
+
+    def replay(self) -> Callable[[], None]:
+        def tensor(size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            t = torch.empty_strided(size, stride, dtype=dtype)
+            return t.copy_(torch.randn(size))
+
+        ready = [(run, *(tensor(*about) for about in operands)) for run, operands in self.noted]
+        ready = [(run, a, b, run(a, b)) for run, a, b in ready]
+
+        def products() -> None:
+            for run, a, b, out in ready:
+                run(a, b, out=out)
+
+        return products
+
+
+def step(model: nn.Module, images: Tensor, labels: Tensor, *, dtype: str, training: bool) -> Tensor:
+    """Run one training step or one inference; return the logits."""
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+    if not training:
+        with torch.inference_mode(), autocast:
+            return model.eval()(images)
+    model.train().zero_grad()
+    with autocast:
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels) + aux_loss(model)
+    loss.backward()
+    return logits
+
+
+def results(model: nn.Module, images: Tensor, labels: Tensor, dtype: str) -> dict[str, Tensor]:
+    """Return logits of both passes and all gradients, under our names."""
+    got = {kind: step(model, images, labels, dtype=dtype, training=kind == "train") for kind in ("infer", "train")}
+    got |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: tensor.detach().float() for name, tensor in got.items()}
+
+
+def check_equal(ours: SwinV2Classifier, theirs: Theirs, images: Tensor, labels: Tensor, dtype: str) -> None:
+    """Fail unless ours is as near to transformers' float32 results as the dtype allows, or as transformers' own are."""
+    parts = []
+    for model, precision in ((theirs, "float32"), (theirs, dtype), (ours, dtype)):
+        got = results(model, images, labels, precision)
+        got = got if model is ours else from_transformers({n.removeprefix("model."): t for n, t in got.items()})
+        gradients = torch.cat([got[name].flatten() for name, _ in ours.named_parameters()])
+        parts.append({"infer": got["infer"], "train": got["train"], "gradients": gradients})
+    truth, other, mine = parts
+    for name in truth:
+        error, allowed = relative_rms(mine[name], truth[name]), relative_rms(other[name], truth[name])
+        if not error <= max(1e-4, 1.25 * allowed):
+            raise SystemExit(
+                f"{name} in {dtype} is off by {error:.2g}, transformers' by {allowed:.2g}: nothing is timed"
+            )
+
+
+def timed(runs: dict[str, Callable[[], object]], *, seconds: float, least: int = 5) -> dict[str, float]:
+    """Return the median seconds of each over interleaved rounds."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    while min(map(len, times.values())) < least or sum(map(sum, times.values())) < seconds * len(runs):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(own) for name, own in times.items()}
+
+
+def measure(name: str, dtype: str, seconds: float) -> list[dict[str, object]]:
+    """Return one record for training and one for inference."""
+    case = CASES[name]
+    torch.manual_seed(0)
+    theirs, dense = Theirs(case), SwinV2Classifier(case.config, case.classes)
+    dense.load_state_dict(from_transformers(theirs.model.state_dict()))
+    experts = swin_v2_moe(case.config, case.classes, experts=case.experts)
+    images = torch.randn(case.batch, case.config.in_channels, case.pixels, case.pixels)
+    labels = torch.randint(case.classes, (case.batch,))
+    check_equal(dense, theirs, images, labels, dtype)
+    records = []
+    for training in (True, False):
+
+        def run(model: nn.Module, training: bool = training) -> Tensor:
+            return step(model, images, labels, dtype=dtype, training=training)
+
+        with Products() as products:
+            run(dense)
+        runs = {"theirs": lambda run=run: run(theirs), "dense": lambda run=run: run(dense)}
+        runs |= {"experts": lambda run=run: run(experts), "matmuls": products.replay()}
+        times = timed(runs, seconds=seconds)
+        figure = {"model": name, "dtype": dtype, "pass": "train" if training else "infer", "batch": case.batch}
+        records.append({**figure, "seconds": times, **verdict(times, str(figure["pass"]))})
+    return records
+
+
+def verdict(times: dict[str, float], kind: str) -> dict[str, object]:
+    """Compare with what is wanted."""
+    gain, kept = times["theirs"] / times["dense"], times["dense"] / times["experts"]
+    return {
+        "over_transformers": gain,
+        "most_possible": times["theirs"] / times["matmuls"],
+        "experts_over_dense": kept,
+        "met": {
+            "faster than transformers": gain > 1,
+            f"{WANTED[kind]}x transformers": gain >= WANTED[kind],
+            f"experts at {WANTED['experts']} of dense": kept >= WANTED["experts"],
+        },
+    }
+
+
+def machine() -> dict[str, object]:
+    """Return what a figure depends on besides the code."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {
+        "machine": f"{model}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "commit": commit,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def save(records: list[dict[str, object]], out: Path) -> None:
+    """Replace the records of the same figures, written aside and renamed."""
+
+    def figure(record: dict[str, object]) -> str:
+        return json.dumps([record[name] for name in ("model", "dtype", "pass", "batch", "threads")])
+
+    old = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    kept = {figure(record): record for record in [*old, *records]}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_suffix(".part")
+    aside.write_text("".join(json.dumps(record) + "\n" for record in kept.values()))
+    aside.replace(out)
+
+
+def show(records: list[dict]) -> None:
+    table = Table("model", "dtype", "pass", title="images per second")
+    for name in ("transformers", "dense", "experts", "dense over transformers", "most possible", "experts over dense"):
+        table.add_column(name, justify="right")
+    table.add_column("misses")
+    for r in records:
+        rates = [f"{r['batch'] / r['seconds'][who]:.0f}" for who in ("theirs", "dense", "experts")]
+        ratios = [f"{r[name]:.2f}" for name in ("over_transformers", "most_possible", "experts_over_dense")]
+        missed = ", ".join(name for name, met in r["met"].items() if not met)
+        table.add_row(r["model"], r["dtype"], r["pass"], *rates, *ratios, missed or "-")
+    Console(width=180).print(table)
+
+
+def main(args: Args) -> None:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    about = machine()
+    records: list[dict] = []
+    for name in args.models:
+        for dtype in args.dtypes:
+            records += [{**about, **record} for record in measure(name, dtype, args.seconds)]
+            save(records, args.out)
+            print(f"{len(records)} figures", file=sys.stderr)
+    show(records)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
