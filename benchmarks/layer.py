@@ -18,7 +18,6 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -58,7 +57,7 @@ class Args:
 
     shapes: list[int] = field(default_factory=lambda: list(range(len(SHAPES))))
     dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
-    seconds: float = 3.0
+    seconds: float = 2.0
     quick: bool = False
     out: Path = RESULTS
 
@@ -298,7 +297,7 @@ def measure_pass(p: Problem, contestants: dict[str, Contestant], args: Args, *, 
     runs |= {name: partial(run_once, p, c, backward=backward) for name, c in contestants.items()}
     for run in runs.values():
         run()
-    times = timed(runs, seconds=0.5 if args.quick else args.seconds, least=2 if args.quick else 5)
+    times = timed(runs, seconds=0.5 if args.quick else args.seconds, least=2 if args.quick else 4)
     peaks = {}
     for name in contestants:
         forget(p, contestants)
@@ -391,7 +390,6 @@ def main(args: Args) -> None:
         for dtype in args.dtypes:
             for routing in ROUTINGS:
                 records += measure(SHAPES[index], getattr(torch, dtype), routing, args)
-                print(f"{len(records)} figures", file=sys.stderr)
     records = [{**about, **record} for record in records]
     save(records, args.out)
     show(records)
