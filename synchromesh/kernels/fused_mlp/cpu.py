@@ -126,24 +126,12 @@ def _fused_mlp_backward(
     d_mlp = [room(shape, x.dtype) for shape in _wanted_shapes(mlp, needs)]
     wanted = [d if need else None for d, need in zip(d_mlp, needs[2:], strict=True)]
     for expert, (start, stop) in enumerate(row_ranges(ends)):
-        own = slice(start, stop)
-        at, s, net, d_net = tokens[own], scale[own], _net(mlp, expert), _net(wanted, expert)
-        up, gate = pre_up[own], None if net.gate is None else pre_gate[own]
-        opened, hidden = _activate(act, up, gate)
-        d_out = grad.index_select(0, at)
-        d_hidden = torch.mm(d_out, net.down.t())
-        if needs[1]:
-            d_scale[own] = _row_dots(d_hidden, hidden, s.dtype)
-            if net.down_bias is not None:
-                d_scale[own] += _row_dots(d_out, net.down_bias, s.dtype)
-        _down_gradients(d_net, hidden, d_out, s)
-        d_up, d_gate = _activate_backward(act, d_hidden, opened, up, gate)
-        _up_gradients(d_net, d_up, d_gate, x.index_select(0, at), s)
+        own, net = slice(start, stop), _net(mlp, expert)
+        at, s, pre = tokens[own], scale[own], (pre_up[own], None if net.gate is None else pre_gate[own])
+        rows, d_out = x.index_select(0, at), grad.index_select(0, at)
+        d_pre, d_scale[own] = _expert_backward(net, _net(wanted, expert), act, pre, rows, d_out, s)
         if needs[0]:
-            d_rows = torch.mm(d_up, net.up)
-            if net.gate is not None:
-                d_rows.addmm_(d_gate, net.gate)
-            d_x.index_add_(0, at, d_rows * s)
+            d_x.index_add_(0, at, _rows_gradient(net, *d_pre) * s)
     d_weights = weights.new_zeros(weights.shape)
     d_weights.view(-1)[pairs[: len(scale)]] = d_scale[:, 0].to(weights.dtype)
     return d_x.to(x.dtype), d_weights, d_mlp
@@ -161,6 +149,27 @@ def _(
 def _wanted_shapes(mlp: Optionals, needs: list[bool]) -> list[Sequence[Any]]:
     """Return the shape of each gradient that is needed, and no room for the others."""
     return [tuple(part.shape) if need and part is not None else (0,) for part, need in zip(mlp, needs[2:], strict=True)]
+
+
+def _expert_backward(
+    net: _Net,
+    d_net: _Net,
+    act: KnownActivation,
+    pre: tuple[Tensor, Tensor | None],
+    rows: Tensor,
+    d_out: Tensor,
+    s: Tensor,
+) -> tuple[tuple[Tensor, Any], Tensor]:
+    """Write an expert's gradients; return those of its pre-activations and of s. rows and d_out are overwritten."""
+    opened, hidden = _activate(act, *pre)
+    d_hidden = torch.mm(d_out, net.down.t())
+    d_s = _row_dots(d_hidden, hidden, s.dtype)
+    if net.down_bias is not None:
+        d_s += _row_dots(d_out, net.down_bias, s.dtype)
+    _down_gradients(d_net, hidden, d_out, s)
+    d_pre = _activate_backward(act, d_hidden, opened, *pre)
+    _up_gradients(d_net, *d_pre, rows, s)
+    return d_pre, d_s
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -224,6 +233,11 @@ def _down_gradients(d_net: _Net, hidden: Tensor, d_out: Tensor, s: Tensor) -> No
         torch.mm(hidden.t(), d_out, out=d_net.down)
     if d_net.down_bias is not None:
         torch.sum(d_out, 0, out=d_net.down_bias)
+
+
+def _rows_gradient(net: _Net, d_up: Tensor, d_gate: Any) -> Tensor:
+    d_rows = torch.mm(d_up, net.up)
+    return d_rows if d_gate is None else d_rows.addmm_(d_gate, net.gate)
 
 
 def _up_gradients(d_net: _Net, d_up: Tensor, d_gate: Any, rows: Tensor, s: Tensor) -> None:
