@@ -198,6 +198,18 @@ def test_a_second_run_moves_the_first_aside_and_loses_nothing(
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
+def test_a_twin_is_trained_beside_and_can_be_used_as_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["swin.embed-dim=8", "swin.patch-size=7", "swin.num-heads", "1", "2", "2"]
+    both = [f"--{model}.{a}" if a[0] == "s" else a for model in ("model", "twin") for a in small]
+    rest = ["--epochs=1", "--batch-size=500", "--data.source.held-out=100"]
+    assert cli.main(["train", "demo", *both, *rest, f"--run={tmp_path / 'run'}"]) == 0
+    assert "dense twin" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["dense_parameters"] == summary["dense_active_parameters"] < summary["parameters"]
+    assert cli.main(["eval", str(tmp_path / "run" / "dense"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == summary["dense_test_accuracy"]
+
+
 def test_resuming_a_finished_run_does_nothing_and_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (run / "summary.json").read_bytes()
     assert cli.main(["train", "digits", *TINY, f"--run={run}", "--resume"]) == 0

@@ -16,6 +16,7 @@ from synchromesh.commands.progress import RunProgress
 from synchromesh.commands.report import report_if_possible
 from synchromesh.training import seeds
 from synchromesh.training.architecture import Architecture, DenseSwin, ModelSize, build_classifier, model_size
+from synchromesh.training.codec import encode
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.durable import write_json
 from synchromesh.training.errors import InputError, NonFiniteError, StoppedError
@@ -23,6 +24,7 @@ from synchromesh.training.interrupt import StopWish, stop_on_signals
 from synchromesh.training.loop import Job, Outcome, fit
 from synchromesh.training.run_folder import (
     CHECKPOINTS,
+    RECIPE,
     SUMMARY,
     TWIN,
     claimed,
@@ -110,6 +112,8 @@ def _train_all(config: TrainConfig, folder: Path, images: Splits, stop: StopWish
     main = _fit_stage(Stage(config.model, folder, _title(config.model)), config, images, stop, console)
     twin = None
     if config.twin is not None:
+        (folder / TWIN).mkdir(exist_ok=True)  # with a recipe of its own: eval, predict and report take it for a run
+        write_json(folder / TWIN / RECIPE, encode(dataclasses.replace(config, model=config.twin, twin=None)))
         twin = _fit_stage(Stage(config.twin, folder / TWIN, _title(config.twin)), config, images, stop, console)
     return summarize(config, main, twin, device=device)
 

@@ -12,6 +12,7 @@ Line = dict[str, Any]
 
 INK, PALE = "#1f2933", "#e4e7eb"
 COLORS = ("#2563eb", "#d97706")  # the model, its twin: apart for colour-blind eyes too
+LAYER_COLORS = ("#1d4ed8", "#0d9488", "#9333ea", "#be185d", "#65a30d", "#475569")
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,13 @@ def load_figures(series: Series) -> list[go.Figure]:
 def final_load_figure(shares: dict[str, list[float]]) -> go.Figure:
     """Draw the load of every expert over all test images, one line of bars per layer."""
     figure = _empty("Expert load on the test images", "expert", "share of the layer's tokens, %")
-    for layer, values in shares.items():
-        figure.add_bar(x=[str(i) for i in range(len(values))], y=[100 * v for v in values], name=short_name(layer))
+    for i, (layer, values) in enumerate(shares.items()):
+        figure.add_bar(
+            x=[str(expert) for expert in range(len(values))],
+            y=[100 * v for v in values],
+            name=short_name(layer),
+            marker={"color": LAYER_COLORS[i % len(LAYER_COLORS)]},
+        )
     if shares:
         count = max(len(values) for values in shares.values())
         figure.add_hline(y=100 / count, line={"color": INK, "dash": "dot"}, annotation_text="even load")
