@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from synchromesh.training.loop import Event
+from synchromesh.training.metrics import short_name
 
 _BARS = "▁▂▃▄▅▆▇█"
 PLAIN_SECONDS: Final = 20.0  # between two lines of training where no terminal shows them live
@@ -87,19 +88,19 @@ class RunProgress:
         train, test = self._train, self._test
         loss = "-" if self._loss is None else f"{self._loss:.4f}"
         table.add_row(
-            f"loss {loss}",
-            _number(train, "accuracy", "training accuracy {:.1%}"),
-            _number(test, "accuracy", "[bold green]test accuracy {:.2%}[/]"),
+            f"loss {loss}   accuracy",
+            _number(train, "accuracy", "train {:.1%}"),
+            _number(test, "accuracy", "[bold green]test {:.2%}[/]"),
             _number(train, "images_per_second", "{:,.0f} images/s"),
             _number(train, "drop_rate", "dropped {:.1%}") if train.get("load") else "",
-            _number(train, "learning_rate", "learning rate {:.2e}"),
+            _number(train, "learning_rate", "lr {:.1e}"),
         )
         return table
 
     def _loads(self) -> Table:
         table = Table.grid(padding=(0, 1))
         for layer, shares in self._train.get("load", {}).items():
-            table.add_row(Text(f"{layer}", style="dim"), load_bar(shares), Text(_extremes(shares), style="dim"))
+            table.add_row(Text(short_name(layer), style="dim"), load_bar(shares), Text(_extremes(shares), style="dim"))
         return table
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from synchromesh.training.metrics import short_name
+
 Line = dict[str, Any]
 
 INK, PALE = "#1f2933", "#e4e7eb"
@@ -92,19 +94,6 @@ def final_load_figure(shares: dict[str, list[float]]) -> go.Figure:
         count = max(len(values) for values in shares.values())
         figure.add_hline(y=100 / count, line={"color": INK, "dash": "dot"}, annotation_text="even load")
     return figure.update_layout(barmode="group")
-
-
-def short_name(layer: str) -> str:
-    """Return a layer's name for people.
-
-    >>> short_name("backbone.stages.1.blocks.3.ffn")
-    'stage 2, block 4'
-    """
-    parts = layer.split(".")
-    if "stages" in parts and "blocks" in parts:
-        stage, block = (int(parts[parts.index(name) + 1]) + 1 for name in ("stages", "blocks"))
-        return f"stage {stage}, block {block}"
-    return layer or "model"
 
 
 def _curves(series: Sequence[Series], value: Callable[[Line], float], *, title: str, unit: str) -> go.Figure:

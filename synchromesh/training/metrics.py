@@ -92,6 +92,19 @@ def drop_rate(loads: dict[str, LoadStats]) -> float:
     return dropped / max(1, sum(int(load.tokens_per_expert.sum()) for load in loads.values()))
 
 
+def short_name(layer: str) -> str:
+    """Return a layer's name for people.
+
+    >>> short_name("backbone.stages.1.blocks.3.ffn")
+    'stage 2, block 4'
+    """
+    parts = layer.split(".")
+    if "stages" in parts and "blocks" in parts:
+        stage, block = (int(parts[parts.index(name) + 1]) + 1 for name in ("stages", "blocks"))
+        return f"stage {stage}, block {block}"
+    return layer or "model"
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
