@@ -33,3 +33,13 @@ def room_like(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous() or not tensor.mT.is_contiguous():
         return room(tensor.shape, tensor.dtype)
     return room(tensor.mT.shape, tensor.dtype).mT
+
+
+def scratch(num_rows: int, *parts: tuple[int, torch.dtype]) -> list[Tensor]:
+    """Return matrices of `num_rows` rows, of the given widths and dtypes, out of one piece of memory."""
+    sizes = [-(-num_rows * width * dtype.itemsize // ALIGNED_TO) * ALIGNED_TO for width, dtype in parts]
+    pieces = room((sum(sizes),), torch.uint8).split(sizes)
+    return [
+        piece[: num_rows * width * dtype.itemsize].view(dtype).view(num_rows, width)
+        for piece, (width, dtype) in zip(pieces, parts, strict=True)
+    ]

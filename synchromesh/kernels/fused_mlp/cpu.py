@@ -18,8 +18,8 @@ from synchromesh.kernels.activations import KNOWN, KnownActivation, known_name
 from synchromesh.kernels.autocast import autocast
 from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights, compose_mlp
 from synchromesh.kernels.grouped_mm.cpu import grouped_mm, row_ranges
-from synchromesh.kernels.memory import room
-from synchromesh.kernels.permute.cpu import combine, gather, kept_pairs
+from synchromesh.kernels.memory import room, scratch
+from synchromesh.kernels.permute.cpu import combine, gather, kept_pairs, sum_dtype
 from synchromesh.types import RowMap
 
 # Rows of an expert that go forward at a time: enough for a full-speed product, few enough for the last-level cache.
@@ -80,19 +80,25 @@ def fused_mlp(
 def _fused_mlp(
     x: Tensor, weights: Tensor, pairs: Tensor, ends: Tensor, activation: str, save: bool, *mlp: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, (tokens, scale) = x.contiguous(), kept_pairs(weights, pairs, ends, x.dtype)
+    x, (tokens, scale), gated = x.contiguous(), kept_pairs(weights, pairs, ends, x.dtype), mlp[2] is not None
     y = room(x.shape, scale.dtype).zero_()
-    pre_up, pre_gate = (room(shape, x.dtype) for shape in _pre_activations(pairs, mlp, save))
+    shapes = _pre_activations(pairs, mlp, save)
+    pre_up, pre_gate = (room(shape, x.dtype) for shape in shapes)
+    narrow, wide = (x.shape[1], x.dtype), (shapes[0][1], x.dtype)
+    block = min(BLOCK, len(tokens))
+    space = scratch(block, narrow, narrow, (x.shape[1], scale.dtype), wide, *([wide] * (0 if save else 1 + gated)))
     for expert, own in _blocks(ends):
-        net = _net(mlp, expert)
-        rows = x.index_select(0, tokens[own])
-        up = _product(rows, net.up.t(), net.up_bias, pre_up[own] if save else None)
-        gate = None
+        net, at = _net(mlp, expert), tokens[own]
+        rows, out, scaled, hidden, *hs = (part[: len(at)] for part in space)
+        h_up, h_gate = (pre_up[own], pre_gate[own]) if save else (hs[0], hs[-1])
+        torch.index_select(x, 0, at, out=rows)
+        _product(rows, net.up.t(), net.up_bias, h_up)
         if net.gate is not None:
-            gate = _product(rows, net.gate.t(), net.gate_bias, pre_gate[own] if save else None)
-        _, hidden = _activate(KNOWN[activation], up, gate)
-        y.index_add_(0, tokens[own], _product(hidden, net.down, net.down_bias) * scale[own])
-    return y.to(x.dtype), pre_up, pre_gate
+            _product(rows, net.gate.t(), net.gate_bias, h_gate)
+        _activate(KNOWN[activation], h_up, h_gate if gated else None, (hidden, hidden))
+        _product(hidden, net.down, net.down_bias, out)
+        y.index_add_(0, at, torch.mul(out, scale[own], out=scaled))
+    return _narrowed(y, x.dtype), pre_up, pre_gate
 
 
 @_fused_mlp.register_fake
@@ -125,16 +131,20 @@ def _fused_mlp_backward(
     d_x, d_scale, act = room(x.shape, scale.dtype).zero_(), torch.zeros_like(scale), KNOWN[activation]
     d_mlp = [room(shape, x.dtype) for shape in _wanted_shapes(mlp, needs)]
     wanted = [d if need else None for d, need in zip(d_mlp, needs[2:], strict=True)]
+    most = max((stop - start for start, stop in row_ranges(ends)), default=0)
+    space = _space(most, x, pre_up.shape[1], gated=pre_gate.shape[0] > 0)
     for expert, (start, stop) in enumerate(row_ranges(ends)):
-        own, net = slice(start, stop), _net(mlp, expert)
+        own, net, own_space = slice(start, stop), _net(mlp, expert), _Space(*(part[: stop - start] for part in space))
         at, s, pre = tokens[own], scale[own], (pre_up[own], None if net.gate is None else pre_gate[own])
-        rows, d_out = x.index_select(0, at), grad.index_select(0, at)
-        d_pre, d_scale[own] = _expert_backward(net, _net(wanted, expert), act, pre, rows, d_out, s)
+        torch.index_select(x, 0, at, out=own_space.rows)
+        torch.index_select(grad, 0, at, out=own_space.d_out)
+        d_pre, d_scale[own] = _expert_backward(net, _net(wanted, expert), act, pre, s, own_space)
         if needs[0]:
-            d_x.index_add_(0, at, _rows_gradient(net, *d_pre) * s)
+            d_rows = _rows_gradient(net, *d_pre, own_space.d_rows)
+            d_x.index_add_(0, at, torch.mul(d_rows, s, out=own_space.scaled))
     d_weights = weights.new_zeros(weights.shape)
     d_weights.view(-1)[pairs[: len(scale)]] = d_scale[:, 0].to(weights.dtype)
-    return d_x.to(x.dtype), d_weights, d_mlp
+    return _narrowed(d_x, x.dtype), d_weights, d_mlp
 
 
 @_fused_mlp_backward.register_fake
@@ -151,24 +161,38 @@ def _wanted_shapes(mlp: Optionals, needs: list[bool]) -> list[Sequence[Any]]:
     return [tuple(part.shape) if need and part is not None else (0,) for part, need in zip(mlp, needs[2:], strict=True)]
 
 
+class _Space(NamedTuple):
+    """Where an expert's backward works. hidden is opened itself where nothing is gated."""
+
+    rows: Tensor
+    d_out: Tensor
+    d_rows: Tensor
+    scaled: Tensor
+    opened: Tensor
+    d_hidden: Tensor
+    spare: Tensor
+    hidden: Tensor
+
+
+def _space(num_rows: int, x: Tensor, hidden: int, *, gated: bool) -> _Space:
+    narrow, wide = (x.shape[1], x.dtype), (hidden, x.dtype)
+    scaled = (x.shape[1], sum_dtype(x.dtype))
+    parts = scratch(num_rows, narrow, narrow, narrow, scaled, wide, wide, wide, *([wide] * gated))
+    return _Space(*parts, *([] if gated else [parts[4]]))
+
+
 def _expert_backward(
-    net: _Net,
-    d_net: _Net,
-    act: KnownActivation,
-    pre: tuple[Tensor, Tensor | None],
-    rows: Tensor,
-    d_out: Tensor,
-    s: Tensor,
+    net: _Net, d_net: _Net, act: KnownActivation, pre: tuple[Tensor, Tensor | None], s: Tensor, space: _Space
 ) -> tuple[tuple[Tensor, Any], Tensor]:
-    """Write an expert's gradients; return those of its pre-activations and of s. rows and d_out are overwritten."""
-    opened, hidden = _activate(act, *pre)
-    d_hidden = torch.mm(d_out, net.down.t())
-    d_s = _row_dots(d_hidden, hidden, s.dtype)
+    """Write an expert's gradients; return those of its pre-activations and of s. space holds rows and d_out."""
+    _activate(act, *pre, (space.opened, space.hidden))
+    d_hidden = torch.mm(space.d_out, net.down.t(), out=space.d_hidden)
+    d_s = torch.mul(d_hidden, space.hidden, out=space.spare).sum(1, keepdim=True, dtype=s.dtype)
     if net.down_bias is not None:
-        d_s += _row_dots(d_out, net.down_bias, s.dtype)
-    _down_gradients(d_net, hidden, d_out, s)
-    d_pre = _activate_backward(act, d_hidden, opened, *pre)
-    _up_gradients(d_net, *d_pre, rows, s)
+        d_s += torch.mul(space.d_out, net.down_bias, out=space.d_rows).sum(1, keepdim=True, dtype=s.dtype)
+    _down_gradients(d_net, space.hidden, space.d_out, s)
+    d_pre = _activate_backward(act, space, *pre)
+    _up_gradients(d_net, *d_pre, space.rows, s)
     return d_pre, d_s
 
 
@@ -199,31 +223,33 @@ def _blocks(ends: Tensor) -> Iterator[tuple[int, slice]]:
             yield expert, slice(row, min(row + BLOCK, stop))
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
 
 
-def _activate(act: KnownActivation, up: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the activated gate (of up where there is no gate), and the hidden rows."""
-    opened = torch.empty_like(up)
+def _narrowed(total: Tensor, dtype: torch.dtype) -> Tensor:
+    return total if total.dtype == dtype else room(total.shape, dtype).copy_(total)
+
+
+def _activate(act: KnownActivation, up: Tensor, gate: Tensor | None, out: tuple[Tensor, Tensor]) -> None:
+    """Write the activated gate (up where there is no gate), and the hidden rows; both may be one tensor."""
+    opened, hidden = out
     act.value(up if gate is None else gate, opened)
-    return opened, opened if gate is None else opened * up
+    if gate is not None:
+        torch.mul(opened, up, out=hidden)
 
 
-def _activate_backward(
-    act: KnownActivation, d_hidden: Tensor, opened: Tensor, up: Tensor, gate: Tensor | None
-) -> tuple[Tensor, Any]:
-    """Return the gradients of both pre-activations; d_hidden is overwritten."""
+def _activate_backward(act: KnownActivation, space: _Space, up: Tensor, gate: Tensor | None) -> tuple[Tensor, Any]:
+    """Return the gradients of both pre-activations, in d_hidden's and spare's place."""
     if gate is None:
-        act.derivative(d_hidden, up, d_hidden)
-        return d_hidden, None
-    d_gate = d_hidden * up
-    act.derivative(d_gate, gate, d_gate)
-    return d_hidden.mul_(opened), d_gate
-
-
-def _row_dots(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    return (a * b).sum(1, keepdim=True, dtype=dtype)
+        act.derivative(space.d_hidden, up, space.d_hidden)
+        return space.d_hidden, None
+    torch.mul(space.d_hidden, up, out=space.spare)
+    act.derivative(space.spare, gate, space.spare)
+    return space.d_hidden.mul_(space.opened), space.spare
 
 
 def _down_gradients(d_net: _Net, hidden: Tensor, d_out: Tensor, s: Tensor) -> None:
@@ -235,8 +261,8 @@ def _down_gradients(d_net: _Net, hidden: Tensor, d_out: Tensor, s: Tensor) -> No
         torch.sum(d_out, 0, out=d_net.down_bias)
 
 
-def _rows_gradient(net: _Net, d_up: Tensor, d_gate: Any) -> Tensor:
-    d_rows = torch.mm(d_up, net.up)
+def _rows_gradient(net: _Net, d_up: Tensor, d_gate: Any, out: Tensor) -> Tensor:
+    d_rows = torch.mm(d_up, net.up, out=out)
     return d_rows if d_gate is None else d_rows.addmm_(d_gate, net.gate)
 
 
