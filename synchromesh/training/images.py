@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,6 +123,13 @@ class MemoryImages(Images):
             return image
         resized = interpolate(image[None].float(), size=(size, size), mode="bicubic", antialias=True)
         return resized[0].round_().clamp_(0, 255).to(torch.uint8)
+
+    def prepared(self) -> MemoryImages:
+        """Return the set with every image as `read` gives it without a random crop: resized once and for all."""
+        if self.images.shape[-2:] == (self.preprocess.image_size,) * 2 and self.preprocess.crop_ratio == 1:
+            return self
+        small = torch.stack([self.read(i) for i in range(len(self))])
+        return dataclasses.replace(self, images=small, preprocess=dataclasses.replace(self.preprocess, crop_ratio=1.0))
 
     def subset(self, indices: Sequence[int]) -> MemoryImages:
         chosen = torch.as_tensor(list(indices), dtype=torch.int64)

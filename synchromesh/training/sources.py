@@ -141,7 +141,7 @@ def take_shots(images: Images, shots: int, *, seed: int) -> Images:
 def _in_memory(images: torch.Tensor, labels: np.ndarray, preprocess: Preprocess) -> MemoryImages:
     if preprocess.channels == 3:
         images = images.expand(-1, 3, -1, -1)
-    return MemoryImages(torch.from_numpy(np.asarray(labels, dtype=np.int64)), _DIGITS, preprocess, images)
+    return MemoryImages(torch.from_numpy(np.asarray(labels, dtype=np.int64)), _DIGITS, preprocess, images).prepared()
 
 
 def _members(images: Images) -> list[list[int]]:

@@ -108,3 +108,13 @@ def test_a_random_crop_stays_inside_and_has_the_wanted_area() -> None:
 def test_impossible_settings_are_refused(fields: dict[str, object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Preprocess(**fields)  # pyright: ignore[reportArgumentType]
+
+
+def test_prepared_images_are_what_reading_gives() -> None:
+    pixels = torch.randint(0, 256, (5, 1, 12, 16), dtype=torch.uint8)
+    preprocess = Preprocess(image_size=8, crop_ratio=0.75)
+    images = MemoryImages(torch.arange(5), tuple("abcde"), preprocess, pixels)
+    prepared = images.prepared()
+    assert prepared.images.shape == (5, 1, 8, 8)
+    assert all(torch.equal(prepared.read(i), images.read(i)) for i in range(5))
+    assert prepared.prepared() is prepared
