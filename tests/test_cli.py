@@ -199,7 +199,7 @@ def test_a_second_run_moves_the_first_aside_and_loses_nothing(
 
 
 def test_a_twin_is_trained_beside_and_can_be_used_as_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["swin.embed-dim=8", "swin.patch-size=7", "swin.num-heads", "1", "2", "2"]
+    small = ["swin.embed-dim=8", "swin.patch-size=8", "swin.depths", "1", "4", "swin.num-heads", "1", "2"]
     both = [f"--{model}.{a}" if a[0] == "s" else a for model in ("model", "twin") for a in small]
     rest = ["--epochs=1", "--batch-size=500", "--data.source.held-out=100"]
     assert cli.main(["train", "demo", *both, *rest, f"--run={tmp_path / 'run'}"]) == 0
