@@ -253,6 +253,7 @@ def test_a_folder_of_photos_is_trained_on_from_end_to_end(tmp_path: Path, capsys
     assert "broken.jpg" in failed(arguments, capsys)
     skipping = [str(a) for a in [*arguments, "--on-bad-image", "skip"]]
     assert cli.main(skipping) == 0
+    assert "left out as unreadable" in capsys.readouterr().out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["bad_images"] + summary["test_bad_images"] >= 1
     assert summary["test_accuracy"] == 1.0

@@ -186,6 +186,12 @@ def _closing_table(console: Console, summary: dict[str, Any], folder: Path) -> N
     if summary["test_load"]:
         table.add_row("dead experts", str(summary["dead_experts"]), *[""] * (len(columns) - 1))
     console.print(table)
+    bad, test_bad = summary["bad_images"], summary["test_bad_images"]
+    if bad or test_bad:
+        epochs = summary["epochs"]
+        console.print(
+            f"left out as unreadable: {bad:,} times in {epochs} epochs, and {test_bad:,} test images", style="yellow"
+        )
     console.print(f"{folder / SUMMARY} · {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 

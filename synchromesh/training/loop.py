@@ -35,6 +35,8 @@ from synchromesh.training.start import still
 from synchromesh.training.step import prepare, train_step
 from synchromesh.training.window import Window
 
+BAD_SHOWN = 5  # unreadable images that are named; the rest is counted
+
 
 @dataclass(frozen=True)
 class Event:
@@ -90,7 +92,8 @@ class Standing:
 
     Attributes:
         step: optimizer steps done. seconds: of wall time so far, evaluations and checkpoints included.
-        step_seconds: of them, in steps. trained_images: so far. bad_images: unreadable ones so far.
+        step_seconds: of them, in steps. trained_images: so far.
+        bad_images: unreadable ones so far, in every epoch anew.
         evaluated: the step of the last evaluation, -1 before the first. best: its highest accuracy, at best_step.
     """
 
@@ -178,9 +181,9 @@ class _Loop:
 
     def _step(self, batch: Batch, started: float) -> None:
         now = self.standing
-        now.bad_images += len(batch.bad)
-        for text in batch.bad:
+        for text in batch.bad[: max(0, BAD_SHOWN - now.bad_images)]:
             self._tell("note", text=f"left out: {text}")
+        now.bad_images += len(batch.bad)
         if len(batch.labels) > 0:
             classes = len(self.job.images.train.classes)
             mixed = prepare(batch, self.config, now.step, num_classes=classes, device=self.device)
