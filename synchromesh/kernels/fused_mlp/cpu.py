@@ -187,9 +187,9 @@ def _expert_backward(
     """Write an expert's gradients; return those of its pre-activations and of s. space holds rows and d_out."""
     _activate(act, *pre, (space.opened, space.hidden))
     d_hidden = torch.mm(space.d_out, net.down.t(), out=space.d_hidden)
-    d_s = torch.mul(d_hidden, space.hidden, out=space.spare).sum(1, keepdim=True, dtype=s.dtype)
+    d_s = torch.mul(d_hidden, space.hidden, out=space.spare).sum(1, keepdim=True)  # a dtype here would copy it all
     if net.down_bias is not None:
-        d_s += torch.mul(space.d_out, net.down_bias, out=space.d_rows).sum(1, keepdim=True, dtype=s.dtype)
+        d_s = d_s + torch.mul(space.d_out, net.down_bias, out=space.d_rows).sum(1, keepdim=True)
     _down_gradients(d_net, space.hidden, space.d_out, s)
     d_pre = _activate_backward(act, space, *pre)
     _up_gradients(d_net, *d_pre, space.rows, s)
@@ -201,10 +201,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     needs_x, needs_weights, _, _, _, _, *needs_mlp = ctx.needs_input_grad[: len(inputs)]
     ctx.needs = [needs_x, needs_weights, *needs_mlp]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros of the size of the pre-activations arrive with every backward
     ctx.save_for_backward(x, weights, pairs, ends, *output[1:], *mlp)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * len(ctx.needs_input_grad)
     tensors = list(ctx.saved_tensors)  # read once: activation checkpointing unpacks each a single time
     saved, mlp = tensors[:6], tensors[6:]
     d_x, d_weights, d_mlp = _fused_mlp_backward(grad, saved, mlp, ctx.activation, ctx.needs)
