@@ -40,7 +40,7 @@ def demo() -> TrainConfig:
         model=SwinMoE(SWIN, EXPERTS),
         twin=DenseSwin(SWIN),
         data=Data(MnistDigits(), PREPROCESS),
-        augment=Augment(affine=Affine(rotate=8.0, zoom=0.08, shift=0.06)),
+        augment=Augment(affine=Affine(rotate=12.0, shear=8.0, zoom=0.15, shift=0.08)),
         optim=Optim(
             lr=2e-3,
             warmup_lr=0.0,
