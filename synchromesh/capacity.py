@@ -61,15 +61,17 @@ class FixedCapacity(Capacity):
     priority: Priority = token_order
 
     def __post_init__(self) -> None:
-        _check_factor("FixedCapacity.factor", self.factor, least=0.0)
+        _check_factor("FixedCapacity.factor", self.factor)
+        if self.tokens is not None and self.tokens < 0:
+            raise ValueError(f"FixedCapacity.tokens is {self.tokens}, wanted a number of tokens >= 0, or None")
 
     def rows_per_expert(self, *, tokens: int, choices: int, experts: int) -> int:
         """Return C."""
         return _rows(self.factor, tokens if self.tokens is None else self.tokens, choices, experts)
 
     def __call__(self, routing: Routing, agree_max: AgreeMax) -> RowMap:
-        tokens, choices = routing.expert_ids.shape
-        most = self.rows_per_expert(tokens=tokens, choices=choices, experts=routing.num_experts)
+        tokens = routing.expert_ids.shape[0]
+        most = self.rows_per_expert(tokens=tokens, choices=routing.choices, experts=routing.num_experts)
         return _map_rows(routing, *_places(routing, self.priority), capacity=most, most=most)
 
 
@@ -87,21 +89,20 @@ class NeededCapacity(Capacity):
 
     def __post_init__(self) -> None:
         if self.max_factor is not None:
-            _check_factor("NeededCapacity.max_factor", self.max_factor, least=0.0)
+            _check_factor("NeededCapacity.max_factor", self.max_factor)
 
     def __call__(self, routing: Routing, agree_max: AgreeMax) -> RowMap:
-        tokens, choices = routing.expert_ids.shape
         positions, counts = _places(routing, self.priority)
         needed = agree_max(counts.max())
         if self.max_factor is None:
             return _map_rows(routing, positions, counts, capacity=needed, most=None)
-        most = _rows(self.max_factor, tokens, choices, routing.num_experts)
+        most = _rows(self.max_factor, routing.expert_ids.shape[0], routing.choices, routing.num_experts)
         return _map_rows(routing, positions, counts, capacity=needed.clamp(max=most), most=most)
 
 
-def _check_factor(name: str, factor: float, *, least: float) -> None:
-    if not least <= factor < math.inf:
-        raise ValueError(f"{name} is {factor}, wanted a finite number >= {least}; Dropless() keeps every pair")
+def _check_factor(name: str, factor: float) -> None:
+    if not 0 <= factor < math.inf:
+        raise ValueError(f"{name} is {factor}, wanted a finite number >= 0; Dropless() keeps every pair")
 
 
 def _rows(factor: float, tokens: int, choices: int, experts: int) -> int:

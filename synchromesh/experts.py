@@ -187,6 +187,10 @@ class ModuleExperts(Experts):
         sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
         *groups, tail = rows.split([*sizes, rows.shape[0] - sum(sizes)])
         out = [expert(group) for expert, group in zip(self.experts, groups, strict=True)]
+        for number, (group, rows_out) in enumerate(zip(groups, out, strict=True)):
+            if rows_out.shape != group.shape:
+                got, wanted = tuple(rows_out.shape), tuple(group.shape)
+                raise ValueError(f"expert {number} returned rows of shape {got}, wanted {wanted}, as they came in")
         return torch.cat([*out, out[0].new_zeros(tail.shape)])
 
     def fused(

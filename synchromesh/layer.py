@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,6 +85,9 @@ class MoE(nn.Module):
             raise ValueError(
                 f"the router chooses among {routed} experts, got {experts.num_experts}; wanted equal numbers"
             )
+        width = getattr(router, "width", experts.width)
+        if experts.width is not None and width != experts.width:
+            raise ValueError(f"the router takes tokens of width {width}, got experts of width {experts.width}")
         self.router, self.experts, self.shared = router, experts, shared
         self.capacity, self.losses, self.strategy = capacity, tuple(losses), strategy
         self.options = Options()
@@ -99,13 +103,14 @@ class MoE(nn.Module):
         plan: Plan | None = None,
     ) -> Tensor:
         """Run the layer on x [..., D]; k, capacity and plan hold for this call only."""
-        x_TD = _checked(x, self.experts).reshape(-1, x.shape[-1])
+        x_TD = _checked(x, self.experts, self.router).reshape(-1, x.shape[-1])
         choice = self._decisions.once(lambda: self._choose(x_TD, Options(k, capacity, plan).over(self.options)))
         routing = self._routed(x_TD, choice)
         rowmap = choice.capacity(routing, lambda number: self._decisions.once(lambda: self.strategy.agree_max(number)))
         y_TD = self.strategy.run(x_TD, routing, rowmap, self.experts, choice.plan)
+        y_TD = y_TD.masked_fill(_broken(routing), math.nan)
         if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
+            y_TD = y_TD + _checked_shared(self.shared(x_TD), x_TD)
         self._note(routing, rowmap, choice.plan)
         return y_TD.view(x.shape)
 
@@ -172,12 +177,26 @@ def routing_options(
             layer.options = options
 
 
-def _checked(x: Tensor, experts: Experts) -> Tensor:
+def _broken(routing: Routing) -> Tensor:
+    """Return [T, 1]: tokens with a NaN weight, whose result is NaN also where a capacity dropped the pair."""
+    return (routing.weights.isnan() & (routing.expert_ids >= 0)).any(dim=1, keepdim=True)
+
+
+def _checked_shared(y_TD: Tensor, x_TD: Tensor) -> Tensor:
+    if y_TD.shape != x_TD.shape:
+        raise ValueError(f"the shared expert returned shape {tuple(y_TD.shape)}, wanted {tuple(x_TD.shape)}, as it got")
+    return y_TD
+
+
+def _checked(x: Tensor, experts: Experts, router: nn.Module) -> Tensor:
     """Return x, or say what is wrong with it."""
     if not x.is_floating_point():
         raise ValueError(f"a MoE layer got {x.dtype}, wanted a floating dtype: embed or convert the input first")
     if x.dim() == 0 or (experts.width is not None and x.shape[-1] != experts.width):
         raise ValueError(f"a MoE layer got an input of shape {tuple(x.shape)}, wanted a last dim of {experts.width}")
+    gate = next(router.parameters(), None)
+    if gate is not None and gate.device != x.device:
+        raise ValueError(f"a MoE layer got an input on {x.device}, its router is on {gate.device}: move one of them")
     weight = next(experts.parameters(), None)
     if weight is None:
         return x

@@ -40,7 +40,8 @@ class LoadBalance(Loss):
     choices: int | None = 1
 
     def __call__(self, routing: Routing, agree_sum: AgreeSum) -> Float[Tensor, ""]:
-        counts = routing.tokens_per_expert(self.choices).to(routing.scores.dtype)
+        leading = self.choices if routing.mean_choices is None else None  # columns without order all count
+        counts = routing.tokens_per_expert(leading).to(routing.scores.dtype)
         mean_score = _mean(routing.scores, agree_sum)
         pairs = agree_sum(counts.sum()).clamp(min=1)
         return self.weight * routing.num_experts * (mean_score * agree_sum(counts) / pairs).sum()

@@ -66,8 +66,8 @@ class Decisions:
         index = used.get(task, 0)
         if index >= len(made):
             raise ValueError(
-                "a MoE layer ran inside backward without its first forward, as reentrant or nested checkpointing makes "
-                "it; wanted torch.utils.checkpoint.checkpoint(..., use_reentrant=False), not nested"
+                "a MoE layer ran inside backward without its first forward, as under reentrant or nested checkpointing, "
+                "or from a hook; wanted one torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or no_grad"
             )
         used[task] = index + 1
         return made[index]

@@ -38,8 +38,7 @@ class Record(nn.Module):
         super().__init__()
         self._losses: tuple[tuple[Tensor, Tensor | bool] | None, ...] = (None,) * UNREAD_LIMIT
         self._trained: LoadStats | None = None
-        self._observed: LoadStats | None = None
-        self.observing = False
+        self._observed: list[LoadStats | None] = []  # one for each block of record_load around us
         self._warned = False
 
     def add(self, forward: Forward, *, training: bool) -> Int[Tensor, " E"] | None:
@@ -54,11 +53,11 @@ class Record(nn.Module):
 
     def _add(self, forward: Forward, *, training: bool, first: Tensor | bool) -> Int[Tensor, " E"] | None:
         counts, dropped = forward.tokens_per_expert * first, forward.dropped * first
-        if self.observing:
-            self._observed = _sum(self._observed, LoadStats(counts, dropped, forward.plan))
+        stats = LoadStats(counts, dropped, forward.plan)
+        self._observed = [_sum(seen, stats) for seen in self._observed]
         if not training:
             return None
-        self._trained = _sum(self._trained, LoadStats(counts, dropped, forward.plan))
+        self._trained = _sum(self._trained, stats)
         if forward.aux_loss is not None:
             self._keep(forward.aux_loss, first)
         return counts
@@ -85,13 +84,18 @@ class Record(nn.Module):
         load, self._trained = self._trained, None
         return load
 
+    @property
+    def observing(self) -> bool:
+        """Whether the forwards of evaluation count too."""
+        return bool(self._observed)
+
     def observe(self) -> None:
-        """Count the forwards from now on, those of evaluation too."""
-        self.observing, self._observed = True, None
+        """Count the forwards from now on, those of evaluation too; blocks may stand inside one another."""
+        self._observed = [*self._observed, None]
 
     def observed(self) -> LoadStats | None:
-        """Stop counting, and return what was counted."""
-        load, self._observed, self.observing = self._observed, None, False
+        """End the innermost block, and return what it counted."""
+        *self._observed, load = self._observed
         return load
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:

@@ -26,7 +26,7 @@ def replace_ffn(
     """
     if select("", model):
         raise ValueError("select chose the model itself, wanted blocks inside it")
-    replaced = _replace_inside(model, "", select, factory)
+    replaced = _replace_inside(model, "", select, factory, {})
     if not replaced:
         names = [name for name, _ in model.named_modules() if name][:8]
         raise ValueError(f"select chose no module of {type(model).__name__}; names look like {names}")
@@ -34,14 +34,23 @@ def replace_ffn(
 
 
 def _replace_inside(
-    parent: nn.Module, path: str, select: Callable[[str, nn.Module], bool], factory: Callable[[nn.Module], nn.Module]
+    parent: nn.Module,
+    path: str,
+    select: Callable[[str, nn.Module], bool],
+    factory: Callable[[nn.Module], nn.Module],
+    made: dict[nn.Module, nn.Module],
 ) -> list[str]:
+    """Replace below `parent`. `made` maps old to new, so that a module in two places stays one module."""
     replaced = []
-    for name, child in list(parent.named_children()):
+    for name, child in list(parent._modules.items()):  # named_children() would pass over the second place
         child_path = f"{path}.{name}" if path else name
-        if select(child_path, child):
-            setattr(parent, name, factory(child).train(child.training))
+        if child is None:
+            continue
+        if child in made or select(child_path, child):
+            if child not in made:
+                made[child] = factory(child).train(child.training)
+            setattr(parent, name, made[child])
             replaced.append(child_path)
         else:
-            replaced += _replace_inside(child, child_path, select, factory)
+            replaced += _replace_inside(child, child_path, select, factory, made)
     return replaced

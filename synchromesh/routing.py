@@ -32,7 +32,7 @@ class Softmax:
         return logits.softmax(dim=1)
 
     def weights(self, logits: Float[Tensor, "T K"], scores: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
-        return logits.softmax(dim=1) if self.after_selection else _normalized(scores, self.normalize)
+        return logits.softmax(dim=1) if self.after_selection else _normalized(scores, normalize=self.normalize)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Sigmoid:
         return logits.sigmoid()
 
     def weights(self, logits: Float[Tensor, "T K"], scores: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
-        return _normalized(scores, self.normalize)
+        return _normalized(scores, normalize=self.normalize)
 
 
 @dataclass(frozen=True)
@@ -159,10 +159,13 @@ class TopKRouter(Router):
         limit: NodeLimit | None = None,
     ) -> None:
         super().__init__()
-        _check_noise(noise)
+        _check_gate(width, num_experts, noise)
+        if balance is not None and len(balance.steps) != num_experts:
+            raise ValueError(f"BiasBalance has {len(balance.steps)} experts, wanted {num_experts}, as the router")
         if limit is not None and num_experts % limit.groups:
             raise ValueError(f"NodeLimit cuts {num_experts} experts into {limit.groups} groups, wanted equal groups")
-        self.num_experts, self.noise, self.scores, self.balance, self.limit = num_experts, noise, scores, balance, limit
+        self.width, self.num_experts, self.noise = width, num_experts, noise
+        self.scores, self.balance, self.limit = scores, balance, limit
         self.k = _checked_k(k, self.selectable)
         self.weight = nn.Parameter(torch.empty(num_experts, width))
         self.reset_parameters()
@@ -208,10 +211,12 @@ class CosineRouter(Router):
         scores: Softmax | Sigmoid = Softmax(),
     ) -> None:
         super().__init__()
-        _check_noise(noise)
-        if temperature < self.floor:
-            raise ValueError(f"the temperature is {temperature}, wanted at least {self.floor}")
-        self.num_experts, self.noise, self.scores = num_experts, noise, scores
+        _check_gate(width, num_experts, noise)
+        if dim < 1 or not temperature >= self.floor:
+            raise ValueError(
+                f"dim is {dim} and temperature {temperature}, wanted dim >= 1, temperature >= {self.floor}"
+            )
+        self.width, self.num_experts, self.noise, self.scores = width, num_experts, noise, scores
         self.k = _checked_k(k, num_experts)
         self.initial_temperature = temperature
         self.projector = nn.Linear(width, dim)
@@ -247,7 +252,8 @@ class ExpertChoiceRouter(Router):
 
     def __init__(self, width: int, num_experts: int, *, k: int = 1, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.num_experts, self.dtype = num_experts, dtype
+        _check_gate(width, num_experts)
+        self.width, self.num_experts, self.dtype = width, num_experts, dtype
         self.k = _checked_k(k, num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, width))
         self.reset_parameters()
@@ -269,21 +275,24 @@ class ExpertChoiceRouter(Router):
             ids = torch.full_like(column, -1).scatter(0, chosen, column[:share])
             ids = torch.where(broken, torch.where(column == 0, 0, -1), ids)
             weights = scores.masked_fill(broken, math.nan)
-            return Routing(ids, weights, scores, logits, max_pairs=share * experts + tokens)
+            return Routing(ids, weights, scores, logits, max_pairs=share * experts + tokens, mean_choices=k)
 
 
 def _checked_k(k: int, most: int) -> int:
-    if not 1 <= k <= most:
-        raise ValueError(f"k is {k}, wanted 1 <= k <= {most}, the experts that one token can choose")
+    if not (isinstance(k, int) and 1 <= k <= most):
+        raise ValueError(f"k is {k}, wanted an integer 1 <= k <= {most}, the experts that one token can choose")
     return k
 
 
-def _check_noise(noise: float) -> None:
-    if noise < 0:
+def _check_gate(width: int, num_experts: int, noise: float = 0.0) -> None:
+    for name, got in (("width", width), ("num_experts", num_experts)):
+        if got < 1:
+            raise ValueError(f"{name} of the router is {got}, wanted at least 1")
+    if not 0 <= noise < math.inf:
         raise ValueError(f"the noise is {noise}, wanted 0 (none) or a positive number")
 
 
-def _normalized(weights: Float[Tensor, "T K"], normalize: bool) -> Float[Tensor, "T K"]:
+def _normalized(weights: Float[Tensor, "T K"], *, normalize: bool) -> Float[Tensor, "T K"]:
     if not normalize or weights.shape[1] == 1:
         return weights
     return weights / weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)

@@ -29,6 +29,8 @@ class Routing:
         noisy_logits: with noise; None when there was none.
         noise_std: standard deviation of that noise; None when there was none.
         max_pairs: static bound on the number of present pairs; None means T * K.
+        mean_choices: choices per token that a capacity is computed from, where the columns are not choices in order of
+            preference; None means K, and that they are.
     """
 
     expert_ids: Int[Tensor, "T K"]
@@ -38,10 +40,16 @@ class Routing:
     noisy_logits: Float[Tensor, "T E"] | None = None
     noise_std: float | None = None
     max_pairs: int | None = None
+    mean_choices: int | None = None
 
     @property
     def num_experts(self) -> int:
         return self.scores.shape[1]
+
+    @property
+    def choices(self) -> int:
+        """Choices per token, on average."""
+        return self.expert_ids.shape[1] if self.mean_choices is None else self.mean_choices
 
     def tokens_per_expert(self, choices: int | None = None) -> Int[Tensor, " E"]:
         """Count the present pairs of each expert, in the first `choices` columns or in all."""

@@ -107,6 +107,11 @@ def test_a_factor_without_meaning_is_refused(factor):
         NeededCapacity(max_factor=factor)
 
 
+def test_a_negative_number_of_tokens_is_refused():
+    with pytest.raises(ValueError, match="tokens is -5, wanted"):
+        FixedCapacity(1.0, tokens=-5)
+
+
 def test_a_broken_token_is_served_last():
     routing = random_routing(8, 1, 2, seed=1)
     scores = routing.scores.clone()

@@ -161,10 +161,11 @@ def test_experts_without_tokens_get_zero_gradients_and_the_others_right_ones(ids
         assert bool(moe.experts.up.grad[e].any()) == bool((ids == e).any())
 
 
-@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("capacity", CAPACITIES)
+@pytest.mark.parametrize("experts", ["mlp", "any activation", "swiglu", "modules"])
 @pytest.mark.parametrize("router", ROUTERS)
-def test_a_broken_token_is_nan_and_alone(router, experts):
-    moe = MoE(ROUTERS[router](), EXPERTS[experts]())
+def test_a_broken_token_is_nan_and_alone_even_where_it_was_dropped(router, experts, capacity):
+    moe = MoE(ROUTERS[router](), EXPERTS[experts](), capacity=CAPACITIES[capacity])
     x = torch.randn(12, D)
     bad = {2: math.nan, 7: math.inf, 8: -math.inf}
     for t, value in bad.items():
@@ -173,7 +174,7 @@ def test_a_broken_token_is_nan_and_alone(router, experts):
     good = [t for t in range(len(x)) if t not in bad]
     assert y[list(bad)].isnan().all()
     assert y[good].isfinite().all()
-    if router != "expert choice":  # there a token's experts depend on the other tokens
+    if router != "expert choice" and capacity == "dropless":  # else what a token gets depends on the other tokens
         assert_close("the others", y[good], moe(x[good]))
 
 
@@ -313,7 +314,7 @@ class NotARouting(nn.Module):
         (torch.ones(3, D + 1), rf"\(3, {D + 1}\), wanted a last dim of {D}"),
         (torch.ones(3, D, dtype=torch.int64), "int64, wanted a floating dtype"),
         (torch.ones(3, D, dtype=torch.float64), r"float64, its experts are torch\.float32.*autocast"),
-        (torch.ones(3, D, device="meta"), "input on meta, its experts are on cpu"),
+        (torch.ones(3, D, device="meta"), "input on meta, its router is on cpu"),
         (torch.tensor(1.0), r"shape \(\), wanted a last dim"),
     ],
 )
@@ -324,6 +325,14 @@ def test_wrong_input_says_what_got_and_wanted(x, says):
 
 def test_parts_that_do_not_fit_are_refused():
     experts = MLPExperts(E, D, hidden=F_)
+    with pytest.raises(ValueError, match="tokens of width 9, got experts of width 8"):
+        MoE(TopKRouter(9, E), experts)
+    with pytest.raises(ValueError, match="its router is on meta"):
+        MoE(TopKRouter(D, E).to("meta"), experts)(torch.ones(3, D))
+    with pytest.raises(ValueError, match=r"shared expert returned shape \(3, 1\), wanted \(3, 8\)"):
+        MoE(TopKRouter(D, E), experts, shared=nn.Linear(D, 1))(torch.ones(3, D))
+    with pytest.raises(ValueError, match=r"expert 0 returned rows of shape \(3, 5\), wanted \(3, 8\)"):
+        MoE(TopKRouter(D, 1), ModuleExperts([nn.Linear(D, 5)]))(torch.ones(3, D))
     with pytest.raises(ValueError, match="chooses among 5 experts, got 4"):
         MoE(TopKRouter(D, 5), experts)
     with pytest.raises(ValueError, match=r"returned Tensor, wanted synchromesh\.Routing"):

@@ -196,6 +196,13 @@ def test_reentrant_checkpointing_raises():
         loss.backward()
 
 
+def test_an_outer_checkpoint_that_recomputes_an_inner_one_raises():
+    model, x = block(), torch.randn(9, D, dtype=torch.float64)
+    loss = checkpointed(lambda x: torch.tanh(checkpointed(model, torch.sin(x))), x).square().mean()
+    with pytest.raises(ValueError, match="inside backward without its first forward"):
+        loss.backward()
+
+
 def test_a_model_between_forward_and_backward_can_be_copied():
     model, x = block(), torch.randn(9, D, dtype=torch.float64)
     loss = checkpointed(model, x).square().mean()

@@ -107,6 +107,17 @@ def test_record_load_counts_evaluation_and_ends_with_the_block():
     assert loads == {}
 
 
+def test_blocks_of_record_load_may_stand_inside_one_another():
+    moe = layer().eval()
+    with record_load(moe) as outer:
+        moe(torch.randn(5, D))
+        with record_load(moe) as inner:
+            moe(torch.randn(3, D))
+        moe(torch.randn(7, D))
+    assert int(inner[""].tokens_per_expert.sum()) == 6
+    assert int(outer[""].tokens_per_expert.sum()) == 30
+
+
 def test_balance_counts_training_forwards_only():
     moe = MoE(TopKRouter(D, E, balance=BiasBalance(E)), MLPExperts(E, D, hidden=16))
     with torch.no_grad():

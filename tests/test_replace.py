@@ -47,6 +47,13 @@ def test_blocks_of_a_foreign_model_are_reached_by_name():
     assert model(torch.randn(2, 5, 16)).shape == (2, 5, 16)
 
 
+def test_a_module_in_two_places_stays_one_module():
+    shared = FFN()
+    model = nn.Sequential(shared, nn.LayerNorm(16), shared)
+    assert replace_ffn(model, lambda name, module: isinstance(module, FFN), moe_like) == ["0", "2"]
+    assert model[0] is model[2]
+
+
 def test_nothing_chosen_or_the_model_itself_is_refused():
     with pytest.raises(ValueError, match="chose no module of Sequential; names look like"):
         replace_ffn(nn.Sequential(FFN()), lambda name, module: False, moe_like)

@@ -8,6 +8,8 @@ from synchromesh import (
     BiasBalance,
     CosineRouter,
     ExpertChoiceRouter,
+    FixedCapacity,
+    LoadBalance,
     MLPExperts,
     MoE,
     NodeLimit,
@@ -112,6 +114,13 @@ def test_expert_choice_gives_every_expert_the_same_load_and_its_best_tokens():
         assert routing.scores[chosen, e].min() >= routing.scores[~chosen, e].max()
 
 
+def test_capacity_and_balance_loss_know_that_columns_of_expert_choice_are_no_choices():
+    routing = ExpertChoiceRouter(D, 4, k=1)(torch.randn(8, D))
+    assert FixedCapacity(1.0)(routing, lambda value: value).capacity == 2
+    even = LoadBalance(1.0)(routing, lambda value: value)
+    assert_close("load balance", even, torch.ones(()))
+
+
 def test_bias_balance_moves_selection_but_not_weights_and_evens_the_load():
     router = TopKRouter(D, 4, k=1, balance=BiasBalance(4, rate=0.02))
     x = torch.randn(256, D) + 1
@@ -162,7 +171,7 @@ def test_a_broken_token_gets_nan_weights_and_moves_nobody_else():
 
 @pytest.mark.parametrize("k", [0, -1, E + 1])
 def test_a_k_that_no_token_can_have_is_refused(k):
-    with pytest.raises(ValueError, match=f"k is {k}, wanted 1 <= k <= {E}"):
+    with pytest.raises(ValueError, match=f"k is {k}, wanted an integer 1 <= k <= {E}"):
         TopKRouter(D, E, k=k)
     with pytest.raises(ValueError, match=f"k is {k}"):
         TopKRouter(D, E)(torch.randn(T, D), k)
@@ -174,6 +183,12 @@ def test_a_k_that_no_token_can_have_is_refused(k):
     "build",
     [
         lambda: TopKRouter(D, E, noise=-1.0),
+        lambda: TopKRouter(D, E, noise=float("nan")),
+        lambda: TopKRouter(0, E),
+        lambda: ExpertChoiceRouter(D, 0),
+        lambda: CosineRouter(D, E, dim=0),
+        lambda: CosineRouter(D, E, temperature=float("nan")),
+        lambda: TopKRouter(D, E, balance=BiasBalance(E + 1)),
         lambda: BiasBalance(E, rate=0.0),
         lambda: NodeLimit(groups=2, selected=3),
         lambda: TopKRouter(D, 6, limit=NodeLimit(groups=4, selected=2)),
