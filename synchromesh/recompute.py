@@ -66,7 +66,7 @@ class Decisions:
         index = used.get(task, 0)
         if index >= len(made):
             raise ValueError(
-                "a MoE layer ran inside backward without its first forward, as under reentrant or nested checkpointing, "
+                "a MoE layer ran inside backward without its first forward, as under reentrant checkpointing "
                 "or from a hook; wanted one torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or no_grad"
             )
         used[task] = index + 1
