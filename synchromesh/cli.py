@@ -43,8 +43,9 @@ synchromesh COMMAND --help says more.
 """
 
 Options = TypeVar("Options")
-OUT = Console()
-ERRORS = Console(stderr=True)
+# Names of files and classes are shown as they are: no markup, no emoji codes.
+OUT = Console(markup=False, emoji=False)
+ERRORS = Console(stderr=True, markup=False, emoji=False)
 
 
 @dataclass(frozen=True)

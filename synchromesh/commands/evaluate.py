@@ -86,12 +86,10 @@ def _numbers(trained: Trained, found: Evaluation) -> dict[str, Any]:
 
 
 def _print(console: Console, trained: Trained, found: Evaluation) -> None:
-    console.print(
-        f"{trained.checkpoint}\n[bold]accuracy {found.accuracy:.2%}[/] of {found.images:,} images, "
-        f"loss {found.loss:.4f} nats, {found.images / found.seconds:,.0f} images/s",
-        highlight=False,
-        soft_wrap=True,
-    )
+    numbers = f"loss {found.loss:.4f} nats, {found.images / found.seconds:,.0f} images/s"
+    score = (f"accuracy {found.accuracy:.2%}", "bold")
+    text = Text.assemble(f"{trained.checkpoint}\n", score, f" of {found.images:,} images, {numbers}")
+    console.print(text, soft_wrap=True)
     if found.bad:
         console.print(f"{len(found.bad)} unreadable images left out, such as: {found.bad[0]}", style="yellow")
     table = Table("class", "images", "accuracy", title="hardest classes first", title_justify="left")
@@ -100,7 +98,7 @@ def _print(console: Console, trained: Trained, found: Evaluation) -> None:
         for name, count, right in zip(trained.classes, found.class_images, found.class_right, strict=True)
     ]
     for accuracy, count, name in sorted(rows)[:20]:
-        table.add_row(name, f"{count:,}", f"{accuracy:.1%}" if count else "-")
+        table.add_row(Text(name), f"{count:,}", f"{accuracy:.1%}" if count else "-")
     console.print(table)
     for layer, shares in load_shares(found.loads).items():
         console.print(Text.assemble(f"{layer}  ", load_bar(shares), f"  load {min(shares):.1%} to {max(shares):.1%}"))

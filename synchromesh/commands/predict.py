@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from synchromesh.training.augment import normalize
 from synchromesh.training.errors import InputError
@@ -52,6 +53,8 @@ def run_predict(request: PredictRequest, *, console: Console, errors: Console) -
     """
     if not request.images:
         raise InputError("no image given: name one or more image files")
+    if request.top < 1:
+        raise InputError(f"--top is {request.top}, wanted at least 1")
     trained = load_trained(request.run, best=request.best)
     predictions: list[Prediction] = []
     bad = 0
@@ -96,5 +99,7 @@ def _table(predictions: Sequence[Prediction]) -> Table:
     for found in predictions:
         rest = zip(found.classes[1:], found.probabilities[1:], strict=True)
         then = ", ".join(f"{name} {share:.1%}" for name, share in rest)
-        table.add_row(str(found.image), f"[bold]{found.classes[0]}[/]", f"{found.probabilities[0]:.1%}", then)
+        table.add_row(
+            Text(str(found.image)), Text(found.classes[0], style="bold"), f"{found.probabilities[0]:.1%}", Text(then)
+        )
     return table

@@ -65,7 +65,7 @@ class RunProgress:
         if event.kind == "step":
             self._loss = event.line["loss"]
         elif event.kind == "note":
-            self._console.print(event.text, style="yellow", highlight=False)
+            self._console.print(Text(event.text, style="yellow"))
         elif event.kind == "train":
             self._train = event.line
             if not self._console.is_terminal and time.monotonic() - self._printed_at > PLAIN_SECONDS:
@@ -90,7 +90,7 @@ class RunProgress:
         table.add_row(
             f"loss {loss}   accuracy",
             _number(train, "accuracy", "train {:.1%}"),
-            _number(test, "accuracy", "[bold green]test {:.2%}[/]"),
+            Text(_number(test, "accuracy", "test {:.2%}"), style="bold green"),
             _number(train, "images_per_second", "{:,.0f} images/s"),
             _number(train, "drop_rate", "dropped {:.1%}") if train.get("load") else "",
             _number(train, "learning_rate", "lr {:.1e}"),

@@ -53,6 +53,8 @@ def known_name(activation: Callable[[Tensor], Tensor]) -> str | None:
     >>> known_name(F.silu), known_name(nn.GELU("tanh")), known_name(torch.sin)
     ('silu', 'gelu_tanh', None)
     """
+    if isinstance(activation, nn.Module) and type(activation) not in (nn.GELU, nn.SiLU, nn.ReLU):
+        return None  # a subclass may compute something else
     if isinstance(activation, nn.GELU):
         return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
     if isinstance(activation, functools.partial):

@@ -40,8 +40,8 @@ class _CosineAttention(torch.autograd.Function):
             qk = qkv.view(-1, 3, h, C // h)[:, :2].flatten(1, 2)
             factors_Th = _sum_heads(qk.square()).sqrt_().clamp_min_(1e-12).reciprocal_().mul_(factors)
             unit = _scale_heads(qk, factors_Th)
-            q, k = _heads_first(unit.view(W, N, 2, h, -1))
-            (v,) = _heads_first(qkv.view(W, N, 3, h, -1)[:, :, 2:])
+            q, k = _heads_first(unit.view(W, N, 2, h, C // h))
+            (v,) = _heads_first(qkv.view(W, N, 3, h, C // h)[:, :, 2:])
             weights = _softmax(torch.bmm(q, k.mT), bias)
             y = _positions_first(torch.bmm(weights, v)[None], h)
         ctx.save_for_backward(unit, q, k, v, weights, factors_Th, scale)
@@ -56,7 +56,7 @@ class _CosineAttention(torch.autograd.Function):
         G, bias_dtype = ctx.bias
         (W, N, C), h = dy.shape, scale.shape[0]
         with torch.autocast("cpu", enabled=False):
-            (dy,) = _heads_first(dy.to(q.dtype).reshape(W, N, 1, h, -1))
+            (dy,) = _heads_first(dy.to(q.dtype).reshape(W, N, 1, h, C // h))
             dqk = q.new_empty(2, *q.shape)
             dqkv = q.new_empty(W, N, 3, h, C // h)
             dqkv[:, :, 2:] = _positions_first(torch.bmm(weights.mT, dy)[None], h)

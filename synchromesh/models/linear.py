@@ -29,8 +29,9 @@ def linear(
 
 
 def apply(layer: nn.Module, x: Float[Tensor, "*T D"], *, gelu: bool = False) -> Float[Tensor, "*T F"]:
-    """Call a linear layer by `linear`; a module of another kind, or with hooks, as it wants to be called."""
-    if type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks):
+    """Call a linear layer by `linear`; with gradients, hooks, or of another kind, as it wants to be called."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    if type(layer) is nn.Linear and not hooked and not torch.is_grad_enabled():
         return linear(x, layer.weight, layer.bias, gelu=gelu)
     return F.gelu(layer(x)) if gelu else layer(x)
 

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from synchromesh.capacity import Capacity, FixedCapacity, batch_prioritized
+from synchromesh.capacity import Capacity, Dropless, FixedCapacity, batch_prioritized
 from synchromesh.experts import MLPExperts
 from synchromesh.layer import MoE
-from synchromesh.losses import ImportanceLoad, Loss
+from synchromesh.losses import ImportanceLoad, LoadBalance, Loss
 from synchromesh.models.swin_v2 import (
-    SWIN_V2,
     BlockStyle,
     FeedForward,
     FeedForwardFactory,
@@ -174,14 +173,22 @@ DEMO = SwinV2Config(
     embed_dim=48,
     depths=(2, 4),
     num_heads=(3, 6),
-    window_size=4,
-    drop_path=0.05,
-    style=SWIN_V2,
+    window_size=8,
+    drop_path=0.0,
+    init_std=0.1,
+    style=SWIN_MOE,
 )
-"""For 28 x 28 grey images: maps of 7 x 7 and 4 x 4 positions. Windows are laid out for 32 x 32, as 7 // 2 = 3 would cut
-the second map of 4 x 4 into four windows of 3 x 3, most of them padding; like this it is one window."""
+"""32 x 32 grey images: maps of 8 x 8 and 4 x 4 positions, a window each. What `synchromesh train demo` trains."""
 
-DEMO_EXPERTS = ExpertsConfig(num_experts=8, blocks=((), (1, 3)), dropout=0.0, down_bias=True)
+DEMO_EXPERTS = ExpertsConfig(
+    num_experts=8,
+    blocks=((), (1, 3)),
+    router=LinearGate(noise=0.0),
+    capacity=Dropless(),
+    losses=(LoadBalance(0.01),),
+    dropout=0.0,
+    down_bias=True,
+)
 
 
 def swin_v2_demo(num_classes: int = 10, *, config: SwinV2Config = DEMO) -> SwinV2Classifier:

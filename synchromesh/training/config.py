@@ -8,6 +8,7 @@ from pathlib import Path
 
 from synchromesh.training.architecture import Architecture, SwinMoE
 from synchromesh.training.augment import Augment
+from synchromesh.training.errors import at_least
 from synchromesh.training.images import Preprocess
 from synchromesh.training.loader import Loading
 from synchromesh.training.optim import Optim
@@ -35,6 +36,9 @@ class Data:
     source: Source = field(default_factory=MnistDigits)
     preprocess: Preprocess = field(default_factory=Preprocess)
     shots: int = 0
+
+    def __post_init__(self) -> None:
+        at_least("data.", self, shots=0)
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,9 @@ class Keep:
     best: bool = True
     tensorboard: bool = False
     device: str | None = None
+
+    def __post_init__(self) -> None:
+        at_least("keep.", self, log_steps=1, evaluate_epochs=1, checkpoint_seconds=0.0, checkpoint_steps=0)
 
 
 @dataclass(frozen=True)
@@ -115,9 +122,7 @@ class TrainConfig:
     keep: Keep = field(default_factory=Keep)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "eval_batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, wanted at least 1")
+        at_least("", self, epochs=1, batch_size=1, eval_batch_size=1, accumulate=1, seed=0)
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         if not 0 <= self.label_smoothing < 1:

@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 
+def at_least(path: str, values: object, **least: int | float) -> None:
+    """Raise ValueError for the first named attribute of `values` that is below its least value, or NaN.
+
+    >>> from types import SimpleNamespace
+    >>> at_least("optim.", SimpleNamespace(lr=0.1), lr=0.0)
+    """
+    for name, bound in least.items():
+        got = getattr(values, name)
+        if not got >= bound:
+            raise ValueError(f"{path}{name} is {got}, wanted at least {bound}")
+
+
 class InputError(ValueError):
     """What the user gave cannot be used: a missing folder, a corrupt image. Shown as one line, without a trace."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from synchromesh.training import seeds
-from synchromesh.training.errors import InputError
+from synchromesh.training.errors import InputError, at_least
 from synchromesh.training.images import Batch, Images, RandomCrop
 
 
@@ -29,6 +29,9 @@ class Loading:
     workers: int = 4
     ahead: int = 2
     skip_bad_images: bool = False
+
+    def __post_init__(self) -> None:
+        at_least("loading.", self, workers=1, ahead=1)
 
 
 def steps_per_epoch(images: Images, batch_size: int) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from synchromesh.routing import CosineRouter
+from synchromesh.training.errors import at_least
 
 # Parts of names that mark parameters without weight decay: the position bias and its small network, logit scales.
 _NO_DECAY = ("cpb", "position", "temperature", "logit_scale", "log_scale", "mask_token")
@@ -39,6 +40,12 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip_norm: float = 3.0
+
+    def __post_init__(self) -> None:
+        at_least("optim.", self, lr=0.0, warmup_lr=0.0, final_lr=0.0, lr_batch=1, warmup_epochs=0.0)
+        at_least("optim.", self, weight_decay=0.0, eps=0.0, clip_norm=0.0)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas are {self.betas}, wanted two numbers 0 <= beta < 1")
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,12 @@ def read_config(folder: Path) -> TrainConfig:
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """Return what a finished run reports, None while it is not finished."""
     path = folder / SUMMARY
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: remove it, and --resume writes it anew") from error
 
 
 def identity(architecture: Architecture, preprocess: Preprocess, classes: tuple[str, ...]) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def test_reset_after_meta_fills_weights_and_buffers(build) -> None:
 
 
 def test_weights_start_as_truncated_normals_of_the_configured_width() -> None:
-    config = dataclasses.replace(DEMO, init_std=0.005, branch_norm_init=0.0)
+    config = dataclasses.replace(DEMO, init_std=0.005, branch_norm_init=0.0, style=SWIN_V2)
     model = swin_v2_moe_demo(config=config)
     block = model.backbone.stages[1].blocks[1]
     for weight in (block.ffn.experts.up, block.ffn.experts.down, block.ffn.router.weight, block.attention.qkv.weight):
