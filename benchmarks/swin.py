@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Swinv2Config, Swinv2ForImageClassification
 
-from synchromesh.models.swin_v2 import SwinV2Classifier, SwinV2Config, from_transformers
+from synchromesh.models.swin_v2 import SWIN_V2, SwinV2Classifier, SwinV2Config, from_transformers
 from synchromesh.models.swin_v2_moe import DEMO, DEMO_EXPERTS, ExpertsConfig, swin_v2_moe
 from synchromesh.record import aux_loss
 from synchromesh.testing.compare import relative_rms
@@ -56,7 +56,7 @@ class Case:
 
 
 CASES = {
-    "demo": Case(dataclasses.replace(DEMO, drop_path=0.0), DEMO_EXPERTS, 28, 128, 10),
+    "demo": Case(dataclasses.replace(DEMO, style=SWIN_V2), DEMO_EXPERTS, 32, 128, 10),
     "tiny 64px": Case(TINY, TINY_EXPERTS, 64, 32, 1000),
     "tiny 128px": Case(dataclasses.replace(TINY, image_size=128), TINY_EXPERTS, 128, 16, 1000),
 }
@@ -106,12 +106,17 @@ class Products(TorchDispatchMode):
         self.noted: list[tuple[Callable[..., Tensor], list[tuple[torch.Size, tuple[int, ...], torch.dtype]]]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        names = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1, torch.ops.aten.bmm.default: 0}
-        if func in names or func is torch.ops.aten.bmm.out:
-            run = torch.bmm if func in (torch.ops.aten.bmm.default, torch.ops.aten.bmm.out) else torch.mm
-            operands = args[names.get(func, 0) :][:2]
-            self.noted.append((run, [(t.shape, t.stride(), t.dtype) for t in operands]))
+        aten = torch.ops.aten
+        if func in (aten.mm.default, aten.addmm.default):
+            self._note(torch.mm, *args[-2:])
+        elif func in (aten.bmm.default, aten.bmm.out):
+            self._note(torch.bmm, *args[:2])
+        elif func in (aten.linear.default, torch.ops.mkldnn._linear_pointwise.default):  # whole, in inference mode
+            self._note(torch.mm, args[0].flatten(0, -2), args[1].t())
         return func(*args, **(kwargs or {}))
+
+    def _note(self, run: Callable[..., Tensor], *operands: Tensor) -> None:
+        self.noted.append((run, [(t.shape, t.stride(), t.dtype) for t in operands]))
 
     def replay(self) -> Callable[[], None]:
         def tensor(size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
