@@ -138,6 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stderr.close()
         return 141
+    except OSError as error:  # a full or read-only disk
+        ERRORS.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        return 2
 
 
 def _train(given: list[str]) -> int:

@@ -91,6 +91,8 @@ def test_nothing_prints_the_usage_and_fails(capsys: pytest.CaptureFixture[str]) 
         (["train", "digits", "--model.swin.num-heads", "5", "5", "--run", "RUN"], "the model cannot be built"),
         (["train", "digits", "--keep.device", "abacus", "--run", "RUN"], "there is no device 'abacus'"),
         (["train", "digits", "--start.weights", "/nowhere.pt", "--run", "RUN"], "/nowhere.pt does not exist"),
+        (["train", "digits", "--seed", "-1", "--run", "RUN"], "seed is -1, wanted at least 0"),
+        (["predict", "a.png", "--run", "/nowhere", "--top", "0"], "--top is 0, wanted at least 1"),
         (["eval", "/nowhere"], "/nowhere does not exist"),
         (["report", "/nowhere"], "/nowhere does not exist"),
         (["predict", "a.png"], "no run given"),
@@ -101,6 +103,27 @@ def test_mistakes_are_one_line_and_exit_code_2(
     arguments: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert text in failed([str(tmp_path / "run") if a == "RUN" else a for a in arguments], capsys)
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        (["--loading.workers", "0"], "loading.workers is 0, wanted at least 1"),
+        (["--keep.log-steps", "0"], "keep.log_steps is 0, wanted at least 1"),
+        (["--optim.lr", "-1"], "optim.lr is -1.0, wanted at least 0.0"),
+        (["--optim.betas", "0.9", "1.5"], "optim.betas are (0.9, 1.5)"),
+        (["--data.shots", "-1"], "data.shots is -1, wanted at least 0"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_before_a_run_is_touched(
+    setting: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "digits", *setting, "--run", str(tmp_path / "run")])
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert text in " ".join((captured.out + captured.err).replace("│", " ").split())
+    assert not (tmp_path / "run").exists()
 
 
 def test_overrides_reach_the_recipe_as_run(run: Path) -> None:
@@ -147,6 +170,25 @@ def test_predict_prints_a_json_line_for_each_image(run: Path, digit: Path, capsy
     assert len(probabilities) == 4
     assert probabilities == sorted(probabilities, reverse=True)
     assert lines[0]["class"] == lines[0]["top"][0]["class"]
+
+
+@pytest.mark.parametrize("name", ["a:dog:b.png", "x[red]y.png", "bad[bold].png"])
+def test_names_are_shown_as_they_are(
+    name: str,
+    run: Path,
+    digit: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(digit.read_bytes())
+    capsys.readouterr()
+    assert cli.main(["predict", str(path), "--run", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["image"] == str(path)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["predict", name, "--run", str(run)]) == 0
+    assert name in capsys.readouterr().out
 
 
 def test_the_run_may_stand_first_and_be_a_checkpoint(

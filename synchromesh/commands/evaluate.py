@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from synchromesh.commands.device import pick_device
 from synchromesh.commands.progress import load_bar
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.errors import InputError
@@ -46,7 +47,7 @@ def run_eval(request: EvalRequest, *, console: Console) -> int:
         InputError: no such run, or data of other classes.
     """
     config = read_config(request.run)
-    trained = load_trained(request.run, best=request.best)
+    trained = load_trained(request.run, best=request.best, device=pick_device())
     images = _images(request, config, trained)
     options = EvalOptions(request.loading, config.eval_batch_size, config.bf16)
     found = evaluate(trained.model, images, options)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from synchromesh.commands.device import pick_device
 from synchromesh.training.augment import normalize
 from synchromesh.training.errors import InputError
 from synchromesh.training.images import decode_image
@@ -55,7 +56,7 @@ def run_predict(request: PredictRequest, *, console: Console, errors: Console) -
         raise InputError("no image given: name one or more image files")
     if request.top < 1:
         raise InputError(f"--top is {request.top}, wanted at least 1")
-    trained = load_trained(request.run, best=request.best)
+    trained = load_trained(request.run, best=request.best, device=pick_device())
     predictions: list[Prediction] = []
     bad = 0
     for path in request.images:

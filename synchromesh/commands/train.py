@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from synchromesh.commands.device import pick_device
 from synchromesh.commands.progress import RunProgress
 from synchromesh.commands.report import report_if_possible
 from synchromesh.training import seeds
@@ -92,7 +93,7 @@ def _load_images(config: TrainConfig) -> Splits:
 
 def _check(config: TrainConfig, images: Splits) -> None:
     """Find what cannot work before an older run is touched."""
-    _device(config.keep.device)
+    pick_device(config.keep.device)
     if config.start.weights is not None and not config.start.weights.exists():
         raise InputError(f"the file of weights {config.start.weights} does not exist")
     for architecture in (config.model, config.twin):
@@ -102,7 +103,7 @@ def _check(config: TrainConfig, images: Splits) -> None:
 
 
 def _train_all(config: TrainConfig, folder: Path, images: Splits, stop: StopWish, console: Console) -> dict[str, Any]:
-    device = _device(config.keep.device)
+    device = pick_device(config.keep.device)
     console.print(
         f"{config.name}: {len(images.train):,} images to learn from, {len(images.test):,} to score on, "
         f"{len(images.train.classes):,} classes · {device} · {folder}",
@@ -119,7 +120,7 @@ def _train_all(config: TrainConfig, folder: Path, images: Splits, stop: StopWish
 
 
 def _fit_stage(stage: Stage, config: TrainConfig, images: Splits, stop: StopWish, console: Console) -> Finished:
-    device = _device(config.keep.device)
+    device = pick_device(config.keep.device)
     preprocess, classes = config.data.preprocess, images.train.classes
     with seeds.torch_seeded(torch.device("cpu"), config.seed, seeds.INIT):
         model = build_classifier(stage.architecture, preprocess, len(classes))
@@ -142,17 +143,6 @@ def _fit_stage(stage: Stage, config: TrainConfig, images: Splits, stop: StopWish
             )
         )
     return Finished(outcome, size)
-
-
-def _device(wanted: str | None) -> torch.device:
-    if wanted is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=wanted).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise InputError(
-            f"there is no device {wanted!r} that torch can use here: wanted such as cpu or cuda:0"
-        ) from error
 
 
 def _title(architecture: Architecture) -> str:

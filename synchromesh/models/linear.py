@@ -40,4 +40,6 @@ def _fuses(x: Tensor) -> bool:
     if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() == 0:
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
     return x.dtype in _DTYPES and dtype in _DTYPES and torch.backends.mkldnn.is_available()

@@ -194,3 +194,12 @@ def test_the_demo_learns_sixteen_images_by_heart() -> None:
 def test_experts_in_a_block_that_is_not_there_are_refused(blocks: tuple[tuple[int, ...], ...]) -> None:
     with pytest.raises(ValueError, match="experts in blocks"):
         swin_v2_moe(SMALL, 5, experts=dataclasses.replace(ONE_EXPERT, blocks=blocks))
+
+
+@pytest.mark.parametrize("build", [swin_v2_demo, swin_v2_moe_demo])
+@pytest.mark.parametrize("style", [SWIN_V2, DEMO.style])
+def test_a_batch_without_images_gives_no_logits_and_no_error(build, style) -> None:
+    model = build(config=dataclasses.replace(DEMO, style=style))
+    logits = model(torch.randn(0, 1, 32, 32))
+    assert logits.shape == (0, 10)
+    logits.sum().backward()
