@@ -38,6 +38,8 @@ def poisoned_memory() -> Iterator[None]:
     ...     bool(torch.empty(3).isnan().all())
     True
     """
+    with torch.device("cpu"):
+        torch.empty(0)  # torch lists its constructors at the first use of a default device: not the patched ones
     with (
         patch.object(torch, "empty", _poisoned(_on_default_device(torch.empty))),
         patch.object(torch, "empty_like", _poisoned(torch.empty_like)),
