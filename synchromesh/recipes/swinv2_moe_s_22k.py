@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from synchromesh.models.swin_v2_moe import PUBLISHED_BLOCKS
 from synchromesh.training.architecture import ExpertLayers, Swin, SwinMoE
 from synchromesh.training.augment import Augment
 from synchromesh.training.config import Data, TrainConfig
@@ -13,7 +14,6 @@ from synchromesh.training.optim import Optim
 from synchromesh.training.rand_augment import RandAugment
 from synchromesh.training.sources import ImageFolder
 
-PUBLISHED_BLOCKS = ((), (), (1, 3, 5, 7, 9, 11, 13, 15, 17), (1,))
 # ImageNet's statistics; 192 pixels from the middle of 219, as with 224 from 256.
 IMAGENET = Preprocess(
     image_size=192, channels=3, crop_ratio=0.875, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)

@@ -8,7 +8,6 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import nn
 
 from synchromesh.training.architecture import ModelSize
 from synchromesh.training.config import TrainConfig
@@ -75,8 +74,3 @@ def summarize(config: TrainConfig, main: Finished, twin: Finished | None, *, dev
 def device_name(device: torch.device) -> str:
     """Return the GPU's product name, or 'cpu'."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def model_device(model: nn.Module) -> torch.device:
-    """Return where a model lies."""
-    return next(model.parameters()).device
