@@ -28,7 +28,7 @@ class Watched(Images):
         return torch.full((1, 4, 4), index, dtype=torch.uint8)
 
     def subset(self, indices: Sequence[int]) -> Images:
-        raise NotImplementedError
+        raise NotImplementedError  # the loader never asks for a part of a set
 
 
 def watched(broken: Sequence[int] = ()) -> Watched:
