@@ -1,10 +1,23 @@
 """synchromesh: Mixture-of-Experts layers for PyTorch that run at the speed of the hardware."""
 
 from synchromesh.capacity import Capacity, Dropless, FixedCapacity, NeededCapacity, batch_prioritized, token_order
+from synchromesh.comm.grid import Grid
 from synchromesh.experts import Experts, GatedMLPExperts, MLPExperts, ModuleExperts
 from synchromesh.layer import MoE, routing_options
-from synchromesh.losses import ImportanceLoad, LoadBalance, Loss, ZLoss
+from synchromesh.losses import ImportanceLoad, LoadBalance, Loss, OverRanks, ZLoss
+from synchromesh.parallel.sharded import Sharded
 from synchromesh.parallel.strategy import Local, Strategy
+from synchromesh.parallel.wire import AsIs, Float8, Wire
+from synchromesh.parallelize import (
+    DDP,
+    FSDP2,
+    accumulating,
+    clip_grad_norm,
+    expert_parameters,
+    parallelize,
+    split_by_kind,
+    token_mean_loss,
+)
 from synchromesh.record import aux_loss, load_stats, record_load
 from synchromesh.replace import replace_ffn
 from synchromesh.routing import (
@@ -23,6 +36,9 @@ from synchromesh.types import LoadStats, Plan, Routing, RowMap, Workload
 __version__ = "0.1.0"
 
 __all__ = [
+    "DDP",
+    "FSDP2",
+    "AsIs",
     "BiasBalance",
     "Capacity",
     "CosineRouter",
@@ -30,7 +46,9 @@ __all__ = [
     "ExpertChoiceRouter",
     "Experts",
     "FixedCapacity",
+    "Float8",
     "GatedMLPExperts",
+    "Grid",
     "ImportanceLoad",
     "LoadBalance",
     "LoadStats",
@@ -41,22 +59,31 @@ __all__ = [
     "ModuleExperts",
     "NeededCapacity",
     "NodeLimit",
+    "OverRanks",
     "Plan",
     "Router",
     "Routing",
     "RowMap",
+    "Sharded",
     "Sigmoid",
     "Softmax",
     "Strategy",
     "TopKRouter",
+    "Wire",
     "Workload",
     "ZLoss",
+    "accumulating",
     "aux_loss",
     "batch_prioritized",
+    "clip_grad_norm",
+    "expert_parameters",
     "load_stats",
+    "parallelize",
     "record_load",
     "replace_ffn",
     "routing_options",
+    "split_by_kind",
+    "token_mean_loss",
     "token_order",
     "update_balance",
 ]

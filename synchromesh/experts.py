@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from synchromesh.kernels import Kernels, MLPWeights
 from synchromesh.types import Routing, RowMap
@@ -17,22 +20,48 @@ from synchromesh.types import Routing, RowMap
 Activation = Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Cut:
+    """One of `count` equal cuts through all experts, seen as E * F hidden rows, or E * D output numbers.
+
+    Raises ValueError where there is no such cut.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"got cut {self.index} of {self.count}, wanted a number from 0 to {self.count - 1}")
+
+
+WHOLE = Cut()
+
+
 class Experts(nn.Module, ABC):
-    """The networks of one layer.
+    """The networks of one layer, or one cut through them.
 
     Attributes:
-        num_experts: E. width: D, of the rows in and out; None where the experts do not say.
+        num_experts: E, of the layer. width: D, of the rows in and out; None where the experts do not say.
+        cut: what is held here of all experts.
+        output_parts: names of the parts that are added to the output rows, E * D numbers each.
     """
 
     num_experts: int
     width: int | None
+    cut: Cut = WHOLE
+    output_parts: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def parts(self) -> dict[str, Tensor]:
-        """Return the named parameters, each seen with dim 0 = E * F (hidden rows) or E * D (output bias).
+        """Return the named parameters held here, each seen with dim 0 = E * F (hidden rows) or E * D (output bias).
 
         Any equal cut of dim 0 is a legal piece for `compute`. Empty for experts that only move whole.
         """
+
+    @abstractmethod
+    def hold(self, cut: Cut) -> None:
+        """Keep only this cut of all parameters. Raises ValueError where they cannot be cut so, or are cut already."""
 
     @abstractmethod
     def compute(
@@ -43,7 +72,8 @@ class Experts(nn.Module, ABC):
         Args:
             rows: sorted by expert; the tail is not read, and what is returned there may be anything.
             ends: running sum of the rows of each expert.
-            weights: `parts`, cut and seen with dim 0 = L.
+            weights: `parts`, cut and seen with dim 0 = L, output parts at their full width; of experts without parts,
+                the parameters by name.
             kernels: of the rows' device.
         """
 
@@ -54,7 +84,57 @@ class Experts(nn.Module, ABC):
         """Gather, compute and sum in one pass, where tokens and weights are all here; None if there is no such pass."""
 
 
-class MLPExperts(Experts):
+class StackedExperts(Experts):
+    """Experts of one shape, whose parameters are stacked: hidden rows `[E F D]`, their biases `[E F]`, output `[E D]`.
+
+    A cut holds `[E/n F D]` or, where it is smaller than an expert, `[1 F*E/n D]`.
+    """
+
+    hidden: int
+    activation: Activation
+    dropout: float
+    output_parts = frozenset({"down_bias"})
+
+    def parts(self) -> dict[str, Tensor]:
+        return {name: parameter.flatten(0, 1) for name, parameter in self.named_parameters(recurse=False)}
+
+    def hold(self, cut: Cut) -> None:
+        if self.cut != WHOLE:
+            raise ValueError(f"got {cut}, these experts hold {self.cut} already: build them anew")
+        self._check_cut(cut)
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            own = parameter.detach().flatten(0, 1).chunk(cut.count)[cut.index]
+            own = own.unflatten(0, (max(1, self.num_experts // cut.count), -1)).clone()
+            setattr(self, name, nn.Parameter(own, requires_grad=parameter.requires_grad))
+        self.cut = cut
+
+    def reset_parameters(self) -> None:
+        """Draw E pairs of nn.Linear anew; a cut draws all, one expert at a time, and keeps its own numbers."""
+        assert self.width is not None
+        for name, parameter in self.named_parameters(recurse=False):
+            fan_in = self.hidden if name.startswith("down") else self.width
+            _draw(parameter, 1 / math.sqrt(fan_in), self.num_experts, self.cut)
+
+    def fused(
+        self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, weights: Mapping[str, Tensor], kernels: Kernels
+    ) -> Float[Tensor, "T D"] | None:
+        if not kernels.fuses(self.activation) or (self.training and self.dropout > 0):
+            return None  # a fused kernel has no place for dropout
+        return kernels.fused_mlp(x, routing.weights, rowmap, MLPWeights(**weights), self.activation)
+
+    def _check_cut(self, cut: Cut) -> None:
+        if self.num_experts % cut.count and cut.count % self.num_experts:
+            raise ValueError(
+                f"got {self.num_experts} experts to cut into {cut.count} parts, wanted one number to divide the other"
+            )
+        shards = max(1, cut.count // self.num_experts)
+        biased = bool(self.output_parts & set(self.parts()))
+        for name, size in (("hidden", self.hidden), ("width", self.width if biased else shards)):
+            if size is not None and size % shards:
+                raise ValueError(f"got {name} {size} to cut into {shards} shards of an expert, wanted a multiple")
+
+
+class MLPExperts(StackedExperts):
     """E feed-forward networks y = act(x up^T + up_bias) down + down_bias.
 
     Args:
@@ -86,13 +166,6 @@ class MLPExperts(Experts):
         self.down_bias = nn.Parameter(torch.empty(num_experts, width)) if down_bias else None
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        _uniform(self.up.shape[2], self.up, self.up_bias)
-        _uniform(self.hidden, self.down, self.down_bias)
-
-    def parts(self) -> dict[str, Tensor]:
-        return _flat(self)
-
     def compute(
         self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " L"], weights: Mapping[str, Tensor], kernels: Kernels
     ) -> Float[Tensor, "R D"]:
@@ -100,15 +173,8 @@ class MLPExperts(Experts):
         hidden_RF = F.dropout(self.activation(hidden_RF), self.dropout, self.training)
         return kernels.grouped_mm(hidden_RF, weights["down"], ends, weights.get("down_bias"))
 
-    def fused(
-        self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, weights: Mapping[str, Tensor], kernels: Kernels
-    ) -> Float[Tensor, "T D"] | None:
-        if not kernels.fuses(self.activation) or (self.training and self.dropout > 0):
-            return None  # a fused kernel has no place for dropout
-        return kernels.fused_mlp(x, routing.weights, rowmap, MLPWeights(**weights), self.activation)
 
-
-class GatedMLPExperts(Experts):
+class GatedMLPExperts(StackedExperts):
     """E gated feed-forward networks y = (act(x gate^T) * (x up^T)) down: SwiGLU with F.silu, GEGLU with F.gelu.
 
     Args:
@@ -141,13 +207,6 @@ class GatedMLPExperts(Experts):
         self.down_bias = nn.Parameter(torch.empty(num_experts, width)) if bias else None
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        _uniform(self.up.shape[2], self.gate, self.gate_bias, self.up, self.up_bias)
-        _uniform(self.hidden, self.down, self.down_bias)
-
-    def parts(self) -> dict[str, Tensor]:
-        return _flat(self)
-
     def compute(
         self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " L"], weights: Mapping[str, Tensor], kernels: Kernels
     ) -> Float[Tensor, "R D"]:
@@ -155,13 +214,6 @@ class GatedMLPExperts(Experts):
         up_RF = kernels.grouped_mm(rows, weights["up"].mT, ends, weights.get("up_bias"))
         hidden_RF = F.dropout(self.activation(gate_RF) * up_RF, self.dropout, self.training)
         return kernels.grouped_mm(hidden_RF, weights["down"], ends, weights.get("down_bias"))
-
-    def fused(
-        self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, weights: Mapping[str, Tensor], kernels: Kernels
-    ) -> Float[Tensor, "T D"] | None:
-        if not kernels.fuses(self.activation) or (self.training and self.dropout > 0):
-            return None  # a fused kernel has no place for dropout
-        return kernels.fused_mlp(x, routing.weights, rowmap, MLPWeights(**weights), self.activation)
 
 
 class ModuleExperts(Experts):
@@ -176,20 +228,34 @@ class ModuleExperts(Experts):
         if not modules:
             raise ValueError("ModuleExperts got no modules, wanted at least one")
         self.num_experts, self.width = len(modules), None
-        self.experts = nn.ModuleList(modules)
+        self.experts = nn.ModuleDict({str(number): module for number, module in enumerate(modules)})
 
     def parts(self) -> dict[str, Tensor]:
         return {}
+
+    def hold(self, cut: Cut) -> None:
+        if self.cut != WHOLE or self.num_experts % cut.count:
+            raise ValueError(
+                f"got {cut} of {self.num_experts} modules held as {self.cut}, wanted whole modules in equal numbers: "
+                "take as many experts as ranks, or a multiple"
+            )
+        each = self.num_experts // cut.count
+        own = range(cut.index * each, (cut.index + 1) * each)
+        self.experts = nn.ModuleDict({str(number): self.experts[str(number)] for number in own})
+        self.cut = cut
 
     def compute(
         self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " L"], weights: Mapping[str, Tensor], kernels: Kernels
     ) -> Float[Tensor, "R D"]:
         sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
         *groups, tail = rows.split([*sizes, rows.shape[0] - sum(sizes)])
-        out = [expert(group) for expert, group in zip(self.experts, groups, strict=True)]
-        for number, (group, rows_out) in enumerate(zip(groups, out, strict=True)):
-            if rows_out.shape != group.shape:
-                got, wanted = tuple(rows_out.shape), tuple(group.shape)
+        out = []
+        for (number, expert), group in zip(self.experts.items(), groups, strict=True):
+            prefix = f"experts.{number}."
+            own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+            out.append(functional_call(expert, own, (group,)) if own else expert(group))
+            if out[-1].shape != group.shape:
+                got, wanted = tuple(out[-1].shape), tuple(group.shape)
                 raise ValueError(f"expert {number} returned rows of shape {got}, wanted {wanted}, as they came in")
         return torch.cat([*out, out[0].new_zeros(tail.shape)])
 
@@ -207,12 +273,18 @@ def _check_sizes(num_experts: int, width: int, hidden: int, dropout: float) -> N
         raise ValueError(f"dropout is {dropout}, wanted a probability 0 <= dropout < 1")
 
 
-def _uniform(fan_in: int, *parameters: Tensor | None) -> None:
-    bound = 1 / math.sqrt(fan_in)
-    for parameter in parameters:
-        if parameter is not None:
-            nn.init.uniform_(parameter, -bound, bound)
-
-
-def _flat(experts: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.flatten(0, 1) for name, parameter in experts.named_parameters(recurse=False)}
+def _draw(parameter: Tensor, bound: float, num_experts: int, cut: Cut) -> None:
+    """Fill a cut of [E, ...] with uniform numbers: those it would hold, had all been drawn expert after expert."""
+    if parameter.is_meta:
+        return
+    held = parameter.detach().flatten(0, 1)
+    num_rows, first = len(held) * cut.count // num_experts, len(held) * cut.index
+    spare = parameter.new_empty(num_rows, *parameter.shape[2:])
+    for at in range(0, num_rows * num_experts, num_rows):
+        start, stop = max(first, at), min(first + len(held), at + num_rows)
+        if stop - start == num_rows:
+            held[start - first : stop - first].uniform_(-bound, bound)
+            continue
+        spare.uniform_(-bound, bound)
+        if start < stop:
+            held[start - first : stop - first] = spare[start - at : stop - at]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from synchromesh.capacity import Capacity, Dropless
 from synchromesh.experts import Experts
-from synchromesh.losses import Loss
+from synchromesh.losses import AgreeSum, Loss, OverRanks
 from synchromesh.parallel.strategy import Local, Strategy, compute_dtype
 from synchromesh.recompute import Decisions
 from synchromesh.record import Forward, Record
@@ -90,6 +90,7 @@ class MoE(nn.Module):
             raise ValueError(f"the router takes tokens of width {width}, got experts of width {experts.width}")
         self.router, self.experts, self.shared = router, experts, shared
         self.capacity, self.losses, self.strategy = capacity, tuple(losses), strategy
+        strategy.adopt(experts)
         self.options = Options()
         self.record = Record()
         self._decisions = Decisions()
@@ -114,10 +115,17 @@ class MoE(nn.Module):
         self._note(routing, rowmap, choice.plan)
         return y_TD.view(x.shape)
 
+    def distribute(self, strategy: Strategy) -> None:
+        """Run by this strategy from now on; the experts keep what it lets this rank own. Once, before training.
+
+        Raises:
+            ValueError: the experts cannot be cut so, or are cut already.
+        """
+        strategy.adopt(self.experts)
+        self.strategy = strategy
+
     def _choose(self, x_TD: Tensor, options: Options) -> Choice:
         capacity = options.capacity or self.capacity
-        if options.plan is not None:
-            return Choice(options.k, capacity, options.plan)
         workload = Workload(
             rows=x_TD.shape[0],
             choices=options.k or getattr(self.router, "k", 1),
@@ -127,7 +135,12 @@ class MoE(nn.Module):
             dtype=compute_dtype(x_TD),
             training=self.training,
         )
-        return Choice(options.k, capacity, self.strategy.choose(workload, capacity))
+        if options.plan is None:
+            return Choice(options.k, capacity, self.strategy.choose(workload, capacity))
+        reason = self.strategy.refusal(options.plan, workload, capacity)
+        if reason is not None:
+            raise ValueError(f"a MoE layer got {options.plan}, which cannot run: {reason}; see strategy.legal_plans()")
+        return Choice(options.k, capacity, options.plan)
 
     def _routed(self, x_TD: Tensor, choice: Choice) -> Routing:
         with self._decisions.same_random(x_TD.device):
@@ -139,18 +152,21 @@ class MoE(nn.Module):
             raise ValueError(f"the router returned a routing of {got[0]} tokens to {got[1]} experts, wanted {wanted}")
         return routing
 
+    def _agreed(self, loss: Loss) -> AgreeSum:
+        return self.strategy.agree_sum if isinstance(loss, OverRanks) else _alone
+
     def _note(self, routing: Routing, rowmap: RowMap, plan: Plan) -> None:
         training = self.training and torch.is_grad_enabled()
         if not training and not self.record.observing:
             return
         counts = routing.tokens_per_expert()
-        losses = [loss(routing, self.strategy.agree_sum) for loss in self.losses] if training else []
+        losses = [loss(routing, self._agreed(loss)) for loss in self.losses] if training else []
         forward = Forward(torch.stack(losses).sum() if losses else None, counts, counts.sum() - rowmap.ends[-1], plan)
         trained = self.record.add(forward, training=training)
         if trained is not None:
             for module in self.router.modules():
                 if isinstance(module, BiasBalance):
-                    module.observe(trained)
+                    module.observe(self.strategy.agree_sum(trained))
 
 
 @contextmanager
@@ -175,6 +191,10 @@ def routing_options(
     finally:
         for layer, options in zip(layers, before, strict=True):
             layer.options = options
+
+
+def _alone(value: Tensor) -> Tensor:
+    return value
 
 
 def _broken(routing: Routing) -> Tensor:

@@ -1,6 +1,7 @@
 """Losses that keep the experts in use: `Routing` to a scalar, already weighted.
 
-Each is called with `agree_sum`, the strategy's sum over ranks; with one process it is the identity.
+Each is called with `agree_sum`: the identity, so that every rank balances its own tokens, or inside `OverRanks` the
+strategy's sum over ranks.
 """
 
 from __future__ import annotations
@@ -86,6 +87,20 @@ class ZLoss(Loss):
 
     def __call__(self, routing: Routing, agree_sum: AgreeSum) -> Float[Tensor, ""]:
         return self.weight * _mean(routing.logits.logsumexp(dim=1).square(), agree_sum)
+
+
+@dataclass(frozen=True)
+class OverRanks(Loss):
+    """A loss of the tokens of all ranks together, at the price of a few small all-reduces per layer and step.
+
+    >>> OverRanks(LoadBalance(0.01)).loss.weight
+    0.01
+    """
+
+    loss: Loss
+
+    def __call__(self, routing: Routing, agree_sum: AgreeSum) -> Float[Tensor, ""]:
+        return self.loss(routing, agree_sum)
 
 
 def _mean(values: Tensor, agree_sum: AgreeSum) -> Tensor:

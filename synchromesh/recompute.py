@@ -25,6 +25,11 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def checkpointed() -> bool:
+    """Tell whether this forward is inside a checkpoint, and so is run again in backward."""
+    return not torch.compiler.is_compiling() and _checkpoint_frame() is not None
+
+
 @torch.library.custom_op("synchromesh::first_forward", mutates_args=(), schema="(Tensor anchor) -> Tensor")
 def first_forward(anchor: Tensor) -> Tensor:
     """Tell at run time, inside a compiled graph too, whether this is no recomputation: a bool tensor on the CPU.

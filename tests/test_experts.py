@@ -79,7 +79,7 @@ def test_modules_keep_their_own_parameters_and_move_whole():
     rows = torch.randn(11, D)
     out = experts.compute(rows, ENDS, {}, REFERENCE)
     assert out.shape == rows.shape
-    assert_close("expert 2", out[4:9], experts.experts[2](rows[4:9]))
+    assert_close("expert 2", out[4:9], experts.experts["2"](rows[4:9]))
     with pytest.raises(ValueError, match="no modules"):
         ModuleExperts([])
 

@@ -48,7 +48,7 @@ class Fixed(nn.Module):
 def one_expert(experts: nn.Module, e: int, x: torch.Tensor) -> torch.Tensor:
     """The network of one expert, by its definition."""
     if isinstance(experts, ModuleExperts):
-        return experts.experts[e](x)
+        return experts.experts[str(e)](x)
 
     def bias(name: str) -> torch.Tensor | float:
         value = getattr(experts, name)

@@ -127,12 +127,18 @@ class Counting(Strategy):
     def __init__(self) -> None:
         self.agreed = self.chosen = 0
 
+    def adopt(self, experts):
+        Local().adopt(experts)
+
     def choose(self, workload, capacity):
         self.chosen += 1
         return Plan()
 
-    def legal_plans(self, workload, capacity):
-        return Local().legal_plans(workload, capacity)
+    def plans(self):
+        return Local().plans()
+
+    def refusal(self, plan, workload, capacity):
+        return Local().refusal(plan, workload, capacity)
 
     def run(self, x, routing, rowmap, experts, plan):
         return Local().run(x, routing, rowmap, experts, plan)

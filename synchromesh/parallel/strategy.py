@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from synchromesh.capacity import Capacity
-from synchromesh.experts import Experts
+from synchromesh.experts import WHOLE, Experts
 from synchromesh.kernels import Kernels, kernels_for
 from synchromesh.types import Plan, Routing, RowMap, Workload
 
@@ -19,12 +20,28 @@ class Strategy(ABC):
     """Runs routed tokens through experts, wherever these are. The result never depends on the plan."""
 
     @abstractmethod
+    def adopt(self, experts: Experts) -> None:
+        """Let experts hold what this rank owns of them, once, before their first forward.
+
+        Raises:
+            ValueError: they cannot be cut so, or are cut already.
+        """
+
+    @abstractmethod
     def choose(self, workload: Workload, capacity: Capacity) -> Plan:
         """Return the plan for this forward, the same on all ranks."""
 
     @abstractmethod
+    def plans(self) -> Iterable[Plan]:
+        """Return every plan there is, legal or not."""
+
+    @abstractmethod
+    def refusal(self, plan: Plan, workload: Workload, capacity: Capacity) -> str | None:
+        """Return why a plan cannot run; None where it can."""
+
     def legal_plans(self, workload: Workload, capacity: Capacity) -> dict[Plan, str | None]:
         """Return each plan considered, with None where it is legal or the reason why it is refused."""
+        return {plan: self.refusal(plan, workload, capacity) for plan in self.plans()}
 
     @abstractmethod
     def run(
@@ -51,32 +68,49 @@ class Local(Strategy):
 
     kernels: Kernels | None = None
 
+    def adopt(self, experts: Experts) -> None:
+        if experts.cut != WHOLE:
+            raise ValueError(f"Local wants all experts, got experts that hold {experts.cut}: give them their strategy")
+
     def choose(self, workload: Workload, capacity: Capacity) -> Plan:
         return Plan()
 
-    def legal_plans(self, workload: Workload, capacity: Capacity) -> dict[Plan, str | None]:
-        return {Plan(): None}
+    def plans(self) -> Iterable[Plan]:
+        return (Plan(),)
+
+    def refusal(self, plan: Plan, workload: Workload, capacity: Capacity) -> str | None:
+        return None if plan == Plan() else f"Local runs on one rank and knows {Plan()} only"
 
     def run(
         self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, experts: Experts, plan: Plan
     ) -> Float[Tensor, "T D"]:
-        if plan != Plan():
-            raise ValueError(f"Local runs on one rank and knows {Plan()} only, got {plan}")
         kernels = self.kernels or kernels_for(x.device)
         dtype = compute_dtype(x)
         x = x.to(dtype)
         whole = {name: part.unflatten(0, (experts.num_experts, -1)).to(dtype) for name, part in experts.parts().items()}
-        y = experts.fused(x, routing, rowmap, whole, kernels)
-        if y is not None:
-            return y
-        rows = experts.compute(kernels.gather(x, rowmap), rowmap.ends, whole, kernels)
-        return kernels.combine(rows, routing.weights, rowmap)
+        return compute_here(x, routing, rowmap, experts, whole, kernels)
 
     def agree_max(self, value: Tensor) -> Tensor:
         return value
 
     def agree_sum(self, value: Tensor) -> Tensor:
         return value
+
+
+def compute_here(
+    x: Float[Tensor, "T D"],
+    routing: Routing,
+    rowmap: RowMap,
+    experts: Experts,
+    weights: Mapping[str, Tensor],
+    kernels: Kernels,
+) -> Float[Tensor, "T D"]:
+    """Run tokens whose experts are all here, with weights seen with dim 0 = E: fused where there is such a pass."""
+    y = experts.fused(x, routing, rowmap, weights, kernels)
+    if y is not None:
+        return y
+    rows = experts.compute(kernels.gather(x, rowmap), rowmap.ends, weights, kernels)
+    return kernels.combine(rows, routing.weights, rowmap)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

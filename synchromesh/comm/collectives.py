@@ -1,0 +1,96 @@
+"""Collectives on plain tensors, asynchronous, without gradient: one place that knows the back ends' habits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+@runtime_checkable
+class InFlight(Protocol):
+    """A result on its way."""
+
+    def wait(self) -> Tensor:
+        """Return it when it has arrived; on a GPU, when the current stream may read it."""
+        ...
+
+
+class Arrived:
+    """A result that is here already."""
+
+    def __init__(self, result: Tensor) -> None:
+        self._result = result
+
+    def wait(self) -> Tensor:
+        return self._result
+
+
+class Pending:
+    """A result, and the work that fills it; what was sent is kept until then."""
+
+    def __init__(self, result: Tensor, work: dist.Work | None, sent: Tensor) -> None:
+        assert work is not None, "a collective was called by a rank outside of its group"
+        self._result, self._work, self._sent = result, work, sent
+
+    def wait(self) -> Tensor:
+        self._work.wait()
+        return self._result
+
+
+def all_gather(part: Tensor, group: ProcessGroup | None) -> InFlight:
+    """Start to gather equal parts [n, ...] to [g, n, ...], in the order of the group."""
+    part = part.contiguous()
+    if group is None:
+        return Arrived(part[None])
+    whole = part.new_empty(group.size() * part.shape[0], *part.shape[1:])
+    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.12
+    work = gather(whole, part, group=group, async_op=True)
+    return Pending(whole.unflatten(0, (group.size(), -1)), work, part)
+
+
+def reduce_scatter(whole: Tensor, group: ProcessGroup | None) -> InFlight:
+    """Start to sum [g, n, ...] over the group, each rank receiving its own [n, ...]."""
+    whole = whole.contiguous()
+    if group is None:
+        return Arrived(whole[0])
+    if dist.get_backend(group) == "gloo":  # whose own reduce-scatter sends as much as an all-reduce
+        return _Summed(all_to_all(whole.flatten(0, 1), group), group.size())
+    part = torch.empty_like(whole[0])
+    scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    work = scatter(part, whole.flatten(0, 1), group=group, async_op=True)
+    return Pending(part, work, whole)
+
+
+class _Summed:
+    """One part of each rank, to be summed in float32 at least."""
+
+    def __init__(self, parts: InFlight, count: int) -> None:
+        self._parts, self._count = parts, count
+
+    def wait(self) -> Tensor:
+        parts = self._parts.wait().unflatten(0, (self._count, -1))
+        if parts.dtype == torch.float64:
+            return parts.sum(0)
+        return parts.sum(0, dtype=torch.float32).to(parts.dtype)
+
+
+def all_to_all(
+    rows: Tensor, group: ProcessGroup | None, received: Sequence[int] | None = None, sent: Sequence[int] | None = None
+) -> InFlight:
+    """Start to send rows [n, ...] to the ranks of a group, in its order.
+
+    Args:
+        received, sent: rows from and to each rank; None means equal numbers.
+    """
+    rows = rows.contiguous()
+    if group is None:
+        return Arrived(rows)
+    out = rows.new_empty(len(rows) if received is None else sum(received), *rows.shape[1:])
+    splits = (None, None) if received is None or sent is None else (list(received), list(sent))
+    work = dist.all_to_all_single(out, rows, *splits, group=group, async_op=True)
+    return Pending(out, work, rows)

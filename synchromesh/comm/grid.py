@@ -1,0 +1,152 @@
+"""Grid: the ranks of a job, their nodes, and the process groups that a rank belongs to. The only rank discovery."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
+
+TIMEOUT = timedelta(minutes=10)
+
+
+class Grid:
+    """Ranks in a row, numbered from 0, that hold one copy of the experts between them.
+
+    Build it with `Grid.from_environment()` (torchrun, SLURM, or one process alone), `Grid.from_group(group)` or
+    `Grid.from_mesh(mesh)`; the group may be a part of the job: experts inside, pipeline or data parallel outside.
+
+    Args:
+        group: whose ranks these are, in its order; None is one process alone.
+        ranks_per_node: neighbours in rank order that share a machine; it must divide the number of ranks.
+
+    Raises:
+        ValueError: ranks_per_node does not divide the number of ranks.
+    """
+
+    def __init__(self, group: ProcessGroup | None, *, ranks_per_node: int | None = None) -> None:
+        self._global_ranks = [0] if group is None else dist.get_process_group_ranks(group)
+        self.group = group
+        self.size = len(self._global_ranks)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.ranks_per_node = self.size if ranks_per_node is None else ranks_per_node
+        if self.ranks_per_node < 1 or self.size % self.ranks_per_node:
+            raise ValueError(
+                f"ranks_per_node is {self.ranks_per_node}, wanted a divisor of the grid's {self.size} ranks"
+            )
+        self._groups: dict[tuple[int, ...], ProcessGroup | None] = {tuple(range(self.size)): group}
+
+    @staticmethod
+    def from_environment(environment: Mapping[str, str] | None = None, *, timeout: timedelta = TIMEOUT) -> Grid:
+        """Join the job that torchrun or SLURM started; without one, be a grid of one process.
+
+        The default process group is created unless it exists: NCCL where there is a GPU per local rank, else gloo.
+
+        Args:
+            environment: the variables; None reads the process's own.
+            timeout: of every collective; a rank that stays away longer is named in the error.
+
+        Raises:
+            ValueError: a variable is missing or not a number.
+        """
+        job = _job_of(os.environ if environment is None else environment)
+        if job is None and not dist.is_initialized():
+            return Grid(None)
+        if not dist.is_initialized():
+            assert job is not None
+            _join(job, timeout)
+        group = dist.group.WORLD
+        assert group is not None
+        local = job["LOCAL_WORLD_SIZE"] if job is not None else group.size()
+        return Grid(group, ranks_per_node=local if group.size() % local == 0 else group.size())
+
+    @staticmethod
+    def from_group(group: ProcessGroup, *, ranks_per_node: int | None = None) -> Grid:
+        """Use an existing process group."""
+        return Grid(group, ranks_per_node=ranks_per_node)
+
+    @staticmethod
+    def from_mesh(mesh: DeviceMesh, *, ranks_per_node: int | None = None) -> Grid:
+        """Use one axis of a DeviceMesh. Raises ValueError where the mesh has more: take `mesh["name"]`."""
+        if mesh.ndim != 1:
+            raise ValueError(f"got a mesh of {mesh.ndim} axes {mesh.mesh_dim_names}, wanted one: take mesh['name']")
+        return Grid(mesh.get_group(), ranks_per_node=ranks_per_node)
+
+    @property
+    def nodes(self) -> int:
+        return self.size // self.ranks_per_node
+
+    def node_of(self, rank: int) -> int:
+        """Return the node of one of the grid's ranks."""
+        return rank // self.ranks_per_node
+
+    def axis(self, ranks: tuple[int, ...]) -> ProcessGroup | None:
+        """Return the group of some of the grid's ranks, this one among them; None for this rank alone.
+
+        It is made at the first call, by its members only, under a name that follows from the ranks: every member
+        must come here, in the same order.
+        """
+        if len(ranks) == 1:
+            return None
+        if ranks not in self._groups:
+            members = [self._global_ranks[rank] for rank in ranks]
+            group = dist.new_group(members, use_local_synchronization=True, sort_ranks=False)
+            assert isinstance(group, ProcessGroup), "a group was asked for by a rank outside of it"
+            self._groups[ranks] = group
+        return self._groups[ranks]
+
+    def __repr__(self) -> str:
+        return f"Grid(rank {self.rank} of {self.size}, {self.nodes} nodes of {self.ranks_per_node})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Grid:
+        return self  # a copied model runs on the same ranks
+
+
+def local_rank(environment: Mapping[str, str] | None = None) -> int:
+    """Return this process's number on its machine, 0 where nobody counts."""
+    job = _job_of(os.environ if environment is None else environment)
+    return 0 if job is None else job["LOCAL_RANK"]
+
+
+# What torchrun says, and the same in SLURM's words.
+_SLURM = {
+    "RANK": "SLURM_PROCID",
+    "WORLD_SIZE": "SLURM_NTASKS",
+    "LOCAL_RANK": "SLURM_LOCALID",
+    "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
+}
+
+
+def _job_of(environment: Mapping[str, str]) -> dict[str, int] | None:
+    """Return the numbers of the job this process is part of; None where it is alone."""
+    if "RANK" in environment:
+        names = {name: name for name in _SLURM}
+    elif "SLURM_PROCID" in environment and "MASTER_ADDR" in environment:
+        names = _SLURM
+    else:
+        return None
+    defaults = {"LOCAL_WORLD_SIZE": environment.get(names["WORLD_SIZE"], "1"), "LOCAL_RANK": "0"}
+    job = {}
+    for wanted, name in names.items():
+        got = environment.get(name, defaults.get(wanted, ""))
+        if not got.isdecimal():
+            raise ValueError(f"the environment variable {name} is {got!r}, wanted a number, as torchrun sets it")
+        job[wanted] = int(got)
+    job["RESTART"] = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return job
+
+
+def _join(job: dict[str, int], timeout: timedelta) -> None:
+    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= job["LOCAL_WORLD_SIZE"]
+    if cuda:
+        torch.cuda.set_device(job["LOCAL_RANK"])
+    store, rank, world = next(rendezvous("env://", rank=job["RANK"], world_size=job["WORLD_SIZE"], timeout=timeout))
+    # Restarted ranks must not meet the addresses that dead ones left in the same store.
+    store = dist.PrefixStore(f"attempt_{job['RESTART']}", store)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=timeout)

@@ -1,0 +1,137 @@
+"""Layout: which part of the expert weights lies where, and where the rows of an expert go under a plan.
+
+The weights of a layer, seen as E*F hidden rows, are cut into W equal parts; rank i owns part i for ever. Under a plan
+with gather = g the W ranks fall into W/g gather groups, which pool their parts, and g exchange groups of X = W/g
+ranks, one from each gather group, which exchange rows. A rank's place in its exchange group is its *member* number;
+what member m holds follows from m alone, so one table [E, r] tells every sender where the rows of an expert go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+def check_sizes(world: int, num_experts: int) -> None:
+    """Raise ValueError where the experts cannot be cut evenly over the ranks."""
+    if world % num_experts and num_experts % world:
+        near = [e for e in range(1, 2 * max(world, num_experts) + 1) if world % e == 0 or e % world == 0]
+        below = max((e for e in near if e < num_experts), default=1)
+        above = min(e for e in near if e > num_experts)
+        raise ValueError(
+            f"got {num_experts} experts on {world} ranks, wanted one number to divide the other: "
+            f"take {below} or {above} experts, or a grid of another size"
+        )
+
+
+def refusal(world: int, num_experts: int, gather: int, *, near: bool) -> str | None:
+    """Return why ranks cannot pool their parts in this way; None where they can."""
+    shards = max(1, world // num_experts)
+    if world % gather:
+        return f"gather = {gather} does not divide the {world} ranks"
+    if gather in (1, world) and not near:
+        return f"near and far are one plan at gather = {gather}: take near"
+    kind, pooled = ("gather", gather) if near else ("ranks / gather", world // gather)
+    if pooled % shards and shards % pooled:
+        return (
+            f"{kind} = {pooled} and the {shards} shards of an expert do not divide one another: "
+            "some ranks would hold more of an expert than others"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The places of parts and rows for W ranks, E experts and one gather degree.
+
+    Attributes:
+        near: gather groups are neighbours in rank order; else every (W/g)-th rank.
+    """
+
+    world: int
+    num_experts: int
+    gather: int
+    near: bool
+
+    def __post_init__(self) -> None:
+        check_sizes(self.world, self.num_experts)
+        reason = refusal(self.world, self.num_experts, self.gather, near=self.near)
+        if reason is not None:
+            raise ValueError(f"no layout of {self.num_experts} experts on {self.world} ranks: {reason}")
+
+    @property
+    def shards(self) -> int:
+        """S: parts that an expert is cut into; 1 where a part holds whole experts."""
+        return max(1, self.world // self.num_experts)
+
+    @property
+    def members(self) -> int:
+        """X = W/g: ranks in an exchange group."""
+        return self.world // self.gather
+
+    def member(self, rank: int) -> int:
+        """Return a rank's place in its exchange group."""
+        return rank // self.gather if self.near else rank % self.members
+
+    def gather_group(self, rank: int) -> tuple[int, ...]:
+        """Return the ranks that pool their parts with this one, in the order of their parts."""
+        return self.holds(self.member(rank))
+
+    def exchange_group(self, rank: int) -> tuple[int, ...]:
+        """Return the ranks that this one exchanges rows with, in the order of members."""
+        if self.near:
+            return tuple(range(rank % self.gather, self.world, self.gather))
+        block = rank - rank % self.members
+        return tuple(range(block, block + self.members))
+
+    def holds(self, member: int) -> tuple[int, ...]:
+        """Return the parts that a member holds while weights are pooled; part i is owned by rank i."""
+        if self.near:
+            return tuple(range(member * self.gather, (member + 1) * self.gather))
+        return tuple(range(member, self.world, self.members))
+
+    @cached_property
+    def local_experts(self) -> int:
+        """N: experts, whole or in shards, that each member computes."""
+        return len(self.experts_of(0))
+
+    def experts_of(self, member: int) -> tuple[int, ...]:
+        """Return the experts that a member computes, in the order of its pooled weights."""
+        if self.shards == 1:
+            each = self.num_experts // self.world
+            return tuple(part * each + i for part in self.holds(member) for i in range(each))
+        return tuple(dict.fromkeys(part // self.shards for part in self.holds(member)))
+
+    def shards_of(self, member: int) -> tuple[int, ...]:
+        """Return the shards that a member holds of each of its experts; they are the same for all of them."""
+        return tuple(dict.fromkeys(part % self.shards for part in self.holds(member)))
+
+    @cached_property
+    def copies(self) -> int:
+        """r: members that each row goes to, because each holds a piece of its expert."""
+        return len(self.destinations[0])
+
+    @cached_property
+    def destinations(self) -> list[list[int]]:
+        """The table [E, r]: slots member * N + (place of the expert there) that hold the expert's pieces."""
+        table: list[list[int]] = [[] for _ in range(self.num_experts)]
+        for member in range(self.members):
+            for place, expert in enumerate(self.experts_of(member)):
+                table[expert].append(member * self.local_experts + place)
+        return table
+
+    def table(self, device: torch.device) -> Tensor:
+        """Return `destinations` as an int64 tensor."""
+        return torch.tensor(self.destinations, device=device)
+
+    def expert_of_slot(self, device: torch.device) -> Tensor:
+        """Return the expert of each of the X * N slots, int64."""
+        return torch.tensor([e for m in range(self.members) for e in self.experts_of(m)], device=device)
+
+    @property
+    def in_expert_order(self) -> bool:
+        """Whether slots are the experts, one each and in order: rows sorted by expert are then sorted by slot."""
+        return self.destinations == [[expert] for expert in range(self.num_experts)]

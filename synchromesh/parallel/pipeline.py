@@ -1,0 +1,100 @@
+"""Pipeline: rows to their experts and back, in pieces whose exchange runs under the compute of others.
+
+Issued in the order start_0..start_d, finish_c, compute_c, start_back_c per piece, finish_back_0..d, autograd's reverse
+order overlaps the backward in the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from synchromesh.comm.all_to_all import AllToAll, Route
+from synchromesh.experts import Experts
+from synchromesh.kernels import REFERENCE, Kernels
+from synchromesh.kernels.grouped_mm import equal
+from synchromesh.parallel.dispatch import even_map, ragged_map, rows_per_slot
+from synchromesh.parallel.exchange import Exchange
+from synchromesh.parallel.layout import Layout
+from synchromesh.parallel.wire import Wire
+from synchromesh.types import Routing, RowMap
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one forward exchanges.
+
+    Attributes:
+        rowmap: onto the send buffer. sizes: its rows in each piece. routes: of each piece.
+        ends: running sum of the rows that each local expert receives, of each piece.
+        kernels: that suit these buffers.
+    """
+
+    rowmap: RowMap
+    sizes: list[int]
+    routes: list[Route]
+    ends: list[Tensor]
+    kernels: Kernels
+
+
+def ragged_traffic(
+    routing: Routing, rowmap: RowMap, layout: Layout, between: AllToAll, *, chunks: int, kernels: Kernels
+) -> Traffic:
+    """Exchange counts, and read them once on the host: only real rows travel."""
+    counts = rows_per_slot(rowmap, layout)
+    host = torch.cat([counts.flatten(), between.exchange_counts(counts)]).cpu().numpy()
+    sent, read = host[: counts.numel()].reshape(counts.shape), host[counts.numel() :]
+    routes = between.routes(read, sent, chunks)
+    ends = [torch.from_numpy(route.rows_per_expert.cumsum()).to(rowmap.ends) for route in routes]
+    sizes = [route.num_sent for route in routes]
+    return Traffic(ragged_map(routing, rowmap, layout, chunks), sizes, routes, ends, kernels)
+
+
+def even_traffic(
+    routing: Routing, rowmap: RowMap, layout: Layout, between: AllToAll, *, chunks: int, kernels: Kernels
+) -> Traffic:
+    """Send equal, padded parts: every shape is known beforehand, and nothing is read on the host."""
+    assert isinstance(rowmap.capacity, int)
+    rows = max(1, math.ceil(rowmap.capacity / chunks))
+    route = between.even_route(layout.local_experts, rows)
+    ends = torch.arange(1, layout.local_experts + 1, device=rowmap.ends.device, dtype=torch.int32)
+    padded = dataclasses.replace(
+        kernels, gather=REFERENCE.gather, combine=REFERENCE.combine, grouped_mm=equal.grouped_mm
+    )
+    return Traffic(
+        even_map(routing, rowmap, layout, chunks=chunks, rows=rows),
+        [route.num_sent] * chunks,
+        [route] * chunks,
+        [ends * (layout.members * rows)] * chunks,
+        padded,
+    )
+
+
+def exchange_and_compute(
+    rows: Float[Tensor, "R D"],
+    traffic: Traffic,
+    experts: Experts,
+    *,
+    wire: Wire,
+    weights: Callable[[], Mapping[str, Tensor]],
+) -> Float[Tensor, "S D"]:
+    """Send rows to their experts, compute there, return the results to where the rows lay; the tail is left out.
+
+    `weights` is called once the rows are on their way, and waits for what the experts compute with.
+    """
+    *pieces, _ = rows.split([*traffic.sizes, len(rows) - sum(traffic.sizes)])
+    going = [Exchange(route, wire, there=True) for route in traffic.routes]
+    tokens = [exchange.start(piece) for exchange, piece in zip(going, pieces, strict=True)]
+    ready, coming = weights(), []
+    for exchange, token, route, ends in zip(going, tokens, traffic.routes, traffic.ends, strict=True):
+        out = experts.compute(exchange.finish(token), ends, ready, traffic.kernels)
+        back = Exchange(route, wire, there=False)
+        coming.append((back, back.start(out)))
+    returned = [exchange.finish(token) for exchange, token in coming]
+    return returned[0] if len(returned) == 1 else torch.cat(returned)

@@ -1,0 +1,195 @@
+"""Sharded: every plan of one identical layout. Weights and tokens stay where they are, whatever the plan.
+
+Each rank owns one of W equal parts of the experts for ever (`Layout`). A step pools the parts of g ranks and exchanges
+rows between the W/g groups; g = 1 is expert parallelism, g = W data parallelism, and nothing but this step knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import product
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from synchromesh.capacity import Capacity, FixedCapacity
+from synchromesh.comm.all_to_all import AllToAll, all_to_all_between, two_level_refusal
+from synchromesh.comm.grid import Grid
+from synchromesh.experts import Cut, Experts
+from synchromesh.kernels import Kernels, kernels_for
+from synchromesh.parallel.dispatch import weights_per_row
+from synchromesh.parallel.layout import Layout, check_sizes, refusal
+from synchromesh.parallel.pipeline import even_traffic, exchange_and_compute, ragged_traffic
+from synchromesh.parallel.pool import Pool
+from synchromesh.parallel.strategy import Strategy, compute_dtype, compute_here
+from synchromesh.parallel.wire import AS_IS, Wire
+from synchromesh.recompute import checkpointed
+from synchromesh.types import Plan, Routing, RowMap, Workload
+
+CHUNKS = (1, 2, 4, 8)
+
+
+class Sharded(Strategy):
+    """Runs a layer's experts on the ranks of a grid.
+
+    Args:
+        grid: the ranks. Each must run the same layers in the same order, with any number of tokens, none included.
+        plan: of calls that name none; None pools just the shards of an expert, g = max(1, W/E).
+        kernels: None takes the fastest of the device.
+        wire: how rows travel; `Float8()` sends a quarter of the bytes and is no longer exact.
+    """
+
+    def __init__(
+        self, grid: Grid, *, plan: Plan | None = None, kernels: Kernels | None = None, wire: Wire = AS_IS
+    ) -> None:
+        self.grid, self.plan, self.kernels, self.wire = grid, plan, kernels, wire
+        self._layouts: dict[tuple[int, int, bool], Layout] = {}
+        self._exchanges: dict[tuple[tuple[int, ...], bool], AllToAll] = {}
+
+    def adopt(self, experts: Experts) -> None:
+        check_sizes(self.grid.size, experts.num_experts)
+        experts.hold(Cut(self.grid.rank, self.grid.size))
+
+    def choose(self, workload: Workload, capacity: Capacity) -> Plan:
+        return self.plan or Plan(gather=max(1, self.grid.size // workload.experts))
+
+    def plans(self) -> Iterable[Plan]:
+        degrees = [g for g in range(1, self.grid.size + 1) if self.grid.size % g == 0]
+        fields = product(degrees, (True, False), CHUNKS, (False, True), (True, False), (False, True))
+        return (Plan(*values) for values in fields)
+
+    def refusal(self, plan: Plan, workload: Workload, capacity: Capacity) -> str | None:
+        world = self.grid.size
+        check_sizes(world, workload.experts)
+        reason = refusal(world, workload.experts, plan.gather, near=plan.near)
+        if reason is not None:
+            return reason
+        if plan.regather and plan.gather == 1:
+            return "nothing is gathered at gather = 1 that could be gathered again"
+        if plan.gather == world:
+            if plan.chunks > 1 or plan.two_level or not plan.ragged:
+                return f"no rows are exchanged at gather = {world}: chunks, two levels and an even wire have no meaning"
+            return None
+        if plan.two_level:
+            reason = two_level_refusal(self.grid, self._layout(workload.experts, plan).exchange_group(self.grid.rank))
+            if reason is not None:
+                return f"no two-level all-to-all: {reason}"
+        if not plan.ragged and not (isinstance(capacity, FixedCapacity) and capacity.tokens is not None):
+            return "an even wire wants a capacity that all ranks know beforehand: FixedCapacity(f, tokens=T_max)"
+        return None
+
+    def run(
+        self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, experts: Experts, plan: Plan
+    ) -> Float[Tensor, "T D"]:
+        if plan.gather > 1 and not experts.parts():
+            raise ValueError(f"got {plan}, but {type(experts).__name__} move whole and cannot be pooled: take gather=1")
+        x = x.to(compute_dtype(x))
+        kernels = self.kernels or kernels_for(x.device)
+        layout = self._layout(experts.num_experts, plan)
+        pool = Pool(self.grid.axis(layout.gather_group(self.grid.rank)), again=plan.regather and not checkpointed())
+        own = _own_parts(experts, x.dtype, self.grid.size)
+
+        def weights() -> Mapping[str, Tensor]:
+            return _seen_by_expert(pool.finish(token), experts, layout, layout.member(self.grid.rank))
+
+        if layout.members == 1:
+            token = pool.start(own)
+            with pool.forgetting():
+                return pool.reopen(compute_here(x, routing, rowmap, experts, weights(), kernels))
+        traffic_of = ragged_traffic if plan.ragged else even_traffic
+        traffic = traffic_of(routing, rowmap, layout, self._between(layout, plan), chunks=plan.chunks, kernels=kernels)
+        token = pool.start(own)
+        rows = traffic.kernels.gather(x, traffic.rowmap)
+        with pool.forgetting():
+            out = exchange_and_compute(rows, traffic, experts, wire=self.wire, weights=weights)
+        return traffic.kernels.combine(pool.reopen(out), weights_per_row(routing, layout), traffic.rowmap)
+
+    def agree_max(self, value: Tensor) -> Tensor:
+        agreed = value.detach().clone()
+        if self.grid.group is not None:
+            dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.grid.group)
+        return agreed
+
+    def agree_sum(self, value: Tensor) -> Tensor:
+        return value if self.grid.group is None else _Sum.apply(value, self.grid)
+
+    def _layout(self, num_experts: int, plan: Plan) -> Layout:
+        key = (num_experts, plan.gather, plan.near)
+        if key not in self._layouts:
+            self._layouts[key] = Layout(self.grid.size, num_experts, plan.gather, plan.near)
+        return self._layouts[key]
+
+    def _between(self, layout: Layout, plan: Plan) -> AllToAll:
+        key = (layout.exchange_group(self.grid.rank), plan.two_level)
+        if key not in self._exchanges:
+            self._exchanges[key] = all_to_all_between(self.grid, key[0], two_level=plan.two_level)
+        return self._exchanges[key]
+
+
+class _Sum(Function):
+    """The sum over ranks. What each rank's loss says of it is summed too, since all of them use it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, grid: Grid) -> Tensor:
+        ctx.grid = grid
+        return _summed(value, grid)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _summed(grad, ctx.grid), None
+
+
+def _summed(value: Tensor, grid: Grid) -> Tensor:
+    total = value.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=grid.group)
+    return total
+
+
+class _Share(Function):
+    """A parameter as all ranks use it: its gradient is the mean over their losses, not the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, world: int) -> Tensor:
+        ctx.world = world
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad / ctx.world, None
+
+
+def _own_parts(experts: Experts, dtype: torch.dtype, world: int) -> dict[str, Tensor]:
+    """Return what this rank owns, in the dtype that is sent and computed in."""
+    parts = experts.parts()
+    if parts:
+        return {name: _Share.apply(part, world).to(dtype) for name, part in parts.items()}
+    return {name: _Share.apply(parameter, world) for name, parameter in experts.named_parameters()}
+
+
+def _seen_by_expert(pooled: Mapping[str, Tensor], experts: Experts, layout: Layout, member: int) -> dict[str, Tensor]:
+    """View pooled parts [g, n, ...] with dim 0 = N; output parts get their full width, 0 where others add theirs."""
+    if not experts.parts():
+        return {name: part[0] for name, part in pooled.items()}
+    seen = {}
+    for name, part in pooled.items():
+        weight = part.flatten(0, 1).unflatten(0, (layout.local_experts, -1))
+        if name in experts.output_parts:
+            weight = _at_full_width(weight, layout.shards_of(member), layout.shards)
+        seen[name] = weight
+    return seen
+
+
+def _at_full_width(part: Tensor, shards: tuple[int, ...], count: int) -> Tensor:
+    """Set the given shards [N, n * D/S] of an output part into zeros [N, D]."""
+    if len(shards) == count:
+        return part
+    at = torch.tensor(shards, device=part.device)
+    pieces = part.unflatten(1, (len(shards), -1))
+    return pieces.new_zeros(len(part), count, pieces.shape[2]).index_copy(1, at, pieces).flatten(1)
