@@ -13,10 +13,13 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 from rich.console import Console
 
+from synchromesh.comm.grid import in_job
 from synchromesh.commands.evaluate import EvalRequest, run_eval
+from synchromesh.commands.launch import launch
 from synchromesh.commands.predict import PredictRequest, run_predict
 from synchromesh.commands.report import run_report
 from synchromesh.commands.train import train
+from synchromesh.commands.verify import DTYPES, VerifyRequest, run_verify
 from synchromesh.recipes.catalog import RECIPES
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.errors import InputError
@@ -30,6 +33,7 @@ usage: synchromesh COMMAND ...
   eval RUN            score a trained model, class by class
   predict IMAGE ...   name what a trained model sees in image files
   report RUN          write report.html of a run, finished or not
+  verify              prove on these ranks that every parallel plan computes the same
 
 examples:
   synchromesh train demo                          a SwinV2-MoE learns digits, on a CPU, in minutes
@@ -38,6 +42,7 @@ examples:
   synchromesh train finetune_1k --data photos/ --start.weights runs/big --start.freeze moe
   synchromesh eval runs/demo
   synchromesh predict digit.png another.png --run runs/demo --json
+  synchromesh verify --world 4                    the same on your cluster: torchrun ... -m synchromesh.cli verify
 
 synchromesh COMMAND --help says more.
 """
@@ -118,6 +123,25 @@ class ReportOptions:
     """
 
     run: tyro.conf.Positional[Path]
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Options of `verify`.
+
+    Attributes:
+        world: ranks to start on this machine; under torchrun or SLURM, the job's ranks are taken.
+        ranks_per_node: as if so many neighbours shared a machine; the truth if not given.
+        dtype: of all tensors.
+        quick: each plan once, instead of in every trial.
+        json: print one JSON object a line.
+    """
+
+    world: int = 1
+    ranks_per_node: int | None = None
+    dtype: Literal["float64", "float32", "bfloat16"] = "float64"
+    quick: bool = False
+    json: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -209,6 +233,22 @@ def _report(given: list[str]) -> int:
     return run_report(options.run, console=OUT)
 
 
+def _verify(given: list[str]) -> int:
+    about = (
+        "Run every legal parallel plan of a layer on these ranks and devices, and compare outputs and all gradients "
+        "with the definition, computed in one process.\n\n"
+        "  synchromesh verify --world 4 --ranks-per-node 2\n"
+        "  torchrun --nnodes 2 --nproc-per-node 8 ... -m synchromesh.cli verify --dtype bfloat16"
+    )
+    options = _parse(VerifyOptions, given, prog="synchromesh verify", about=about)
+    if options.world < 1:
+        raise InputError(f"--world is {options.world}, wanted a number of ranks")
+    if options.world > 1 and not in_job():
+        return launch(["verify", *given], options.world, errors=ERRORS)
+    request = VerifyRequest(options.ranks_per_node, DTYPES[options.dtype], options.quick, options.json)
+    return run_verify(request, console=OUT)
+
+
 def _parse(kind: type[Options], given: list[str], *, prog: str, about: str, default: Options | None = None) -> Options:
     settings = (tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues)
     try:
@@ -220,5 +260,8 @@ def _parse(kind: type[Options], given: list[str], *, prog: str, about: str, defa
 
 
 COMMANDS: Mapping[str, Callable[[list[str]], int]] = MappingProxyType(
-    {"train": _train, "eval": _eval, "predict": _predict, "report": _report}
+    {"train": _train, "eval": _eval, "predict": _predict, "report": _report, "verify": _verify}
 )
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -118,6 +118,19 @@ class Plan:
             if got < 1:
                 raise ValueError(f"Plan.{name} is {got}, wanted an integer >= 1")
 
+    def __str__(self) -> str:
+        """Say what differs from the plainest plan.
+
+        >>> str(Plan(gather=2, near=False, chunks=4)), str(Plan(ragged=False))
+        ('g=2 far, 4 chunks', 'g=1, even wire')
+        """
+        said = [f"g={self.gather}" + ("" if self.near else " far")]
+        said += [f"{self.chunks} chunks"] if self.chunks > 1 else []
+        said += ["two-level"] if self.two_level else []
+        said += [] if self.ragged else ["even wire"]
+        said += ["regather"] if self.regather else []
+        return ", ".join(said)
+
     def to_json(self) -> str:
         """Return the plan as one JSON object.
 

@@ -120,22 +120,30 @@ def verify(grid: Grid, trials: list[Trial], *, thorough: bool = True) -> Iterato
     """Run plans of each trial on the grid's ranks, one after the other on the same layer, and compare.
 
     Args:
-        thorough: every legal plan in every trial; else each plan in one trial of each number of experts at least.
+        thorough: every legal plan in every trial; else each plan once for each number of experts.
     """
+    for trial, plans in _schedule(grid, trials, thorough=thorough):
+        subject = _Subject(grid, trial)
+        for plan in plans:
+            yield subject.compare(plan)
+
+
+def count_findings(grid: Grid, trials: list[Trial], *, thorough: bool = True) -> int:
+    """Return how many findings `verify` makes."""
+    return sum(len(plans) for _, plans in _schedule(grid, trials, thorough=thorough))
+
+
+def _schedule(grid: Grid, trials: list[Trial], *, thorough: bool) -> Iterator[tuple[Trial, list[Plan]]]:
+    """Yield each trial with the plans to run in it; where not thorough, plans take turns over the trials."""
     seen: set[tuple[int, Plan]] = set()
     for number, trial in enumerate(trials):
-        last = all(later.num_experts != trial.num_experts for later in trials[number + 1 :])
-        subject = _Subject(grid, trial)
-        for turn, plan in enumerate(subject.legal_plans()):
-            due = thorough or last or (turn + number) % 3 == 0
-            if due and (thorough or (trial.num_experts, plan) not in seen):
-                seen.add((trial.num_experts, plan))
-                yield subject.compare(plan)
-
-
-def count_plans(grid: Grid, trials: list[Trial]) -> int:
-    """Return how many findings a thorough verification has."""
-    return sum(len(_legal(Sharded(grid), trial)) for trial in trials)
+        legal = _legal(Sharded(grid), trial)
+        if not thorough:
+            last = all(later.num_experts != trial.num_experts for later in trials[number + 1 :])
+            legal = [plan for turn, plan in enumerate(legal) if last or (turn + number) % 3 == 0]
+            legal = [plan for plan in legal if (trial.num_experts, plan) not in seen]
+            seen |= {(trial.num_experts, plan) for plan in legal}
+        yield trial, legal
 
 
 class _PatternRouter(nn.Module):
@@ -170,11 +178,6 @@ class _Subject:
             _PatternRouter(trial, grid.rank, gate.clone()), experts, capacity=trial.capacity, strategy=Sharded(grid)
         )
         self.start = {name: p.detach().clone() for name, p in self.layer.named_parameters()}
-
-    def legal_plans(self) -> list[Plan]:
-        strategy = self.layer.strategy
-        assert isinstance(strategy, Sharded)
-        return _legal(strategy, self.trial)
 
     def compare(self, plan: Plan) -> Finding:
         got, seconds = self._run(plan)

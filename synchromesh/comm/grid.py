@@ -108,10 +108,9 @@ class Grid:
         return self  # a copied model runs on the same ranks
 
 
-def local_rank(environment: Mapping[str, str] | None = None) -> int:
-    """Return this process's number on its machine, 0 where nobody counts."""
-    job = _job_of(os.environ if environment is None else environment)
-    return 0 if job is None else job["LOCAL_RANK"]
+def in_job(environment: Mapping[str, str] | None = None) -> bool:
+    """Tell whether torchrun or SLURM started this process."""
+    return _job_of(os.environ if environment is None else environment) is not None
 
 
 # What torchrun says, and the same in SLURM's words.
