@@ -48,13 +48,9 @@ class DDP(Shared):
     def wrap(self, model: nn.Module, group: ProcessGroup, experts: dict[str, nn.Parameter]) -> nn.Module:
         if all(not p.requires_grad for name, p in model.named_parameters() if name not in experts):
             return model
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, experts)
-        return DistributedDataParallel(
-            model,
-            process_group=group,
-            broadcast_buffers=False,
-            find_unused_parameters=self.find_unused_parameters,
-        )
+        buffers = [name for name, _ in model.named_buffers()]  # those of this library are agreed where they change
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*experts, *buffers])
+        return DistributedDataParallel(model, process_group=group, find_unused_parameters=self.find_unused_parameters)
 
 
 @dataclass(frozen=True)
@@ -147,11 +143,11 @@ def clip_grad_norm(model: nn.Module, grid: Grid, max_norm: float) -> Float[Tenso
     squares = torch.stack([_squared_norm(grads, device) for grads in (own, spread)])
     if grid.group is not None:
         dist.all_reduce(squares, group=grid.group)
-    total = (squares.sum() + _squared_norm(plain, device)).sqrt().to(torch.float32)
+    total = (squares.sum() + _squared_norm(plain, device)).sqrt()
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for grad in (*own, *plain, *spread):
         grad.mul_(scale)
-    return total
+    return total.to(torch.float32)
 
 
 def token_mean_loss(total: Float[Tensor, ""], count: Tensor | int, grid: Grid) -> Float[Tensor, ""]:
