@@ -247,6 +247,6 @@ def test_experts_that_cannot_be_cut_over_the_ranks_are_refused():
 def refuses():
     with pytest.raises(ValueError, match="3 ranks"):
         parallelize(model(), Grid.from_group(dist.group.WORLD))
+    layer = MoE(TopKRouter(D, 3), MLPExperts(3, D, hidden=12), strategy=Sharded(Grid.from_group(dist.group.WORLD)))
     with pytest.raises(ValueError, match="even wire wants"):
-        layer = MoE(TopKRouter(D, 3), MLPExperts(3, D, hidden=12), strategy=Sharded(Grid.from_group(dist.group.WORLD)))
         layer(torch.randn(4, D), plan=Plan(ragged=False), capacity=FixedCapacity(1.0))

@@ -118,6 +118,9 @@ class Sharded(Strategy):
     def agree_sum(self, value: Tensor) -> Tensor:
         return value if self.grid.group is None else _Sum.apply(value, self.grid)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sharded:
+        return self  # a copied layer runs on the same ranks
+
     def _layout(self, num_experts: int, plan: Plan) -> Layout:
         key = (num_experts, plan.gather, plan.near)
         if key not in self._layouts:
