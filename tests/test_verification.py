@@ -43,7 +43,7 @@ def bad_plans(where, name):
     ],
     ids=["all_to_all", "all_gather", "reduce_scatter"],
 )
-def test_a_broken_collective_fails_exactly_the_plans_that_use_it(module, name, uses):
+def test_a_broken_collective_fails_exactly_the_plans_that_use_it(where, name, uses):
     for bad, ran in run_ranks(bad_plans, 4, where, name):
         assert bad == {plan for plan in ran if uses(plan)}
 
