@@ -4,7 +4,10 @@ checkpoints/step-00000310/
     weights.safetensors     parameters and buffers
     optimizer.safetensors   "exp_avg/<parameter>", "exp_avg_sq/<parameter>", "step/<parameter>"
     state.json              where the run stands, and what a prediction needs
-    SHA256SUMS              of the three; `sha256sum -c SHA256SUMS` checks by hand
+    SHA256SUMS              of the others; `sha256sum -c SHA256SUMS` checks by hand
+
+On several ranks each writes files of its own, weights-00002-of-00004.safetensors and so on; any number of ranks reads
+what any number wrote (`checkpoint.store`).
 """
 
 from __future__ import annotations
@@ -12,19 +15,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import nn
 from torch.optim import Optimizer
 
+from synchromesh.checkpoint.store import (
+    StoreError,
+    make_optimizer_state,
+    model_tensors,
+    optimizer_tensors,
+    read_tensors,
+    write_tensors,
+)
+from synchromesh.comm.grid import Grid
 from synchromesh.training.durable import sha256, sync_directory, sync_file, write_atomically, write_json
 from synchromesh.training.errors import InputError
 
-WEIGHTS, OPTIMIZER, STATE, SUMS = "weights.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
+STATE, SUMS = "state.json", "SHA256SUMS"
+ALONE = Grid(None)
 KEPT = 2  # the newest, and one to fall back on
 
 
@@ -33,20 +46,33 @@ class Checkpoint:
     """A checkpoint as read.
 
     Attributes:
-        folder: where it lies. weights: the model's state dict. state: contents of state.json.
+        folder: where it lies. state: contents of state.json.
     """
 
     folder: Path
-    weights: dict[str, Tensor]
     state: dict[str, Any]
 
 
-def save_checkpoint(root: Path, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> Path:
-    """Write `root/step-N` for state["step"] = N, and remove all but the newest `KEPT`. Return its folder."""
+def save_checkpoint(
+    root: Path, model: nn.Module, optimizer: Optimizer, state: dict[str, Any], grid: Grid = ALONE
+) -> Path:
+    """Write `root/step-N` for state["step"] = N, and remove all but the newest `KEPT`. Return its folder.
+
+    Every rank of the grid calls it; what is there already stays until all of it is written.
+
+    Raises:
+        InputError: on all ranks, where any could not write.
+    """
     folder = checkpoint_folder(root, state["step"])
-    _write(folder, model, optimizer, state)
-    for old in _folders(root)[KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
+    temporary = folder.with_name(folder.name + ".tmp")
+    _on_first(grid, lambda: _empty(temporary))
+    try:
+        files = write_tensors(temporary, "weights", model_tensors(model), grid)
+        files += write_tensors(temporary, "optimizer", optimizer_tensors(model, optimizer), grid)
+    except StoreError as error:
+        raise InputError(str(error)) from error
+    sums = [line for lines in _on_all(grid, lambda: _sums_of(files)) for line in lines]
+    _on_first(grid, lambda: _finish(temporary, folder, state, sums))
     return folder
 
 
@@ -74,18 +100,25 @@ def best_folder(root: Path) -> Path | None:
     return max((p for p in root.glob("best-*") if p.suffix != ".tmp"), default=None)
 
 
-def newest_checkpoint(root: Path, damaged: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest unharmed checkpoint, None where there is none; `damaged` is told of each one passed over."""
-    for folder in _folders(root):
-        try:
-            return read_checkpoint(folder)
-        except InputError as error:
-            damaged(str(error))
-    return None
+def newest_checkpoint(root: Path, damaged: Callable[[str], None], grid: Grid = ALONE) -> Checkpoint | None:
+    """Return the newest unharmed checkpoint, None where there is none; `damaged` is told of each one passed over.
+
+    The first rank looks; all get its answer.
+    """
+
+    def look() -> Checkpoint | None:
+        for folder in _folders(root):
+            try:
+                return read_checkpoint(folder)
+            except InputError as error:
+                damaged(str(error))
+        return None
+
+    return _on_first(grid, look)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Check and read one checkpoint.
+    """Check all files of a checkpoint, and read where it stands.
 
     Raises:
         InputError: it is incomplete or its contents are not what was written; the message names the file.
@@ -96,36 +129,82 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise InputError(f"the checkpoint {folder} is incomplete: {name} is missing")
         if sha256(path) != wanted:
             raise InputError(f"the checkpoint file {path} is damaged: it is not what was written (checksum differs)")
-    return Checkpoint(folder, load_file(folder / WEIGHTS), json.loads((folder / STATE).read_text()))
+    return Checkpoint(folder, json.loads((folder / STATE).read_text()))
 
 
-def restore_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Load the optimizer's tensors by the names of their parameters."""
-    saved = load_file(folder / OPTIMIZER)
-    names = [name for _, name in _named(model, optimizer)]
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in saved.items():
-        kind, _, name = key.partition("/")
-        if name not in names:
-            raise InputError(f"{folder / OPTIMIZER} holds {name!r}, which this run does not train")
-        state.setdefault(names.index(name), {})[kind] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def restore_model(folder: Path, model: nn.Module, grid: Grid = ALONE) -> None:
+    """Read a checkpoint's weights into a model, every rank its own part.
+
+    Raises:
+        InputError: the checkpoint is of another model.
+    """
+    try:
+        read_tensors(folder, model_tensors(model), grid)
+    except StoreError as error:
+        raise InputError(str(error)) from error
 
 
-def _write(folder: Path, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, temporary / WEIGHTS)
-    save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
-    for name in (WEIGHTS, OPTIMIZER):
-        sync_file(temporary / name)
+def restore_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer, grid: Grid = ALONE) -> None:
+    """Read a checkpoint's state of the optimizer by the names of its parameters, every rank its own part.
+
+    Raises:
+        InputError: it is of other parameters.
+    """
+    try:
+        make_optimizer_state(model, optimizer, folder)
+        read_tensors(folder, optimizer_tensors(model, optimizer), grid)
+    except StoreError as error:
+        raise InputError(str(error)) from error
+
+
+T = TypeVar("T")
+
+
+def _on_first(grid: Grid, action: Callable[[], T]) -> T:
+    """Let the first rank act, and give all its result or its InputError."""
+    return _on_all(grid, lambda: action() if grid.rank == 0 else None)[0]  # pyright: ignore[reportReturnType]
+
+
+def _on_all(grid: Grid, action: Callable[[], T]) -> list[T]:
+    """Let every rank act; return all results, or raise on all ranks where one could not."""
+    result, problem = None, ""
+    try:
+        result = action()
+    except (InputError, OSError) as error:
+        if grid.group is None:
+            raise
+        problem = str(error)
+    if grid.group is None:
+        return [result]  # pyright: ignore[reportReturnType]
+    found: list[Any] = [None] * grid.size
+    dist.all_gather_object(found, (result, problem), group=grid.group)
+    for _, said in found:
+        if said:
+            raise InputError(said)
+    return [one for one, _ in found]
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _sums_of(files: list[Path]) -> list[str]:
+    for file in files:
+        sync_file(file)
+    return [f"{sha256(file)}  {file.name}\n" for file in files]
+
+
+def _finish(temporary: Path, folder: Path, state: dict[str, Any], sums: list[str]) -> None:
+    for apart in (".weights", ".optimizer"):
+        shutil.rmtree(temporary / apart, ignore_errors=True)
     write_json(temporary / STATE, state)
-    sums = "".join(f"{sha256(temporary / name)}  {name}\n" for name in (WEIGHTS, OPTIMIZER, STATE))
-    write_atomically(temporary / SUMS, sums)
+    write_atomically(temporary / SUMS, "".join([*sums, f"{sha256(temporary / STATE)}  {STATE}\n"]))
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one that this run passed over
     temporary.rename(folder)
     sync_directory(folder.parent)
+    for old in _folders(folder.parent)[KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -135,29 +214,13 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{kind}/{name}": tensor.detach().contiguous()
-        for parameter, name in _named(model, optimizer)
-        for kind, tensor in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _named(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, str]]:
-    """Yield the optimizer's parameters, in its own order, with their names."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            yield parameter, names[id(parameter)]
-
-
 def _sums(folder: Path) -> dict[str, str]:
     try:
         lines = (folder / SUMS).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the checkpoint {folder} is incomplete: its {SUMS} cannot be read") from error
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    if set(sums) != {WEIGHTS, OPTIMIZER, STATE}:
+    if STATE not in sums or not any(name.startswith("weights") for name in sums):
         raise InputError(f"the checkpoint file {folder / SUMS} is damaged")
     return sums
 

@@ -18,6 +18,7 @@ from synchromesh.record import load_stats
 from synchromesh.training.checkpoint import (
     checkpoint_folder,
     newest_checkpoint,
+    restore_model,
     restore_optimizer,
     save_best,
     save_checkpoint,
@@ -267,7 +268,7 @@ class _Loop:
                 f"{self.job.folder} was trained on {found.state['train_images']} images, the data now holds {images}: "
                 "bring the data back, or start a new run"
             )
-        self.model.load_state_dict(found.weights)
+        restore_model(found.folder, self.model)
         restore_optimizer(found.folder, self.model, self.optimizer)
         self.standing = Standing(**found.state["standing"])
         self.window = Window.from_json(found.state["window"], self.device)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from synchromesh.training.architecture import Architecture, build_classifier
-from synchromesh.training.checkpoint import Checkpoint, best_folder, newest_checkpoint, read_checkpoint
+from synchromesh.training.checkpoint import Checkpoint, best_folder, newest_checkpoint, read_checkpoint, restore_model
 from synchromesh.training.codec import decode, differences, encode
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.durable import write_json
@@ -137,7 +137,7 @@ def load_trained(path: Path, *, best: bool = False, device: torch.device | None 
     architecture = _decoded(Architecture, state["model"], found.folder)
     preprocess = _decoded(Preprocess, state["preprocess"], found.folder)
     model = build_classifier(architecture, preprocess, len(state["classes"]))
-    model.load_state_dict(found.weights)
+    restore_model(found.folder, model)
     return Trained(model.to(device).eval(), tuple(state["classes"]), preprocess, found.folder)
 
 

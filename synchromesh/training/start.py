@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from synchromesh.layer import MoE
-from synchromesh.training.checkpoint import WEIGHTS
+from synchromesh.training.checkpoint import STATE
 from synchromesh.training.config import Freeze
 from synchromesh.training.errors import InputError
 from synchromesh.training.run_folder import load_trained
@@ -40,11 +40,16 @@ def load_weights(model: nn.Module, path: Path) -> Loaded:
     """
     given = _read(path)
     own = model.state_dict()
-    fits = {name: tensor for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
+    fits = {name: t.view(own[name].shape) for name, t in given.items() if name in own and _fits(t, own[name])}
     if not fits:
         raise InputError(f"no tensor of {path} fits the model: it names {_some(given)}, wanted such as {_some(own)}")
     model.load_state_dict(fits, strict=False)
     return Loaded(len(fits), tuple(n for n in own if n not in fits), tuple(n for n in given if n not in own))
+
+
+def _fits(given: Tensor, own: Tensor) -> bool:
+    """Tell whether shapes agree; a checkpoint keeps experts as [E * F, ...]."""
+    return given.shape == own.shape or (own.ndim > 1 and given.shape == own.flatten(0, 1).shape)
 
 
 def freeze(model: nn.Module, what: Freeze) -> None:
@@ -78,7 +83,7 @@ def frozen_modules(model: nn.Module, what: Freeze) -> list[nn.Module]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
-        if (path / WEIGHTS).is_file() or (path / "checkpoints").is_dir():
+        if (path / STATE).is_file() or (path / "checkpoints").is_dir():
             return load_trained(path).model.state_dict()
         raise InputError(f"{path} is neither the folder of a run nor a checkpoint")
     if not path.is_file():

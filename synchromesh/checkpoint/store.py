@@ -1,0 +1,182 @@
+"""Tensors of a model and its optimizer in safetensors files that any number of ranks writes and any other reads.
+
+torch.distributed.checkpoint does the work: each rank writes its own part and reads what overlaps with its own, so that
+no rank ever holds the whole. Experts are kept as [E * F, ...] (`Experts.parts`), cut into equal parts by rank; a
+parameter's tensor has one name and one shape whatever the number of ranks. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim import Optimizer
+
+from synchromesh.comm.grid import Grid
+from synchromesh.layer import MoE
+from synchromesh.parallel.sharded import Sharded
+
+
+class StoreError(ValueError):
+    """Tensors cannot be written or read; the message is the same on all ranks."""
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what of a model is kept, by the names of its state dict; reading into them changes the model."""
+    experts = _parts_of_experts(model)
+    kept = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in experts:
+            kept[name] = _spread(parameter.detach(), experts[id(parameter)])
+    return kept
+
+
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return an optimizer's state as "exp_avg/<parameter>" and so on, laid out as the parameters are."""
+    experts = _parts_of_experts(model)
+    kept = {}
+    for name, parameter in _named(model, optimizer):
+        for kind, value in optimizer.state.get(parameter, {}).items():
+            state = torch.as_tensor(value).detach()
+            alike = id(parameter) in experts and state.shape == parameter.shape
+            kept[f"{kind}/{name}"] = _spread(state, experts[id(parameter)]) if alike else state
+    return kept
+
+
+def make_optimizer_state(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
+    """Give an optimizer room for the state that is stored for its parameters.
+
+    Raises:
+        StoreError: state of a parameter that this optimizer does not train.
+    """
+    own = dict(_named(model, optimizer))
+    for key, shape in stored_shapes(folder).items():
+        kind, slash, name = key.partition("/")
+        if not slash:
+            continue
+        if name not in own:
+            raise StoreError(f"{folder} holds {key!r}, which this run does not train")
+        parameter = own[name]
+        fresh = torch.zeros_like(parameter) if len(shape) else torch.zeros((), device=parameter.device)
+        optimizer.state[parameter][kind] = fresh.detach()
+
+
+def write_tensors(folder: Path, stem: str, tensors: dict[str, Tensor], grid: Grid) -> list[Path]:
+    """Write tensors into a folder that exists, every rank its own part; return the files that this rank wrote.
+
+    They are called STEM.safetensors, or STEM-00001-of-00004.safetensors and so on.
+
+    Raises:
+        StoreError: on all ranks, where any could not write.
+    """
+    apart = folder / f".{stem}"
+    writer = HuggingFaceStorageWriter(str(apart), save_distributed=True)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with _quiet(), _translated(f"cannot write to {folder}"):
+        dcp.save(contiguous, storage_writer=writer, process_group=grid.group, no_dist=grid.group is None)
+    name = stem if grid.size == 1 else f"{stem}-{grid.rank + 1:05d}-of-{grid.size:05d}"
+    written = []
+    for file in apart.glob(f"shard-{grid.rank + 1:05d}-*.safetensors"):  # none where a rank has nothing of its own
+        written.append(file.rename(folder / f"{name}.safetensors"))
+    return written
+
+
+def read_tensors(folder: Path, tensors: dict[str, Tensor], grid: Grid) -> None:
+    """Read stored tensors into these, in place: every one of these, and of the stored ones all of the same kinds.
+
+    Raises:
+        StoreError: one is missing, has another shape, or is stored and not asked for.
+    """
+    stored = stored_shapes(folder)
+    kinds = {name.partition("/")[0] if "/" in name else "" for name in tensors}
+    missing = [name for name in tensors if name not in stored]
+    unused = [n for n in stored if n not in tensors and (n.partition("/")[0] if "/" in n else "") in kinds]
+    if missing or unused:
+        raise StoreError(
+            f"{folder} does not hold what this model needs: missing {_some(missing)}, not used {_some(unused)}"
+        )
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != stored[name]:
+            raise StoreError(f"{folder} holds {name} of shape {stored[name]}, wanted {tuple(tensor.shape)}")
+    with _quiet(), _translated(f"cannot read {folder}"):
+        reader = HuggingFaceStorageReader(str(folder))
+        dcp.load(dict(tensors), storage_reader=reader, process_group=grid.group, no_dist=grid.group is None)
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the whole shape of every stored tensor.
+
+    Raises:
+        StoreError: a file is not safetensors.
+    """
+    try:
+        metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise StoreError(f"cannot read the tensors in {folder}: {error}") from error
+    return {name: tuple(kept.size) for name, kept in metadata.state_dict_metadata.items() if hasattr(kept, "size")}
+
+
+def _parts_of_experts(model: nn.Module) -> dict[int, Grid]:
+    """Return the parameters of experts, and the ranks that hold their parts."""
+    found = {}
+    for layer in (module for module in model.modules() if isinstance(module, MoE)):
+        if layer.experts.parts():  # others move whole, under names of their own
+            grid = layer.strategy.grid if isinstance(layer.strategy, Sharded) else Grid(None)
+            found |= {id(parameter): grid for parameter in layer.experts.parameters()}
+    return found
+
+
+def _spread(own: Tensor, grid: Grid) -> Tensor:
+    """See a rank's part [L, n, ...] as its part of the whole [E * F, ...]."""
+    rows = own.flatten(0, 1)
+    if grid.group is None:
+        return rows
+    mesh = DeviceMesh.from_group(grid.group, own.device.type)
+    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False)
+
+
+def _named(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the optimizer's parameters, in its own order, with their names."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield names[id(parameter)], parameter
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''}" if names else "nothing"
+
+
+@contextmanager
+def _translated(what: str) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [str(cause[0]) for cause in error.failures.values()]
+        raise StoreError(f"{what}: {causes[0]}") from error
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{what}: {error}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what torch says of a job of one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+        logger = logging.getLogger("torch.distributed.checkpoint")
+        before, logger.disabled = logger.disabled, True
+        try:
+            yield
+        finally:
+            logger.disabled = before
