@@ -13,7 +13,7 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 from rich.console import Console
 
-from synchromesh.comm.grid import in_job
+from synchromesh.comm.grid import in_job, joined, restarted
 from synchromesh.commands.evaluate import EvalRequest, run_eval
 from synchromesh.commands.launch import launch
 from synchromesh.commands.predict import PredictRequest, run_predict
@@ -64,6 +64,9 @@ class TrainOptions:
         resume: continue what was begun in the run folder; a crash loses nothing that was saved.
         on_bad_image: stop at an unreadable image, or skip it and count.
         tensorboard: also write TensorBoard events.
+        nproc: ranks to train with on this machine; the recipe's number if not given. Under torchrun or SLURM, the
+            job's ranks are taken.
+        restarts: how often to begin again from the last checkpoint when a rank dies.
     """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -72,6 +75,8 @@ class TrainOptions:
     resume: bool = False
     on_bad_image: Literal["stop", "skip"] = "stop"
     tensorboard: bool = False
+    nproc: int | None = None
+    restarts: int = 0
 
 
 @dataclass(frozen=True)
@@ -178,8 +183,15 @@ def _train(given: list[str]) -> int:
     options = _parse(
         TrainOptions, rest, prog=f"synchromesh train {name}", about=about, default=TrainOptions(RECIPES[name]())
     )
-    config = _overridden(options)
-    return train(config, options.run or Path("runs") / name, resume=options.resume, console=OUT)
+    config, folder = _overridden(options), options.run or Path("runs") / name
+    ranks = config.keep.ranks if options.nproc is None else options.nproc
+    if ranks < 1 or options.restarts < 0:
+        raise InputError(f"got --nproc {ranks} --restarts {options.restarts}, wanted at least 1 and 0")
+    if ranks > 1 and not in_job():
+        return launch(["train", *given], ranks, errors=ERRORS, restarts=options.restarts)
+    with joined() as grid:
+        resume = options.resume or restarted()  # a rank died, and all begin again
+        return train(config, folder, resume=resume, console=OUT if grid.rank == 0 else Console(quiet=True), grid=grid)
 
 
 def _overridden(options: TrainOptions) -> TrainConfig:
@@ -246,7 +258,8 @@ def _verify(given: list[str]) -> int:
     if options.world > 1 and not in_job():
         return launch(["verify", *given], options.world, errors=ERRORS)
     request = VerifyRequest(options.ranks_per_node, DTYPES[options.dtype], options.quick, options.json)
-    return run_verify(request, console=OUT)
+    with joined() as grid:
+        return run_verify(request, grid, console=OUT)
 
 
 def _parse(kind: type[Options], given: list[str], *, prog: str, about: str, default: Options | None = None) -> Options:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -111,6 +112,24 @@ class Grid:
 def in_job(environment: Mapping[str, str] | None = None) -> bool:
     """Tell whether torchrun or SLURM started this process."""
     return _job_of(os.environ if environment is None else environment) is not None
+
+
+def restarted(environment: Mapping[str, str] | None = None) -> bool:
+    """Tell whether torchrun started this job anew because a rank died."""
+    job = _job_of(os.environ if environment is None else environment)
+    return job is not None and job["RESTART"] > 0
+
+
+@contextmanager
+def joined() -> Iterator[Grid]:
+    """Join the job around this process, with its share of the machine's cores, and leave it at the end."""
+    alone = not in_job()
+    grid = Grid.from_environment()
+    if not alone:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // grid.ranks_per_node))
+    yield grid
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # What torchrun says, and the same in SLURM's words.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,16 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
+from synchromesh.comm.grid import Grid
 from synchromesh.commands.device import pick_device
 from synchromesh.commands.progress import RunProgress
 from synchromesh.commands.report import report_if_possible
+from synchromesh.layer import MoE
+from synchromesh.parallel.sharded import Sharded
 from synchromesh.training import seeds
+from synchromesh.training.agree import ALONE, on_all, on_first
 from synchromesh.training.architecture import Architecture, DenseSwin, ModelSize, build_classifier, model_size
 from synchromesh.training.codec import encode
 from synchromesh.training.config import TrainConfig
@@ -36,6 +42,7 @@ from synchromesh.training.run_folder import (
 from synchromesh.training.sources import Splits, take_shots
 from synchromesh.training.start import Loaded, freeze, load_weights
 from synchromesh.training.summary import Finished, summarize
+from synchromesh.types import Workload
 
 NON_FINITE = 3  # exit code of a run that NaN or infinity stopped
 
@@ -49,8 +56,22 @@ class Stage:
     title: str
 
 
-def train(config: TrainConfig, folder: Path, *, resume: bool, console: Console) -> int:
+@dataclass(frozen=True)
+class _Run:
+    """What all stages of a run share."""
+
+    config: TrainConfig
+    folder: Path
+    images: Splits
+    stop: StopWish
+    console: Console
+    grid: Grid
+
+
+def train(config: TrainConfig, folder: Path, *, resume: bool, console: Console, grid: Grid = ALONE) -> int:
     """Train the model of a configuration, and its twin if it has one; return the exit code.
+
+    Every rank of the grid calls it; the first one writes and shows.
 
     0: finished. 3: stopped by NaN or infinity. 128 + n: stopped by signal n, saved, `--resume` continues.
 
@@ -58,18 +79,19 @@ def train(config: TrainConfig, folder: Path, *, resume: bool, console: Console) 
         InputError: settings, data or the folder cannot be used.
     """
     images = _load_images(config)
-    _check(config, images)
-    if resume and read_summary(folder) is not None:
-        prepare_folder(folder, config, resume=True)
+    on_all(grid, lambda: _check(config, images, grid))
+    if resume and on_first(grid, lambda: read_summary(folder)) is not None:
+        on_first(grid, lambda: prepare_folder(folder, config, resume=True))
         console.print(f"{folder} is finished; nothing is left to do")
         _closing_table(console, read_summary(folder) or {}, folder)
         return 0
-    note = prepare_folder(folder, config, resume=resume)
+    note = on_first(grid, lambda: prepare_folder(folder, config, resume=resume))
     if note:
         console.print(note, style="yellow", highlight=False, soft_wrap=True)
-    with claimed(folder), stop_on_signals() as stop:
+    with ExitStack() as held, stop_on_signals() as stop:
+        on_first(grid, lambda: held.enter_context(claimed(folder)))
         try:
-            summary = _train_all(config, folder, images, stop, console)
+            summary = _train_all(_Run(config, folder, images, stop, console, grid))
         except StoppedError as stopped:
             name = signal.Signals(stopped.signal).name
             console.print(f"{name}: saved after step {stopped.step}. The same command with --resume continues.")
@@ -78,8 +100,9 @@ def train(config: TrainConfig, folder: Path, *, resume: bool, console: Console) 
             kept = folder / CHECKPOINTS
             console.print(f"error: {error}; the last good checkpoint is in {kept}", style="red", soft_wrap=True)
             return NON_FINITE
-        write_json(folder / SUMMARY, summary)
-    report_if_possible(folder, console=console)
+        on_first(grid, lambda: write_json(folder / SUMMARY, summary))
+    if grid.rank == 0:
+        report_if_possible(folder, console=console)
     _closing_table(console, summary, folder)
     return 0
 
@@ -91,35 +114,60 @@ def _load_images(config: TrainConfig) -> Splits:
     return dataclasses.replace(images, train=take_shots(images.train, config.data.shots, seed=config.seed))
 
 
-def _check(config: TrainConfig, images: Splits) -> None:
+def _check(config: TrainConfig, images: Splits, grid: Grid) -> None:
     """Find what cannot work before an older run is touched."""
+    if config.batch_size < grid.size:
+        raise InputError(f"batch_size is {config.batch_size}, wanted at least one image for each of {grid.size} ranks")
     pick_device(config.keep.device)
     if config.start.weights is not None and not config.start.weights.exists():
         raise InputError(f"the file of weights {config.start.weights} does not exist")
     for architecture in (config.model, config.twin):
         if architecture is not None:
             with torch.device("meta"):
-                build_classifier(architecture, config.data.preprocess, len(images.train.classes))
+                model = build_classifier(architecture, config.data.preprocess, len(images.train.classes))
+            _check_sharing(model, config, grid)
 
 
-def _train_all(config: TrainConfig, folder: Path, images: Splits, stop: StopWish, console: Console) -> dict[str, Any]:
+def _check_sharing(model: nn.Module, config: TrainConfig, grid: Grid) -> None:
+    """Find experts that cannot be cut over the ranks, or a plan that cannot run."""
+    plan, strategy = config.sharing.plan(), Sharded(grid)
+    for layer in (module for module in model.modules() if isinstance(module, MoE)):
+        experts = layer.experts.num_experts
+        work = Workload(config.batch_size, 1, layer.experts.width or 1, 1, experts, torch.float32, training=True)
+        try:
+            reason = None if plan is None else strategy.refusal(plan, work, layer.capacity)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        if reason is not None:
+            raise InputError(f"sharing is {plan}, which cannot run on {grid.size} ranks: {reason}")
+
+
+def _train_all(run: _Run) -> dict[str, Any]:
+    config, folder, images, console = run.config, run.folder, run.images, run.console
     device = pick_device(config.keep.device)
+    ranks = "" if run.grid.size == 1 else f" · {run.grid.size} ranks"
     console.print(
         f"{config.name}: {len(images.train):,} images to learn from, {len(images.test):,} to score on, "
-        f"{len(images.train.classes):,} classes · {device} · {folder}",
+        f"{len(images.train.classes):,} classes · {device}{ranks} · {folder}",
         highlight=False,
         soft_wrap=True,
     )
-    main = _fit_stage(Stage(config.model, folder, _title(config.model)), config, images, stop, console)
+    main = _fit_stage(Stage(config.model, folder, _title(config.model)), run)
     twin = None
     if config.twin is not None:
-        (folder / TWIN).mkdir(exist_ok=True)  # with a recipe of its own: eval, predict and report take it for a run
-        write_json(folder / TWIN / RECIPE, encode(dataclasses.replace(config, model=config.twin, twin=None)))
-        twin = _fit_stage(Stage(config.twin, folder / TWIN, _title(config.twin)), config, images, stop, console)
+        recipe = encode(dataclasses.replace(config, model=config.twin, twin=None))
+        on_first(run.grid, lambda: _begin_twin(folder / TWIN, recipe))
+        twin = _fit_stage(Stage(config.twin, folder / TWIN, _title(config.twin)), run)
     return summarize(config, main, twin, device=device)
 
 
-def _fit_stage(stage: Stage, config: TrainConfig, images: Splits, stop: StopWish, console: Console) -> Finished:
+def _begin_twin(folder: Path, recipe: Any) -> None:
+    folder.mkdir(exist_ok=True)  # with a recipe of its own: eval, predict and report take it for a run
+    write_json(folder / RECIPE, recipe)
+
+
+def _fit_stage(stage: Stage, run: _Run) -> Finished:
+    config, images, console = run.config, run.images, run.console
     device = pick_device(config.keep.device)
     preprocess, classes = config.data.preprocess, images.train.classes
     with seeds.torch_seeded(torch.device("cpu"), config.seed, seeds.INIT):
@@ -138,8 +186,10 @@ def _fit_stage(stage: Stage, config: TrainConfig, images: Splits, stop: StopWish
                 images=images,
                 folder=stage.folder,
                 identity=identity(stage.architecture, preprocess, classes),
-                stop=stop,
+                stop=run.stop,
                 tell=progress.tell,
+                grid=run.grid,
+                plan=config.sharing.plan(),
             )
         )
     return Finished(outcome, size)

@@ -38,13 +38,13 @@ class VerifyRequest:
     as_json: bool = False
 
 
-def run_verify(request: VerifyRequest, *, console: Console) -> int:
+def run_verify(request: VerifyRequest, grid: Grid, *, console: Console) -> int:
     """Verify on the ranks of this job; return 0 where all is equal, 1 where it is not.
 
     Raises:
         InputError: ranks_per_node does not divide the ranks.
     """
-    grid = _grid(request)
+    grid = _grid(request, grid)
     device = "cuda" if torch.cuda.is_available() and _backend(grid) == "nccl" else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)
@@ -62,13 +62,10 @@ def run_verify(request: VerifyRequest, *, console: Console) -> int:
     bad = [finding for finding in findings if not finding.good]
     if not request.as_json:
         _show(shown, grid, findings, bad)
-    if grid.group is not None:
-        dist.destroy_process_group()
     return 1 if bad else 0
 
 
-def _grid(request: VerifyRequest) -> Grid:
-    grid = Grid.from_environment()
+def _grid(request: VerifyRequest, grid: Grid) -> Grid:
     if request.ranks_per_node is None:
         return grid
     try:

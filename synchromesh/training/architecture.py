@@ -9,7 +9,7 @@ from torch import nn
 
 from synchromesh.capacity import Capacity, Dropless, FixedCapacity, batch_prioritized, token_order
 from synchromesh.layer import MoE
-from synchromesh.losses import ImportanceLoad, LoadBalance
+from synchromesh.losses import ImportanceLoad, LoadBalance, OverRanks
 from synchromesh.models.swin_v2 import SWIN_V2, SwinV2Classifier, SwinV2Config
 from synchromesh.models.swin_v2_moe import SWIN_MOE, ExpertsConfig, RouterFactory, swin_v2_moe
 from synchromesh.routing import BiasBalance, CosineRouter, TopKRouter
@@ -108,7 +108,7 @@ class ExpertLayers:
             blocks=self.blocks,
             router=self._router(),
             capacity=self._capacity(),
-            losses=() if self.loss is None else (self.loss,),
+            losses=() if self.loss is None else (OverRanks(self.loss),),  # of the batch, whatever the ranks
             dropout=self.dropout,
             down_bias=self.down_bias,
         )

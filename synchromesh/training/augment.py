@@ -64,6 +64,8 @@ def augment_images(
 ) -> Float[Tensor, "B C H W"]:
     """Return the changed, normalised batch in float32. Mixing, which needs the labels, is `mix`."""
     x = images.float().div_(255)
+    if len(x) == 0:
+        return x
     if augment.flip > 0:
         mirrored = torch.from_numpy(rng.random(len(x)) < augment.flip).to(x.device)
         x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)

@@ -18,9 +18,8 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -33,11 +32,11 @@ from synchromesh.checkpoint.store import (
     write_tensors,
 )
 from synchromesh.comm.grid import Grid
+from synchromesh.training.agree import ALONE, on_all, on_first
 from synchromesh.training.durable import sha256, sync_directory, sync_file, write_atomically, write_json
 from synchromesh.training.errors import InputError
 
 STATE, SUMS = "state.json", "SHA256SUMS"
-ALONE = Grid(None)
 KEPT = 2  # the newest, and one to fall back on
 
 
@@ -65,14 +64,14 @@ def save_checkpoint(
     """
     folder = checkpoint_folder(root, state["step"])
     temporary = folder.with_name(folder.name + ".tmp")
-    _on_first(grid, lambda: _empty(temporary))
+    on_first(grid, lambda: _empty(temporary))
     try:
         files = write_tensors(temporary, "weights", model_tensors(model), grid)
         files += write_tensors(temporary, "optimizer", optimizer_tensors(model, optimizer), grid)
     except StoreError as error:
         raise InputError(str(error)) from error
-    sums = [line for lines in _on_all(grid, lambda: _sums_of(files)) for line in lines]
-    _on_first(grid, lambda: _finish(temporary, folder, state, sums))
+    sums = [line for lines in on_all(grid, lambda: _sums_of(files)) for line in lines]
+    on_first(grid, lambda: _finish(temporary, folder, state, sums))
     return folder
 
 
@@ -114,7 +113,7 @@ def newest_checkpoint(root: Path, damaged: Callable[[str], None], grid: Grid = A
                 damaged(str(error))
         return None
 
-    return _on_first(grid, look)
+    return on_first(grid, look)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -155,33 +154,6 @@ def restore_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer, grid
         read_tensors(folder, optimizer_tensors(model, optimizer), grid)
     except StoreError as error:
         raise InputError(str(error)) from error
-
-
-T = TypeVar("T")
-
-
-def _on_first(grid: Grid, action: Callable[[], T]) -> T:
-    """Let the first rank act, and give all its result or its InputError."""
-    return _on_all(grid, lambda: action() if grid.rank == 0 else None)[0]  # pyright: ignore[reportReturnType]
-
-
-def _on_all(grid: Grid, action: Callable[[], T]) -> list[T]:
-    """Let every rank act; return all results, or raise on all ranks where one could not."""
-    result, problem = None, ""
-    try:
-        result = action()
-    except (InputError, OSError) as error:
-        if grid.group is None:
-            raise
-        problem = str(error)
-    if grid.group is None:
-        return [result]  # pyright: ignore[reportReturnType]
-    found: list[Any] = [None] * grid.size
-    dist.all_gather_object(found, (result, problem), group=grid.group)
-    for _, said in found:
-        if said:
-            raise InputError(said)
-    return [one for one, _ in found]
 
 
 def _empty(folder: Path) -> None:

@@ -13,6 +13,7 @@ from synchromesh.training.images import Preprocess
 from synchromesh.training.loader import Loading
 from synchromesh.training.optim import Optim
 from synchromesh.training.sources import MnistDigits, Source
+from synchromesh.types import Plan
 
 
 class Freeze(Enum):
@@ -67,6 +68,7 @@ class Keep:
         best: also keep the checkpoint of the best evaluation; off where the score is a test that must not choose.
         tensorboard: also write TensorBoard events.
         device: such as 'cpu' or 'cuda:1'; None takes the first GPU, or the CPU where there is none.
+        ranks: processes to train with on this machine, where torchrun or SLURM started none.
     """
 
     log_steps: int = 20
@@ -76,9 +78,38 @@ class Keep:
     best: bool = True
     tensorboard: bool = False
     device: str | None = None
+    ranks: int = 1
 
     def __post_init__(self) -> None:
-        at_least("keep.", self, log_steps=1, evaluate_epochs=1, checkpoint_seconds=0.0, checkpoint_steps=0)
+        at_least("keep.", self, log_steps=1, evaluate_epochs=1, checkpoint_seconds=0.0, checkpoint_steps=0, ranks=1)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How ranks share the experts; every setting gives the same numbers. See docs/parallelism.md.
+
+    Attributes:
+        gather: ranks that pool their parts of the experts in each step; 0 pools just the shards of an expert.
+        near: they are neighbours in rank order; else they lie as far apart as can be.
+        chunks: pieces whose exchange runs under the compute of others.
+        two_level: exchange inside nodes, then between them.
+        regather: gather weights again in backward instead of keeping them.
+    """
+
+    gather: int = 0
+    near: bool = True
+    chunks: int = 1
+    two_level: bool = False
+    regather: bool = False
+
+    def __post_init__(self) -> None:
+        at_least("sharing.", self, gather=0, chunks=1)
+
+    def plan(self) -> Plan | None:
+        """Return the plan; None leaves the choice to the strategy."""
+        if self == Sharing():
+            return None
+        return Plan(max(1, self.gather), self.near, self.chunks, self.two_level, regather=self.regather)
 
 
 @dataclass(frozen=True)
@@ -102,6 +133,7 @@ class TrainConfig:
         seed: of everything random.
         loading: how images are read.
         keep: how often the run writes.
+        sharing: how ranks share the experts.
     """
 
     name: str = "demo"
@@ -120,6 +152,7 @@ class TrainConfig:
     seed: int = 0
     loading: Loading = field(default_factory=Loading)
     keep: Keep = field(default_factory=Keep)
+    sharing: Sharing = field(default_factory=Sharing)
 
     def __post_init__(self) -> None:
         at_least("", self, epochs=1, batch_size=1, eval_batch_size=1, accumulate=1, seed=0)

@@ -9,15 +9,20 @@ import torch
 from torch import Tensor, nn
 
 
-def first_non_finite(model: nn.Module, loss_of: Callable[[], Tensor]) -> str:
+def first_non_finite(
+    model: nn.Module, loss_of: Callable[[], Tensor], agree: Callable[[str], str] = lambda said: said
+) -> str:
     """Return where a NaN or an infinity was first made: a parameter, a module's output, the loss or a gradient.
+
+    On several ranks all call it, and `agree` returns to all what the first of them found, if any did.
 
     `loss_of` runs the forward of the failed batch, with the same random numbers, and returns its loss. Modules are
     watched from the inside out, in the order in which they finish.
     """
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            return f"the parameter {name}, before the step"
+    broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    said = agree(f"the parameter {broken[0]}, before the step" if broken else "")
+    if said:
+        return said
     found: list[str] = []
     handles = [m.register_forward_hook(_watch(name, found)) for name, m in model.named_modules()]
     try:
@@ -25,11 +30,10 @@ def first_non_finite(model: nn.Module, loss_of: Callable[[], Tensor]) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    if found:
-        return found[0]
-    if not loss.isfinite():
-        return "the loss, from finite logits"
-    return _first_gradient(model, loss)
+    if not found and not loss.isfinite():
+        found = ["the loss, from finite logits"]
+    said = agree(found[0] if found else "")
+    return said or agree(_first_gradient(model, loss)) or "no module: the same batch was finite when run again"
 
 
 def _watch(name: str, found: list[str]) -> Callable[..., None]:
@@ -51,4 +55,4 @@ def _first_gradient(model: nn.Module, loss: Tensor) -> str:
     for (name, _), gradient in zip(reversed(named), reversed(gradients), strict=True):
         if gradient is not None and not gradient.isfinite().all():
             return f"the gradient of {name}"
-    return "no module: the same batch was finite when run again"
+    return ""

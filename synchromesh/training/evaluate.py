@@ -11,10 +11,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from synchromesh.comm.grid import Grid
 from synchromesh.record import record_load
+from synchromesh.training.agree import ALONE, loads_over_ranks, on_all, summed
 from synchromesh.training.augment import normalize
 from synchromesh.training.images import Images
-from synchromesh.training.loader import Loading, eval_batches
+from synchromesh.training.loader import Loading, Part, eval_batches
 from synchromesh.types import LoadStats
 
 DEAD_SHARE = 0.1  # of an expert's fair part 1/E
@@ -60,8 +62,11 @@ def evaluate(
     options: EvalOptions = EvalOptions(),
     *,
     between: Callable[[], None] = lambda: None,
+    grid: Grid = ALONE,
 ) -> Evaluation:
     """Score a classifier in evaluation mode; its training mode comes back after. `between` is called after each batch.
+
+    On several ranks each scores its part of every batch, and all get the numbers of all images.
 
     Raises:
         InputError: an image is unreadable and these options do not skip it.
@@ -74,10 +79,11 @@ def evaluate(
     count, loss, bad = torch.zeros_like(right), torch.zeros((), dtype=torch.float64), []
     try:
         with record_load(model) as loads:
-            for batch in eval_batches(images, options.batch_size, loading=options.loading):
+            part = Part(grid.rank, grid.size)
+            for batch in eval_batches(images, options.batch_size, loading=options.loading, part=part):
                 bad += batch.bad
-                if len(batch.labels) == 0:
-                    continue
+                if len(batch.labels) == 0 and grid.size == 1:
+                    continue  # among other ranks it takes part in their exchanges
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.bf16):
                     logits = model(normalize(batch.images.to(device), images.preprocess))
                 logits = logits.float().cpu()
@@ -88,6 +94,10 @@ def evaluate(
                 between()
     finally:
         model.train(was_training)
+    sums = summed(grid, torch.cat([count, right]).to(device)).cpu()
+    count, right = sums[: len(count)], sums[len(count) :]
+    loss, loads = summed(grid, loss.to(device)).cpu(), loads_over_ranks(grid, loads)
+    bad = [text for texts in on_all(grid, lambda: bad) for text in texts]
     total = max(1, int(count.sum()))
     seconds = time.perf_counter() - started
     return Evaluation(int(right.sum()) / total, float(loss) / total, count, right, loads, seconds, tuple(bad))

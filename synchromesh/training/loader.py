@@ -45,6 +45,21 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Which part of every batch this rank reads; parts differ by one image at most."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, group: np.ndarray) -> np.ndarray:
+        """Return this part of the indices of a batch."""
+        return np.array_split(group, self.count)[self.index]
+
+
+WHOLE = Part()
+
+
+@dataclass(frozen=True)
 class EpochPlace:
     """Where reading starts: the epoch and its first batch still to come, both from 0."""
 
@@ -54,12 +69,21 @@ class EpochPlace:
 
 
 def train_batches(
-    images: Images, batch_size: int, *, place: EpochPlace, crop: RandomCrop | None, loading: Loading
+    images: Images,
+    batch_size: int,
+    *,
+    place: EpochPlace,
+    crop: RandomCrop | None,
+    loading: Loading,
+    part: Part = WHOLE,
 ) -> Iterator[Batch]:
-    """Yield the batches of one epoch from `place` on; each image's crop depends on seed, epoch and index alone."""
+    """Yield a part of the batches of one epoch from `place` on.
+
+    Each image's crop depends on seed, epoch and index alone.
+    """
     order = epoch_order(len(images), seed=place.seed, epoch=place.epoch)
     count = steps_per_epoch(images, batch_size)
-    groups = [order[i * batch_size : (i + 1) * batch_size] for i in range(place.first, count)]
+    groups = [part.of(order[i * batch_size : (i + 1) * batch_size]) for i in range(place.first, count)]
 
     def read(index: int) -> Tensor:
         if crop is None:
@@ -69,13 +93,13 @@ def train_batches(
     yield from _read_ahead(images, groups, read, loading)
 
 
-def eval_batches(images: Images, batch_size: int, *, loading: Loading) -> Iterator[Batch]:
-    """Yield every image once, shuffled in a fixed order.
+def eval_batches(images: Images, batch_size: int, *, loading: Loading, part: Part = WHOLE) -> Iterator[Batch]:
+    """Yield a part of every batch, each image once over all parts, shuffled in a fixed order.
 
     Class by class, as files lie on disk, one batch would flood few experts, and a capacity would drop its tokens.
     """
     order = seeds.numpy_generator(0, seeds.SPLIT).permutation(len(images))
-    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    groups = [part.of(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
     yield from _read_ahead(images, groups, images.read, loading)
 
 
@@ -89,7 +113,7 @@ def _read_ahead(images: Images, groups: Sequence[np.ndarray], read: Read, loadin
     pool = ThreadPoolExecutor(loading.workers, thread_name_prefix="decode")
     try:
         for group in groups:
-            pieces = np.array_split(group, min(loading.workers, len(group)))
+            pieces = np.array_split(group, max(1, min(loading.workers, len(group))))
             waiting.append((group, [pool.submit(_read_piece, read, piece) for piece in pieces]))
             if len(waiting) > loading.ahead:
                 yield _collect(images, *waiting.popleft(), skip=loading.skip_bad_images)

@@ -14,7 +14,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from synchromesh.comm.grid import Grid
+from synchromesh.parallel.sharded import Sharded
+from synchromesh.parallelize import parallelize
 from synchromesh.record import load_stats
+from synchromesh.training.agree import ALONE, largest, loads_over_ranks, on_first, summed
 from synchromesh.training.checkpoint import (
     checkpoint_folder,
     newest_checkpoint,
@@ -28,13 +32,14 @@ from synchromesh.training.errors import InputError, StoppedError
 from synchromesh.training.evaluate import EvalOptions, Evaluation, evaluate
 from synchromesh.training.images import Batch
 from synchromesh.training.interrupt import StopWish
-from synchromesh.training.loader import EpochPlace, steps_per_epoch, train_batches
+from synchromesh.training.loader import EpochPlace, Part, steps_per_epoch, train_batches
 from synchromesh.training.metrics import NAME, MetricsWriter, drop_rate, load_shares
 from synchromesh.training.optim import build_optimizer, make_schedule
 from synchromesh.training.sources import Splits
 from synchromesh.training.start import still
-from synchromesh.training.step import prepare, train_step
+from synchromesh.training.step import Trainee, prepare, train_step
 from synchromesh.training.window import Window
+from synchromesh.types import Plan
 
 BAD_SHOWN = 5  # unreadable images that are named; the rest is counted
 
@@ -62,7 +67,8 @@ class Job:
     Attributes:
         config: the run. model: already on its device, with its first weights. images: to learn from and to score on.
         folder: of the run; continued from where it stands. identity: what a prediction needs besides the weights,
-            stored with every checkpoint. stop: read between steps. tell: gets each `Event`.
+            stored with every checkpoint. stop: read between steps. tell: gets each `Event`, on the first rank.
+        grid: the ranks that train together. plan: how they share the experts; None is the strategy's choice.
     """
 
     config: TrainConfig
@@ -72,6 +78,8 @@ class Job:
     identity: dict[str, Any]
     stop: StopWish
     tell: Callable[[Event], None]
+    grid: Grid = ALONE
+    plan: Plan | None = None
 
     @property
     def epoch_steps(self) -> int:
@@ -140,8 +148,10 @@ class _Loop:
     """The moving parts of one `fit`."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.config, self.model = job, job.config, job.model
+        self.job, self.config, self.model, self.grid = job, job.config, job.model, job.grid
         self.device = next(job.model.parameters()).device
+        run = parallelize(job.model, job.grid, strategy=lambda: Sharded(job.grid, plan=job.plan))
+        self.trainee, self.part = Trainee(job.model, run, job.grid), Part(job.grid.rank, job.grid.size)
         self.optimizer: Optimizer = build_optimizer(job.model, job.config.optim)
         self.schedule = make_schedule(
             job.config.optim,
@@ -154,7 +164,9 @@ class _Loop:
         self._saved: tuple[int, int] | None = None
         size = self._restore()
         board = job.folder / "tensorboard" if job.config.keep.tensorboard else None
-        self.metrics = MetricsWriter(job.folder / NAME, size=size, tensorboard=board, step=self.standing.step)
+        self.metrics: MetricsWriter | None = None
+        if job.grid.rank == 0:
+            self.metrics = MetricsWriter(job.folder / NAME, size=size, tensorboard=board, step=self.standing.step)
         self._saved_at = self._clock = time.perf_counter()
 
     def __enter__(self) -> _Loop:
@@ -162,7 +174,8 @@ class _Loop:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.metrics.close()
+        if self.metrics is not None:
+            self.metrics.close()
 
     def train_epoch(self) -> None:
         """Take the steps of the epoch that are still to come."""
@@ -172,7 +185,12 @@ class _Loop:
         self.model.train()
         still(self.model, config.start.freeze)
         batches = train_batches(
-            job.images.train, config.batch_size, place=place, crop=config.augment.crop, loading=config.loading
+            job.images.train,
+            config.batch_size,
+            place=place,
+            crop=config.augment.crop,
+            loading=config.loading,
+            part=self.part,
         )
         started = time.perf_counter()
         for batch in batches:
@@ -184,14 +202,17 @@ class _Loop:
         now = self.standing
         for text in batch.bad[: max(0, BAD_SHOWN - now.bad_images)]:
             self._tell("note", text=f"left out: {text}")
-        now.bad_images += len(batch.bad)
-        if len(batch.labels) > 0:
+        images, bad = summed(self.grid, torch.tensor([len(batch.labels), len(batch.bad)], device=self.device)).tolist()
+        now.bad_images += bad
+        if images > 0:
             classes = len(self.job.images.train.classes)
-            mixed = prepare(batch, self.config, now.step, num_classes=classes, device=self.device)
+            mixed = prepare(batch, self.config, now.step, num_classes=classes, device=self.device, part=self.part)
             rate = self.schedule(now.step)
-            numbers = train_step(self.model, self.optimizer, mixed, self.config, step=now.step, rate=rate)
+            numbers = train_step(
+                self.trainee, self.optimizer, mixed, self.config, step=now.step, rate=rate, images=images
+            )
             taken = time.perf_counter() - started
-            self.window.add(numbers, load_stats(self.model), taken)
+            self.window.add(numbers, loads_over_ranks(self.grid, load_stats(self.model)), taken)
             now.step_seconds += taken
             now.trained_images += numbers.images
             self._tell("step", line={"loss": numbers.loss, "learning_rate": rate, "images": numbers.images})
@@ -208,8 +229,7 @@ class _Loop:
             }
             self._write("train", line)
             self.window = Window()
-        self._stop_if_asked()
-        late = time.perf_counter() - self._saved_at > keep.checkpoint_seconds
+        late = self._stop_if_asked()
         if late or (keep.checkpoint_steps and step % keep.checkpoint_steps == 0):
             self.save()
 
@@ -231,12 +251,12 @@ class _Loop:
         self._write("test", {**line, "drop_rate": drop_rate(found.loads), "load": load_shares(found.loads)})
         folder = self.save()
         if better and self.config.keep.best:
-            save_best(self.job.checkpoints, folder)
+            on_first(self.grid, lambda: save_best(self.job.checkpoints, folder))
 
     def score(self) -> Evaluation:
         """Evaluate the weights as they are; a stop wish is heeded between two batches."""
         options = EvalOptions(self.config.loading, self.config.eval_batch_size, self.config.bf16)
-        return evaluate(self.model, self.job.images.test, options, between=self._stop_if_asked)
+        return evaluate(self.model, self.job.images.test, options, between=self._stop_if_asked, grid=self.grid)
 
     def save(self) -> Path:
         """Write a checkpoint of this moment, unless there is one; return its folder."""
@@ -249,17 +269,18 @@ class _Loop:
             "train_images": len(self.job.images.train),
             "standing": dataclasses.asdict(now),
             "window": self.window.to_json(),
-            "metrics_bytes": self.metrics.sync(),
+            "metrics_bytes": 0 if self.metrics is None else self.metrics.sync(),
+            "grid": {"ranks": self.grid.size, "ranks_per_node": self.grid.ranks_per_node},
             **self.job.identity,
         }
-        folder = save_checkpoint(self.job.checkpoints, self.model, self.optimizer, state)
+        folder = save_checkpoint(self.job.checkpoints, self.model, self.optimizer, state, self.grid)
         self._saved, self._saved_at = (now.step, now.evaluated), time.perf_counter()
         self._tell("saved", text=str(folder))
         return folder
 
     def _restore(self) -> int:
         """Continue from the newest unharmed checkpoint; return how many bytes of the metrics belong to it."""
-        found = newest_checkpoint(self.job.checkpoints, damaged=self._note_damaged)
+        found = newest_checkpoint(self.job.checkpoints, damaged=self._note_damaged, grid=self.grid)
         if found is None:
             return 0
         images = len(self.job.images.train)
@@ -268,23 +289,27 @@ class _Loop:
                 f"{self.job.folder} was trained on {found.state['train_images']} images, the data now holds {images}: "
                 "bring the data back, or start a new run"
             )
-        restore_model(found.folder, self.model)
-        restore_optimizer(found.folder, self.model, self.optimizer)
+        restore_model(found.folder, self.model, self.grid)
+        restore_optimizer(found.folder, self.model, self.optimizer, self.grid)
         self.standing = Standing(**found.state["standing"])
         self.window = Window.from_json(found.state["window"], self.device)
         self._saved = (self.standing.step, self.standing.evaluated)
         if self.standing.best_step == self.standing.step and self.config.keep.best:
-            save_best(self.job.checkpoints, found.folder)  # the run may have ended between the two
+            on_first(self.grid, lambda: save_best(self.job.checkpoints, found.folder))  # it may have ended in between
         self._tell("note", text=f"continuing {self.job.folder} after step {self.standing.step} of {self.job.total}")
         return found.state["metrics_bytes"]
 
     def _note_damaged(self, text: str) -> None:
         self._tell("note", text=f"{text}; using the one before it")
 
-    def _stop_if_asked(self) -> None:
-        if self.job.stop.signal is not None:
+    def _stop_if_asked(self) -> bool:
+        """Save and stop where any rank was asked to; else tell whether the first rank finds a checkpoint due."""
+        late = self.grid.rank == 0 and time.perf_counter() - self._saved_at > self.config.keep.checkpoint_seconds
+        signal, due = largest(self.grid, [self.job.stop.signal or 0, int(late)], self.device)
+        if signal:
             self.save()
-            raise StoppedError(signal=self.job.stop.signal, step=self.standing.step)
+            raise StoppedError(signal=signal, step=self.standing.step)
+        return bool(due)
 
     def _tick(self) -> None:
         """Bring `seconds` up to now."""
@@ -295,11 +320,13 @@ class _Loop:
     def _write(self, kind: str, numbers: dict[str, Any]) -> None:
         step = self.standing.step
         place = {"kind": kind, "step": step, "epoch": step / self.job.epoch_steps, "seconds": self.standing.seconds}
-        self.metrics.write({**place, **numbers})
+        if self.metrics is not None:
+            self.metrics.write({**place, **numbers})
         self._tell(kind, line={**place, **numbers})
 
     def _tell(self, kind: str, *, line: dict[str, Any] | None = None, text: str = "") -> None:
-        self.job.tell(Event(kind, self.standing.step, self.job.total, line or {}, text))
+        if self.grid.rank == 0:
+            self.job.tell(Event(kind, self.standing.step, self.job.total, line or {}, text))
 
 
 @contextmanager

@@ -36,7 +36,7 @@ RECIPE, SUMMARY, REPORT, TWIN, CHECKPOINTS, LOCK = (
     ".lock",
 )
 # Parts of a configuration that do not change the numbers, so that a resumed run may have others.
-_FREE = ("keep.", "loading.")
+_FREE = ("keep.", "loading.", "sharing.")
 
 
 @dataclass(frozen=True)

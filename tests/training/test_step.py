@@ -12,7 +12,7 @@ from synchromesh.training.diagnose import first_non_finite
 from synchromesh.training.errors import NonFiniteError
 from synchromesh.training.mixing import Mixed, soft_targets
 from synchromesh.training.optim import build_optimizer
-from synchromesh.training.step import StepNumbers, soft_cross_entropy, train_step
+from synchromesh.training.step import StepNumbers, Trainee, soft_cross_entropy, train_step
 
 CLASSES = 8
 
@@ -49,7 +49,8 @@ def batch(count: int = 12) -> Mixed:
 
 
 def take(model: nn.Module, data: Mixed, config: TrainConfig, *, step: int = 0) -> StepNumbers:
-    return train_step(model, build_optimizer(model, config.optim), data, config, step=step, rate=1e-3)
+    optimizer = build_optimizer(model, config.optim)
+    return train_step(Trainee(model, model), optimizer, data, config, step=step, rate=1e-3, images=len(data.images))
 
 
 def gradients_after(model: nn.Module, data: Mixed, config: TrainConfig) -> dict[str, Tensor | None]:
