@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Literal, TypeVar
@@ -13,7 +15,7 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 from rich.console import Console
 
-from synchromesh.comm.grid import in_job, joined, restarted
+from synchromesh.comm.grid import LostRankError, in_job, joined, restarted
 from synchromesh.commands.evaluate import EvalRequest, run_eval
 from synchromesh.commands.launch import launch
 from synchromesh.commands.predict import PredictRequest, run_predict
@@ -48,6 +50,7 @@ synchromesh COMMAND --help says more.
 """
 
 Options = TypeVar("Options")
+LOST = 5  # exit code of a rank that lost the others
 # Names of files and classes are shown as they are: no markup, no emoji codes.
 OUT = Console(markup=False, emoji=False)
 ERRORS = Console(stderr=True, markup=False, emoji=False)
@@ -67,6 +70,7 @@ class TrainOptions:
         nproc: ranks to train with on this machine; the recipe's number if not given. Under torchrun or SLURM, the
             job's ranks are taken.
         restarts: how often to begin again from the last checkpoint when a rank dies.
+        timeout: seconds that ranks wait for one another before they give up and name who does not answer.
     """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -77,6 +81,7 @@ class TrainOptions:
     tensorboard: bool = False
     nproc: int | None = None
     restarts: int = 0
+    timeout: float = 600.0
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         ERRORS.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
+    except LostRankError as error:
+        ERRORS.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        sys.stderr.flush()
+        os._exit(LOST)  # threads of the broken exchange would keep the process from ending
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
@@ -189,7 +198,7 @@ def _train(given: list[str]) -> int:
         raise InputError(f"got --nproc {ranks} --restarts {options.restarts}, wanted at least 1 and 0")
     if ranks > 1 and not in_job():
         return launch(["train", *given], ranks, errors=ERRORS, restarts=options.restarts)
-    with joined() as grid:
+    with joined(timeout=timedelta(seconds=options.timeout)) as grid:
         resume = options.resume or restarted()  # a rank died, and all begin again
         return train(config, folder, resume=resume, console=OUT if grid.rank == 0 else Console(quiet=True), grid=grid)
 

@@ -43,9 +43,8 @@ class LoadBalance(Loss):
     def __call__(self, routing: Routing, agree_sum: AgreeSum) -> Float[Tensor, ""]:
         leading = self.choices if routing.mean_choices is None else None  # columns without order all count
         counts = routing.tokens_per_expert(leading).to(routing.scores.dtype)
-        mean_score = _mean(routing.scores, agree_sum)
-        pairs = agree_sum(counts.sum()).clamp(min=1)
-        return self.weight * routing.num_experts * (mean_score * agree_sum(counts) / pairs).sum()
+        tokens, scores, counts = _agreed(agree_sum, routing, routing.scores.sum(dim=0), counts)
+        return self.weight * routing.num_experts * (scores / tokens * counts / counts.sum().clamp(min=1)).sum()
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,9 @@ class ImportanceLoad(Loss):
         k = routing.expert_ids.shape[1]
         threshold = routing.noisy_logits.topk(k, dim=1).values[:, -1:]
         chance = torch.special.ndtr((routing.logits - threshold) / routing.noise_std)
-        importance = agree_sum(routing.logits.softmax(dim=1).sum(dim=0))
-        return self.weight * (_cv_squared(importance) + _cv_squared(agree_sum(chance.sum(dim=0)))) / 2
+        importance = routing.logits.softmax(dim=1).sum(dim=0)
+        _, importance, load = _agreed(agree_sum, routing, importance, chance.sum(dim=0))
+        return self.weight * (_cv_squared(importance) + _cv_squared(load)) / 2
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,13 @@ class ZLoss(Loss):
     weight: float
 
     def __call__(self, routing: Routing, agree_sum: AgreeSum) -> Float[Tensor, ""]:
-        return self.weight * _mean(routing.logits.logsumexp(dim=1).square(), agree_sum)
+        tokens, squares = _agreed(agree_sum, routing, routing.logits.logsumexp(dim=1).square().sum(dim=0, keepdim=True))
+        return self.weight * squares[0] / tokens
 
 
 @dataclass(frozen=True)
 class OverRanks(Loss):
-    """A loss of the tokens of all ranks together, at the price of a few small all-reduces per layer and step.
+    """A loss of the tokens of all ranks together, at the price of one small all-reduce per layer, forward and backward.
 
     >>> OverRanks(LoadBalance(0.01)).loss.weight
     0.01
@@ -103,10 +104,11 @@ class OverRanks(Loss):
         return self.loss(routing, agree_sum)
 
 
-def _mean(values: Tensor, agree_sum: AgreeSum) -> Tensor:
-    """Average over dim 0, the tokens of all ranks; 0 without tokens."""
-    tokens = agree_sum(values.new_tensor(values.shape[0]))
-    return agree_sum(values.sum(dim=0)) / tokens.clamp(min=1)
+def _agreed(agree_sum: AgreeSum, routing: Routing, *sums: Tensor) -> list[Tensor]:
+    """Return the number of tokens, at least 1, and some sums over them, of all ranks: agreed in one message."""
+    tokens = sums[0].new_tensor([len(routing.expert_ids)])
+    total, *agreed = agree_sum(torch.cat([tokens, *sums])).split([1, *(len(one) for one in sums)])
+    return [total[0].clamp(min=1), *agreed]
 
 
 def _cv_squared(load: Float[Tensor, " E"]) -> Float[Tensor, ""]:

@@ -14,6 +14,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
+from synchromesh.comm.heartbeat import Heartbeat
+
 TIMEOUT = timedelta(minutes=10)
 
 
@@ -120,16 +122,44 @@ def restarted(environment: Mapping[str, str] | None = None) -> bool:
     return job is not None and job["RESTART"] > 0
 
 
+class LostRankError(RuntimeError):
+    """Other ranks are gone or silent; the message says which."""
+
+
 @contextmanager
-def joined() -> Iterator[Grid]:
-    """Join the job around this process, with its share of the machine's cores, and leave it at the end."""
-    alone = not in_job()
-    grid = Grid.from_environment()
-    if not alone:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // grid.ranks_per_node))
-    yield grid
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def joined(*, timeout: timedelta = TIMEOUT) -> Iterator[Grid]:
+    """Join the job around this process, with its share of the machine's cores, and leave it at the end.
+
+    Args:
+        timeout: how long a collective waits for other ranks.
+
+    Raises:
+        LostRankError: a collective failed in the block, because another rank ended or does not answer.
+    """
+    grid = Grid.from_environment(timeout=timeout)
+    if grid.group is None:
+        yield grid
+        return
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // grid.ranks_per_node))
+    heart = Heartbeat(_job_store().clone(), rank=grid.rank, size=grid.size)
+    try:
+        yield grid
+    except RuntimeError as error:
+        if not _of_a_collective(error):
+            raise
+        silent = heart.silent()
+        named = f"ranks {silent} do not answer" if silent else "another rank has left the job"
+        said = str(error).partition("\n")[0]
+        raise LostRankError(f"rank {grid.rank} lost its exchange with others: {named} ({said})") from error
+    dist.destroy_process_group()
+
+
+def _job_store() -> Any:
+    return dist.distributed_c10d._get_default_store()  # torch has no public way to the store it was given
+
+
+def _of_a_collective(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed" in str(error)
 
 
 # What torchrun says, and the same in SLURM's words.

@@ -1,0 +1,43 @@
+"""Heartbeat: every rank says now and then that it lives, so that a collective that times out can name who does not."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import torch.distributed as dist
+
+INTERVAL = 0.5  # seconds
+
+
+class Heartbeat:
+    """Counts up in the job's store, in a thread of its own, until the process ends.
+
+    Args:
+        store: of the job; used by this thread alone. rank: of this process. size: ranks in all.
+    """
+
+    def __init__(self, store: dist.Store, *, rank: int, size: int) -> None:
+        self._store, self._rank, self._size = store, rank, size
+        self._lock = threading.Lock()
+        threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
+
+    def silent(self) -> list[int]:
+        """Return the ranks that say nothing for four intervals; this one is not among them."""
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        before = {rank: self._count(rank) for rank in others}
+        time.sleep(4 * INTERVAL)
+        return [rank for rank in others if self._count(rank) == before[rank]]
+
+    def _beat(self) -> None:
+        while True:
+            try:
+                with self._lock:
+                    self._store.add(f"beat/{self._rank}", 1)
+            except (RuntimeError, dist.DistError):  # the store has gone, and the job with it
+                return
+            time.sleep(INTERVAL)
+
+    def _count(self, rank: int) -> int:
+        with self._lock:
+            return self._store.add(f"beat/{rank}", 0)

@@ -1,0 +1,150 @@
+"""Training on several ranks: what one dies of, the others end of, and nothing is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from synchromesh import cli
+
+DIES = Path(__file__).parent / "dies.py"
+TIMES = {"seconds", "images_per_second"}
+
+
+@pytest.fixture(scope="module")
+def options(tiny_options: list[str]) -> list[str]:
+    plain = [f"--augment.affine.{name}=0" for name in ("rotate", "zoom", "shift")]  # ranks draw numbers of their own
+    plain += ["--model.swin.drop-path=0", "--no-bf16", "--optim.eps=1e-3"]  # small steps from small gradients
+    return ["train", "digits", *tiny_options, *plain, "--epochs=2", "--keep.checkpoint-steps=5"]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def weights(run: Path) -> dict[str, list[bytes]]:
+    """The last checkpoint's tensors, bit for bit, in the order of its files."""
+    found: dict[str, list[bytes]] = {}
+    for file in sorted(sorted((run / "checkpoints").glob("step-*"))[-1].glob("weights*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                found.setdefault(name, []).append(tensors.get_tensor(name).numpy().tobytes())
+    return found
+
+
+def same_model(got: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
+    """Losses agree to rounding, which AdamW multiplies by about 1.3 a step: so the first 24 steps are compared."""
+    assert [(line["kind"], line["step"]) for line in got] == [(line["kind"], line["step"]) for line in wanted]
+    for one, other in zip(got, wanted, strict=True):
+        if one["step"] <= 24:
+            assert one["loss"] == pytest.approx(other["loss"], rel=1e-4), one["step"]
+
+
+def torchrun(
+    ranks: int, *arguments: object, restarts: int = 0, module: bool = False, cwd: Path
+) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += [f"--max-restarts={restarts}", *(["-m"] if module else []), "--", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=cwd, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
+
+
+def finish(process: "subprocess.Popen[str]", *, good: bool = True) -> str:
+    try:
+        out, err = process.communicate(timeout=180)
+    finally:
+        process.kill()
+    assert (process.returncode == 0) == good, (out, err)
+    return out + err
+
+
+@pytest.fixture(scope="module")
+def whole(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two ranks that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(torchrun(2, "synchromesh.cli", *options, "--run=run", module=True, cwd=folder))
+    return folder / "run"
+
+
+def test_two_ranks_learn_what_one_process_learns(options: list[str], whole: Path, tmp_path: Path) -> None:
+    assert cli.main([*options, f"--run={tmp_path / 'run'}"]) == 0
+    same_model(metrics(tmp_path / "run"), metrics(whole))
+
+
+@pytest.mark.parametrize("moment", ["forward 15", "backward 9", "exchange 60", "save 3"])
+def test_a_killed_rank_ends_the_others_and_the_restarted_job_gives_the_same_numbers(
+    options: list[str], whole: Path, tmp_path: Path, moment: str
+) -> None:
+    said = finish(torchrun(2, DIES, *moment.split(), *options, "--run=run", restarts=1, cwd=tmp_path))
+    assert "continuing run after step" in said
+    assert metrics(tmp_path / "run") == metrics(whole)
+    assert weights(tmp_path / "run") == weights(whole)
+
+
+def test_a_killed_rank_without_restarts_ends_the_job(options: list[str], tmp_path: Path) -> None:
+    started = time.monotonic()
+    said = finish(torchrun(2, DIES, "backward", "3", *options, "--run=run", cwd=tmp_path), good=False)
+    assert "Signal 9" in said or "SIGKILL" in said
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (2, 1), (1, 2)])
+def test_a_job_that_shrinks_or_grows_keeps_training_the_same_model(
+    options: list[str], whole: Path, tmp_path: Path, before: int, after: int
+) -> None:
+    first = torchrun(before, DIES, "save", "5", *options, "--run=run", cwd=tmp_path)
+    if before == 1:
+        finish(first)  # nobody is rank 1: it runs to its end; the last checkpoint is taken away
+        newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
+        for file in newest.iterdir():
+            file.unlink()
+        newest.rmdir()
+        (tmp_path / "run" / "summary.json").unlink()
+    else:
+        finish(first, good=False)
+    said = finish(torchrun(after, "synchromesh.cli", *options, "--run=run", "--resume", module=True, cwd=tmp_path))
+    assert "continuing run after step" in said
+    same_model(metrics(tmp_path / "run"), metrics(whole))
+
+
+def rank_processes(parent: int) -> dict[int, int]:
+    """Process ids of the ranks below a launcher."""
+    found = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            ppid = int(status.read_text().rpartition(")")[2].split()[1])
+            environment = (status.parent / "environ").read_bytes().split(b"\0")
+        except (OSError, ValueError):
+            continue
+        rank = next((int(v[5:]) for v in environment if v.startswith(b"RANK=")), None)
+        if ppid == parent and rank is not None:
+            found[rank] = int(status.parent.name)
+    return found
+
+
+def test_a_stopped_rank_is_named_within_the_timeout(options: list[str], tmp_path: Path) -> None:
+    long = [*options, "--epochs=2000", "--timeout=5", "--run=run"]
+    process = torchrun(2, "synchromesh.cli", *long, module=True, cwd=tmp_path)
+    until = time.monotonic() + 90
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    stopped = rank_processes(process.pid)[1]
+    os.kill(stopped, signal.SIGSTOP)
+    assert process.stderr is not None
+    started, said = time.monotonic(), ""
+    while "do not answer" not in said:
+        said = process.stderr.readline()
+        assert said
+        assert time.monotonic() - started < 40
+    os.kill(stopped, signal.SIGKILL)
+    finish(process, good=False)
+    assert "ranks [1] do not answer" in said
