@@ -2,7 +2,7 @@
 
     sudo .venv/bin/python benchmarks/emulated_cluster.py                     # 2 and 4 nodes, three link rates
     sudo .venv/bin/python benchmarks/emulated_cluster.py --nodes 2 --rates 500 --workloads 0 4 --rounds 5
-    .venv/bin/python benchmarks/emulated_cluster.py --show                   # only print what was measured
+    .venv/bin/python benchmarks/emulated_cluster.py --show                   # only print and draw what was measured
 
 Needs root, `ip` and `tc`. A step is forward and backward of one MoE layer. Plans run in turn, round after round, so
 that whatever slows the machine for a while slows all of them; the first two rounds are left out. The links have no
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -38,6 +39,7 @@ from synchromesh.parallel.layout import Layout
 from synchromesh.types import Workload
 
 RESULTS = Path(__file__).parent / "results" / "emulated_cluster.jsonl"
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "plans.svg"
 PREFIX = "smesh"  # of all names made here
 HEADERS = 1514 / 1448  # Ethernet, IP and TCP around a full segment
 
@@ -71,6 +73,7 @@ class Args:
     chunks: tuple[int, ...] = (1, 4)
     rounds: int = 9
     out: Path = RESULTS
+    picture: Path = PICTURE
     show: bool = False
     job: str = ""  # set by this program for the ranks it starts
 
@@ -284,13 +287,50 @@ def show(records: list[dict[str, Any]]) -> None:
         console.print(f"bytes sent over the formula: {min(shares):.3f} to {max(shares):.3f}, median {middle:.3f}")
 
 
+def draw(records: list[dict[str, Any]], path: Path) -> None:
+    """Draw every cell's plans as a heat map: time over the best plan's, from 1 (light) to 10 and more (dark)."""
+    plans = [p for p in dict.fromkeys(r["plan"] for r in records) if "two-level" not in p and "regather" not in p]
+    cells = [(c, {r["plan"]: r for r in g}) for c, g in itertools.groupby(sorted(records, key=_cell), key=_cell)]
+    left, top, wide, high = 330, 56, 112, 20
+    size = f'width="{left + wide * len(plans) + 10}" height="{top + high * len(cells) + 10}"'
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">']
+    lines += [
+        '<rect width="100%" height="100%" fill="white"/>',
+        _text(10, 18, "time of a step over the best plan's", 14),
+    ]
+    lines += [_text(10, 46, "nodes, Mbit/s; tokens a rank, hidden width, experts")]
+    lines += [_text(left + wide * i + 6, 46, plan) for i, plan in enumerate(plans)]
+    for row, ((nodes, mbit, (tokens, _, _, hidden, experts)), own) in enumerate(cells):
+        y, best = top + high * row, min(record["seconds"] for record in own.values())
+        lines.append(_text(10, y + 14, f"{nodes} nodes, {mbit}; T {tokens}, F {hidden}, E {experts}"))
+        for column, plan in enumerate(plans):
+            if plan not in own:
+                continue
+            ratio = own[plan]["seconds"] / best
+            dark = min(1.0, math.log10(ratio))
+            red, green, blue = (round(a + (b - a) * dark) for a, b in ((232, 20), (244, 40), (234, 110)))
+            box = f'x="{left + wide * column}" y="{y}" width="{wide - 2}" height="{high - 2}"'
+            lines.append(f'<rect {box} fill="rgb({red},{green},{blue})"/>')
+            colour = "white" if dark > 0.5 else "black"
+            label = f"{own[plan]['seconds'] * 1e3:.0f} ms  {ratio:.1f}x"
+            lines.append(_text(left + wide * column + 6, y + 14, label, colour=colour, bold=ratio == 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([*lines, "</svg>"]) + "\n")
+
+
+def _text(x: int, y: int, text: str, size: int = 12, *, colour: str = "black", bold: bool = False) -> str:
+    weight = ' font-weight="bold"' if bold else ""
+    return f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}"{weight}>{text}</text>'
+
+
 def _cell(record: dict[str, Any]) -> tuple[int, int, tuple[int, ...]]:
     return record["nodes"], record["mbit"], tuple(record["shape"])
 
 
 def main(args: Args) -> None:
     if args.job:
-        return run_rank(json.loads(args.job))
+        run_rank(json.loads(args.job))
+        return
     if not args.show:
         if os.geteuid() != 0:
             raise SystemExit("network namespaces need root: run this with sudo, or --show what was measured")
@@ -299,7 +339,9 @@ def main(args: Args) -> None:
                 save(measure_cluster(nodes, mbit, args, progress), args.out)
     if not args.out.exists():
         raise SystemExit(f"{args.out} does not exist: nothing was measured yet")
-    return show([json.loads(line) for line in args.out.read_text().splitlines()])
+    records = [json.loads(line) for line in args.out.read_text().splitlines()]
+    show(records)
+    draw(records, args.picture)
 
 
 if __name__ == "__main__":

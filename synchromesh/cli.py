@@ -6,7 +6,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +15,8 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 from rich.console import Console
 
-from synchromesh.comm.grid import LostRankError, in_job, joined, restarted
+from synchromesh.comm.grid import Grid, LostRankError, in_job, joined, restarted
+from synchromesh.commands.convert import run_convert
 from synchromesh.commands.evaluate import EvalRequest, run_eval
 from synchromesh.commands.launch import launch
 from synchromesh.commands.predict import PredictRequest, run_predict
@@ -23,7 +24,7 @@ from synchromesh.commands.report import run_report
 from synchromesh.commands.train import train
 from synchromesh.commands.verify import DTYPES, VerifyRequest, run_verify
 from synchromesh.recipes.catalog import RECIPES
-from synchromesh.training.config import TrainConfig
+from synchromesh.training.config import Sharing, TrainConfig
 from synchromesh.training.errors import InputError
 from synchromesh.training.loader import Loading
 from synchromesh.training.sources import ImageFolder
@@ -35,6 +36,7 @@ usage: synchromesh COMMAND ...
   eval RUN            score a trained model, class by class
   predict IMAGE ...   name what a trained model sees in image files
   report RUN          write report.html of a run, finished or not
+  convert RUN FILE    write the weights of a run as one safetensors file
   verify              prove on these ranks that every parallel plan computes the same
 
 examples:
@@ -94,6 +96,8 @@ class EvalOptions:
         best: the checkpoint of the best evaluation, instead of the last epoch's.
         on_bad_image: stop at an unreadable image, or skip it and count.
         json: print one JSON object.
+        capacity: room of the experts over an even load, instead of that of training; 0 drops nothing.
+        nproc: ranks to run on, on this machine. sharing: how they share the experts.
     """
 
     run: tyro.conf.Positional[Path]
@@ -101,6 +105,9 @@ class EvalOptions:
     best: bool = False
     on_bad_image: Literal["stop", "skip"] = "stop"
     json: bool = False
+    capacity: float | None = None
+    nproc: int = 1
+    sharing: Sharing = field(default_factory=Sharing)
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,8 @@ class PredictOptions:
         best: the checkpoint of the best evaluation, instead of the last epoch's.
         on_bad_image: stop at an unreadable image, or skip it and end with exit code 2.
         json: print one JSON object a line.
+        capacity: room of the experts over an even load, instead of that of training; 0 drops nothing.
+        nproc: ranks to run on, on this machine. sharing: how they share the experts.
     """
 
     images: tyro.conf.Positional[tuple[Path, ...]]
@@ -122,6 +131,23 @@ class PredictOptions:
     best: bool = False
     on_bad_image: Literal["stop", "skip"] = "stop"
     json: bool = False
+    capacity: float | None = None
+    nproc: int = 1
+    sharing: Sharing = field(default_factory=Sharing)
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Options of `convert`.
+
+    Attributes:
+        run: folder of a run, or of a checkpoint. file: to write, NAME.safetensors.
+        best: the checkpoint of the best evaluation, instead of the last epoch's.
+    """
+
+    run: tyro.conf.Positional[Path]
+    file: tyro.conf.Positional[Path]
+    best: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,7 +226,7 @@ def _train(given: list[str]) -> int:
         return launch(["train", *given], ranks, errors=ERRORS, restarts=options.restarts)
     with joined(timeout=timedelta(seconds=options.timeout)) as grid:
         resume = options.resume or restarted()  # a rank died, and all begin again
-        return train(config, folder, resume=resume, console=OUT if grid.rank == 0 else Console(quiet=True), grid=grid)
+        return train(config, folder, resume=resume, console=_first(grid, OUT), grid=grid)
 
 
 def _overridden(options: TrainOptions) -> TrainConfig:
@@ -228,8 +254,12 @@ def _eval(given: list[str]) -> int:
     about = "Score a trained model on its test images, or on a folder of yours: accuracy by class and expert load."
     options = _parse(EvalOptions, given, prog="synchromesh eval", about=about)
     loading = Loading(skip_bad_images=options.on_bad_image == "skip")
-    request = EvalRequest(options.run, options.data, options.best, loading, as_json=options.json)
-    return run_eval(request, console=OUT)
+    if options.nproc > 1 and not in_job():
+        return launch(["eval", *given], options.nproc, errors=ERRORS)
+    plan = options.sharing.plan()
+    request = EvalRequest(options.run, options.data, options.best, loading, options.json, plan, options.capacity)
+    with joined() as grid:
+        return run_eval(request, console=_first(grid, OUT), grid=grid)
 
 
 def _predict(given: list[str]) -> int:
@@ -244,8 +274,26 @@ def _predict(given: list[str]) -> int:
         run, images = images[0], images[1:]
     if run is None:
         raise InputError("no run given: name the folder of a trained model, such as --run runs/demo")
-    request = PredictRequest(run, images, options.top, options.best, options.on_bad_image == "skip", options.json)
-    return run_predict(request, console=OUT, errors=ERRORS)
+    if options.nproc > 1 and not in_job():
+        return launch(["predict", *given], options.nproc, errors=ERRORS)
+    skip, plan = options.on_bad_image == "skip", options.sharing.plan()
+    request = PredictRequest(run, images, options.top, options.best, skip, options.json, plan, options.capacity)
+    with joined() as grid:
+        return run_predict(request, console=_first(grid, OUT), errors=_first(grid, ERRORS), grid=grid)
+
+
+def _convert(given: list[str]) -> int:
+    about = (
+        "Write the weights of a run as one safetensors file, under the names of the model's state dict.\n\n"
+        "  synchromesh convert runs/demo demo.safetensors"
+    )
+    options = _parse(ConvertOptions, given, prog="synchromesh convert", about=about)
+    return run_convert(options.run, options.file, best=options.best, console=OUT)
+
+
+def _first(grid: Grid, console: Console) -> Console:
+    """Return the console on the first rank; the others are silent."""
+    return console if grid.rank == 0 else Console(quiet=True)
 
 
 def _report(given: list[str]) -> int:
@@ -282,7 +330,14 @@ def _parse(kind: type[Options], given: list[str], *, prog: str, about: str, defa
 
 
 COMMANDS: Mapping[str, Callable[[list[str]], int]] = MappingProxyType(
-    {"train": _train, "eval": _eval, "predict": _predict, "report": _report, "verify": _verify}
+    {
+        "train": _train,
+        "eval": _eval,
+        "predict": _predict,
+        "report": _report,
+        "convert": _convert,
+        "verify": _verify,
+    }
 )
 
 if __name__ == "__main__":

@@ -101,9 +101,7 @@ def parallelize(
     Raises:
         ValueError: the experts of a layer cannot be cut over the grid; grid and outer are not the whole job.
     """
-    for layer in _layers(model):
-        if isinstance(layer.strategy, Local):
-            layer.distribute(Sharded(grid) if strategy is None else strategy())
+    distribute(model, grid, strategy=strategy)
     _materialize(model)
     experts = expert_parameters(model)
     group = _everyone(grid, outer)
@@ -111,6 +109,17 @@ def parallelize(
         for parameter in experts.values():
             parameter.register_post_accumulate_grad_hook(_averaging(outer))
     return model if group is None else shared.wrap(model, group, experts)
+
+
+def distribute(model: nn.Module, grid: Grid, *, strategy: Callable[[], Sharded] | None = None) -> None:
+    """Spread the experts of a model over the ranks of a grid, and nothing else: enough for inference.
+
+    Raises:
+        ValueError: the experts of a layer cannot be cut over the grid.
+    """
+    for layer in _layers(model):
+        if isinstance(layer.strategy, Local):
+            layer.distribute(Sharded(grid) if strategy is None else strategy())
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

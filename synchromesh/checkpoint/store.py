@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -89,6 +90,8 @@ def write_tensors(folder: Path, stem: str, tensors: dict[str, Tensor], grid: Gri
     written = []
     for file in apart.glob(f"shard-{grid.rank + 1:05d}-*.safetensors"):  # none where a rank has nothing of its own
         written.append(file.rename(folder / f"{name}.safetensors"))
+    if grid.group is not None:
+        dist.barrier(grid.group)  # whoever looks next finds the files of all
     return written
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
+from synchromesh.capacity import Dropless, FixedCapacity
+from synchromesh.comm.grid import Grid
 from synchromesh.commands.device import pick_device
 from synchromesh.commands.progress import load_bar
+from synchromesh.layer import MoE, routing_options
+from synchromesh.training.agree import ALONE
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.errors import InputError
 from synchromesh.training.evaluate import EvalOptions, Evaluation, dead_experts, evaluate
@@ -21,6 +28,7 @@ from synchromesh.training.loader import Loading
 from synchromesh.training.metrics import drop_rate, load_shares
 from synchromesh.training.run_folder import Trained, load_trained, read_config
 from synchromesh.training.sources import ImageFolder
+from synchromesh.types import Plan
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class EvalRequest:
         run: folder of a run. data: a folder of images instead of the run's own; class folders, or with a val/.
         best: the checkpoint of the best evaluation instead of the last epoch's.
         loading: of the images. as_json: print one JSON object.
+        plan: how ranks share the experts. capacity: of the experts, instead of that of training; 0 drops nothing.
     """
 
     run: Path
@@ -38,24 +47,47 @@ class EvalRequest:
     best: bool = False
     loading: Loading = field(default_factory=Loading)
     as_json: bool = False
+    plan: Plan | None = None
+    capacity: float | None = None
 
 
-def run_eval(request: EvalRequest, *, console: Console) -> int:
-    """Score the model and print the result; return the exit code.
+def run_eval(request: EvalRequest, *, console: Console, grid: Grid = ALONE) -> int:
+    """Score the model and print the result; return the exit code. Every rank of the grid calls it.
 
     Raises:
         InputError: no such run, or data of other classes.
     """
     config = read_config(request.run)
-    trained = load_trained(request.run, best=request.best, device=pick_device())
+    trained = load_trained(request.run, best=request.best, device=pick_device(), grid=grid, plan=request.plan)
     images = _images(request, config, trained)
     options = EvalOptions(request.loading, config.eval_batch_size, config.bf16)
-    found = evaluate(trained.model, images, options)
+    with capacity_of(trained.model, request.capacity):
+        found = evaluate(trained.model, images, options, grid=grid)
     if request.as_json:
         console.print(json.dumps(_numbers(trained, found)), soft_wrap=True, highlight=False, markup=False)
     else:
         _print(console, trained, found)
     return 0
+
+
+@contextmanager
+def capacity_of(model: nn.Module, factor: float | None) -> Iterator[None]:
+    """Give the experts this capacity in the block, 0 for dropping nothing; None leaves them their own.
+
+    Raises:
+        InputError: it is negative, or the model has no experts.
+    """
+    if factor is None:
+        yield
+        return
+    if not any(isinstance(module, MoE) for module in model.modules()):
+        raise InputError("--capacity is for experts, and this model has none: leave it out")
+    try:
+        capacity = Dropless() if factor == 0 else FixedCapacity(factor)
+    except ValueError as error:
+        raise InputError(f"--capacity: {error}") from error
+    with routing_options(model, capacity=capacity):
+        yield
 
 
 def _images(request: EvalRequest, config: TrainConfig, trained: Trained) -> Images:

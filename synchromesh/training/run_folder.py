@@ -19,6 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from synchromesh.comm.grid import Grid
+from synchromesh.parallel.sharded import Sharded
+from synchromesh.parallelize import distribute
+from synchromesh.training.agree import ALONE, on_first
 from synchromesh.training.architecture import Architecture, build_classifier
 from synchromesh.training.checkpoint import Checkpoint, best_folder, newest_checkpoint, read_checkpoint, restore_model
 from synchromesh.training.codec import decode, differences, encode
@@ -26,6 +30,7 @@ from synchromesh.training.config import TrainConfig
 from synchromesh.training.durable import write_json
 from synchromesh.training.errors import InputError
 from synchromesh.training.images import Preprocess
+from synchromesh.types import Plan
 
 RECIPE, SUMMARY, REPORT, TWIN, CHECKPOINTS, LOCK = (
     "recipe.json",
@@ -126,18 +131,26 @@ def identity(architecture: Architecture, preprocess: Preprocess, classes: tuple[
     return {"model": encode(architecture), "preprocess": encode(preprocess), "classes": list(classes)}
 
 
-def load_trained(path: Path, *, best: bool = False, device: torch.device | None = None) -> Trained:
+def load_trained(
+    path: Path, *, best: bool = False, device: torch.device | None = None, grid: Grid = ALONE, plan: Plan | None = None
+) -> Trained:
     """Load the model of a run folder (its last epoch, or its best one) or of a checkpoint folder.
+
+    On several ranks each reads its own part of the experts, which then run by the given plan.
 
     Raises:
         InputError: there is no checkpoint, or it is damaged.
     """
-    found = _checkpoint(path, best=best)
+    found = on_first(grid, lambda: _checkpoint(path, best=best))
     state = found.state
     architecture = _decoded(Architecture, state["model"], found.folder)
     preprocess = _decoded(Preprocess, state["preprocess"], found.folder)
     model = build_classifier(architecture, preprocess, len(state["classes"]))
-    restore_model(found.folder, model)
+    try:
+        distribute(model, grid, strategy=lambda: Sharded(grid, plan=plan))
+    except ValueError as error:
+        raise InputError(f"the experts of {path} cannot run on {grid.size} ranks: {error}") from error
+    restore_model(found.folder, model, grid)
     return Trained(model.to(device).eval(), tuple(state["classes"]), preprocess, found.folder)
 
 

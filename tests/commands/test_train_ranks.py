@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from safetensors import safe_open
 
 from synchromesh import cli
+from synchromesh.recipes.catalog import RECIPES
 
 DIES = Path(__file__).parent / "dies.py"
 TIMES = {"seconds", "images_per_second"}
@@ -148,3 +150,73 @@ def test_a_stopped_rank_is_named_within_the_timeout(options: list[str], tmp_path
     os.kill(stopped, signal.SIGKILL)
     finish(process, good=False)
     assert "ranks [1] do not answer" in said
+
+
+def test_evaluation_and_prediction_on_ranks_equal_those_of_one_process(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*arguments: object) -> list[dict[str, Any]]:
+        capsys.readouterr()
+        assert cli.main([str(a) for a in arguments]) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    def said_by_two(*arguments: object) -> list[dict[str, Any]]:
+        out = subprocess.run(
+            [sys.executable, "-m", "synchromesh.cli", *map(str, arguments), "--nproc=2", "--sharing.gather=2"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        return [json.loads(line) for line in out.splitlines()]
+
+    alone, shared = said("eval", whole, "--json")[0], said_by_two("eval", whole, "--json")[0]
+    assert shared["images"] == alone["images"] == 397
+    assert shared["accuracy"] == alone["accuracy"]
+    assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert shared["load"] == alone["load"]
+    small = said("eval", whole, "--json", "--capacity=0.5")[0]
+    assert small["drop_rate"] > 0.3
+
+    digits = RECIPES["digits"]().data
+    images = digits.source.load(digits.preprocess).test
+    files = [tmp_path / f"{number}.png" for number in range(5)]
+    for number, file in enumerate(files):
+        Image.fromarray(images.read(number)[0].numpy()).save(file)
+    alone_found = said("predict", *files, f"--run={whole}", "--json")
+    shared_found = said_by_two("predict", *files, f"--run={whole}", "--json")
+    assert [one["image"] for one in shared_found] == [str(file) for file in files]
+    assert [one["class"] for one in shared_found] == [one["class"] for one in alone_found]
+
+
+def test_a_run_of_two_ranks_is_exported_as_one_file_that_a_new_run_can_start_from(
+    whole: Path, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "whole.safetensors"
+    assert cli.main(["convert", str(whole), str(file)]) == 0
+    with safe_open(file, "pt") as tensors:
+        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    experts = [shape for name, shape in shapes.items() if name.endswith("experts.up")]
+    assert [len(shape) for shape in experts] == [3]
+    assert cli.main(["convert", str(whole), str(file)]) == 2
+    assert cli.main(["convert", str(whole), str(tmp_path / "x.pt")]) == 2
+    capsys.readouterr()
+    assert cli.main([*options, "--epochs=1", f"--start.weights={file}", f"--run={tmp_path / 'next'}"]) == 0
+    assert f"{len(shapes)} tensors taken" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--nproc=3"], "4 experts on 3 ranks"),
+        (["--nproc=2", "--sharing.gather=4"], "does not divide the 2 ranks"),
+        (["--nproc=2", "--batch-size=1"], "at least one image for each of 2 ranks"),
+        (["--nproc=0"], "wanted at least 1"),
+    ],
+    ids=str,
+)
+def test_ranks_that_cannot_share_a_run_are_told_why(options: list[str], tmp_path: Path, more, says) -> None:
+    command = [sys.executable, "-m", "synchromesh.cli", *options, f"--run={tmp_path / 'run'}", *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert says in done.stderr.replace("\n", " ")
+    assert not (tmp_path / "run" / "checkpoints").exists()

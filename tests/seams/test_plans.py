@@ -1,6 +1,7 @@
 """Every plan on every number of ranks equals the definition: outputs, all gradients, and the next weights."""
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from synchromesh.comm.grid import Grid
@@ -22,3 +23,28 @@ def test_every_plan_gives_the_defined_result(world, ranks_per_node):
     for count, bad in results:
         assert count > 0
         assert not bad, "\n".join(bad[:20])
+
+
+def found_in_halves():
+    """Two grids of two ranks, one beside the other, verified at the same time."""
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    grid = Grid.from_group(halves[dist.get_rank() // 2])
+    findings = list(verify(grid, trials_for(2)[:12], thorough=False))
+    return len(findings), [str(f) for f in findings if not f.good]
+
+
+def test_grids_inside_a_larger_job_do_not_meet():
+    for count, bad in run_ranks(found_in_halves, 4):
+        assert count > 0
+        assert not bad
+
+
+def found_coarsely(dtype):
+    grid = Grid.from_group(dist.group.WORLD, ranks_per_node=2)
+    findings = list(verify(grid, trials_for(4, dtype=dtype)[:8], thorough=False))
+    return [f"{f.plan}: {f.worst:.2g} in {f.where}" for f in findings if not f.good]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_plan_is_right_in_the_dtypes_of_training(dtype):
+    assert run_ranks(found_coarsely, 4, dtype) == [[]] * 4
