@@ -148,7 +148,11 @@ def joined(*, timeout: timedelta = TIMEOUT) -> Iterator[Grid]:
         if not _of_a_collective(error):
             raise
         silent = heart.silent()
-        named = f"ranks {silent} do not answer" if silent else "another rank has left the job"
+        named = "another rank has left the job"
+        if silent is None:
+            named = "the job's store does not answer either; is the network cut?"
+        elif silent:
+            named = f"ranks {silent} do not answer"
         said = str(error).partition("\n")[0]
         raise LostRankError(f"rank {grid.rank} lost its exchange with others: {named} ({said})") from error
     dist.destroy_process_group()

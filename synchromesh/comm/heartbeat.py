@@ -8,6 +8,7 @@ import time
 import torch.distributed as dist
 
 INTERVAL = 0.5  # seconds
+PATIENCE = 10.0  # seconds
 
 
 class Heartbeat:
@@ -22,8 +23,15 @@ class Heartbeat:
         self._lock = threading.Lock()
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
 
-    def silent(self) -> list[int]:
-        """Return the ranks that say nothing for four intervals; this one is not among them."""
+    def silent(self) -> list[int] | None:
+        """Return the other ranks that say nothing for four intervals; None where the store cannot be asked."""
+        found: list[list[int]] = []
+        asking = threading.Thread(target=lambda: found.append(self._ask()), daemon=True)
+        asking.start()
+        asking.join(timeout=4 * INTERVAL + PATIENCE)  # behind a cut link the store never answers
+        return found[0] if found else None
+
+    def _ask(self) -> list[int]:
         others = [rank for rank in range(self._size) if rank != self._rank]
         before = {rank: self._count(rank) for rank in others}
         time.sleep(4 * INTERVAL)
