@@ -15,11 +15,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
@@ -85,7 +87,7 @@ def write_tensors(folder: Path, stem: str, tensors: dict[str, Tensor], grid: Gri
     writer = HuggingFaceStorageWriter(str(apart), save_distributed=True)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with _quiet(), _translated(f"cannot write to {folder}"):
-        dcp.save(contiguous, storage_writer=writer, process_group=grid.group, no_dist=grid.group is None)
+        save(contiguous, storage_writer=writer, process_group=grid.group, no_dist=grid.group is None)
     name = stem if grid.size == 1 else f"{stem}-{grid.rank + 1:05d}-of-{grid.size:05d}"
     written = []
     for file in apart.glob(f"shard-{grid.rank + 1:05d}-*.safetensors"):  # none where a rank has nothing of its own
@@ -114,7 +116,7 @@ def read_tensors(folder: Path, tensors: dict[str, Tensor], grid: Grid) -> None:
             raise StoreError(f"{folder} holds {name} of shape {stored[name]}, wanted {tuple(tensor.shape)}")
     with _quiet(), _translated(f"cannot read {folder}"):
         reader = HuggingFaceStorageReader(str(folder))
-        dcp.load(dict(tensors), storage_reader=reader, process_group=grid.group, no_dist=grid.group is None)
+        load(dict(tensors), storage_reader=reader, process_group=grid.group, no_dist=grid.group is None)
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -127,7 +129,8 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise StoreError(f"cannot read the tensors in {folder}: {error}") from error
-    return {name: tuple(kept.size) for name, kept in metadata.state_dict_metadata.items() if hasattr(kept, "size")}
+    kept = metadata.state_dict_metadata.items()
+    return {name: tuple(tensor.size) for name, tensor in kept if isinstance(tensor, TensorStorageMetadata)}
 
 
 def _parts_of_experts(model: nn.Module) -> dict[int, Grid]:

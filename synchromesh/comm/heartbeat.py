@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import torch.distributed as dist
 
@@ -18,7 +19,7 @@ class Heartbeat:
         store: of the job; used by this thread alone. rank: of this process. size: ranks in all.
     """
 
-    def __init__(self, store: dist.Store, *, rank: int, size: int) -> None:
+    def __init__(self, store: Any, *, rank: int, size: int) -> None:  # a torch.distributed.Store
         self._store, self._rank, self._size = store, rank, size
         self._lock = threading.Lock()
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()

@@ -178,6 +178,11 @@ class ModelSize:
     active: int
 
 
+def expert_counts(model: nn.Module) -> dict[str, int]:
+    """Return E of each MoE layer, by its name."""
+    return {name: m.experts.num_experts for name, m in model.named_modules() if isinstance(m, MoE)}
+
+
 def model_size(model: nn.Module) -> ModelSize:
     """Count parameters; of E experts a token passes k."""
     total = active = sum(p.numel() for p in model.parameters())

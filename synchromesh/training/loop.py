@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from synchromesh.parallel.sharded import Sharded
 from synchromesh.parallelize import parallelize
 from synchromesh.record import load_stats
 from synchromesh.training.agree import ALONE, largest, loads_over_ranks, on_first, summed
+from synchromesh.training.architecture import expert_counts
 from synchromesh.training.checkpoint import (
     checkpoint_folder,
     newest_checkpoint,
@@ -256,7 +258,7 @@ class _Loop:
     def score(self) -> Evaluation:
         """Evaluate the weights as they are; a stop wish is heeded between two batches."""
         options = EvalOptions(self.config.loading, self.config.eval_batch_size, self.config.bf16)
-        return evaluate(self.model, self.job.images.test, options, between=self._stop_if_asked, grid=self.grid)
+        return evaluate(self.model, self.job.images.test, options, between=self._heed_stop, grid=self.grid)
 
     def save(self) -> Path:
         """Write a checkpoint of this moment, unless there is one; return its folder."""
@@ -271,6 +273,8 @@ class _Loop:
             "window": self.window.to_json(),
             "metrics_bytes": 0 if self.metrics is None else self.metrics.sync(),
             "grid": {"ranks": self.grid.size, "ranks_per_node": self.grid.ranks_per_node},
+            "experts": expert_counts(self.model),
+            "versions": {"synchromesh": version("synchromesh"), "torch": torch.__version__},
             **self.job.identity,
         }
         folder = save_checkpoint(self.job.checkpoints, self.model, self.optimizer, state, self.grid)
@@ -301,6 +305,9 @@ class _Loop:
 
     def _note_damaged(self, text: str) -> None:
         self._tell("note", text=f"{text}; using the one before it")
+
+    def _heed_stop(self) -> None:
+        self._stop_if_asked()
 
     def _stop_if_asked(self) -> bool:
         """Save and stop where any rank was asked to; else tell whether the first rank finds a checkpoint due."""

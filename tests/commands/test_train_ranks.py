@@ -98,20 +98,12 @@ def test_a_killed_rank_without_restarts_ends_the_job(options: list[str], tmp_pat
     assert time.monotonic() - started < 60
 
 
-@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4)])
 def test_a_job_that_shrinks_or_grows_keeps_training_the_same_model(
     options: list[str], whole: Path, tmp_path: Path, before: int, after: int
 ) -> None:
     first = torchrun(before, DIES, "save", "5", *options, "--run=run", cwd=tmp_path)
-    if before == 1:
-        finish(first)  # nobody is rank 1: it runs to its end; the last checkpoint is taken away
-        newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
-        for file in newest.iterdir():
-            file.unlink()
-        newest.rmdir()
-        (tmp_path / "run" / "summary.json").unlink()
-    else:
-        finish(first, good=False)
+    finish(first, good=False)
     said = finish(torchrun(after, "synchromesh.cli", *options, "--run=run", "--resume", module=True, cwd=tmp_path))
     assert "continuing run after step" in said
     same_model(metrics(tmp_path / "run"), metrics(whole))
@@ -209,7 +201,6 @@ def test_a_run_of_two_ranks_is_exported_as_one_file_that_a_new_run_can_start_fro
     [
         (["--nproc=3"], "4 experts on 3 ranks"),
         (["--nproc=2", "--sharing.gather=4"], "does not divide the 2 ranks"),
-        (["--nproc=2", "--batch-size=1"], "at least one image for each of 2 ranks"),
         (["--nproc=0"], "wanted at least 1"),
     ],
     ids=str,

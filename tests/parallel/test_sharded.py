@@ -158,20 +158,22 @@ def kept_after_forward(regather):
 
     def watched(part, group):
         flight = collectives.all_gather(part, group)
-        kept.append(StorageWeakRef(flight._result.untyped_storage()))
+        storage = flight._result.untyped_storage()
+        kept.append((StorageWeakRef(storage), storage.nbytes()))
         return flight
 
     with patch.object(pool, "all_gather", watched):
         x = torch.randn(T, D, requires_grad=True)
         y = layer(x, plan=Plan(gather=2, regather=regather))
-        gathered, alive = len(kept), sum(not storage.expired() for storage in kept)
+        gathered, alive = len(kept), sum(nbytes for storage, nbytes in kept if not storage.expired())
         y.sum().backward()
-        return gathered, len(kept), alive, sum(not storage.expired() for storage in kept)
+        return gathered, len(kept), alive, sum(not storage.expired() for storage, _ in kept)
 
 
 def test_regather_keeps_no_pooled_weights_for_backward():
     for gathered, in_all, alive, after in run_ranks(kept_after_forward, 4, False):
-        assert (gathered, in_all, alive, after) == (4, 4, 2, 0)  # the two matrices; biases are not needed again
+        matrices = 2 * 2 * 4 * F * D * 4 / 4  # two of g / W of all experts, in bytes; biases are not needed again
+        assert (gathered, in_all, alive, after) == (4, 4, matrices, 0)
     for gathered, in_all, alive, after in run_ranks(kept_after_forward, 4, True):
         assert (gathered, in_all, alive, after) == (4, 8, 0, 0)
 
