@@ -114,11 +114,13 @@ def parallelize(
 def distribute(model: nn.Module, grid: Grid, *, strategy: Callable[[], Sharded] | None = None) -> None:
     """Spread the experts of a model over the ranks of a grid, and nothing else: enough for inference.
 
+    On a grid of one rank there is nothing to spread, and layers stay as they are.
+
     Raises:
         ValueError: the experts of a layer cannot be cut over the grid.
     """
     for layer in _layers(model):
-        if isinstance(layer.strategy, Local):
+        if isinstance(layer.strategy, Local) and grid.size > 1:
             layer.distribute(Sharded(grid) if strategy is None else strategy())
 
 

@@ -16,6 +16,7 @@ from synchromesh import (
     FixedCapacity,
     Grid,
     LoadBalance,
+    Local,
     MLPExperts,
     MoE,
     OverRanks,
@@ -231,10 +232,12 @@ def test_a_grid_of_one_process_changes_nothing():
     wanted = {name: p.detach().clone() for name, p in layers.named_parameters()}
     run = parallelize(layers, Grid.from_environment({}))
     assert run is layers
-    assert isinstance(layers.moe.strategy, Sharded)
+    assert isinstance(layers.moe.strategy, Local)
     for name, p in layers.named_parameters():
         assert torch.equal(p, wanted[name])
     x, _ = batch(0, 0)
+    assert_close("y", run(x), model()(x))
+    layers.moe.distribute(Sharded(Grid.from_environment({})))
     assert_close("y", run(x), model()(x))
     with pytest.raises(ValueError, match="does not divide"):
         layers.moe(x, plan=Plan(gather=2))

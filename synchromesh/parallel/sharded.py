@@ -171,9 +171,10 @@ class _Share(Function):
 def _own_parts(experts: Experts, dtype: torch.dtype, world: int) -> dict[str, Tensor]:
     """Return what this rank owns, in the dtype that is sent and computed in."""
     parts = experts.parts()
-    if parts:
-        return {name: _Share.apply(part, world).to(dtype) for name, part in parts.items()}
-    return {name: _Share.apply(parameter, world) for name, parameter in experts.named_parameters()}
+    own = parts or dict(experts.named_parameters())  # modules move whole, and cast by themselves
+    if world > 1:
+        own = {name: _Share.apply(part, world) for name, part in own.items()}
+    return {name: part.to(dtype) for name, part in own.items()} if parts else own
 
 
 def _seen_by_expert(pooled: Mapping[str, Tensor], experts: Experts, layout: Layout, member: int) -> dict[str, Tensor]:

@@ -54,5 +54,5 @@ def demo() -> TrainConfig:
         batch_size=128,
         label_smoothing=0.05,
         bf16=False,  # at these widths the casts cost more than the products gain
-        keep=Keep(evaluate_epochs=5, best=False),
+        keep=Keep(evaluate_epochs=5, best=False, ranks=2),
     )
