@@ -15,7 +15,7 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 from rich.console import Console
 
-from synchromesh.comm.grid import Grid, LostRankError, in_job, joined, restarted
+from synchromesh.comm.grid import Grid, LostRankError, in_job, job_name, joined, restarted
 from synchromesh.commands.convert import run_convert
 from synchromesh.commands.evaluate import EvalRequest, run_eval
 from synchromesh.commands.launch import launch
@@ -27,6 +27,7 @@ from synchromesh.recipes.catalog import RECIPES
 from synchromesh.training.config import Sharing, TrainConfig
 from synchromesh.training.errors import InputError
 from synchromesh.training.loader import Loading
+from synchromesh.training.run_folder import is_run_of
 from synchromesh.training.sources import ImageFolder
 
 USAGE = """\
@@ -225,8 +226,9 @@ def _train(given: list[str]) -> int:
     if ranks > 1 and not in_job():
         return launch(["train", *given], ranks, errors=ERRORS, restarts=options.restarts)
     with joined(timeout=timedelta(seconds=options.timeout)) as grid:
-        resume = options.resume or restarted()  # a rank died, and all begin again
-        return train(config, folder, resume=resume, console=_first(grid, OUT), grid=grid)
+        job = job_name()
+        resume = options.resume or (restarted() and is_run_of(folder, job))  # a rank died, and all begin again
+        return train(config, folder, resume=resume, console=_first(grid, OUT), grid=grid, job=job)
 
 
 def _overridden(options: TrainOptions) -> TrainConfig:

@@ -99,6 +99,8 @@ class StackedExperts(Experts):
         return {name: parameter.flatten(0, 1) for name, parameter in self.named_parameters(recurse=False)}
 
     def hold(self, cut: Cut) -> None:
+        if cut == self.cut == WHOLE:
+            return
         if self.cut != WHOLE:
             raise ValueError(f"got {cut}, these experts hold {self.cut} already: build them anew")
         self._check_cut(cut)

@@ -135,12 +135,11 @@ class MoE(nn.Module):
             dtype=compute_dtype(x_TD),
             training=self.training,
         )
-        if options.plan is None:
-            return Choice(options.k, capacity, self.strategy.choose(workload, capacity))
-        reason = self.strategy.refusal(options.plan, workload, capacity)
+        plan = self.strategy.choose(workload, capacity) if options.plan is None else options.plan
+        reason = self.strategy.refusal(plan, workload, capacity)
         if reason is not None:
-            raise ValueError(f"a MoE layer got {options.plan}, which cannot run: {reason}; see strategy.legal_plans()")
-        return Choice(options.k, capacity, options.plan)
+            raise ValueError(f"a MoE layer got the plan {plan}, which cannot run: {reason}; see strategy.legal_plans()")
+        return Choice(options.k, capacity, plan)
 
     def _routed(self, x_TD: Tensor, choice: Choice) -> Routing:
         with self._decisions.same_random(x_TD.device):

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -41,15 +41,21 @@ class DDP(Shared):
 
     Attributes:
         find_unused_parameters: look for parameters that a forward did not use; costs time.
+        sync_buffers: before every forward, give all ranks the first one's buffers, such as those of batch norms.
     """
 
     find_unused_parameters: bool = False
+    sync_buffers: bool = False
 
     def wrap(self, model: nn.Module, group: ProcessGroup, experts: dict[str, nn.Parameter]) -> nn.Module:
+        _begin_alike(model, group, experts)
         if all(not p.requires_grad for name, p in model.named_parameters() if name not in experts):
             return model
-        buffers = [name for name, _ in model.named_buffers()]  # those of this library are agreed where they change
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*experts, *buffers])
+        if self.find_unused_parameters:  # then ranks may reduce in another order than they exchange rows
+            group = _group_of_its_own(group)
+        moe = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, MoE))
+        kept = [n for n, _ in model.named_buffers() if not self.sync_buffers or n.startswith(moe)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*experts, *kept])
         return DistributedDataParallel(model, process_group=group, find_unused_parameters=self.find_unused_parameters)
 
 
@@ -59,21 +65,19 @@ class FSDP2(Shared):
 
     Attributes:
         blocks: which modules are gathered on their own; None is the model as a whole.
-        precision: torch's policy of mixed precision; None keeps all dtypes.
+
+    For mixed precision use torch.autocast, which experts heed too.
     """
 
     blocks: Callable[[nn.Module], bool] | None = None
-    precision: MixedPrecisionPolicy | None = None
 
     def wrap(self, model: nn.Module, group: ProcessGroup, experts: dict[str, nn.Parameter]) -> nn.Module:
-        for name, parameter in model.named_parameters():
-            if name not in experts:
-                dist.broadcast(parameter.detach(), group=group, group_src=0)
+        _begin_alike(model, group, experts)
         device = next(model.parameters()).device.type
         mesh, ignored = DeviceMesh.from_group(group, device), set(experts.values())
         blocks = [m for m in model.modules() if m is not model and self.blocks is not None and self.blocks(m)]
         for module in [*blocks, model]:
-            fully_shard(module, mesh=mesh, mp_policy=self.precision or MixedPrecisionPolicy(), ignored_params=ignored)
+            fully_shard(module, mesh=mesh, ignored_params=ignored)
         return model
 
 
@@ -107,6 +111,7 @@ def parallelize(
     group = _everyone(grid, outer)
     if outer is not None and outer.group is not None:
         for parameter in experts.values():
+            dist.broadcast(parameter.detach(), group=outer.group, group_src=0)
             parameter.register_post_accumulate_grad_hook(_averaging(outer))
     return model if group is None else shared.wrap(model, group, experts)
 
@@ -149,12 +154,17 @@ def clip_grad_norm(model: nn.Module, grid: Grid, max_norm: float) -> Float[Tenso
     own = [p.grad for p in model.parameters() if p.grad is not None and id(p) in experts]
     rest = [p.grad for p in model.parameters() if p.grad is not None and id(p) not in experts]
     plain = [grad for grad in rest if not isinstance(grad, DTensor)]
-    spread = [grad.to_local() for grad in rest if isinstance(grad, DTensor)]
+    sharded = [grad for grad in rest if isinstance(grad, DTensor)]
+    spread = [grad.to_local() for grad in sharded]
     device = next(model.parameters()).device
-    squares = torch.stack([_squared_norm(grads, device) for grads in (own, spread)])
+    square = _squared_norm(own, device)
     if grid.group is not None:
-        dist.all_reduce(squares, group=grid.group)
-    total = (squares.sum() + _squared_norm(plain, device)).sqrt()
+        dist.all_reduce(square, group=grid.group)
+    if sharded:
+        part = _squared_norm(spread, device)
+        dist.all_reduce(part, group=sharded[0].device_mesh.get_group())
+        square += part
+    total = (square + _squared_norm(plain, device)).sqrt()
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for grad in (*own, *plain, *spread):
         grad.mul_(scale)
@@ -187,6 +197,19 @@ def accumulating(model: nn.Module) -> Iterator[None]:
             model.set_requires_gradient_sync(True)
     else:
         yield
+
+
+def _begin_alike(model: nn.Module, group: ProcessGroup, experts: dict[str, nn.Parameter]) -> None:
+    """Give all ranks the first one's shared parameters and buffers."""
+    shared = [parameter for name, parameter in model.named_parameters() if name not in experts]
+    for tensor in [*shared, *model.buffers()]:
+        dist.broadcast(tensor.detach(), group=group, group_src=0)
+
+
+def _group_of_its_own(group: ProcessGroup) -> ProcessGroup:
+    made = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True, sort_ranks=False)
+    assert isinstance(made, ProcessGroup)
+    return made
 
 
 def _layers(model: nn.Module) -> list[MoE]:

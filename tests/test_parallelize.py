@@ -121,13 +121,17 @@ def test_training_on_ranks_equals_training_in_one_process(shared, micro):
     run_ranks(learns, WORLD, shared, micro)
 
 
-def learns_on_two_axes():
+def learns_on_two_axes(shared):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "expert"))
     grid, outer = Grid.from_mesh(mesh["expert"]), Grid.from_mesh(mesh["data"])
     layers = model()
-    run = parallelize(layers, grid, outer=outer)
+    with torch.no_grad():
+        for parameter in layers.parameters():
+            parameter.add_(dist.get_rank() // 2)  # replicas that began apart are made alike
+    run = parallelize(layers, grid, outer=outer, shared=shared)
     wanted, _ = alone()
-    optimizer = torch.optim.AdamW(run.parameters(), lr=0.01)
+    groups = [{"params": group} for group in split_by_kind(run.parameters())]
+    optimizer = torch.optim.AdamW(groups, lr=0.01)
     for step in range(STEPS):
         optimizer.zero_grad()
         loss_of(run, layers, step, dist.get_rank()).backward()
@@ -135,11 +139,12 @@ def learns_on_two_axes():
         optimizer.step()
     for name, parameter in layers.named_parameters():
         whole = wanted[name].chunk(grid.size)[grid.rank] if "experts" in name else wanted[name]
-        assert_close(name, parameter, whole)
+        assert_close(name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter, whole)
 
 
-def test_experts_inside_and_data_parallel_outside_learn_the_same():
-    run_ranks(learns_on_two_axes, WORLD)
+@pytest.mark.parametrize("shared", [DDP(find_unused_parameters=True), FSDP2()], ids=["ddp", "fsdp2"])
+def test_experts_inside_and_data_parallel_outside_learn_the_same(shared):
+    run_ranks(learns_on_two_axes, WORLD, shared)
 
 
 def balances_over_ranks():

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,19 +58,22 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
     return kept
 
 
-def make_optimizer_state(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
+def make_optimizer_state(model: nn.Module, optimizer: Optimizer, folder: Path, grid: Grid) -> None:
     """Give an optimizer room for the state that is stored for its parameters.
 
     Raises:
         StoreError: state of a parameter that this optimizer does not train.
     """
     own = dict(_named(model, optimizer))
+    known = _of_all_ranks(list(own), grid)
     for key, shape in stored_shapes(folder).items():
         kind, slash, name = key.partition("/")
         if not slash:
             continue
-        if name not in own:
+        if name not in known:
             raise StoreError(f"{folder} holds {key!r}, which this run does not train")
+        if name not in own:
+            continue  # a module that another rank holds whole
         parameter = own[name]
         fresh = torch.zeros_like(parameter) if len(shape) else torch.zeros((), device=parameter.device)
         optimizer.state[parameter][kind] = fresh.detach()
@@ -105,8 +109,9 @@ def read_tensors(folder: Path, tensors: dict[str, Tensor], grid: Grid) -> None:
     """
     stored = stored_shapes(folder)
     kinds = {name.partition("/")[0] if "/" in name else "" for name in tensors}
-    missing = [name for name in tensors if name not in stored]
-    unused = [n for n in stored if n not in tensors and (n.partition("/")[0] if "/" in n else "") in kinds]
+    wanted = _of_all_ranks(list(tensors), grid)
+    missing = [name for name in wanted if name not in stored]
+    unused = [n for n in stored if n not in wanted and (n.partition("/")[0] if "/" in n else "") in kinds]
     if missing or unused:
         raise StoreError(
             f"{folder} does not hold what this model needs: missing {_some(missing)}, not used {_some(unused)}"
@@ -131,6 +136,15 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         raise StoreError(f"cannot read the tensors in {folder}: {error}") from error
     kept = metadata.state_dict_metadata.items()
     return {name: tuple(tensor.size) for name, tensor in kept if isinstance(tensor, TensorStorageMetadata)}
+
+
+def _of_all_ranks(names: list[str], grid: Grid) -> list[str]:
+    """Return the names that any rank has: modules as experts are whole on one."""
+    if grid.group is None:
+        return names
+    found: list[Any] = [None] * grid.size
+    dist.all_gather_object(found, names, group=grid.group)
+    return list(dict.fromkeys(name for own in found for name in own))
 
 
 def _parts_of_experts(model: nn.Module) -> dict[int, Grid]:

@@ -28,14 +28,17 @@ class Grid:
     Args:
         group: whose ranks these are, in its order; None is one process alone.
         ranks_per_node: neighbours in rank order that share a machine; it must divide the number of ranks.
+        timeout: of collectives in the groups that the grid makes.
 
     Raises:
         ValueError: ranks_per_node does not divide the number of ranks.
     """
 
-    def __init__(self, group: ProcessGroup | None, *, ranks_per_node: int | None = None) -> None:
+    def __init__(
+        self, group: ProcessGroup | None, *, ranks_per_node: int | None = None, timeout: timedelta = TIMEOUT
+    ) -> None:
         self._global_ranks = [0] if group is None else dist.get_process_group_ranks(group)
-        self.group = group
+        self.group, self.timeout = group, timeout
         self.size = len(self._global_ranks)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.ranks_per_node = self.size if ranks_per_node is None else ranks_per_node
@@ -67,7 +70,8 @@ class Grid:
         group = dist.group.WORLD
         assert group is not None
         local = job["LOCAL_WORLD_SIZE"] if job is not None else group.size()
-        return Grid(group, ranks_per_node=local if group.size() % local == 0 else group.size())
+        per_node = local if group.size() % local == 0 else group.size()
+        return Grid(group, ranks_per_node=per_node, timeout=timeout)
 
     @staticmethod
     def from_group(group: ProcessGroup, *, ranks_per_node: int | None = None) -> Grid:
@@ -92,14 +96,15 @@ class Grid:
     def axis(self, ranks: tuple[int, ...]) -> ProcessGroup | None:
         """Return the group of some of the grid's ranks, this one among them; None for this rank alone.
 
-        It is made at the first call, by its members only, under a name that follows from the ranks: every member
-        must come here, in the same order.
+        It is made at the first call, by its members only, under a name that follows from the ranks and from how many
+        groups a process has made so far: all ranks must come here in the same order, as they do where they run the
+        same layers by the same plans.
         """
         if len(ranks) == 1:
             return None
         if ranks not in self._groups:
             members = [self._global_ranks[rank] for rank in ranks]
-            group = dist.new_group(members, use_local_synchronization=True, sort_ranks=False)
+            group = dist.new_group(members, timeout=self.timeout, use_local_synchronization=True, sort_ranks=False)
             assert isinstance(group, ProcessGroup), "a group was asked for by a rank outside of it"
             self._groups[ranks] = group
         return self._groups[ranks]
@@ -120,6 +125,12 @@ def restarted(environment: Mapping[str, str] | None = None) -> bool:
     """Tell whether torchrun started this job anew because a rank died."""
     job = _job_of(os.environ if environment is None else environment)
     return job is not None and job["RESTART"] > 0
+
+
+def job_name(environment: Mapping[str, str] | None = None) -> str:
+    """Return what all attempts of a job have in common, and other jobs have not; "" where nobody gave it a name."""
+    name = (os.environ if environment is None else environment).get("TORCHELASTIC_RUN_ID", "")
+    return "" if name == "none" else name
 
 
 class LostRankError(RuntimeError):
@@ -183,7 +194,9 @@ def _job_of(environment: Mapping[str, str]) -> dict[str, int] | None:
         names = _SLURM
     else:
         return None
-    defaults = {"LOCAL_WORLD_SIZE": environment.get(names["WORLD_SIZE"], "1"), "LOCAL_RANK": "0"}
+    per_node = environment.get("SLURM_TASKS_PER_NODE", "").partition("(")[0].partition(",")[0]  # such as 8(x2)
+    alone = environment.get(names["WORLD_SIZE"], "1")
+    defaults = {"LOCAL_WORLD_SIZE": per_node if names is _SLURM and per_node else alone, "LOCAL_RANK": "0"}
     job = {}
     for wanted, name in names.items():
         got = environment.get(name, defaults.get(wanted, ""))
@@ -195,9 +208,11 @@ def _job_of(environment: Mapping[str, str]) -> dict[str, int] | None:
 
 
 def _join(job: dict[str, int], timeout: timedelta) -> None:
-    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= job["LOCAL_WORLD_SIZE"]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    bound = count == 1 and "SLURM_PROCID" in os.environ  # SLURM shows each task its own GPU alone
+    cuda = bound or 0 < job["LOCAL_WORLD_SIZE"] <= count
     if cuda:
-        torch.cuda.set_device(job["LOCAL_RANK"])
+        torch.cuda.set_device(0 if bound else job["LOCAL_RANK"])
     store, rank, world = next(rendezvous("env://", rank=job["RANK"], world_size=job["WORLD_SIZE"], timeout=timeout))
     # Restarted ranks must not meet the addresses that dead ones left in the same store.
     store = dist.PrefixStore(f"attempt_{job['RESTART']}", store)  # pyright: ignore[reportPrivateImportUsage]

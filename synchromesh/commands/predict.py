@@ -109,8 +109,10 @@ def _read(
 ) -> tuple[list[tuple[Path, Tensor]], list[str]]:
     """Decode this rank's images, prepared as the training's test images were; name the unreadable ones of all ranks."""
 
-    def read() -> tuple[list[tuple[Path, Tensor]], list[str]]:
-        images, bad = [], []
+    images: list[tuple[Path, Tensor]] = []
+
+    def read() -> list[str]:
+        bad = []
         for path in paths:
             try:
                 images.append((path, decode_image(path, trained.preprocess)))
@@ -118,10 +120,9 @@ def _read(
                 if not skip_bad:
                     raise
                 bad.append(str(error))
-        return images, bad
+        return bad
 
-    everyone = on_all(grid, read)
-    return everyone[grid.rank][0], [problem for _, bad in everyone for problem in bad]
+    return images, [problem for bad in on_all(grid, read) for problem in bad]
 
 
 def _json(found: Prediction) -> str:

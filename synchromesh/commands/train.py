@@ -12,14 +12,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from synchromesh.comm.grid import Grid
 from synchromesh.commands.device import pick_device
 from synchromesh.commands.progress import RunProgress
 from synchromesh.commands.report import report_if_possible
-from synchromesh.layer import MoE
-from synchromesh.parallel.sharded import Sharded
 from synchromesh.training import seeds
 from synchromesh.training.agree import ALONE, on_all, on_first
 from synchromesh.training.architecture import Architecture, DenseSwin, ModelSize, build_classifier, model_size
@@ -39,10 +36,10 @@ from synchromesh.training.run_folder import (
     prepare_folder,
     read_summary,
 )
+from synchromesh.training.sharing import check_sharing
 from synchromesh.training.sources import Splits, take_shots
 from synchromesh.training.start import Loaded, freeze, load_weights
 from synchromesh.training.summary import Finished, summarize
-from synchromesh.types import Workload
 
 NON_FINITE = 3  # exit code of a run that NaN or infinity stopped
 
@@ -68,10 +65,12 @@ class _Run:
     grid: Grid
 
 
-def train(config: TrainConfig, folder: Path, *, resume: bool, console: Console, grid: Grid = ALONE) -> int:
+def train(
+    config: TrainConfig, folder: Path, *, resume: bool, console: Console, grid: Grid = ALONE, job: str = ""
+) -> int:
     """Train the model of a configuration, and its twin if it has one; return the exit code.
 
-    Every rank of the grid calls it; the first one writes and shows.
+    Every rank of the grid calls it; the first one writes and shows. `job` names the job they belong to.
 
     0: finished. 3: stopped by NaN or infinity. 128 + n: stopped by signal n, saved, `--resume` continues.
 
@@ -81,11 +80,11 @@ def train(config: TrainConfig, folder: Path, *, resume: bool, console: Console, 
     images = _load_images(config)
     on_all(grid, lambda: _check(config, images, grid))
     if resume and on_first(grid, lambda: read_summary(folder)) is not None:
-        on_first(grid, lambda: prepare_folder(folder, config, resume=True))
+        on_first(grid, lambda: prepare_folder(folder, config, resume=True, job=job))
         console.print(f"{folder} is finished; nothing is left to do")
         _closing_table(console, read_summary(folder) or {}, folder)
         return 0
-    note = on_first(grid, lambda: prepare_folder(folder, config, resume=resume))
+    note = on_first(grid, lambda: prepare_folder(folder, config, resume=resume, job=job))
     if note:
         console.print(note, style="yellow", highlight=False, soft_wrap=True)
     with ExitStack() as held, stop_on_signals() as stop:
@@ -125,21 +124,7 @@ def _check(config: TrainConfig, images: Splits, grid: Grid) -> None:
         if architecture is not None:
             with torch.device("meta"):
                 model = build_classifier(architecture, config.data.preprocess, len(images.train.classes))
-            _check_sharing(model, config, grid)
-
-
-def _check_sharing(model: nn.Module, config: TrainConfig, grid: Grid) -> None:
-    """Find experts that cannot be cut over the ranks, or a plan that cannot run."""
-    plan, strategy = config.sharing.plan(), Sharded(grid)
-    for layer in (module for module in model.modules() if isinstance(module, MoE)):
-        experts = layer.experts.num_experts
-        work = Workload(config.batch_size, 1, layer.experts.width or 1, 1, experts, torch.float32, training=True)
-        try:
-            reason = None if plan is None else strategy.refusal(plan, work, layer.capacity)
-        except ValueError as error:
-            raise InputError(str(error)) from error
-        if reason is not None:
-            raise InputError(f"sharing is {plan}, which cannot run on {grid.size} ranks: {reason}")
+            check_sharing(model, config.sharing.plan(), grid)
 
 
 def _train_all(run: _Run) -> dict[str, Any]:

@@ -8,8 +8,10 @@ what member m holds follows from m alone, so one table [E, r] tells every sender
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +57,7 @@ class Layout:
     num_experts: int
     gather: int
     near: bool
+    _tensors: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_sizes(self.world, self.num_experts)
@@ -124,12 +127,17 @@ class Layout:
         return table
 
     def table(self, device: torch.device) -> Tensor:
-        """Return `destinations` as an int64 tensor."""
-        return torch.tensor(self.destinations, device=device)
+        """Return `destinations` as an int64 tensor; sent to a device once."""
+        return self._sent("table", device, lambda: self.destinations)
 
     def expert_of_slot(self, device: torch.device) -> Tensor:
-        """Return the expert of each of the X * N slots, int64."""
-        return torch.tensor([e for m in range(self.members) for e in self.experts_of(m)], device=device)
+        """Return the expert of each of the X * N slots, int64; sent to a device once."""
+        return self._sent("experts", device, lambda: [e for m in range(self.members) for e in self.experts_of(m)])
+
+    def _sent(self, name: str, device: torch.device, numbers: Callable[[], list[Any]]) -> Tensor:
+        if (name, device) not in self._tensors:
+            self._tensors[name, device] = torch.tensor(numbers(), device=device)
+        return self._tensors[name, device]
 
     @property
     def in_expert_order(self) -> bool:

@@ -50,6 +50,7 @@ class Sharded(Strategy):
         self.grid, self.plan, self.kernels, self.wire = grid, plan, kernels, wire
         self._layouts: dict[tuple[int, int, bool], Layout] = {}
         self._exchanges: dict[tuple[tuple[int, ...], bool], AllToAll] = {}
+        self._refusals: dict[tuple[Plan, int, bool], str | None] = {}
 
     def adopt(self, experts: Experts) -> None:
         check_sizes(self.grid.size, experts.num_experts)
@@ -64,9 +65,17 @@ class Sharded(Strategy):
         return (Plan(*values) for values in fields)
 
     def refusal(self, plan: Plan, workload: Workload, capacity: Capacity) -> str | None:
+        known_beforehand = isinstance(capacity, FixedCapacity) and capacity.tokens is not None
+        key = (plan, workload.experts, known_beforehand)
+        if key not in self._refusals:
+            self._refusals[key] = self._refusal(*key)
+        return self._refusals[key]
+
+    def _refusal(self, plan: Plan, num_experts: int, known_beforehand: bool) -> str | None:
+        """Answer for the whole grid: every rank must come to the same answer."""
         world = self.grid.size
-        check_sizes(world, workload.experts)
-        reason = refusal(world, workload.experts, plan.gather, near=plan.near)
+        check_sizes(world, num_experts)
+        reason = refusal(world, num_experts, plan.gather, near=plan.near)
         if reason is not None:
             return reason
         if plan.regather and plan.gather == 1:
@@ -76,10 +85,12 @@ class Sharded(Strategy):
                 return f"no rows are exchanged at gather = {world}: chunks, two levels and an even wire have no meaning"
             return None
         if plan.two_level:
-            reason = two_level_refusal(self.grid, self._layout(workload.experts, plan).exchange_group(self.grid.rank))
-            if reason is not None:
-                return f"no two-level all-to-all: {reason}"
-        if not plan.ragged and not (isinstance(capacity, FixedCapacity) and capacity.tokens is not None):
+            layout = self._layout(num_experts, plan)
+            for ranks in dict.fromkeys(layout.exchange_group(rank) for rank in range(world)):
+                reason = two_level_refusal(self.grid, ranks)
+                if reason is not None:
+                    return f"no two-level all-to-all between the ranks {ranks}: {reason}"
+        if not plan.ragged and not known_beforehand:
             return "an even wire wants a capacity that all ranks know beforehand: FixedCapacity(f, tokens=T_max)"
         return None
 
@@ -194,6 +205,9 @@ def _at_full_width(part: Tensor, shards: tuple[int, ...], count: int) -> Tensor:
     """Set the given shards [N, n * D/S] of an output part into zeros [N, D]."""
     if len(shards) == count:
         return part
-    at = torch.tensor(shards, device=part.device)
     pieces = part.unflatten(1, (len(shards), -1))
-    return pieces.new_zeros(len(part), count, pieces.shape[2]).index_copy(1, at, pieces).flatten(1)
+    whole = pieces.new_zeros(len(part), count, pieces.shape[2])
+    first, *rest = shards
+    step = rest[0] - first if rest else 1
+    whole[:, first::step][:, : len(shards)] = pieces  # a slice: an index would be sent to the device
+    return whole.flatten(1)

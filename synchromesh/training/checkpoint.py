@@ -37,6 +37,7 @@ from synchromesh.training.durable import sha256, sync_directory, sync_file, writ
 from synchromesh.training.errors import InputError
 
 STATE, SUMS = "state.json", "SHA256SUMS"
+OLD = ".old"
 KEPT = 2  # the newest, and one to fall back on
 
 
@@ -150,7 +151,7 @@ def restore_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer, grid
         InputError: it is of other parameters.
     """
     try:
-        make_optimizer_state(model, optimizer, folder)
+        make_optimizer_state(model, optimizer, folder, grid)
         read_tensors(folder, optimizer_tensors(model, optimizer), grid)
     except StoreError as error:
         raise InputError(str(error)) from error
@@ -172,10 +173,14 @@ def _finish(temporary: Path, folder: Path, state: dict[str, Any], sums: list[str
         shutil.rmtree(temporary / apart, ignore_errors=True)
     write_json(temporary / STATE, state)
     write_atomically(temporary / SUMS, "".join([*sums, f"{sha256(temporary / STATE)}  {STATE}\n"]))
-    shutil.rmtree(folder, ignore_errors=True)  # a damaged one that this run passed over
+    before = folder.with_name(folder.name + OLD)  # of the same step: without an evaluation, or damaged
+    shutil.rmtree(before, ignore_errors=True)
+    if folder.exists():
+        folder.rename(before)
     temporary.rename(folder)
     sync_directory(folder.parent)
-    for old in _folders(folder.parent)[KEPT:]:
+    unfinished = list(folder.parent.glob("step-*.tmp"))
+    for old in [before, *unfinished, *_folders(folder.parent)[KEPT:]]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -201,4 +206,7 @@ def _folders(root: Path) -> list[Path]:
     """Return the checkpoints of a run, the newest first."""
     if not root.is_dir():
         return []
-    return sorted((p for p in root.glob("step-*") if p.suffix != ".tmp" and p.is_dir()), reverse=True)
+    for before in root.glob(f"step-*{OLD}"):  # a kill came between two renames: take the first one back
+        if not before.with_suffix("").exists():
+            before.rename(before.with_suffix(""))
+    return sorted((p for p in root.glob("step-*") if not p.suffix and p.is_dir()), reverse=True)

@@ -27,18 +27,20 @@ from synchromesh.training.architecture import Architecture, build_classifier
 from synchromesh.training.checkpoint import Checkpoint, best_folder, newest_checkpoint, read_checkpoint, restore_model
 from synchromesh.training.codec import decode, differences, encode
 from synchromesh.training.config import TrainConfig
-from synchromesh.training.durable import write_json
+from synchromesh.training.durable import write_atomically, write_json
 from synchromesh.training.errors import InputError
 from synchromesh.training.images import Preprocess
+from synchromesh.training.sharing import check_sharing
 from synchromesh.types import Plan
 
-RECIPE, SUMMARY, REPORT, TWIN, CHECKPOINTS, LOCK = (
+RECIPE, SUMMARY, REPORT, TWIN, CHECKPOINTS, LOCK, JOB = (
     "recipe.json",
     "summary.json",
     "report.html",
     "dense",
     "checkpoints",
     ".lock",
+    ".job",
 )
 # Parts of a configuration that do not change the numbers, so that a resumed run may have others.
 _FREE = ("keep.", "loading.", "sharing.")
@@ -80,11 +82,12 @@ def claimed(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def prepare_folder(folder: Path, config: TrainConfig, *, resume: bool) -> str:
+def prepare_folder(folder: Path, config: TrainConfig, *, resume: bool, job: str = "") -> str:
     """Make the folder ready for this configuration, and return what was done about an older run, if anything.
 
     Without `resume`, an older run is moved aside to `<folder>.1`, `.2` and so on: nothing is ever deleted. With it, the
-    recipe of the folder must be the same, but for what does not change the numbers.
+    recipe of the folder must be the same, but for what does not change the numbers. `job` names the job that trains
+    here, so that `is_run_of` knows its restarted ranks.
 
     Raises:
         InputError: the folder holds other things, belongs to another process, or was begun with other settings.
@@ -96,7 +99,14 @@ def prepare_folder(folder: Path, config: TrainConfig, *, resume: bool) -> str:
         if resume and (folder / RECIPE).is_file():
             _check_same(folder, config)
         write_json(folder / RECIPE, encode(config))
+        write_atomically(folder / JOB, job)
     return note
+
+
+def is_run_of(folder: Path, job: str) -> bool:
+    """Tell whether this job began or resumed the run in the folder; jobs without a name are told from none."""
+    path = folder / JOB
+    return path.is_file() and path.read_text() == job
 
 
 def read_config(folder: Path) -> TrainConfig:
@@ -146,10 +156,8 @@ def load_trained(
     architecture = _decoded(Architecture, state["model"], found.folder)
     preprocess = _decoded(Preprocess, state["preprocess"], found.folder)
     model = build_classifier(architecture, preprocess, len(state["classes"]))
-    try:
-        distribute(model, grid, strategy=lambda: Sharded(grid, plan=plan))
-    except ValueError as error:
-        raise InputError(f"the experts of {path} cannot run on {grid.size} ranks: {error}") from error
+    check_sharing(model, plan, grid)
+    distribute(model, grid, strategy=lambda: Sharded(grid, plan=plan))
     restore_model(found.folder, model, grid)
     return Trained(model.to(device).eval(), tuple(state["classes"]), preprocess, found.folder)
 

@@ -72,7 +72,7 @@ def read(folder):
     wanted, wanted_optimizer = built(grid, 0)
     with_state(wanted, wanted_optimizer)
     model, optimizer = built(grid, 1)
-    make_optimizer_state(model, optimizer, folder)
+    make_optimizer_state(model, optimizer, folder, grid)
     read_tensors(folder, model_tensors(model), grid)
     read_tensors(folder, optimizer_tensors(model, optimizer), grid)
     for (name, got), right in zip(model.state_dict().items(), wanted.state_dict().values(), strict=True):
@@ -132,6 +132,14 @@ def modules_keep_their_names(folder):
     layer = MoE(TopKRouter(D, 4), ModuleExperts(experts), strategy=Sharded(grid))
     write_tensors(folder, "weights", model_tensors(layer), grid)
     stored = stored_shapes(folder)
+    kept = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    make_optimizer_state(layer, optimizer, folder, grid)
+    read_tensors(folder, model_tensors(layer), grid)
+    assert all(torch.equal(p, kept[name]) for name, p in layer.named_parameters())
     return all(name in stored for name in wanted)
 
 

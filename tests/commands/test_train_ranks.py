@@ -124,9 +124,11 @@ def rank_processes(parent: int) -> dict[int, int]:
     return found
 
 
-def test_a_stopped_rank_is_named_within_the_timeout(options: list[str], tmp_path: Path) -> None:
-    long = [*options, "--epochs=2000", "--timeout=5", "--run=run"]
-    process = torchrun(2, "synchromesh.cli", *long, module=True, cwd=tmp_path)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_stopped_rank_is_named_within_the_timeout(options: list[str], tmp_path: Path, ranks: int) -> None:
+    """Of two ranks all groups are the whole job; of four the layers exchange in groups of their own."""
+    long = [*options, "--epochs=2000", "--timeout=5", "--run=run", f"--sharing.gather={ranks // 2}"]
+    process = torchrun(ranks, "synchromesh.cli", *long, module=True, cwd=tmp_path)
     until = time.monotonic() + 90
     while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
         assert time.monotonic() < until

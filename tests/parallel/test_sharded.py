@@ -374,6 +374,29 @@ def test_every_refused_plan_has_its_reason():
     assert "on one node" in plans["g=2 far, two-level"]
 
 
+@pytest.mark.parametrize(("experts", "ranks_per_node"), [(12, 6), (12, 3), (12, 4), (6, 6), (4, 4)])
+def test_all_ranks_refuse_the_same_plans(experts, ranks_per_node):
+    grid = Grid(None)
+    grid.size, grid.ranks_per_node = 12, ranks_per_node
+    work = Workload(T, 2, D, F, experts, torch.float32, True)
+    reasons = []
+    for grid.rank in range(12):
+        reasons.append(Sharded(grid).legal_plans(work, FixedCapacity(1.0, tokens=T)))
+    assert all(own == reasons[0] for own in reasons)
+    assert None in reasons[0].values()
+
+
+def chooses_what_cannot_run():
+    layer = layer_on(Grid.from_group(dist.group.WORLD), plan=Plan(ragged=False))
+    with pytest.raises(ValueError, match="even wire wants"):
+        layer(torch.randn(T, D), capacity=FixedCapacity(1.0))
+    return layer(torch.randn(T, D), capacity=FixedCapacity(1.0, tokens=T)).shape
+
+
+def test_a_strategys_own_plan_is_checked_too():
+    assert run_ranks(chooses_what_cannot_run, 2) == [(T, D)] * 2
+
+
 def deep_copies():
     import copy
 

@@ -52,6 +52,19 @@ def test_weights_and_optimizer_come_back_bit_for_bit(tmp_path: Path) -> None:
             assert tensor.dtype == got["state"][index][name].dtype
 
 
+def test_a_kill_between_the_renames_of_a_second_save_loses_nothing(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    folder = save_checkpoint(tmp_path, model, optimizer, {"step": 2, "evaluated": False})
+    folder.rename(folder.with_name(folder.name + ".old"))
+    (tmp_path / "step-00000002.tmp").mkdir()
+    found = newest_checkpoint(tmp_path, pytest.fail)
+    assert found is not None
+    assert found.folder == folder
+    assert save_checkpoint(tmp_path, model, optimizer, {"step": 2, "evaluated": True}) == folder
+    assert read_checkpoint(folder).state["evaluated"]
+    assert [p.name for p in tmp_path.iterdir()] == [folder.name]
+
+
 def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     model, optimizer = trained()
     for step in (1, 2, 3):

@@ -8,7 +8,7 @@ from synchromesh.training.codec import encode
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.durable import write_atomically, write_json
 from synchromesh.training.errors import InputError
-from synchromesh.training.run_folder import claimed, load_trained, prepare_folder, read_config
+from synchromesh.training.run_folder import claimed, is_run_of, load_trained, prepare_folder, read_config
 
 
 def test_the_recipe_of_a_run_reads_back(tiny: TrainConfig, tmp_path: Path) -> None:
@@ -78,3 +78,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     write_atomically(path, b"new")
     assert path.read_bytes() == b"new"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_restarted_job_knows_its_own_run_from_an_older_one(tiny: TrainConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert not is_run_of(folder, "a")
+    prepare_folder(folder, tiny, resume=False, job="a")
+    assert is_run_of(folder, "a")
+    assert not is_run_of(folder, "b")
