@@ -15,6 +15,7 @@ from synchromesh.recipes.catalog import RECIPES
 from synchromesh.training import loop
 from synchromesh.training.codec import encode
 from synchromesh.training.sources import ScikitDigits
+from synchromesh.training.step import Trainee
 
 TINY = [
     "--model.swin.embed-dim=8", "--model.swin.depths", "1", "1", "--model.swin.num-heads", "1", "2",
@@ -243,7 +244,7 @@ def test_a_second_run_moves_the_first_aside_and_loses_nothing(
 def test_a_twin_is_trained_beside_and_can_be_used_as_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["swin.embed-dim=8", "swin.patch-size=8", "swin.depths", "1", "4", "swin.num-heads", "1", "2"]
     both = [f"--{model}.{a}" if a[0] == "s" else a for model in ("model", "twin") for a in small]
-    rest = ["--epochs=1", "--batch-size=500", "--data.source.held-out=100"]
+    rest = ["--epochs=1", "--batch-size=500", "--data.source.held-out=100", "--nproc=1"]
     assert cli.main(["train", "demo", *both, *rest, f"--run={tmp_path / 'run'}"]) == 0
     assert "dense twin" in capsys.readouterr().out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -306,10 +307,10 @@ def nan_after_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spoil the loss of the third step, as a too high learning rate would."""
     original: Callable[..., object] = loop.train_step
 
-    def spoil(model: nn.Module, *arguments: object, step: int, **named: object) -> object:
+    def spoil(trainee: Trainee, *arguments: object, step: int, **named: object) -> object:
         if step == 2:
-            nn.init.constant_(model.get_submodule("head").weight, float("inf"))
-        return original(model, *arguments, step=step, **named)
+            nn.init.constant_(trainee.model.get_submodule("head").weight, float("inf"))
+        return original(trainee, *arguments, step=step, **named)
 
     monkeypatch.setattr(loop, "train_step", spoil)
 

@@ -28,25 +28,28 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from synchromesh.comm.grid import Grid
-from synchromesh.layer import MoE
-from synchromesh.parallel.sharded import Sharded
+from synchromesh.experts import Experts
 
 
 class StoreError(ValueError):
     """Tensors cannot be written or read; the message is the same on all ranks."""
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return what of a model is kept, by the names of its state dict; reading into them changes the model."""
+def model_tensors(model: nn.Module, grid: Grid) -> dict[str, Tensor]:
+    """Return what of a model is kept, by the names of its state dict; reading into them changes the model.
+
+    Args:
+        grid: the ranks that its experts are spread over.
+    """
     experts = _parts_of_experts(model)
     kept = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         if id(parameter) in experts:
-            kept[name] = _spread(parameter.detach(), experts[id(parameter)])
+            kept[name] = _spread(parameter.detach(), grid)
     return kept
 
 
-def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer, grid: Grid) -> dict[str, Tensor]:
     """Return an optimizer's state as "exp_avg/<parameter>" and so on, laid out as the parameters are."""
     experts = _parts_of_experts(model)
     kept = {}
@@ -54,7 +57,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
         for kind, value in optimizer.state.get(parameter, {}).items():
             state = torch.as_tensor(value).detach()
             alike = id(parameter) in experts and state.shape == parameter.shape
-            kept[f"{kind}/{name}"] = _spread(state, experts[id(parameter)]) if alike else state
+            kept[f"{kind}/{name}"] = _spread(state, grid) if alike else state
     return kept
 
 
@@ -147,14 +150,10 @@ def _of_all_ranks(names: list[str], grid: Grid) -> list[str]:
     return list(dict.fromkeys(name for own in found for name in own))
 
 
-def _parts_of_experts(model: nn.Module) -> dict[int, Grid]:
-    """Return the parameters of experts, and the ranks that hold their parts."""
-    found = {}
-    for layer in (module for module in model.modules() if isinstance(module, MoE)):
-        if layer.experts.parts():  # others move whole, under names of their own
-            grid = layer.strategy.grid if isinstance(layer.strategy, Sharded) else Grid(None)
-            found |= {id(parameter): grid for parameter in layer.experts.parameters()}
-    return found
+def _parts_of_experts(model: nn.Module) -> set[int]:
+    """Return the parameters that are kept as [E * F, ...]; experts without parts move whole, under their own names."""
+    experts = [module for module in model.modules() if isinstance(module, Experts) and module.parts()]
+    return {id(parameter) for module in experts for parameter in module.parameters()}
 
 
 def _spread(own: Tensor, grid: Grid) -> Tensor:

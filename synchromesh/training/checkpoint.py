@@ -67,8 +67,8 @@ def save_checkpoint(
     temporary = folder.with_name(folder.name + ".tmp")
     on_first(grid, lambda: _empty(temporary))
     try:
-        files = write_tensors(temporary, "weights", model_tensors(model), grid)
-        files += write_tensors(temporary, "optimizer", optimizer_tensors(model, optimizer), grid)
+        files = write_tensors(temporary, "weights", model_tensors(model, grid), grid)
+        files += write_tensors(temporary, "optimizer", optimizer_tensors(model, optimizer, grid), grid)
     except StoreError as error:
         raise InputError(str(error)) from error
     sums = [line for lines in on_all(grid, lambda: _sums_of(files)) for line in lines]
@@ -139,7 +139,7 @@ def restore_model(folder: Path, model: nn.Module, grid: Grid = ALONE) -> None:
         InputError: the checkpoint is of another model.
     """
     try:
-        read_tensors(folder, model_tensors(model), grid)
+        read_tensors(folder, model_tensors(model, grid), grid)
     except StoreError as error:
         raise InputError(str(error)) from error
 
@@ -152,7 +152,7 @@ def restore_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer, grid
     """
     try:
         make_optimizer_state(model, optimizer, folder, grid)
-        read_tensors(folder, optimizer_tensors(model, optimizer), grid)
+        read_tensors(folder, optimizer_tensors(model, optimizer, grid), grid)
     except StoreError as error:
         raise InputError(str(error)) from error
 

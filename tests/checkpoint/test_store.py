@@ -50,11 +50,11 @@ def known(tensors):
         local.copy_(values.view(local.shape).to(local.dtype))
 
 
-def with_state(model, optimizer):
+def with_state(model, optimizer, grid):
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    tensors = model_tensors(model) | optimizer_tensors(model, optimizer)
+    tensors = model_tensors(model, grid) | optimizer_tensors(model, optimizer, grid)
     with torch.no_grad():
         known(tensors)
 
@@ -62,19 +62,19 @@ def with_state(model, optimizer):
 def write(folder):
     grid = world()
     model, optimizer = built(grid, 0)
-    with_state(model, optimizer)
-    write_tensors(folder, "weights", model_tensors(model), grid)
-    write_tensors(folder, "optimizer", optimizer_tensors(model, optimizer), grid)
+    with_state(model, optimizer, grid)
+    write_tensors(folder, "weights", model_tensors(model, grid), grid)
+    write_tensors(folder, "optimizer", optimizer_tensors(model, optimizer, grid), grid)
 
 
 def read(folder):
     grid = world()
     wanted, wanted_optimizer = built(grid, 0)
-    with_state(wanted, wanted_optimizer)
+    with_state(wanted, wanted_optimizer, grid)
     model, optimizer = built(grid, 1)
     make_optimizer_state(model, optimizer, folder, grid)
-    read_tensors(folder, model_tensors(model), grid)
-    read_tensors(folder, optimizer_tensors(model, optimizer), grid)
+    read_tensors(folder, model_tensors(model, grid), grid)
+    read_tensors(folder, optimizer_tensors(model, optimizer, grid), grid)
     for (name, got), right in zip(model.state_dict().items(), wanted.state_dict().values(), strict=True):
         assert torch.equal(got, right), name
     for own, other in zip(model.parameters(), wanted.parameters(), strict=True):
@@ -106,11 +106,11 @@ def refuses(folder):
     grid = world()
     model, _ = built(grid, 0, experts=8)
     with pytest.raises(StoreError, match=r"experts.up of shape|shape"):
-        read_tensors(folder, model_tensors(model), grid)
+        read_tensors(folder, model_tensors(model, grid), grid)
     model, _ = built(grid, 0)
     with pytest.raises(StoreError, match="missing more"):
-        read_tensors(folder, {**model_tensors(model), "more": torch.zeros(1)}, grid)
-    fewer = model_tensors(model)
+        read_tensors(folder, {**model_tensors(model, grid), "more": torch.zeros(1)}, grid)
+    fewer = model_tensors(model, grid)
     fewer.pop("0.bias")
     with pytest.raises(StoreError, match=r"not used 0\.bias"):
         read_tensors(folder, fewer, grid)
@@ -130,7 +130,7 @@ def modules_keep_their_names(folder):
     experts = [nn.Linear(D, D) for _ in range(4)]
     wanted = {f"experts.experts.{n}.weight": expert.weight.clone() for n, expert in enumerate(experts)}
     layer = MoE(TopKRouter(D, 4), ModuleExperts(experts), strategy=Sharded(grid))
-    write_tensors(folder, "weights", model_tensors(layer), grid)
+    write_tensors(folder, "weights", model_tensors(layer, grid), grid)
     stored = stored_shapes(folder)
     kept = {name: p.detach().clone() for name, p in layer.named_parameters()}
     with torch.no_grad():
@@ -138,7 +138,7 @@ def modules_keep_their_names(folder):
             parameter.zero_()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
     make_optimizer_state(layer, optimizer, folder, grid)
-    read_tensors(folder, model_tensors(layer), grid)
+    read_tensors(folder, model_tensors(layer, grid), grid)
     assert all(torch.equal(p, kept[name]) for name, p in layer.named_parameters())
     return all(name in stored for name in wanted)
 
@@ -150,7 +150,7 @@ def test_modules_as_experts_are_kept_under_their_own_numbers(tmp_path: Path) -> 
 def saves_on_a_full_disk(folder):
     grid = world()
     model, optimizer = built(grid, 0)
-    with_state(model, optimizer)
+    with_state(model, optimizer, grid)
     save_checkpoint(folder, model, optimizer, {"step": 1}, grid)
 
     def full(*_args):
