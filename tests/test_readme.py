@@ -1,5 +1,6 @@
 """What the README and the docs tell a newcomer to type is true."""
 
+import functools
 import re
 import shlex
 import subprocess
@@ -35,6 +36,15 @@ def commands() -> list[str]:
     return sorted({line.split("  #")[0].strip() for line in lines} - {""})
 
 
+@functools.cache
+def help_of(*words: str) -> str:
+    """What a command says of itself; it takes seconds to start."""
+    program = Path(sys.executable).with_name("synchromesh")
+    run = subprocess.run([program, *words, "--help"], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
 @pytest.mark.parametrize("command", commands())
 def test_commands_on_the_page_exist(command):
     """`make` targets exist, programs lie where they are called, and the command line knows every option used."""
@@ -51,16 +61,9 @@ def test_commands_on_the_page_exist(command):
             assert option in run.stdout
     else:
         assert words[0].endswith("synchromesh"), f"nothing checks {command!r}"
-        recipe = words[2:3] if words[1] == "train" else []
-        run = subprocess.run(
-            [Path(sys.executable).with_name("synchromesh"), words[1], *recipe, "--help"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert run.returncode == 0, run.stderr
+        said = help_of(words[1], *(words[2:3] if words[1] == "train" else []))
         for option in [word.split("=")[0] for word in words[2:] if word.startswith("--")]:
-            assert option in run.stdout, f"{command!r}: {option}"
+            assert option in said, f"{command!r}: {option}"
 
 
 def prose(page: Path) -> str:
