@@ -47,7 +47,7 @@ examples:
   synchromesh train finetune_1k --data photos/ --start.weights runs/big --start.freeze moe
   synchromesh eval runs/demo
   synchromesh predict digit.png another.png --run runs/demo --json
-  synchromesh verify --world 4                    the same on your cluster: torchrun ... -m synchromesh.cli verify
+  synchromesh verify --world 4                    the same on your cluster: torchrun ... -m -- synchromesh.cli verify
 
 synchromesh COMMAND --help says more.
 """
@@ -309,7 +309,7 @@ def _verify(given: list[str]) -> int:
         "Run every legal parallel plan of a layer on these ranks and devices, and compare outputs and all gradients "
         "with the definition, computed in one process.\n\n"
         "  synchromesh verify --world 4 --ranks-per-node 2\n"
-        "  torchrun --nnodes 2 --nproc-per-node 8 ... -m synchromesh.cli verify --dtype bfloat16"
+        "  torchrun --nnodes 2 --nproc-per-node 8 ... -m -- synchromesh.cli verify --dtype bfloat16"
     )
     options = _parse(VerifyOptions, given, prog="synchromesh verify", about=about)
     if options.world < 1:

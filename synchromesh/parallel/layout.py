@@ -139,7 +139,7 @@ class Layout:
             self._tensors[name, device] = torch.tensor(numbers(), device=device)
         return self._tensors[name, device]
 
-    @property
+    @cached_property
     def in_expert_order(self) -> bool:
         """Whether slots are the experts, one each and in order: rows sorted by expert are then sorted by slot."""
         return self.destinations == [[expert] for expert in range(self.num_experts)]

@@ -50,6 +50,11 @@ def summed(grid: Grid, values: Tensor) -> Tensor:
     return values
 
 
+def counted(grid: Grid, values: Sequence[int], device: torch.device) -> list[int]:
+    """Return the sum of each number over ranks; one process asks no device."""
+    return list(values) if grid.group is None else summed(grid, torch.tensor(values, device=device)).tolist()
+
+
 def largest(grid: Grid, values: Sequence[int], device: torch.device) -> list[int]:
     """Return the largest of each number over ranks."""
     if grid.group is None:

@@ -19,7 +19,7 @@ from synchromesh.comm.grid import Grid
 from synchromesh.parallel.sharded import Sharded
 from synchromesh.parallelize import parallelize
 from synchromesh.record import load_stats
-from synchromesh.training.agree import ALONE, largest, loads_over_ranks, on_first, summed
+from synchromesh.training.agree import ALONE, counted, largest, loads_over_ranks, on_first
 from synchromesh.training.architecture import expert_counts
 from synchromesh.training.checkpoint import (
     checkpoint_folder,
@@ -204,7 +204,7 @@ class _Loop:
         now = self.standing
         for text in batch.bad[: max(0, BAD_SHOWN - now.bad_images)]:
             self._tell("note", text=f"left out: {text}")
-        images, bad = summed(self.grid, torch.tensor([len(batch.labels), len(batch.bad)], device=self.device)).tolist()
+        images, bad = counted(self.grid, [len(batch.labels), len(batch.bad)], self.device)
         now.bad_images += bad
         if images > 0:
             classes = len(self.job.images.train.classes)

@@ -35,7 +35,7 @@ def tool(command: str) -> None:
 def nodes() -> Iterator[None]:
     """Two nodes and a cable."""
     if os.geteuid() != 0:
-        pytest.skip("network namespaces need root")
+        pytest.skip("network namespaces need root")  # a user's machine; as root it runs
     try:
         for node in NODES:
             tool(f"ip netns add {node}")
@@ -46,7 +46,7 @@ def nodes() -> Iterator[None]:
             tool(f"ip -n {node} link set eth0 up")
     except (subprocess.CalledProcessError, FileNotFoundError) as error:
         remove()
-        pytest.skip(f"no network namespaces here: {error}")
+        pytest.skip(f"no network namespaces here: {error}")  # a container may forbid them, or lack `ip`
     yield
     remove()
 
