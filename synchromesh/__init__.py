@@ -1,5 +1,6 @@
 """synchromesh: Mixture-of-Experts layers for PyTorch that run at the speed of the hardware."""
 
+from synchromesh.adaptive import Adaptive, Council
 from synchromesh.capacity import Capacity, Dropless, FixedCapacity, NeededCapacity, batch_prioritized, token_order
 from synchromesh.comm.grid import Grid
 from synchromesh.experts import Experts, GatedMLPExperts, MLPExperts, ModuleExperts
@@ -12,6 +13,7 @@ from synchromesh.parallelize import (
     DDP,
     FSDP2,
     accumulating,
+    adaptive_layers,
     clip_grad_norm,
     distribute,
     expert_parameters,
@@ -39,10 +41,12 @@ __version__ = "0.1.0"
 __all__ = [
     "DDP",
     "FSDP2",
+    "Adaptive",
     "AsIs",
     "BiasBalance",
     "Capacity",
     "CosineRouter",
+    "Council",
     "Dropless",
     "ExpertChoiceRouter",
     "Experts",
@@ -74,6 +78,7 @@ __all__ = [
     "Workload",
     "ZLoss",
     "accumulating",
+    "adaptive_layers",
     "aux_loss",
     "batch_prioritized",
     "clip_grad_norm",

@@ -19,7 +19,10 @@ from synchromesh.comm.grid import Grid, LostRankError, in_job, job_name, joined,
 from synchromesh.commands.convert import run_convert
 from synchromesh.commands.evaluate import EvalRequest, run_eval
 from synchromesh.commands.launch import launch
+from synchromesh.commands.plan import PlanRequest, run_plan
+from synchromesh.commands.plans import PlansRequest, run_plans
 from synchromesh.commands.predict import PredictRequest, run_predict
+from synchromesh.commands.profile import ProfileRequest, run_profile
 from synchromesh.commands.report import run_report
 from synchromesh.commands.train import train
 from synchromesh.commands.verify import DTYPES, VerifyRequest, run_verify
@@ -39,6 +42,9 @@ usage: synchromesh COMMAND ...
   report RUN          write report.html of a run, finished or not
   convert RUN FILE    write the weights of a run as one safetensors file
   verify              prove on these ranks that every parallel plan computes the same
+  profile FILE        measure this cluster: links, products, memory
+  plan                what a model costs on a cluster, and how it should run there
+  plans RUN ...       what the layers of a run found out about their plans
 
 examples:
   synchromesh train demo                          a SwinV2-MoE learns digits, on a CPU, in minutes
@@ -47,6 +53,7 @@ examples:
   synchromesh train finetune_1k --data photos/ --start.weights runs/big --start.freeze moe
   synchromesh eval runs/demo
   synchromesh predict digit.png another.png --run runs/demo --json
+  synchromesh plan --model swinv2_moe_b --cluster a100_hdr --world 8..2048
   synchromesh verify --world 4                    the same on your cluster: torchrun ... -m -- synchromesh.cli verify
 
 synchromesh COMMAND --help says more.
@@ -321,6 +328,36 @@ def _verify(given: list[str]) -> int:
         return run_verify(request, grid, console=OUT)
 
 
+def _profile(given: list[str]) -> int:
+    about = (
+        "Measure these ranks in under a minute: products by shape, memory, links by message size, overlap.\n\n"
+        "  synchromesh profile here.json --world 2\n"
+        "  torchrun --nnodes 2 --nproc-per-node 8 ... -m -- synchromesh.cli profile cluster.json"
+    )
+    request = _parse(ProfileRequest, given, prog="synchromesh profile", about=about)
+    if request.world < 1:
+        raise InputError(f"--world is {request.world}, wanted a number of ranks")
+    if request.world > 1 and not in_job():
+        return launch(["profile", *given], request.world, errors=ERRORS)
+    with joined() as grid:
+        return run_profile(request, grid, console=_first(grid, OUT))
+
+
+def _plan(given: list[str]) -> int:
+    about = (
+        "Predict a model's step on a described cluster, and choose the plan of each kind of its MoE layers.\n\n"
+        "  synchromesh plan --model swinv2_moe_b --cluster a100_hdr --world 8..2048 --batch 128\n"
+        "  synchromesh plan --layer 16384 2048 2048 64 2 --cluster h100_ndr --world 512\n"
+        "  synchromesh plan --model qwen3/config.json --length 4096 --batch 1 --world 8..65536 --fsdp"
+    )
+    return run_plan(_parse(PlanRequest, given, prog="synchromesh plan", about=about), console=OUT)
+
+
+def _plans(given: list[str]) -> int:
+    about = "Show what the layers of runs found out about their plans, or merge it into one file."
+    return run_plans(_parse(PlansRequest, given, prog="synchromesh plans", about=about), console=OUT)
+
+
 def _parse(kind: type[Options], given: list[str], *, prog: str, about: str, default: Options | None = None) -> Options:
     settings = (tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues)
     try:
@@ -339,6 +376,9 @@ COMMANDS: Mapping[str, Callable[[list[str]], int]] = MappingProxyType(
         "report": _report,
         "convert": _convert,
         "verify": _verify,
+        "profile": _profile,
+        "plan": _plan,
+        "plans": _plans,
     }
 )
 

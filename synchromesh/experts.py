@@ -45,12 +45,15 @@ class Experts(nn.Module, ABC):
         num_experts: E, of the layer. width: D, of the rows in and out; None where the experts do not say.
         cut: what is held here of all experts.
         output_parts: names of the parts that are added to the output rows, E * D numbers each.
+        matrices: number of matrices [hidden, width] of each expert. vectors: numbers in each of its biases.
     """
 
     num_experts: int
     width: int | None
     cut: Cut = WHOLE
     output_parts: ClassVar[frozenset[str]] = frozenset()
+    matrices: ClassVar[int] = 2
+    vectors: tuple[int, ...] = ()
 
     @abstractmethod
     def parts(self) -> dict[str, Tensor]:
@@ -97,6 +100,11 @@ class StackedExperts(Experts):
 
     def parts(self) -> dict[str, Tensor]:
         return {name: parameter.flatten(0, 1) for name, parameter in self.named_parameters(recurse=False)}
+
+    @property
+    def vectors(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        biases = [name for name, _ in self.named_parameters(recurse=False) if name.endswith("bias")]
+        return tuple(self.hidden if name != "down_bias" else self.width or 0 for name in biases)
 
     def hold(self, cut: Cut) -> None:
         if cut == self.cut == WHOLE:
@@ -186,6 +194,8 @@ class GatedMLPExperts(StackedExperts):
 
     Parameters: `gate`, `up`, `down [E F D]`; with bias `gate_bias`, `up_bias [E F]`, `down_bias [E D]`.
     """
+
+    matrices = 3
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from synchromesh.capacity import Capacity, Dropless
+from synchromesh.capacity import Capacity, Dropless, FixedCapacity
 from synchromesh.experts import Experts
 from synchromesh.losses import AgreeSum, Loss, OverRanks
 from synchromesh.parallel.strategy import Local, Strategy, compute_dtype
@@ -126,14 +126,18 @@ class MoE(nn.Module):
 
     def _choose(self, x_TD: Tensor, options: Options) -> Choice:
         capacity = options.capacity or self.capacity
+        choices = options.k or getattr(self.router, "k", 1)
         workload = Workload(
             rows=x_TD.shape[0],
-            choices=options.k or getattr(self.router, "k", 1),
+            choices=choices,
             width=x_TD.shape[1],
             hidden=getattr(self.experts, "hidden", x_TD.shape[1]),
             experts=self.experts.num_experts,
             dtype=compute_dtype(x_TD),
             training=self.training,
+            capacity=_known_beforehand(capacity, choices, self.experts.num_experts),
+            matrices=self.experts.matrices,
+            vectors=self.experts.vectors,
         )
         plan = self.strategy.choose(workload, capacity) if options.plan is None else options.plan
         reason = self.strategy.refusal(plan, workload, capacity)
@@ -160,7 +164,8 @@ class MoE(nn.Module):
             return
         counts = routing.tokens_per_expert()
         losses = [loss(routing, self._agreed(loss)) for loss in self.losses] if training else []
-        forward = Forward(torch.stack(losses).sum() if losses else None, counts, counts.sum() - rowmap.ends[-1], plan)
+        loss, dropped = torch.stack(losses).sum() if losses else None, counts.sum() - rowmap.ends[-1]
+        forward = Forward(loss, counts, dropped, plan, self.strategy.take_waited())
         trained = self.record.add(forward, training=training)
         if trained is not None:
             for module in self.router.modules():
@@ -190,6 +195,13 @@ def routing_options(
     finally:
         for layer, options in zip(layers, before, strict=True):
             layer.options = options
+
+
+def _known_beforehand(capacity: Capacity, choices: int, experts: int) -> int | None:
+    """Return the rows of an expert that every rank knows without a look at its tokens; None where there are none."""
+    if not isinstance(capacity, FixedCapacity) or capacity.tokens is None:
+        return None
+    return capacity.rows_per_expert(tokens=capacity.tokens, choices=choices, experts=experts)
 
 
 def _alone(value: Tensor) -> Tensor:

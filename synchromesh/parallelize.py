@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from synchromesh.adaptive import Adaptive, Council
 from synchromesh.comm.grid import Grid
 from synchromesh.layer import MoE
 from synchromesh.parallel.sharded import Sharded
@@ -96,7 +97,7 @@ def parallelize(
 
     Args:
         shared: `DDP()` or `FSDP2(...)`, for all parameters but experts.
-        strategy: makes the strategy of each layer; None is `Sharded(grid)`.
+        strategy: makes the strategy of each layer; None is `Adaptive(grid)`, which finds the best plans itself.
         outer: the ranks that hold the same part of the experts in other grids, data parallel to this one.
 
     Returns:
@@ -124,9 +125,16 @@ def distribute(model: nn.Module, grid: Grid, *, strategy: Callable[[], Sharded] 
     Raises:
         ValueError: the experts of a layer cannot be cut over the grid.
     """
+    council = Council(grid)
     for layer in _layers(model):
         if isinstance(layer.strategy, Local) and grid.size > 1:
-            layer.distribute(Sharded(grid) if strategy is None else strategy())
+            layer.distribute(Adaptive(grid, council=council) if strategy is None else strategy())
+
+
+def adaptive_layers(model: nn.Module) -> dict[str, Adaptive]:
+    """Return the strategies that choose their own plans, by the names of their layers."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
+    return {name: layer.strategy for name, layer in layers if isinstance(layer.strategy, Adaptive)}
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

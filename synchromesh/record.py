@@ -20,12 +20,13 @@ UNREAD_LIMIT = 64  # forwards whose losses are kept until they are read
 
 @dataclass(frozen=True)
 class Forward:
-    """What one forward reports. aux_loss is None where it is not trained."""
+    """What one forward reports. aux_loss is None where it is not trained; waited: seconds, see `LoadStats`."""
 
     aux_loss: Float[Tensor, ""] | None
     tokens_per_expert: Int[Tensor, " E"]
     dropped: Int[Tensor, ""]
     plan: Plan
+    waited: float = 0.0
 
 
 class Record(nn.Module):
@@ -53,7 +54,7 @@ class Record(nn.Module):
 
     def _add(self, forward: Forward, *, training: bool, first: Tensor | bool) -> Int[Tensor, " E"] | None:
         counts, dropped = forward.tokens_per_expert * first, forward.dropped * first
-        stats = LoadStats(counts, dropped, forward.plan)
+        stats = LoadStats(counts, dropped, forward.plan, forward.waited)
         self._observed = [_sum(seen, stats) for seen in self._observed]
         if not training:
             return None

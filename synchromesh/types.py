@@ -83,6 +83,9 @@ class Workload:
 
     Attributes:
         rows: tokens per rank. choices: K. skew: bucket of largest over mean rows of an expert, in powers of two.
+        capacity: most rows of an expert from one rank, where all ranks know it beforehand.
+        matrices: of an expert, [hidden, width] each: 2, or 3 where it is gated.
+        vectors: numbers in each bias of an expert.
     """
 
     rows: int
@@ -93,6 +96,14 @@ class Workload:
     dtype: torch.dtype
     training: bool
     skew: int = 0
+    capacity: int | None = None
+    matrices: int = 2
+    vectors: tuple[int, ...] = ()
+
+    @property
+    def parts_per_expert(self) -> list[int]:
+        """Numbers in each parameter tensor of one expert."""
+        return [self.width * self.hidden] * self.matrices + list(self.vectors)
 
 
 @dataclass(frozen=True)
@@ -156,7 +167,9 @@ class LoadStats:
     Attributes:
         tokens_per_expert: int64, pairs routed to each expert, before dropping.
         dropped: int64, pairs dropped for lack of capacity.
-        plan: the plan of the last forward. exposed_communication: seconds the compute waited for the network.
+        plan: the plan of the last forward.
+        exposed_communication: seconds that this rank's compute waited for the network, in these forwards and in the
+            backwards before them; 0 on GPUs, whose streams wait instead.
     """
 
     tokens_per_expert: Int[Tensor, " E"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,27 +35,31 @@ class StoreError(ValueError):
     """Tensors cannot be written or read; the message is the same on all ranks."""
 
 
-def model_tensors(model: nn.Module, grid: Grid) -> dict[str, Tensor]:
+def model_tensors(
+    model: nn.Module, grid: Grid, *, take: Callable[[Tensor], Tensor] = Tensor.detach
+) -> dict[str, Tensor]:
     """Return what of a model is kept, by the names of its state dict; reading into them changes the model.
 
     Args:
-        grid: the ranks that its experts are spread over.
+        grid: the ranks that its experts are spread over. take: how to take hold of a tensor, such as by a copy.
     """
     experts = _parts_of_experts(model)
-    kept = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        if id(parameter) in experts:
-            kept[name] = _spread(parameter.detach(), grid)
-    return kept
+    kept = dict(model.state_dict())
+    spread = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in experts}
+    plain = {name: take(tensor) for name, tensor in kept.items() if name not in spread}
+    own = {name: _spread(take(parameter), grid) for name, parameter in spread.items()}
+    return {name: own[name] if name in own else plain[name] for name in kept}
 
 
-def optimizer_tensors(model: nn.Module, optimizer: Optimizer, grid: Grid) -> dict[str, Tensor]:
+def optimizer_tensors(
+    model: nn.Module, optimizer: Optimizer, grid: Grid, *, take: Callable[[Tensor], Tensor] = Tensor.detach
+) -> dict[str, Tensor]:
     """Return an optimizer's state as "exp_avg/<parameter>" and so on, laid out as the parameters are."""
     experts = _parts_of_experts(model)
     kept = {}
     for name, parameter in _named(model, optimizer):
         for kind, value in optimizer.state.get(parameter, {}).items():
-            state = torch.as_tensor(value).detach()
+            state = take(torch.as_tensor(value))
             alike = id(parameter) in experts and state.shape == parameter.shape
             kept[f"{kind}/{name}"] = _spread(state, grid) if alike else state
     return kept

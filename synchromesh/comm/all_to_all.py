@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from synchromesh.comm.collectives import InFlight, all_to_all
 from synchromesh.comm.grid import Grid
+from synchromesh.lattice import two_level_refusal
 
 Counts = NDArray[np.int64]
 
@@ -202,26 +203,13 @@ def all_to_all_between(grid: Grid, ranks: tuple[int, ...], *, two_level: bool) -
     """
     if not two_level:
         return FlatAllToAll(grid.axis(ranks))
-    reason = two_level_refusal(grid, ranks)
+    reason = two_level_refusal([grid.node_of(rank) for rank in ranks])
     if reason is not None:
         raise ValueError(f"no two-level all-to-all between the ranks {ranks}: {reason}")
     by_node = np.array(ranks).reshape(len({grid.node_of(rank) for rank in ranks}), -1)
     node, place = (int(index[0]) for index in np.nonzero(by_node == grid.rank))
     inside, across = tuple(by_node[node].tolist()), tuple(by_node[:, place].tolist())
     return TwoLevelAllToAll(grid.axis(inside), grid.axis(across), *by_node.shape)
-
-
-def two_level_refusal(grid: Grid, ranks: tuple[int, ...]) -> str | None:
-    """Return why an exchange between these ranks cannot go in two levels; None where it can."""
-    nodes = [grid.node_of(rank) for rank in ranks]
-    sizes = {nodes.count(node) for node in nodes}
-    if nodes != sorted(nodes) or len(sizes) != 1:
-        return "they do not lie evenly on the nodes"
-    if len(set(nodes)) == 1:
-        return "they are on one node"
-    if sizes == {1}:
-        return "each is alone on its node"
-    return None
 
 
 def transpose_segments(rows: Tensor, sizes: Counts) -> Tensor:

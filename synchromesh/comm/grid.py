@@ -109,6 +109,18 @@ class Grid:
             self._groups[ranks] = group
         return self._groups[ranks]
 
+    def apart(self) -> Grid:
+        """Return the same ranks with a gloo group of their own, whose collectives never mix with this grid's.
+
+        All ranks of the grid call it together.
+        """
+        if self.group is None:
+            return self
+        ranks, timeout = self._global_ranks, self.timeout
+        group = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True, sort_ranks=False)
+        assert isinstance(group, ProcessGroup)
+        return Grid(group, ranks_per_node=self.ranks_per_node, timeout=timeout)
+
     def __repr__(self) -> str:
         return f"Grid(rank {self.rank} of {self.size}, {self.nodes} nodes of {self.ranks_per_node})"
 

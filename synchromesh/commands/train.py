@@ -174,7 +174,6 @@ def _fit_stage(stage: Stage, run: _Run) -> Finished:
                 stop=run.stop,
                 tell=progress.tell,
                 grid=run.grid,
-                plan=config.sharing.plan(),
             )
         )
     return Finished(outcome, size)
@@ -209,6 +208,9 @@ def _closing_table(console: Console, summary: dict[str, Any], folder: Path) -> N
         table.add_row(title, *(form.format(summary[prefix + name]) for prefix, _ in columns))
     if summary["test_load"]:
         table.add_row("dead experts", str(summary["dead_experts"]), *[""] * (len(columns) - 1))
+    for layer, plans in summary["plans"].items():
+        often = sorted(plans.items(), key=lambda item: -item[1])
+        table.add_row(f"plans of {layer}", "\n".join(f"{plan}: {count:,}" for plan, count in often))
     console.print(table)
     bad, test_bad = summary["bad_images"], summary["test_bad_images"]
     if bad or test_bad:

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from synchromesh.comm.all_to_all import Route
 from synchromesh.comm.collectives import InFlight
+from synchromesh.parallel.waiting import Waiting
 from synchromesh.parallel.wire import Wire
 
 
@@ -23,11 +24,11 @@ class Exchange:
 
     Args:
         route: who gets how many. there: towards the experts; else back to where the tokens are.
-        wire: how rows are written for the way.
+        wire: how rows are written for the way. waiting: adds up the time until they arrive.
     """
 
-    def __init__(self, route: Route, wire: Wire, *, there: bool) -> None:
-        self._route, self._wire, self._there = route, wire, there
+    def __init__(self, route: Route, wire: Wire, waiting: Waiting, *, there: bool) -> None:
+        self._route, self._wire, self._waiting, self._there = route, wire, waiting, there
         self._flight: InFlight | None = None
 
     def start(self, rows: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ class Exchange:
         """Wait, and hold nothing any more."""
         assert self._flight is not None, "an exchange was finished before it was started"
         flight, self._flight = self._flight, None
-        return self._wire.read(flight.wait(), self._dtype)
+        return self._wire.read(self._waiting.for_(flight), self._dtype)
 
 
 class _Start(Function):

@@ -16,33 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def check_sizes(world: int, num_experts: int) -> None:
-    """Raise ValueError where the experts cannot be cut evenly over the ranks."""
-    if world % num_experts and num_experts % world:
-        near = [e for e in range(1, 2 * max(world, num_experts) + 1) if world % e == 0 or e % world == 0]
-        below = max((e for e in near if e < num_experts), default=1)
-        above = min(e for e in near if e > num_experts)
-        raise ValueError(
-            f"got {num_experts} experts on {world} ranks, wanted one number to divide the other: "
-            f"take {below} or {above} experts, or a grid of another size"
-        )
-
-
-def refusal(world: int, num_experts: int, gather: int, *, near: bool) -> str | None:
-    """Return why ranks cannot pool their parts in this way; None where they can."""
-    shards = max(1, world // num_experts)
-    if world % gather:
-        return f"gather = {gather} does not divide the {world} ranks"
-    if gather in (1, world) and not near:
-        return f"near and far are one plan at gather = {gather}: take near"
-    kind, pooled = ("gather", gather) if near else ("ranks / gather", world // gather)
-    if pooled % shards and shards % pooled:
-        return (
-            f"{kind} = {pooled} and the {shards} shards of an expert do not divide one another: "
-            "some ranks would hold more of an expert than others"
-        )
-    return None
+from synchromesh.lattice import check_sizes, layout_refusal, shards_of_an_expert
 
 
 @dataclass(frozen=True)
@@ -61,14 +35,14 @@ class Layout:
 
     def __post_init__(self) -> None:
         check_sizes(self.world, self.num_experts)
-        reason = refusal(self.world, self.num_experts, self.gather, near=self.near)
+        reason = layout_refusal(self.world, self.num_experts, self.gather, near=self.near)
         if reason is not None:
             raise ValueError(f"no layout of {self.num_experts} experts on {self.world} ranks: {reason}")
 
     @property
     def shards(self) -> int:
         """S: parts that an expert is cut into; 1 where a part holds whole experts."""
-        return max(1, self.world // self.num_experts)
+        return shards_of_an_expert(self.world, self.num_experts)
 
     @property
     def members(self) -> int:

@@ -22,6 +22,7 @@ from synchromesh.kernels.grouped_mm import equal
 from synchromesh.parallel.dispatch import even_map, ragged_map, rows_per_slot
 from synchromesh.parallel.exchange import Exchange
 from synchromesh.parallel.layout import Layout
+from synchromesh.parallel.waiting import Waiting
 from synchromesh.parallel.wire import Wire
 from synchromesh.types import Routing, RowMap
 
@@ -82,6 +83,7 @@ def exchange_and_compute(
     experts: Experts,
     *,
     wire: Wire,
+    waiting: Waiting,
     weights: Callable[[], Mapping[str, Tensor]],
 ) -> Float[Tensor, "S D"]:
     """Send rows to their experts, compute there, return the results to where the rows lay; the tail is left out.
@@ -89,12 +91,12 @@ def exchange_and_compute(
     `weights` is called once the rows are on their way, and waits for what the experts compute with.
     """
     *pieces, _ = rows.split([*traffic.sizes, len(rows) - sum(traffic.sizes)])
-    going = [Exchange(route, wire, there=True) for route in traffic.routes]
+    going = [Exchange(route, wire, waiting, there=True) for route in traffic.routes]
     tokens = [exchange.start(piece) for exchange, piece in zip(going, pieces, strict=True)]
     ready, coming = weights(), []
     for exchange, token, route, ends in zip(going, tokens, traffic.routes, traffic.ends, strict=True):
         out = experts.compute(exchange.finish(token), ends, ready, traffic.kernels)
-        back = Exchange(route, wire, there=False)
+        back = Exchange(route, wire, waiting, there=False)
         coming.append((back, back.start(out)))
     returned = [exchange.finish(token) for exchange, token in coming]
     return returned[0] if len(returned) == 1 else torch.cat(returned)

@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed import ProcessGroup
 
 from synchromesh.comm.collectives import InFlight, all_gather, reduce_scatter
+from synchromesh.parallel.waiting import Waiting
 
 
 class Pool:
@@ -21,11 +22,11 @@ class Pool:
 
     Args:
         group: who pools; None is this rank alone, with nothing to send.
-        again: keep nothing for backward, gather once more there.
+        waiting: adds up the time until parts arrive. again: keep nothing for backward, gather once more there.
     """
 
-    def __init__(self, group: ProcessGroup | None, *, again: bool = False) -> None:
-        self._group, self._again = group, again and group is not None
+    def __init__(self, group: ProcessGroup | None, waiting: Waiting, *, again: bool = False) -> None:
+        self._group, self._waiting, self._again = group, waiting, again and group is not None
         self._parts: dict[str, Tensor] = {}
         self._flights: list[InFlight] = []
         self._own: list[Tensor] = []  # what to gather again
@@ -75,7 +76,7 @@ class Pool:
 
     def end(self) -> list[Tensor]:
         flights, self._flights = self._flights, []
-        return [flight.wait() for flight in flights]
+        return [self._waiting.for_(flight) for flight in flights]
 
     def anew(self, number: int) -> Tensor:
         """Return a part as gathered in this backward."""

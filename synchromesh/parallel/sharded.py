@@ -7,7 +7,6 @@ rows between the W/g groups; g = 1 is expert parallelism, g = W data parallelism
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import product
 from typing import Any
 
 import torch
@@ -18,20 +17,20 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from synchromesh.capacity import Capacity, FixedCapacity
-from synchromesh.comm.all_to_all import AllToAll, all_to_all_between, two_level_refusal
+from synchromesh.comm.all_to_all import AllToAll, all_to_all_between
 from synchromesh.comm.grid import Grid
 from synchromesh.experts import Cut, Experts
 from synchromesh.kernels import Kernels, kernels_for
+from synchromesh.lattice import Ranks, check_sizes, every_plan, refusal
 from synchromesh.parallel.dispatch import weights_per_row
-from synchromesh.parallel.layout import Layout, check_sizes, refusal
+from synchromesh.parallel.layout import Layout
 from synchromesh.parallel.pipeline import even_traffic, exchange_and_compute, ragged_traffic
 from synchromesh.parallel.pool import Pool
 from synchromesh.parallel.strategy import Strategy, compute_dtype, compute_here
+from synchromesh.parallel.waiting import Waiting
 from synchromesh.parallel.wire import AS_IS, Wire
 from synchromesh.recompute import checkpointed
 from synchromesh.types import Plan, Routing, RowMap, Workload
-
-CHUNKS = (1, 2, 4, 8)
 
 
 class Sharded(Strategy):
@@ -48,6 +47,7 @@ class Sharded(Strategy):
         self, grid: Grid, *, plan: Plan | None = None, kernels: Kernels | None = None, wire: Wire = AS_IS
     ) -> None:
         self.grid, self.plan, self.kernels, self.wire = grid, plan, kernels, wire
+        self._waiting = Waiting()
         self._layouts: dict[tuple[int, int, bool], Layout] = {}
         self._exchanges: dict[tuple[tuple[int, ...], bool], AllToAll] = {}
         self._refusals: dict[tuple[Plan, int, bool], str | None] = {}
@@ -60,39 +60,15 @@ class Sharded(Strategy):
         return self.plan or Plan(gather=max(1, self.grid.size // workload.experts))
 
     def plans(self) -> Iterable[Plan]:
-        degrees = [g for g in range(1, self.grid.size + 1) if self.grid.size % g == 0]
-        fields = product(degrees, (True, False), CHUNKS, (False, True), (True, False), (False, True))
-        return (Plan(*values) for values in fields)
+        return every_plan(self.grid.size)
 
     def refusal(self, plan: Plan, workload: Workload, capacity: Capacity) -> str | None:
         known_beforehand = isinstance(capacity, FixedCapacity) and capacity.tokens is not None
         key = (plan, workload.experts, known_beforehand)
         if key not in self._refusals:
-            self._refusals[key] = self._refusal(*key)
+            ranks = Ranks(self.grid.size, self.grid.ranks_per_node)
+            self._refusals[key] = refusal(plan, ranks, workload.experts, known_beforehand=known_beforehand)
         return self._refusals[key]
-
-    def _refusal(self, plan: Plan, num_experts: int, known_beforehand: bool) -> str | None:
-        """Answer for the whole grid: every rank must come to the same answer."""
-        world = self.grid.size
-        check_sizes(world, num_experts)
-        reason = refusal(world, num_experts, plan.gather, near=plan.near)
-        if reason is not None:
-            return reason
-        if plan.regather and plan.gather == 1:
-            return "nothing is gathered at gather = 1 that could be gathered again"
-        if plan.gather == world:
-            if plan.chunks > 1 or plan.two_level or not plan.ragged:
-                return f"no rows are exchanged at gather = {world}: chunks, two levels and an even wire have no meaning"
-            return None
-        if plan.two_level:
-            layout = self._layout(num_experts, plan)
-            for ranks in dict.fromkeys(layout.exchange_group(rank) for rank in range(world)):
-                reason = two_level_refusal(self.grid, ranks)
-                if reason is not None:
-                    return f"no two-level all-to-all between the ranks {ranks}: {reason}"
-        if not plan.ragged and not known_beforehand:
-            return "an even wire wants a capacity that all ranks know beforehand: FixedCapacity(f, tokens=T_max)"
-        return None
 
     def run(
         self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, experts: Experts, plan: Plan
@@ -102,8 +78,9 @@ class Sharded(Strategy):
         x = x.to(compute_dtype(x))
         kernels = self.kernels or kernels_for(x.device)
         layout = self._layout(experts.num_experts, plan)
-        pool = Pool(self.grid.axis(layout.gather_group(self.grid.rank)), again=plan.regather and not checkpointed())
-        own = _own_parts(experts, x.dtype, self.grid.size)
+        again = plan.regather and not checkpointed()
+        pool = Pool(self.grid.axis(layout.gather_group(self.grid.rank)), self._waiting, again=again)
+        x, own = self.entering(x, _own_parts(experts, x.dtype, self.grid.size))
 
         def weights() -> Mapping[str, Tensor]:
             return _seen_by_expert(pool.finish(token), experts, layout, layout.member(self.grid.rank))
@@ -111,14 +88,22 @@ class Sharded(Strategy):
         if layout.members == 1:
             token = pool.start(own)
             with pool.forgetting():
-                return pool.reopen(compute_here(x, routing, rowmap, experts, weights(), kernels))
+                return self.leaving(pool.reopen(compute_here(x, routing, rowmap, experts, weights(), kernels)))
         traffic_of = ragged_traffic if plan.ragged else even_traffic
         traffic = traffic_of(routing, rowmap, layout, self._between(layout, plan), chunks=plan.chunks, kernels=kernels)
         token = pool.start(own)
         rows = traffic.kernels.gather(x, traffic.rowmap)
         with pool.forgetting():
-            out = exchange_and_compute(rows, traffic, experts, wire=self.wire, weights=weights)
-        return traffic.kernels.combine(pool.reopen(out), weights_per_row(routing, layout), traffic.rowmap)
+            out = exchange_and_compute(rows, traffic, experts, wire=self.wire, waiting=self._waiting, weights=weights)
+        return self.leaving(traffic.kernels.combine(pool.reopen(out), weights_per_row(routing, layout), traffic.rowmap))
+
+    def entering(self, x: Tensor, own: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """See, and return, what a forward starts with: tokens, and what this rank owns of the experts."""
+        return x, own
+
+    def leaving(self, y: Tensor) -> Tensor:
+        """See, and return, what a forward ends with."""
+        return y
 
     def agree_max(self, value: Tensor) -> Tensor:
         agreed = value.detach().clone()
@@ -128,6 +113,9 @@ class Sharded(Strategy):
 
     def agree_sum(self, value: Tensor) -> Tensor:
         return value if self.grid.group is None else _Sum.apply(value, self.grid)
+
+    def take_waited(self) -> float:
+        return self._waiting.take()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sharded:
         return self  # a copied layer runs on the same ranks

@@ -57,6 +57,10 @@ class Strategy(ABC):
     def agree_sum(self, value: Tensor) -> Tensor:
         """Return the sum over ranks, with gradient."""
 
+    def take_waited(self) -> float:
+        """Return the seconds that compute waited for the network since the last call."""
+        return 0.0
+
 
 @dataclass(frozen=True)
 class Local(Strategy):

@@ -70,7 +70,10 @@ def loads_over_ranks(grid: Grid, loads: dict[str, LoadStats]) -> dict[str, LoadS
         return loads
     pieces = [part for load in loads.values() for part in (load.tokens_per_expert, load.dropped[None])]
     total = iter(summed(grid, torch.cat(pieces)).split([len(piece) for piece in pieces]))
-    return {name: LoadStats(next(total), next(total)[0], load.plan) for name, load in loads.items()}
+    return {
+        name: LoadStats(next(total), next(total)[0], load.plan, load.exposed_communication)
+        for name, load in loads.items()
+    }
 
 
 def first_said(grid: Grid, said: str) -> str:

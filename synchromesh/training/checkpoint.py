@@ -16,11 +16,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from synchromesh.checkpoint.store import (
@@ -53,9 +54,36 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What one checkpoint holds, as it was at one moment.
+
+    Attributes:
+        state: contents of state.json, with "step". weights, optimizer: tensors by name, each rank's own part.
+    """
+
+    state: dict[str, Any]
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+    @staticmethod
+    def of(
+        model: nn.Module, optimizer: Optimizer, state: dict[str, Any], grid: Grid = ALONE, *, copy: bool = False
+    ) -> Snapshot:
+        """Look at what is there as it is; copy=True copies it, tensors to the CPU, and training may go on."""
+        take = _copied if copy else Tensor.detach
+        weights, moments = model_tensors(model, grid, take=take), optimizer_tensors(model, optimizer, grid, take=take)
+        return Snapshot(deepcopy(state) if copy else state, weights, moments)
+
+
 def save_checkpoint(
     root: Path, model: nn.Module, optimizer: Optimizer, state: dict[str, Any], grid: Grid = ALONE
 ) -> Path:
+    """Write what a model and its optimizer are now; see `write_checkpoint`."""
+    return write_checkpoint(root, Snapshot.of(model, optimizer, state, grid), grid)
+
+
+def write_checkpoint(root: Path, snapshot: Snapshot, grid: Grid = ALONE) -> Path:
     """Write `root/step-N` for state["step"] = N, and remove all but the newest `KEPT`. Return its folder.
 
     Every rank of the grid calls it; what is there already stays until all of it is written.
@@ -63,16 +91,16 @@ def save_checkpoint(
     Raises:
         InputError: on all ranks, where any could not write.
     """
-    folder = checkpoint_folder(root, state["step"])
+    folder = checkpoint_folder(root, snapshot.state["step"])
     temporary = folder.with_name(folder.name + ".tmp")
     on_first(grid, lambda: _empty(temporary))
     try:
-        files = write_tensors(temporary, "weights", model_tensors(model, grid), grid)
-        files += write_tensors(temporary, "optimizer", optimizer_tensors(model, optimizer, grid), grid)
+        files = write_tensors(temporary, "weights", snapshot.weights, grid)
+        files += write_tensors(temporary, "optimizer", snapshot.optimizer, grid)
     except StoreError as error:
         raise InputError(str(error)) from error
     sums = [line for lines in on_all(grid, lambda: _sums_of(files)) for line in lines]
-    on_first(grid, lambda: _finish(temporary, folder, state, sums))
+    on_first(grid, lambda: _finish(temporary, folder, snapshot.state, sums))
     return folder
 
 
@@ -155,6 +183,10 @@ def restore_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer, grid
         read_tensors(folder, optimizer_tensors(model, optimizer, grid), grid)
     except StoreError as error:
         raise InputError(str(error)) from error
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _empty(folder: Path) -> None:

@@ -86,28 +86,36 @@ class Keep:
 
 @dataclass(frozen=True)
 class Sharing:
-    """How ranks share the experts; every setting gives the same numbers. See docs/parallelism.md.
+    """How ranks share the experts; every setting gives the same numbers. See docs/parallelism.md, docs/tuning.md.
 
     Attributes:
+        adaptive: let every layer find its best plan while it trains, where the next five settings say no other.
         gather: ranks that pool their parts of the experts in each step; 0 pools just the shards of an expert.
         near: they are neighbours in rank order; else they lie as far apart as can be.
         chunks: pieces whose exchange runs under the compute of others.
         two_level: exchange inside nodes, then between them.
         regather: gather weights again in backward instead of keeping them.
+        cluster: whose profile tells what to try first: a name of `synchromesh plan --help`, or a file.
+        known: run folder or plans.json to begin with, of an earlier run on as many ranks.
+        replay: run folder or plans.json whose plans are repeated step by step, for the same numbers bit for bit.
     """
 
+    adaptive: bool = True
     gather: int = 0
     near: bool = True
     chunks: int = 1
     two_level: bool = False
     regather: bool = False
+    cluster: str | None = None
+    known: Path | None = None
+    replay: Path | None = None
 
     def __post_init__(self) -> None:
         at_least("sharing.", self, gather=0, chunks=1)
 
     def plan(self) -> Plan | None:
         """Return the plan; None leaves the choice to the strategy."""
-        if self == Sharing():
+        if (self.gather, self.near, self.chunks, self.two_level, self.regather) == (0, True, 1, False, False):
             return None
         return Plan(max(1, self.gather), self.near, self.chunks, self.two_level, regather=self.regather)
 

@@ -16,32 +16,31 @@ from torch import nn
 from torch.optim import Optimizer
 
 from synchromesh.comm.grid import Grid
-from synchromesh.parallel.sharded import Sharded
 from synchromesh.parallelize import parallelize
 from synchromesh.record import load_stats
 from synchromesh.training.agree import ALONE, counted, largest, loads_over_ranks, on_first
 from synchromesh.training.architecture import expert_counts
 from synchromesh.training.checkpoint import (
-    checkpoint_folder,
+    Snapshot,
     newest_checkpoint,
     restore_model,
     restore_optimizer,
     save_best,
-    save_checkpoint,
 )
 from synchromesh.training.config import TrainConfig
-from synchromesh.training.errors import InputError, StoppedError
+from synchromesh.training.errors import InputError, NonFiniteError, StoppedError
 from synchromesh.training.evaluate import EvalOptions, Evaluation, evaluate
 from synchromesh.training.images import Batch
 from synchromesh.training.interrupt import StopWish
 from synchromesh.training.loader import EpochPlace, Part, steps_per_epoch, train_batches
 from synchromesh.training.metrics import NAME, MetricsWriter, drop_rate, load_shares
 from synchromesh.training.optim import build_optimizer, make_schedule
+from synchromesh.training.plans import Plans, strategies
+from synchromesh.training.saver import Saver
 from synchromesh.training.sources import Splits
 from synchromesh.training.start import still
 from synchromesh.training.step import Trainee, prepare, train_step
 from synchromesh.training.window import Window
-from synchromesh.types import Plan
 
 BAD_SHOWN = 5  # unreadable images that are named; the rest is counted
 
@@ -70,7 +69,7 @@ class Job:
         config: the run. model: already on its device, with its first weights. images: to learn from and to score on.
         folder: of the run; continued from where it stands. identity: what a prediction needs besides the weights,
             stored with every checkpoint. stop: read between steps. tell: gets each `Event`, on the first rank.
-        grid: the ranks that train together. plan: how they share the experts; None is the strategy's choice.
+        grid: the ranks that train together.
     """
 
     config: TrainConfig
@@ -81,7 +80,6 @@ class Job:
     stop: StopWish
     tell: Callable[[Event], None]
     grid: Grid = ALONE
-    plan: Plan | None = None
 
     @property
     def epoch_steps(self) -> int:
@@ -120,10 +118,11 @@ class Standing:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: its numbers, and the evaluation of the last epoch's weights."""
+    """A finished run: its numbers, the evaluation of the last epoch's weights, and how often each layer ran a plan."""
 
     standing: Standing
     evaluation: Evaluation
+    plans: dict[str, dict[str, int]]
 
 
 def fit(job: Job) -> Outcome:
@@ -143,7 +142,8 @@ def fit(job: Job) -> Outcome:
                 break
             loop.train_epoch()
         loop.save()
-    return Outcome(loop.standing, loop.last_evaluation or loop.score())
+        loop.finish_saving()
+    return Outcome(loop.standing, loop.last_evaluation or loop.score(), loop.plans.ran())
 
 
 class _Loop:
@@ -152,7 +152,8 @@ class _Loop:
     def __init__(self, job: Job) -> None:
         self.job, self.config, self.model, self.grid = job, job.config, job.model, job.grid
         self.device = next(job.model.parameters()).device
-        run = parallelize(job.model, job.grid, strategy=lambda: Sharded(job.grid, plan=job.plan))
+        run = parallelize(job.model, job.grid, strategy=strategies(job.config.sharing, job.grid))
+        self.plans = Plans(job.model, job.grid, job.config.sharing)
         self.trainee, self.part = Trainee(job.model, run, job.grid), Part(job.grid.rank, job.grid.size)
         self.optimizer: Optimizer = build_optimizer(job.model, job.config.optim)
         self.schedule = make_schedule(
@@ -164,6 +165,7 @@ class _Loop:
         self.standing, self.window = Standing(), Window()
         self.last_evaluation: Evaluation | None = None
         self._saved: tuple[int, int] | None = None
+        self.saver, self._saving = Saver(job.checkpoints, job.grid.apart()), False
         size = self._restore()
         board = job.folder / "tensorboard" if job.config.keep.tensorboard else None
         self.metrics: MetricsWriter | None = None
@@ -175,7 +177,9 @@ class _Loop:
         self._clock = time.perf_counter()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        if self.grid.group is None or isinstance(error, StoppedError | NonFiniteError):
+            self.saver.join()  # else other ranks may be gone, and what they write with this one stays unfinished
         if self.metrics is not None:
             self.metrics.close()
 
@@ -231,7 +235,7 @@ class _Loop:
             }
             self._write("train", line)
             self.window = Window()
-        late = self._stop_if_asked()
+        late = self._heed_others()
         if late or (keep.checkpoint_steps and step % keep.checkpoint_steps == 0):
             self.save()
 
@@ -251,20 +255,19 @@ class _Loop:
         self._tick()
         line = {"loss": found.loss, "accuracy": found.accuracy, "images_per_second": found.images / found.seconds}
         self._write("test", {**line, "drop_rate": drop_rate(found.loads), "load": load_shares(found.loads)})
-        folder = self.save()
-        if better and self.config.keep.best:
-            on_first(self.grid, lambda: save_best(self.job.checkpoints, folder))
+        self.save(best=better and self.config.keep.best)
 
     def score(self) -> Evaluation:
         """Evaluate the weights as they are; a stop wish is heeded between two batches."""
         options = EvalOptions(self.config.loading, self.config.eval_batch_size, self.config.bf16)
         return evaluate(self.model, self.job.images.test, options, between=self._heed_stop, grid=self.grid)
 
-    def save(self) -> Path:
-        """Write a checkpoint of this moment, unless there is one; return its folder."""
+    def save(self, *, best: bool = False) -> None:
+        """Begin to write a checkpoint of this moment, unless there is one; best keeps it as the best one too."""
         now = self.standing
         if self._saved == (now.step, now.evaluated):
-            return checkpoint_folder(self.job.checkpoints, now.step)
+            return
+        self.finish_saving()
         self._tick()
         state = {
             "step": now.step,
@@ -274,13 +277,28 @@ class _Loop:
             "metrics_bytes": 0 if self.metrics is None else self.metrics.sync(),
             "grid": {"ranks": self.grid.size, "ranks_per_node": self.grid.ranks_per_node},
             "experts": expert_counts(self.model),
+            "plans": self.plans.state(),
             "versions": {"synchromesh": version("synchromesh"), "torch": torch.__version__},
             **self.job.identity,
         }
-        folder = save_checkpoint(self.job.checkpoints, self.model, self.optimizer, state, self.grid)
-        self._saved, self._saved_at = (now.step, now.evaluated), time.perf_counter()
-        self._tell("saved", text=str(folder))
-        return folder
+        apart = self.saver.grid
+        snapshot = Snapshot.of(self.model, self.optimizer, state, apart, copy=True)
+
+        def then(folder: Path) -> None:
+            if best:
+                on_first(apart, lambda: save_best(self.job.checkpoints, folder))
+
+        if self.grid.rank == 0:
+            self.plans.save(self.job.folder)
+        self.saver.start(snapshot, then)
+        self._saved, self._saved_at, self._saving = (now.step, now.evaluated), time.perf_counter(), True
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written; all ranks call it together."""
+        self.saver.join()
+        if self._saving:
+            self._saving = False
+            self._tell("saved", text=str(self.job.checkpoints))
 
     def _restore(self) -> int:
         """Continue from the newest unharmed checkpoint; return how many bytes of the metrics belong to it."""
@@ -295,6 +313,7 @@ class _Loop:
             )
         restore_model(found.folder, self.model, self.grid)
         restore_optimizer(found.folder, self.model, self.optimizer, self.grid)
+        self.plans.restore(found.state["plans"])
         self.standing = Standing(**found.state["standing"])
         self.window = Window.from_json(found.state["window"], self.device)
         self._saved = (self.standing.step, self.standing.evaluated)
@@ -307,15 +326,20 @@ class _Loop:
         self._tell("note", text=f"{text}; using the one before it")
 
     def _heed_stop(self) -> None:
-        self._stop_if_asked()
+        self._heed_others()
 
-    def _stop_if_asked(self) -> bool:
+    def _heed_others(self) -> bool:
         """Save and stop where any rank was asked to; else tell whether the first rank finds a checkpoint due."""
         late = self.grid.rank == 0 and time.perf_counter() - self._saved_at > self.config.keep.checkpoint_seconds
-        signal, due = largest(self.grid, [self.job.stop.signal or 0, int(late)], self.device)
+        wishes = [self.job.stop.signal or 0, int(late), int(self.saver.busy)]
+        signal, due, busy, *plans = largest(self.grid, [*wishes, *self.plans.ask()], self.device)
+        self.plans.tell(plans)
         if signal:
             self.save()
+            self.finish_saving()
             raise StoppedError(signal=signal, step=self.standing.step)
+        if self._saving and not busy:
+            self.finish_saving()
         return bool(due)
 
     def _tick(self) -> None:

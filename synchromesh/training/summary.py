@@ -28,7 +28,8 @@ class Finished:
 
         test_accuracy: share. test_loss: nats. train_seconds: wall time of all training, with evaluations and
         checkpoints. images_per_second: trained, in steps. parameters, active_parameters: counts. bad_images,
-        test_bad_images: unreadable ones left out, in all epochs and in the last evaluation.
+        test_bad_images: unreadable ones left out, in all epochs and in the last evaluation. plans: by layer, how many
+        training forwards ran by each plan; empty where it was fixed.
         """
         now, found = self.outcome.standing, self.outcome.evaluation
         values = {
@@ -44,6 +45,7 @@ class Finished:
             "test_bad_images": len(found.bad),
             "best_accuracy": now.best,
             "best_step": now.best_step,
+            "plans": self.outcome.plans,
         }
         return {prefix + name: value for name, value in values.items()}
 

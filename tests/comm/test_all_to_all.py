@@ -7,7 +7,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from synchromesh.comm.all_to_all import all_to_all_between, piece, transpose_segments, two_level_refusal
+from synchromesh.comm.all_to_all import all_to_all_between, piece, transpose_segments
 from synchromesh.comm.grid import Grid
 from synchromesh.testing.distributed import run_ranks
 
@@ -86,17 +86,6 @@ def test_two_levels_send_few_large_messages_between_nodes():
         assert sizes == [5, 5, 5, 5]
     for sizes in run_ranks(messages, 8, True):
         assert sizes == [20]
-
-
-@pytest.mark.parametrize(
-    ("ranks", "says"),
-    [((0, 1), "on one node"), ((0, 4), "alone"), ((0, 1, 4), "evenly"), ((4, 5, 0, 1), "evenly"), ((0, 1, 4, 5), None)],
-)
-def test_two_levels_are_refused_where_nodes_do_not_share_the_ranks_evenly(ranks, says):
-    grid = Grid(None)
-    grid.size, grid.ranks_per_node = 8, 4
-    reason = two_level_refusal(grid, ranks)
-    assert reason is None if says is None else says in reason
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.randoms(use_true_random=False), st.booleans())

@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from synchromesh.comm.all_to_all import piece
+from synchromesh.lattice import layout_refusal
 from synchromesh.parallel.dispatch import even_map, ragged_map, rows_per_slot, weights_per_row
-from synchromesh.parallel.layout import Layout, refusal
+from synchromesh.parallel.layout import Layout
 from synchromesh.testing.cases import routing_of, row_map_of
 from synchromesh.types import Routing, RowMap
 
@@ -18,7 +19,7 @@ def traffic(draw: st.DrawFn) -> tuple[Routing, RowMap, Layout, int]:
         Layout(world, experts, g, near)
         for g in range(1, world)
         for near in (True, False)
-        if refusal(world, experts, g, near=near) is None
+        if layout_refusal(world, experts, g, near=near) is None
     ]
     layout = draw(st.sampled_from(layouts))
     tokens, choices = draw(st.integers(0, 9)), draw(st.integers(1, 3))

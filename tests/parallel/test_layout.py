@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from synchromesh.parallel.layout import Layout, check_sizes, refusal
+from synchromesh.lattice import layout_refusal, row_copies
+from synchromesh.parallel.layout import Layout
+from synchromesh.types import Plan
 
 SIZES = [(w, e) for w in (1, 2, 3, 4, 6, 8, 12) for e in (1, 2, 3, 4, 6, 8, 12, 24) if w % e == 0 or e % w == 0]
 LAYOUTS = [
@@ -11,7 +13,7 @@ LAYOUTS = [
     for world, experts in SIZES
     for gather in range(1, world + 1)
     for near in (True, False)
-    if refusal(world, experts, gather, near=near) is None
+    if layout_refusal(world, experts, gather, near=near) is None
 ]
 
 
@@ -57,21 +59,16 @@ def test_row_copies_of_two_experts_on_eight_ranks(gather, near, copies):
     assert Layout(8, 2, gather, near).copies == copies
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_copies_of_a_row_are_those_that_the_lattice_tells(layout):
+    plan = Plan(gather=layout.gather, near=layout.near)
+    assert row_copies(layout.world, layout.num_experts, plan) == layout.copies
+
+
 @pytest.mark.parametrize(
     ("world", "experts", "gather", "near", "says"),
-    [
-        (6, 6, 4, True, "does not divide"),
-        (6, 6, 6, False, "one plan"),
-        (6, 3, 3, True, "shards"),
-        (12, 4, 2, True, "shards"),
-    ],
+    [(6, 6, 4, True, "does not divide"), (6, 6, 6, False, "one plan"), (6, 3, 3, True, "shards")],
 )
-def test_a_refused_plan_says_why(world, experts, gather, near, says):
-    assert says in str(refusal(world, experts, gather, near=near))
+def test_a_layout_that_cannot_be_says_why(world, experts, gather, near, says):
     with pytest.raises(ValueError, match=says):
         Layout(world, experts, gather, near)
-
-
-def test_experts_that_do_not_fit_the_ranks_are_refused_with_numbers_that_do():
-    with pytest.raises(ValueError, match="take 4 or 8 experts"):
-        check_sizes(4, 6)

@@ -1,0 +1,211 @@
+"""The cost model against steps that were measured on emulated clusters; nothing is fitted to them.
+
+    sudo .venv/bin/python benchmarks/prediction.py             # profile each cluster, then compare
+    .venv/bin/python benchmarks/prediction.py --show           # only compare with the profiles that are there
+
+A profile holds what `synchromesh profile` measured inside the cluster, of messages and products alone; the steps are
+those of benchmarks/emulated_cluster.py, of other message sizes and shapes. Per cell (cluster, rate, workload): the
+bytes, the time of every plan, and the regret of the plan that is predicted to be the best, over the best measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from emulated_cluster import PREFIX, RESULTS, Shape, cluster, plans_for
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from synchromesh import Grid, Plan, Sharded
+from synchromesh.lattice import Ranks
+from synchromesh.tuning.cluster import load_profile
+from synchromesh.tuning.cost import step_seconds
+from synchromesh.tuning.search import LENGTH, Candidate, short_list
+from synchromesh.tuning.traffic import traffic
+from synchromesh.types import Workload
+
+PROFILES = Path(__file__).parent / "results" / "profiles"
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "prediction.svg"
+HEADERS = 1514 / 1448  # Ethernet, IP and TCP around a full segment
+WANTED = {"median error": 0.25, "regret": 1.05, "regret of three": 1.02}
+
+
+@dataclass(frozen=True)
+class Args:
+    """What to do. nodes, rates: of the emulated clusters. show: measure nothing."""
+
+    nodes: tuple[int, ...] = (2, 4)
+    rates: tuple[int, ...] = (100, 500, 1000)
+    ranks: int = 4
+    show: bool = False
+    steps: Path = RESULTS
+    picture: Path = PICTURE
+
+
+@dataclass(frozen=True)
+class Point:
+    """One plan in one cell."""
+
+    cell: tuple[int, int, tuple[int, ...]]
+    plan: Plan
+    measured: float
+    predicted: float
+    bytes_measured: float
+    bytes_predicted: float
+
+    @property
+    def error(self) -> float:
+        return abs(self.predicted - self.measured) / self.measured
+
+
+def profile_cluster(nodes: int, mbit: int, ranks: int) -> None:
+    """Run `synchromesh profile` on ranks inside the nodes of an emulated cluster."""
+    file = profile_file(nodes, mbit)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with cluster(nodes, mbit), tempfile.TemporaryDirectory() as folder:
+        jobs = []
+        for rank in range(ranks):
+            node = rank * nodes // ranks
+            place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank % (ranks // nodes)}
+            place |= {"LOCAL_WORLD_SIZE": ranks // nodes, "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": 29511}
+            environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+            environment |= {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+            command = ["ip", "netns", "exec", f"{PREFIX}{node}", sys.executable, "-m", "synchromesh.cli", "profile"]
+            log = (Path(folder) / f"{rank}").open("w")
+            jobs.append(subprocess.Popen([*command, str(file)], env=environment, stdout=log, stderr=log))
+        codes = [job.wait(timeout=300) for job in jobs]
+        if any(codes):
+            raise SystemExit((Path(folder) / str(codes.index(next(filter(None, codes))))).read_text())
+
+
+def profile_file(nodes: int, mbit: int) -> Path:
+    return PROFILES / f"emulated_{nodes}x_{mbit}mbit.json"
+
+
+def points(records: Sequence[dict[str, Any]]) -> Iterator[Point]:
+    """Predict every measured step."""
+    for record in records:
+        file = profile_file(record["nodes"], record["mbit"])
+        if not file.exists():
+            continue
+        profile, shape = load_profile(file), Shape(*record["shape"])
+        ranks = Ranks(record["ranks"], record["ranks"] // record["nodes"])
+        work = workload(shape)
+        plan = next(plan for plan in plans_of(shape, ranks) if str(plan) == record["plan"])
+        sent = traffic(work, plan, ranks).leaving_a_node("gloo") * HEADERS
+        seconds = step_seconds(work, plan, ranks, profile)
+        cell = (record["nodes"], record["mbit"], tuple(record["shape"]))
+        yield Point(cell, plan, record["seconds"], seconds, record["bytes"], sent)
+
+
+def workload(shape: Shape) -> Workload:
+    vectors = (shape.hidden, shape.width)
+    return Workload(
+        shape.tokens, shape.choices, shape.width, shape.hidden, shape.experts, torch.float32, True, vectors=vectors
+    )
+
+
+def plans_of(shape: Shape, ranks: Ranks) -> list[Plan]:
+    grid = Grid(None)
+    grid.size, grid.ranks_per_node = ranks.size, ranks.per_node
+    return plans_for(Sharded(grid), shape, (1, 4))
+
+
+def regrets(own: Sequence[Point]) -> tuple[float, float, float]:
+    """Return, over the best measured: the best predicted, the best of three predicted, of the tuner's short list."""
+    tried = [point for point in own if not point.plan.regather]
+    best = min(point.measured for point in tried)
+    ordered = sorted(tried, key=lambda point: point.predicted)
+    by_plan = {point.plan: point.measured for point in tried}
+    chosen = short_list([Candidate(point.plan, point.predicted) for point in ordered])
+    of_short_list = min(by_plan[one.plan] for one in chosen)
+    three = min(point.measured for point in ordered[:3])
+    return ordered[0].measured / best, three / best, of_short_list / best
+
+
+def show(found: Sequence[Point]) -> None:
+    cells = {cell: list(own) for cell, own in itertools.groupby(found, key=lambda point: point.cell)}
+    table = Table(title="predicted against measured, by cluster; nothing fitted", title_justify="left")
+    for name in ("cluster", "cells", "median error", "90 %", "regret", "worst", "of three", f"of {LENGTH}"):
+        table.add_column(name, justify="right" if name != "cluster" else "left")
+    groups: dict[str, list[list[Point]]] = {}
+    for (nodes, mbit, _), own in cells.items():
+        groups.setdefault(f"{nodes} nodes, {mbit} Mbit/s", []).append(own)
+    groups["all"] = list(cells.values())
+    for name, several in groups.items():
+        errors = sorted(point.error for own in several for point in own)
+        first, three, listed = zip(*map(regrets, several), strict=True)
+        row = [f"{statistics.median(errors):.0%}", f"{errors[int(0.9 * len(errors))]:.0%}"]
+        row += [f"{statistics.geometric_mean(first):.3f}", f"{max(first):.2f}"]
+        row += [f"{statistics.geometric_mean(three):.3f}", f"{statistics.geometric_mean(listed):.3f}"]
+        table.add_row(name, str(len(several)), *row)
+    console = Console(width=120)
+    console.print(table)
+    shares = [p.bytes_measured / p.bytes_predicted for p in found if p.bytes_predicted > 1e5]
+    middle = statistics.median(shares)
+    console.print(f"bytes measured over predicted: median {middle:.3f}, {min(shares):.3f} to {max(shares):.3f}")
+
+
+def draw(found: Sequence[Point], path: Path) -> None:
+    """Draw predicted over measured seconds, both logarithmic; the line is equality, the band 25 %."""
+    size, margin = 520, 60
+    low, high = -2.2, 1.3  # of log10 seconds
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        scale = size / (high - low)
+        return margin + (math.log10(x) - low) * scale, margin + size - (math.log10(y) - low) * scale
+
+    whole = size + 2 * margin
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{whole}" height="{whole}" font-family="sans-serif"'
+    lines = [f'{head} font-size="12">', '<rect width="100%" height="100%" fill="white"/>']
+    for factor, colour in ((1.0, "#888"), (1.25, "#ddd"), (0.8, "#ddd")):
+        (a, b), (c, d) = at(0.01, 0.01 * factor), at(10, 10 * factor)
+        lines.append(f'<line x1="{a:.0f}" y1="{b:.0f}" x2="{c:.0f}" y2="{d:.0f}" stroke="{colour}"/>')
+    for tick in (0.01, 0.1, 1.0, 10.0):
+        x, y = at(tick, 10**low)
+        lines.append(f'<text x="{x:.0f}" y="{y + 18:.0f}" text-anchor="middle">{tick:g} s</text>')
+        x, y = at(10**low, tick)
+        lines.append(f'<text x="{x - 6:.0f}" y="{y + 4:.0f}" text-anchor="end">{tick:g} s</text>')
+    colours = {1: "#1b6ca8", 2: "#2a9d5c", 4: "#d1495b"}
+    for point in found:
+        x, y = at(point.measured, point.predicted)
+        fill = colours.get(point.plan.gather, "#555")
+        lines.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{fill}" fill-opacity="0.6"/>')
+    lines.append(
+        f'<text x="{margin}" y="24">predicted over measured seconds of a step; blue g=1, green g=2, red g=4</text>'
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([*lines, "</svg>"]) + "\n")
+
+
+def main(args: Args) -> None:
+    if not args.show:
+        if os.geteuid() != 0:
+            raise SystemExit("network namespaces need root: run this with sudo, or --show what was measured")
+        cells = list(itertools.product(args.nodes, args.rates))
+        for nodes, mbit in track(cells, "profiles", console=Console(stderr=True)):
+            profile_cluster(nodes, mbit, args.ranks)
+    records = [json.loads(line) for line in args.steps.read_text().splitlines()]
+    found = list(points(records))
+    if not found:
+        raise SystemExit(f"{PROFILES} holds no profile of a measured cluster: run this without --show first")
+    show(found)
+    draw(found, args.picture)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,92 @@
+"""`synchromesh profile`: what this cluster can do, measured in under a minute, for `synchromesh plan` and training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from synchromesh.comm.grid import Grid
+from synchromesh.profiling import STAGES, measure
+from synchromesh.training.durable import write_atomically
+from synchromesh.training.errors import InputError
+from synchromesh.tuning.cluster import ClusterProfile
+
+SHOWN = (1 << 10, 1 << 16, 1 << 20, 1 << 24)  # bytes of messages in the table
+
+
+@dataclass(frozen=True)
+class ProfileRequest:
+    """Options of `profile`.
+
+    Attributes:
+        file: to write, NAME.json.
+        world: ranks to start on this machine; under torchrun or SLURM, the job's ranks are taken.
+        ranks_per_node: as if so many neighbours shared a machine; the truth if not given.
+        json: print the profile instead of a table.
+    """
+
+    file: tyro.conf.Positional[Path]
+    world: int = 1
+    ranks_per_node: int | None = None
+    json: bool = False
+
+
+def run_profile(request: ProfileRequest, grid: Grid, *, console: Console) -> int:
+    """Measure on the ranks of this job, and write the file on the first one; return the exit code.
+
+    Raises:
+        InputError: ranks_per_node does not divide the ranks.
+    """
+    if request.ranks_per_node is not None:
+        try:
+            grid = Grid(grid.group, ranks_per_node=request.ranks_per_node)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    nccl = grid.group is not None and dist.get_backend(grid.group) == "nccl"
+    device = torch.device("cuda" if nccl or (grid.group is None and torch.cuda.is_available()) else "cpu")
+    with Progress(console=console, transient=True, disable=grid.rank > 0 or request.json) as progress:
+        task = progress.add_task("", total=len(STAGES))
+
+        def begins(stage: str) -> None:
+            progress.update(task, description=stage, completed=STAGES.index(stage))
+
+        found = measure(grid, request.file.stem, device=device, begins=begins)
+    if grid.rank == 0:
+        write_atomically(request.file, found.to_json())
+        if request.json:
+            console.print(found.to_json(), end="", soft_wrap=True, highlight=False, markup=False)
+        else:
+            _show(console, found)
+            console.print(
+                f"{request.file} · synchromesh plan --cluster {request.file}", highlight=False, soft_wrap=True
+            )
+    return 0
+
+
+def _show(console: Console, found: ClusterProfile) -> None:
+    table = Table("", "", title=f"{found.name}: {found.about}", title_justify="left", show_header=False)
+    for dtype, law in found.matmul.items():
+        table.add_row(
+            f"products in {dtype}", f"{law.peak / 1e9:,.1f} GFLOP/s at most, half of it at {law.half:.0f} rows"
+        )
+    table.add_row("memory", f"{found.memory_rate / 1e9:,.1f} GB/s")
+    table.add_row("a layer's fixed time", f"{found.step[0] * 1e3:.2f} ms forward, {found.step[1] * 1e3:.2f} backward")
+    for name, link in (("in a node", found.node), ("between nodes", found.network)):
+        if found.sources["node" if link is found.node else "network"].startswith("measured"):
+            times = ", ".join(f"{_size(size)} {link.message.at(size) * 1e3:.2f} ms" for size in SHOWN)
+            table.add_row(f"messages {name}", f"{times}; start {link.start * 1e3:.2f} ms")
+    if found.network.node_rate is not None:
+        table.add_row("a node's link", f"{found.network.node_rate * 8 / 1e6:,.0f} Mbit/s")
+    table.add_row("compute beside exchange", f"{found.slowed[0]:.2f}x its time, exchange {found.slowed[1]:.2f}x")
+    console.print(table)
+
+
+def _size(size: int) -> str:
+    return f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"

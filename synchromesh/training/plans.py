@@ -1,0 +1,122 @@
+"""The plans of a run: which strategy its layers get, what they agree on between steps, what is kept of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from synchromesh.adaptive import Adaptive, Council
+from synchromesh.comm.grid import Grid
+from synchromesh.lattice import Ranks
+from synchromesh.parallel.sharded import Sharded
+from synchromesh.parallelize import adaptive_layers
+from synchromesh.training.config import Sharing
+from synchromesh.training.durable import write_atomically
+from synchromesh.training.errors import InputError
+from synchromesh.tuning.cluster import load_profile
+from synchromesh.tuning.dictionary import Dictionary
+
+NAME = "plans.json"
+
+
+def strategies(sharing: Sharing, grid: Grid) -> Callable[[], Sharded]:
+    """Return what makes the strategy of each layer of one model."""
+    plan = sharing.plan()
+    if plan is not None or not sharing.adaptive:
+        return lambda: Sharded(grid, plan=plan)
+    council = Council(grid)
+    profile = None if sharing.cluster is None else _readable(sharing.cluster, load_profile)
+    return lambda: Adaptive(grid, council=council, profile=profile)
+
+
+class Plans:
+    """What the adaptive layers of a model know and agree on; empty where plans are fixed.
+
+    Args:
+        model: its layers have their strategies. sharing: tells what they begin with.
+
+    Raises:
+        InputError: a file of plans cannot be read, or is of another grid.
+    """
+
+    def __init__(self, model: nn.Module, grid: Grid, sharing: Sharing) -> None:
+        self._layers, self._ranks = adaptive_layers(model), Ranks(grid.size, grid.ranks_per_node)
+        if not self._layers:
+            return
+        if sharing.known is not None:
+            self._warm(self._read(sharing.known))
+        if sharing.replay is not None:
+            records = self._read(sharing.replay).records
+            for name, layer in self._layers.items():
+                if not records.get(name):
+                    raise InputError(f"{sharing.replay} holds no plans of the layer {name!r} to repeat")
+                layer.replay(records[name])
+
+    def ask(self) -> list[int]:
+        """Return this rank's numbers, to be sent along with others between two steps."""
+        return self._council.ask() if self._layers else []
+
+    def tell(self, numbers: Sequence[int]) -> None:
+        """Take the maxima over ranks of what `ask` returned."""
+        if self._layers:
+            self._council.tell(numbers)
+
+    def dictionary(self) -> Dictionary:
+        """Return what is known now."""
+        known = {name: layer.tuner.entries for name, layer in self._layers.items()}
+        return Dictionary(self._ranks, known, {name: layer.record for name, layer in self._layers.items()})
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        forwards = {name: layer.forwards for name, layer in self._layers.items()}
+        return {"dictionary": self.dictionary().to_json(), "forwards": forwards}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what a checkpoint kept; what other numbers of ranks found tells nothing."""
+        found = Dictionary.from_json(state["dictionary"])
+        for name, layer in self._layers.items():
+            layer.forwards = state["forwards"].get(name, 0)
+        if found.ranks == self._ranks:
+            self._warm(found)
+            for name, layer in self._layers.items():
+                layer.record = list(found.records.get(name, ()))
+
+    def save(self, folder: Path) -> None:
+        """Write the file that `synchromesh plans` shows, and other runs begin with or repeat."""
+        if self._layers:
+            write_atomically(folder / NAME, self.dictionary().to_json())
+
+    def ran(self) -> dict[str, dict[str, int]]:
+        """Return, by layer, how many training forwards ran by each plan."""
+        counts: dict[str, dict[str, int]] = {}
+        for name, layer in self._layers.items():
+            starts = [first for first, _ in layer.record]
+            own = counts.setdefault(name, {})
+            for (first, plan), end in zip(layer.record, [*starts[1:], layer.forwards], strict=True):
+                own[str(plan)] = own.get(str(plan), 0) + end - first
+        return counts
+
+    @property
+    def _council(self) -> Council:
+        return next(iter(self._layers.values())).council
+
+    def _warm(self, known: Dictionary) -> None:
+        for name, layer in self._layers.items():
+            known.warm(name, layer.tuner)
+
+    def _read(self, path: Path) -> Dictionary:
+        file = path / NAME if path.is_dir() else path
+        found = _readable(file, lambda name: Dictionary.from_json(Path(name).read_text()))
+        if found.ranks != self._ranks:
+            raise InputError(f"{file} was found on {found.ranks}, this run has {self._ranks}: its plans tell nothing")
+        return found
+
+
+def _readable(name: Any, read: Callable[[Any], Any]) -> Any:
+    try:
+        return read(name)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{name}: {error}") from error

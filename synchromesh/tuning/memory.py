@@ -1,0 +1,63 @@
+"""Bytes of one layer on one rank under a plan. Rows are counted as balanced over the experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from synchromesh.lattice import Ranks, row_copies
+from synchromesh.tuning.traffic import traffic
+from synchromesh.types import Plan, Workload
+
+MASTER = 4  # bytes of a parameter, of its gradient, and of each of the optimizer's two moments
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Where the memory goes.
+
+    Attributes:
+        weights, gradients, optimizer: of this rank's own part, kept for ever.
+        gathered: pooled weights, from forward to backward; with regather only while they are used.
+        activations: what forward keeps for backward. buffers: at most at one moment besides.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    activations: float
+    buffers: float
+
+    @property
+    def kept(self) -> float:
+        """Bytes held between a layer's forward and its backward."""
+        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations
+
+
+def layer_bytes(work: Workload, plan: Plan, ranks: Ranks) -> Bytes:
+    """Return the bytes of a legal plan.
+
+    Kept for backward are the tokens; of an exchange the rows as they arrived, their hidden rows before and after the
+    activation, and the rows as they came back; of an expert pass without an exchange the hidden rows before alone.
+    """
+    element, sent = work.dtype.itemsize, traffic(work, plan, ranks)
+    own = sum(work.parts_per_expert) * work.experts / ranks.size
+    pooled = own * plan.gather * element if plan.gather > 1 else 0.0
+    copies = row_copies(ranks.size, work.experts, plan)
+    tokens, pairs = work.rows * work.width, work.rows * work.choices
+    if sent.there:
+        hidden = sent.rows * work.hidden / copies
+        kept = 2 * sent.rows * work.width + work.matrices * hidden  # gated: gate, up and their product
+        buffers = 2 * sent.rows * work.width
+    else:
+        kept = tokens + pairs * work.hidden * (work.matrices - 1)
+        buffers = pairs * (work.hidden + work.width)
+    training = float(work.training)
+    return Bytes(
+        weights=own * MASTER,
+        gradients=training * own * MASTER,
+        optimizer=training * 2 * own * MASTER,
+        gathered=0.0 if plan.regather else pooled,
+        activations=training * kept * element,
+        buffers=buffers * element + pooled,
+    )

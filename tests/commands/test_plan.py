@@ -1,0 +1,90 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from synchromesh import cli
+
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32000,
+}
+
+
+def lines(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict]:
+    assert cli.main(["plan", *arguments, "--json"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_published_model_is_planned_from_one_node_to_256(capsys: pytest.CaptureFixture[str]) -> None:
+    found = lines(capsys, "--model", "swinv2_moe_b", "--cluster", "a100_hdr", "--world", "8..2048", "--batch", "128")
+    assert [one["world"] for one in found] == [8, 16, 32, 64, 128, 256, 512, 1024, 2048]
+    for one in found:
+        assert one["refused"] is None
+        assert 0 < one["efficiency"] <= 1.05  # a little over 1: one device alone reads the weights of all experts
+        assert one["samples_per_second"] == pytest.approx(one["world"] * 128 / one["seconds"])
+        parts = [part for layer in one["layers"] for part in (layer["forward"], layer["backward"])]
+        whole = one["dense_seconds"] + one["reduce_seconds"]
+        whole += sum(part[name] for part in parts for name in ("route", "permute", "matmul", "exposed"))
+        assert whole == pytest.approx(one["seconds"])
+
+
+def test_the_table_says_plans_and_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--world", "64", "--experts", "8", "64", "--k", "1", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("swinv2_moe_b E") == 4
+    assert "stage 3 by g=" in out
+    assert "E 64, k 2" in out
+
+
+def test_a_layer_by_numbers_and_a_smaller_capacity(capsys: pytest.CaptureFixture[str]) -> None:
+    layer = ["--layer", "16384", "2048", "2048", "64", "2", "--world", "64", "--cluster", "h100_ndr"]
+    whole, half = lines(capsys, *layer, "--capacity", "1", "0.5")
+    assert half["seconds"] < whole["seconds"]
+    (skewed,) = lines(capsys, *layer, "--skew", "8")
+    assert skewed["seconds"] > whole["seconds"]
+
+
+def test_a_hugging_face_model_is_planned_from_its_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))
+    given = ["--model", str(tmp_path / "config.json"), "--batch", "1", "--fsdp"]
+    found = lines(capsys, *given, "--world", "64..65536")
+    assert found[-1]["world"] == 65536
+    assert all(one["refused"] is None for one in found)
+    assert cli.main(["plan", *given, "--world", "1"]) == 1
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_curves_open_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "plan.html"
+    assert cli.main(["plan", "--world", "8..32", "--html", str(page)]) == 0
+    capsys.readouterr()
+    text = page.read_text()
+    assert "efficiency" in text
+    assert 'src="http' not in text
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--world", "0"], "wanted ranks from 1"),
+        (["--world", "64..8"], "the smaller number first"),
+        (["--world", "many"], "as in 8..2048"),
+        (["--cluster", "none"], "there is no cluster"),
+        (["--model", "none"], "there is no model"),
+        (["--experts", "12", "--world", "8"], "to divide the other"),
+        (["--k", "64"], "wanted at most"),
+        (["--batch", "0"], "wanted at least 1"),
+        (["--cluster", "cpu_gloo", "--dtype", "float16"], "tells no speed of float16"),
+    ],
+)
+def test_what_cannot_be_planned_says_why(given: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", *given]) == 2
+    assert says in capsys.readouterr().err

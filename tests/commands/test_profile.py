@@ -1,0 +1,55 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from synchromesh import cli
+from synchromesh.profiling import fitted
+from synchromesh.tuning.cluster import Matmul, load_profile
+
+
+def test_ranks_measure_themselves_and_plan_reads_what_they_wrote(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "synchromesh.cli", "profile", "here.json", "--world=4", "--ranks-per-node=2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "messages between nodes" in done.stdout
+    profile = load_profile(tmp_path / "here.json")
+    assert (profile.name, profile.per_node, profile.backend) == ("here", 2, "gloo")
+    assert all("measured on" in source for source in profile.sources.values())
+    assert profile.network.node_rate is not None
+    for law in profile.matmul.values():
+        assert law.peak > 1e9
+    command = [
+        sys.executable,
+        "-m",
+        "synchromesh.cli",
+        "plan",
+        "--cluster=here.json",
+        "--world=4",
+        "--dtype=float32",
+        "--json",
+    ]
+    planned = json.loads(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout)
+    assert planned["world"] == 4
+
+
+def test_one_process_measures_all_but_links(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["profile", str(tmp_path / "one.json"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sources"]["network"] == "not measured: one node"
+    assert found["memory_rate"] > 1e8
+
+
+def test_the_law_of_products_is_found_again() -> None:
+    law = Matmul(peak=5e11, half=32.0)
+    shapes = [(16, 256, 256), (256, 256, 512), (1024, 1024, 1024), (64, 512, 256)]
+    found = fitted([(shape, law.seconds(*shape)) for shape in shapes])
+    assert found.half == pytest.approx(32.0)
+    assert found.peak == pytest.approx(5e11)
+
+
+def test_senseless_numbers_of_ranks_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["profile", str(tmp_path / "x.json"), "--world=0"]) == 2
+    assert "wanted a number of ranks" in capsys.readouterr().err

@@ -1,0 +1,26 @@
+import pytest
+import torch
+
+from synchromesh.models.costs import costs
+from synchromesh.models.shapes import SHAPES
+from synchromesh.models.swin_v2_moe import ExpertsConfig, config_b, swin_v2_moe
+
+
+def test_swinv2_moe_b_has_nine_layers_in_stage_3_and_one_in_stage_4():
+    shape = SHAPES["swinv2_moe_b"](ExpertsConfig())
+    third, fourth = shape.layers
+    assert (third.count, third.tokens, third.work.width, third.work.hidden) == (9, 144, 512, 2048)
+    assert (fourth.count, fourth.tokens, fourth.work.width) == (1, 36, 1024)
+
+
+@pytest.mark.parametrize(("experts", "k"), [(8, 1), (32, 2)])
+def test_experts_and_the_rest_are_the_whole_model(experts, k):
+    config = ExpertsConfig(num_experts=experts, k=k)
+    with torch.device("meta"):
+        counted = costs(swin_v2_moe(config_b(), 21841, experts=config))
+    shape = SHAPES["swinv2_moe_b"](config)
+    own = sum(kind.count * experts * sum(kind.work.parts_per_expert) for kind in shape.layers)
+    assert shape.dense_parameters + own == counted.parameters
+    rows = 1.25 * k  # of the capacity that costs counts by
+    products = sum(kind.count * kind.tokens * rows * 2 * kind.work.width * kind.work.hidden for kind in shape.layers)
+    assert shape.dense_products + products == pytest.approx(counted.multiply_adds, rel=1e-6)
