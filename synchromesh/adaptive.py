@@ -35,6 +35,9 @@ from synchromesh.types import Plan, Routing, RowMap, Workload
 SETTLED_EVERY = 16  # steps between two agreements of a model whose trials are over, unless its loop carries them
 WATCH_EVERY = 8  # forwards between two that are timed, once trials are over
 GPUS, CPUS = "h100_ndr", "cpu_gloo"  # shipped profiles
+SKEW = 100  # parts of a power of two that skew is told in
+CLEARLY = 0.75  # powers of two that skew must differ by to be another: it is noisy where tokens are few
+REMEMBERED = 1024  # workloads, where tokens are of another number in every step
 NUMBERS = 4  # of a layer in an agreement: tokens, skew, microseconds forward and backward
 
 
@@ -126,9 +129,11 @@ class Adaptive(Sharded):
         self.forwards = 0  # of training
         self._calls = 0
         self._replay: list[tuple[int, Plan]] = []
+        self._kinds: dict[Workload, Workload] = {}
         self._agreed: dict[Workload, Workload] = {}
         self._elsewhere: Workload | None = None  # a bucket seen once, not yet believed
-        self._now: Workload | None = None  # of the last forward, as this rank sees it
+        self._now: Workload | None = None  # the largest of its kind since the last agreement, as this rank sees it
+        self._told = True
         self._sample: Sample | None = None
         self._clock: Clock | None = None  # of the forward that is about to run
 
@@ -139,15 +144,15 @@ class Adaptive(Sharded):
     @property
     def settled(self) -> bool:
         """Whether nothing is tried for the workload of the last forward."""
-        known = None if self._now is None else self._agreed.get(_kind(self._now))
+        known = None if self._now is None else self._agreed.get(self._kind(self._now))
         return self.grid.size == 1 or bool(self._replay) or (known is not None and self.tuner.settled(known))
 
     def choose(self, workload: Workload, capacity: Capacity) -> Plan:
         if self.grid.size == 1:
             return super().choose(workload, capacity)
         self.council.before_forward(self)
-        plan, self._now, self._clock = self._choose(workload, capacity), workload, None
-        known = self._agreed.get(_kind(workload))
+        plan, self._now, self._clock = self._choose(workload, capacity), self._largest(workload), None
+        known = self._agreed.get(self._kind(workload))
         watched = self._calls % WATCH_EVERY == 0
         if known is not None and not self._replay and (watched or not self.tuner.settled(known)):
             self._clock = Clock()
@@ -163,9 +168,22 @@ class Adaptive(Sharded):
         plain = super().choose(workload, capacity)
         if self._replay and workload.training:
             return next((plan for first, plan in reversed(self._replay) if first <= self.forwards), plain)
-        known = self._agreed.get(_kind(workload))
+        known = self._agreed.get(self._kind(workload))
         plan = plain if known is None else self.tuner.choose(known)
         return plain if self.refusal(plan, workload, capacity) else plan
+
+    def _largest(self, work: Workload) -> Workload:
+        same = self._now is not None and not self._told and self._kind(self._now) == self._kind(work)
+        self._told = False
+        return max(self._now, work, key=lambda one: one.rows) if self._now is not None and same else work
+
+    def _kind(self, work: Workload) -> Workload:
+        """Return what ranks know of a workload without agreeing."""
+        if work not in self._kinds:
+            if len(self._kinds) >= REMEMBERED:
+                self._kinds.clear()
+            self._kinds[work] = dataclasses.replace(work, rows=0, skew=0)
+        return self._kinds[work]
 
     def run(
         self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, experts: Experts, plan: Plan
@@ -190,21 +208,23 @@ class Adaptive(Sharded):
         """Return this rank's numbers for an agreement, each 0 where there is nothing to say."""
         if self._now is None:
             return [0] * NUMBERS
-        rows, sample = self._now.rows + 1, self._sample
+        rows, sample, self._told = self._now.rows + 1, self._sample, True
         if sample is None or not sample.clock.ready(wait=not self.settled):
             return [rows, 0, 0, 0]
         self._sample = dataclasses.replace(sample, clock=Clock())  # its numbers are told once
         forward, backward = sample.clock.seconds()
-        return [rows, 1 + _skew(sample.clock.noted()), round(forward * 1e6), round(backward * 1e6)]
+        return [rows, 1 + round(SKEW * _skew(sample.clock.noted())), round(forward * 1e6), round(backward * 1e6)]
 
     def agree(self, numbers: Sequence[int]) -> None:
         """Take what all ranks agreed on, in the order of `seen`."""
         rows, skew, forward, backward = numbers
         if self._now is None or not rows:
             return
-        kind = _kind(self._now)
+        kind = self._kind(self._now)
         before = self._agreed.get(kind)
-        work = dataclasses.replace(kind, rows=rows - 1, skew=skew - 1 if skew else before.skew if before else 0)
+        old = before.skew if before else 0
+        now = (skew - 1) / SKEW if skew else float(old)
+        work = dataclasses.replace(kind, rows=rows - 1, skew=old if abs(now - old) < CLEARLY else round(now))
         if self._sample is not None and forward and bucket(work) == bucket(self._sample.work):
             self.tuner.observe(work, self._sample.plan, forward / 1e6, backward / 1e6)
         if before is None or bucket(work) in (bucket(before), self._elsewhere):
@@ -230,12 +250,7 @@ def _dtype(work: Workload) -> str:
     return str(work.dtype).removeprefix("torch.")
 
 
-def _kind(work: Workload) -> Workload:
-    """Return what ranks know of a workload without agreeing."""
-    return dataclasses.replace(work, rows=0, skew=0)
-
-
-def _skew(ends: list[int]) -> int:
-    """Return the bucket of the largest over the mean number of rows of an expert, in powers of two."""
+def _skew(ends: list[int]) -> float:
+    """Return the logarithm to base 2 of the largest over the mean number of rows of an expert."""
     counts = [end - start for start, end in pairwise([0, *ends])]
-    return 0 if not ends[-1] else round(math.log2(max(counts) * len(counts) / ends[-1]))
+    return math.log2(max(counts) * len(counts) / ends[-1]) if ends[-1] else 0.0

@@ -164,13 +164,13 @@ def joined(*, timeout: timedelta = TIMEOUT) -> Iterator[Grid]:
         yield grid
         return
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // grid.ranks_per_node))
-    heart = Heartbeat(_job_store().clone(), rank=grid.rank, size=grid.size)
+    heart, lost = Heartbeat(_job_store().clone(), rank=grid.rank, size=grid.size), False
     try:
         yield grid
     except RuntimeError as error:
         if not _of_a_collective(error):
             raise
-        silent = heart.silent()
+        lost, silent = True, heart.silent()
         named = "another rank has left the job"
         if silent is None:
             named = "the job's store does not answer either; is the network cut?"
@@ -178,6 +178,9 @@ def joined(*, timeout: timedelta = TIMEOUT) -> Iterator[Grid]:
             named = f"ranks {silent} do not answer"
         said = str(error).partition("\n")[0]
         raise LostRankError(f"rank {grid.rank} lost its exchange with others: {named} ({said})") from error
+    finally:
+        if not lost:
+            heart.stop()
     dist.destroy_process_group()
 
 

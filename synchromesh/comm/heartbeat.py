@@ -13,7 +13,7 @@ PATIENCE = 10.0  # seconds
 
 
 class Heartbeat:
-    """Counts up in the job's store, in a thread of its own, until the process ends.
+    """Counts up in the job's store, in a thread of its own, until it is stopped.
 
     Args:
         store: of the job; used by this thread alone. rank: of this process. size: ranks in all.
@@ -21,8 +21,14 @@ class Heartbeat:
 
     def __init__(self, store: Any, *, rank: int, size: int) -> None:  # a torch.distributed.Store
         self._store, self._rank, self._size = store, rank, size
-        self._lock = threading.Lock()
-        threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
+        self._lock, self._stopped = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread: one that is inside the store while the interpreter ends would abort the process."""
+        self._stopped.set()
+        self._thread.join(timeout=PATIENCE)
 
     def silent(self) -> list[int] | None:
         """Return the other ranks that say nothing for four intervals; None where the store cannot be asked."""
@@ -39,13 +45,13 @@ class Heartbeat:
         return [rank for rank in others if self._count(rank) == before[rank]]
 
     def _beat(self) -> None:
-        while True:
+        while not self._stopped.is_set():
             try:
                 with self._lock:
                     self._store.add(f"beat/{self._rank}", 1)
             except (RuntimeError, dist.DistError):  # the store has gone, and the job with it
                 return
-            time.sleep(INTERVAL)
+            self._stopped.wait(INTERVAL)
 
     def _count(self, rank: int) -> int:
         with self._lock:

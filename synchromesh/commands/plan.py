@@ -188,7 +188,8 @@ def _changed(
         work = dataclasses.replace(work, experts=experts or work.experts, choices=k or work.choices, dtype=dtype)
         if work.choices > work.experts:
             raise InputError(f"k is {work.choices}, wanted at most the {work.experts} experts")
-        rows = kind.tokens * request.batch * work.choices / work.experts
+        samples = 1 if request.layer is not None else request.batch
+        rows = kind.tokens * samples * work.choices / work.experts
         known = None if capacity is None else math.ceil(capacity * rows)
         work = dataclasses.replace(work, capacity=known, skew=round(math.log2(request.skew)))
         kinds.append(dataclasses.replace(kind, work=work))

@@ -56,11 +56,14 @@ class Link:
         start: seconds to begin and end a collective over such links, whatever it carries.
         message: seconds that one message takes its sender, over its bytes.
         node_rate: bytes per second that all ranks of a node send together at most; None where nothing is shared.
+        crowding: share by which an all-to-all slows down for each far rank it reaches, where messages cross from one
+            rail to another: switches then pass on more flows than they have ways. Equal places of nodes do not cross.
     """
 
     start: float
     message: Curve
     node_rate: float | None = None
+    crowding: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class ClusterProfile:
                 _same_fields(link, Link)
                 points = tuple((float(size), float(seconds)) for size, seconds in link["message"]["points"])
                 rate = None if link["node_rate"] is None else _positive("node_rate", link["node_rate"])
-                found[name] = Link(float(link["start"]), Curve(points), rate)
+                found[name] = Link(float(link["start"]), Curve(points), rate, float(link["crowding"]))
             found["matmul"] = {dtype: Matmul(**numbers) for dtype, numbers in found["matmul"].items()}
             for name in ("step", "chunk", "slowed"):
                 first, second = found[name]

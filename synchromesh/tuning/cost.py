@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from synchromesh.lattice import Ranks, row_copies
 from synchromesh.tuning.cluster import ClusterProfile, Link
-from synchromesh.tuning.traffic import Collective, Traffic, traffic
+from synchromesh.tuning.traffic import Collective, Traffic, kept_pairs, traffic
 from synchromesh.types import Plan, Workload
 
 BACKWARD = 2  # products for the gradients of rows and of weights, over those of forward
@@ -138,7 +138,7 @@ class _Model:
         work, element = self.work, self.work.dtype.itemsize
         token = work.rows * work.width * element
         if not self.sent.there:
-            pairs = work.rows * work.choices * work.width * element
+            pairs = kept_pairs(work) * work.width * element
             return (2 * token + 2 * pairs) / self.profile.memory_rate
         rows = self.sent.rows * work.width * element
         passes = 6 + (4 if self.plan.two_level else 0)
@@ -150,7 +150,7 @@ class _Model:
         copies, members = row_copies(ranks.size, work.experts, self.plan), ranks.size // self.plan.gather
         experts = work.experts * copies / members  # on this rank, whole or in shards
         hidden = work.hidden / copies
-        rows = (self.sent.rows if self.sent.there else work.rows * work.choices) * self.load
+        rows = (self.sent.rows if self.sent.there else kept_pairs(work)) * self.load
         each, chunks = rows / experts, self.sent.chunks
         one = self.speed.seconds(each / chunks, hidden, work.width)
         products = work.matrices * experts * chunks * (one + self.profile.kernel)
@@ -168,7 +168,8 @@ class _Model:
         start = (profile.network if crossing else profile.node).start
         if one.kind == "all_to_all" or (one.kind == "reduce_scatter" and profile.backend == "gloo"):
             near = group.near * profile.node.message.at(one.size)
-            far = group.far * profile.network.message.at(one.size)
+            crowded = 1 + profile.network.crowding * group.far if group.near else 1.0
+            far = group.far * profile.network.message.at(one.size * crowded)
             return start + max(near, far, _shared(profile.network, one.size * group.crossing))
         steps = group.size - 1
         near = steps * profile.node.message.at(one.size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from synchromesh.lattice import Ranks, row_copies
-from synchromesh.tuning.traffic import traffic
+from synchromesh.tuning.traffic import kept_pairs, traffic
 from synchromesh.types import Plan, Workload
 
 MASTER = 4  # bytes of a parameter, of its gradient, and of each of the optimizer's two moments
@@ -44,7 +44,7 @@ def layer_bytes(work: Workload, plan: Plan, ranks: Ranks) -> Bytes:
     own = sum(work.parts_per_expert) * work.experts / ranks.size
     pooled = own * plan.gather * element if plan.gather > 1 else 0.0
     copies = row_copies(ranks.size, work.experts, plan)
-    tokens, pairs = work.rows * work.width, work.rows * work.choices
+    tokens, pairs = work.rows * work.width, kept_pairs(work)
     if sent.there:
         hidden = sent.rows * work.hidden / copies
         kept = 2 * sent.rows * work.width + work.matrices * hidden  # gated: gate, up and their product

@@ -100,15 +100,18 @@ def traffic(work: Workload, plan: Plan, ranks: Ranks) -> Traffic:
     return Traffic(counts, there, gather, plan.chunks, plan.regather, to_each * plan.chunks * members)
 
 
+def kept_pairs(work: Workload) -> float:
+    """Return the (token, choice) pairs of a rank that a capacity leaves."""
+    pairs = work.rows * work.choices
+    return float(pairs if work.capacity is None else min(pairs, work.capacity * work.experts))
+
+
 def rows_to_each(work: Workload, plan: Plan, ranks: Ranks) -> float:
     """Return the rows that a rank sends to each member of its exchange group, itself included."""
     members = ranks.size // plan.gather
     slots = work.experts * row_copies(ranks.size, work.experts, plan) / members
-    pairs = work.rows * work.choices / work.experts
-    if work.capacity is None:
-        return slots * pairs
-    if plan.ragged:
-        return slots * min(pairs, work.capacity)
+    if work.capacity is None or plan.ragged:
+        return slots * kept_pairs(work) / work.experts
     return slots * max(1, math.ceil(work.capacity / plan.chunks)) * plan.chunks
 
 

@@ -23,6 +23,7 @@ ROUNDS = 4  # trials of each plan; the first one does not count: groups and buff
 HOPELESS = 1.5  # over the fastest after two trials that count, twice as much after one: not tried again
 CLEARLY = 0.95  # of the time of the plan in use, to be changed for
 DRIFT = 1.3  # times, up or down, from what a settled plan took
+REMEMBERED = 1024  # workloads whose buckets are not computed again
 WATCHED = 5  # steps whose median is compared
 
 
@@ -86,20 +87,21 @@ class Tuner:
     def __init__(self, candidates: Callable[[Workload], Sequence[Candidate]]) -> None:
         self._candidates = candidates
         self.entries: dict[Workload, Entry] = {}
+        self._buckets: dict[Workload, Workload] = {}
 
     def choose(self, work: Workload) -> Plan:
         """Return the plan for the next step with a workload."""
-        entry = self._entry(bucket(work))
+        entry = self._entry(self._bucket(work))
         return entry.best if entry.settled else entry.trials[entry.next].plan
 
     def settled(self, work: Workload) -> bool:
         """Tell whether the trials for a workload are over."""
-        entry = self.entries.get(bucket(work))
+        entry = self.entries.get(self._bucket(work))
         return entry is not None and entry.settled
 
     def observe(self, work: Workload, plan: Plan, forward: float, backward: float) -> None:
         """Take note of the seconds of a step; all ranks are told the same."""
-        entry, seconds = self._entry(bucket(work)), forward + backward
+        entry, seconds = self._entry(self._bucket(work)), forward + backward
         trial = entry.trial(plan)
         if trial is None or seconds <= 0:
             return  # a plan that the caller chose
@@ -110,6 +112,13 @@ class Tuner:
             trial.seconds.append(seconds)
         trial.warm = True
         self._move_on(entry)
+
+    def _bucket(self, work: Workload) -> Workload:
+        if work not in self._buckets:
+            if len(self._buckets) >= REMEMBERED:
+                self._buckets.clear()
+            self._buckets[work] = bucket(work)
+        return self._buckets[work]
 
     def _entry(self, work: Workload) -> Entry:
         if work not in self.entries:

@@ -3,10 +3,14 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
+import torch.distributed as dist
+
+from synchromesh.comm.heartbeat import Heartbeat
 
 RANK = """
 import sys
@@ -77,3 +81,11 @@ def test_a_cut_link_is_an_error_on_both_sides_and_not_a_hang(nodes):
     assert [rank.returncode for rank in ranks] == [5, 5]
     assert "ranks [1] do not answer" in said[0]  # the first rank keeps the store
     assert "is the network cut?" in said[1]
+
+
+def test_a_heart_that_is_stopped_leaves_no_thread_behind() -> None:
+    """A thread inside the store while the interpreter ends aborts the process, now and then."""
+    heart = Heartbeat(dist.HashStore(), rank=0, size=2)
+    assert any(thread.name == "heartbeat" for thread in threading.enumerate())
+    heart.stop()
+    assert not any(thread.name == "heartbeat" for thread in threading.enumerate())

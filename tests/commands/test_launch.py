@@ -65,7 +65,8 @@ def finish(process: "subprocess.Popen[str]", *, good: bool = True) -> str:
         out, err = process.communicate(timeout=180)
     finally:
         process.kill()
-    assert (process.returncode == 0) == good, (out, err)
+    if (process.returncode == 0) != good:
+        pytest.fail(f"exit code {process.returncode}\n{out}\n{err}", pytrace=False)
     return out + err
 
 
