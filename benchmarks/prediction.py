@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import tyro
 from emulated_cluster import PREFIX, RESULTS, Shape, cluster, plans_for
 from rich.console import Console
@@ -31,6 +32,7 @@ from rich.progress import track
 from rich.table import Table
 
 from synchromesh import Grid, Plan, Sharded
+from synchromesh.commands.profile import ProfileRequest, run_profile
 from synchromesh.lattice import Ranks
 from synchromesh.tuning.cluster import load_profile
 from synchromesh.tuning.cost import step_seconds
@@ -54,6 +56,7 @@ class Args:
     show: bool = False
     steps: Path = RESULTS
     picture: Path = PICTURE
+    job: str = ""  # set by this program for the ranks it starts
 
 
 @dataclass(frozen=True)
@@ -73,23 +76,32 @@ class Point:
 
 
 def profile_cluster(nodes: int, mbit: int, ranks: int) -> None:
-    """Run `synchromesh profile` on ranks inside the nodes of an emulated cluster."""
+    """Run what `synchromesh profile` runs on ranks inside the nodes of an emulated cluster, one thread each."""
     file = profile_file(nodes, mbit)
     file.parent.mkdir(parents=True, exist_ok=True)
     with cluster(nodes, mbit), tempfile.TemporaryDirectory() as folder:
         jobs = []
         for rank in range(ranks):
-            node = rank * nodes // ranks
-            place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank % (ranks // nodes)}
-            place |= {"LOCAL_WORLD_SIZE": ranks // nodes, "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": 29511}
-            environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
-            environment |= {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
-            command = ["ip", "netns", "exec", f"{PREFIX}{node}", sys.executable, "-m", "synchromesh.cli", "profile"]
+            job = {"rank": rank, "ranks": ranks, "nodes": nodes, "store": f"{folder}/store", "file": str(file)}
+            environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+            node = f"{PREFIX}{rank * nodes // ranks}"
+            command = ["ip", "netns", "exec", node, sys.executable, __file__, "--job", json.dumps(job)]
             log = (Path(folder) / f"{rank}").open("w")
-            jobs.append(subprocess.Popen([*command, str(file)], env=environment, stdout=log, stderr=log))
+            jobs.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
         codes = [job.wait(timeout=300) for job in jobs]
         if any(codes):
             raise SystemExit((Path(folder) / str(codes.index(next(filter(None, codes))))).read_text())
+
+
+def run_rank(job: dict[str, Any]) -> None:
+    """Measure as one rank."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(job["store"], job["ranks"])
+    dist.init_process_group("gloo", store=store, rank=job["rank"], world_size=job["ranks"])
+    grid = Grid.from_group(dist.group.WORLD, ranks_per_node=job["ranks"] // job["nodes"])
+    run_profile(ProfileRequest(Path(job["file"])), grid, console=Console())
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def profile_file(nodes: int, mbit: int) -> Path:
@@ -193,6 +205,9 @@ def draw(found: Sequence[Point], path: Path) -> None:
 
 
 def main(args: Args) -> None:
+    if args.job:
+        run_rank(json.loads(args.job))
+        return
     if not args.show:
         if os.geteuid() != 0:
             raise SystemExit("network namespaces need root: run this with sudo, or --show what was measured")

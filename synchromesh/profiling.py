@@ -20,19 +20,17 @@ from torch.distributed import ProcessGroup
 from synchromesh.comm.collectives import all_to_all
 from synchromesh.comm.grid import Grid
 from synchromesh.experts import MLPExperts
-from synchromesh.kernels import kernels_for
 from synchromesh.layer import MoE
 from synchromesh.parallel.sharded import Sharded
-from synchromesh.parallel.strategy import Local
 from synchromesh.routing import TopKRouter
 from synchromesh.tuning.cluster import ClusterProfile, Curve, Link, Matmul
-from synchromesh.types import Plan
+from synchromesh.types import Plan, Workload
 
 SHAPES = [(16, 256, 256), (64, 512, 256), (256, 256, 512), (128, 1024, 512), (512, 512, 512), (1024, 1024, 1024)]
 SIZES = [1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24]  # bytes of a message
 LONGEST = 0.5  # seconds of a message; larger ones are left to the last slope
 ROUNDS = 7
-STAGES = ("products", "memory", "layer", "links", "overlap")
+STAGES = ("products", "links", "layer", "overlap")
 
 
 def measure(grid: Grid, name: str, *, device: torch.device, begins: Callable[[str], None]) -> ClusterProfile:
@@ -45,16 +43,18 @@ def measure(grid: Grid, name: str, *, device: torch.device, begins: Callable[[st
     begins("products")
     dtypes = [torch.float32, torch.bfloat16]
     matmul = {str(dtype).removeprefix("torch."): meter.matmul(dtype) for dtype in dtypes}
-    begins("memory")
-    memory_rate, kernel = meter.memory_rate(), meter.kernel()
     begins("links")
     node, network = meter.links()
     begins("layer")
     start = (network if grid.nodes > 1 else node).start
-    plain, pieces = meter.layer(1), meter.layer(4) if grid.size > 1 else meter.layer(1)
-    travel = (3 * start, 2 * start) if grid.size > 1 else (0.0, 0.0)  # counts, there and back; gradients there and back
-    step = (max(0.0, plain[0] - travel[0]), max(0.0, plain[1] - travel[1]))
-    chunk = tuple(max(0.0, (many - one) / 3 - 2 * start) for many, one in zip(pieces, plain, strict=True))
+    alone = meter.layer(4, 16, 16, 16)
+    kernel = meter.kernel()
+    memory_rate = meter.memory_rate(matmul["float32"], kernel, alone)
+    step, chunk = alone, (0.0, 0.0)
+    if grid.size > 1:  # less what travels: counts, rows there and back; gradients there and back
+        plain, pieces = meter.exchanging(1), meter.exchanging(4)
+        step = (max(alone[0], plain[0] - 3 * start), max(alone[1], plain[1] - 2 * start))
+        chunk = tuple(max(0.0, (many - one) / 3 - 2 * start) for many, one in zip(pieces, plain, strict=True))
     begins("overlap")
     slowed = meter.slowed() if grid.size > 1 else (1.0, 1.0)
     seen = (
@@ -130,25 +130,34 @@ class _Meter:
             found.append(((m, n, k), self.seconds(products) / count))
         return fitted(found)
 
-    def memory_rate(self) -> float:
-        rows = torch.randn(1 << 15, 256, device=self.device)
-        index = torch.randperm(len(rows), device=self.device)
-        out = torch.empty_like(rows)
-        return 2 * rows.nbytes / self.seconds(lambda: torch.index_select(rows, 0, index, out=out))
-
     def kernel(self) -> float:
-        experts, kernels = 64, kernels_for(self.device)
-        rows, weights = torch.randn(experts, 8, device=self.device), torch.randn(experts, 8, 8, device=self.device)
-        ends = torch.arange(1, experts + 1, device=self.device, dtype=torch.int32)
-        with torch.no_grad():
-            return self.seconds(lambda: kernels.grouped_mm(rows, weights, ends, None)) / experts
+        """Return what one more expert costs a forward, for each of its two products."""
+        many, few = (self.layer(experts, 64, 16, 16)[0] for experts in (64, 4))
+        return max(1e-7, (many - few) / 60 / 2)
 
-    def layer(self, chunks: int) -> tuple[float, float]:
-        """Return the seconds of forward and backward of a layer with next to nothing to do."""
-        experts = self.grid.size
-        strategy = Sharded(self.grid, plan=Plan(chunks=chunks)) if self.grid.size > 1 else Local()
+    def memory_rate(self, matmul: Matmul, kernel: float, step: tuple[float, float]) -> float:
+        """Return at which rate one process's layer moves what is not products, by the count of `tuning.cost`."""
+        work = Workload(4096, 2, 256, 256, 4, torch.float32, training=True)
+        taken = sum(self.layer(work.experts, work.rows, work.width, work.hidden, k=work.choices)) - sum(step)
+        each = matmul.seconds(work.rows * work.choices / work.experts, work.hidden, work.width) + kernel
+        bare = taken - 3 * 2 * work.experts * each
+        rows = work.rows * work.choices
+        numbers = 2 * (2 * work.rows * work.width + 2 * rows * work.width + 2 * rows * work.hidden)
+        return 4 * numbers / max(bare, taken / 10)
+
+    def layer(self, experts: int, tokens: int, width: int, hidden: int, *, k: int = 1) -> tuple[float, float]:
+        """Return the seconds of forward and backward of a layer in this process alone."""
+        layer = MoE(TopKRouter(width, experts, k=k), MLPExperts(experts, width, hidden=hidden)).to(self.device)
+        return self._passes(layer, tokens, width)
+
+    def exchanging(self, chunks: int) -> tuple[float, float]:
+        """Return the seconds of forward and backward of a layer over all ranks with next to nothing to do."""
+        experts, strategy = self.grid.size, Sharded(self.grid, plan=Plan(chunks=chunks))
         layer = MoE(TopKRouter(16, experts), MLPExperts(experts, 16, hidden=16), strategy=strategy).to(self.device)
-        x = torch.randn(16, 16, device=self.device, requires_grad=True)
+        return self._passes(layer, 16, 16)
+
+    def _passes(self, layer: MoE, tokens: int, width: int) -> tuple[float, float]:
+        x = torch.randn(tokens, width, device=self.device, requires_grad=True)
         kept: list[Tensor] = []
 
         def forward() -> None:

@@ -134,15 +134,14 @@ class _Model:
         return scores + 4 * work.rows * work.experts * 4 / self.profile.memory_rate
 
     def _permute(self) -> float:
-        """Rows are read and written once on each side of each exchange, and by the combine."""
-        work, element = self.work, self.work.dtype.itemsize
-        token = work.rows * work.width * element
-        if not self.sent.there:
-            pairs = kept_pairs(work) * work.width * element
-            return (2 * token + 2 * pairs) / self.profile.memory_rate
-        rows = self.sent.rows * work.width * element
-        passes = 6 + (4 if self.plan.two_level else 0)
-        return (2 * token + passes * rows * self.load) / self.profile.memory_rate
+        """Return the time to move rows: once on each side of each exchange, by the combine, by the activation."""
+        work = self.work
+        passes = (10 if self.plan.two_level else 6) if self.sent.there else 2
+        rows = (self.sent.rows if self.sent.there else kept_pairs(work)) * self.load
+        copies = row_copies(self.ranks.size, work.experts, self.plan) if self.sent.there else 1
+        activated = 2 * rows * work.hidden / copies * (work.matrices - 1)
+        numbers = 2 * work.rows * work.width + passes * rows * work.width + activated
+        return numbers * work.dtype.itemsize / self.profile.memory_rate
 
     def _matmul(self) -> float:
         """Products of all pieces of a forward, at least as long as memory takes to give what they read and write."""
