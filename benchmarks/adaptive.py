@@ -112,9 +112,15 @@ def step(layer: MoE, x: torch.Tensor, phase: Phase, plan: Plan | None) -> float:
     dist.barrier()
     start = time.perf_counter()
     layer(x, plan=plan, capacity=phase.capacity).sum().backward()
-    taken = torch.tensor([time.perf_counter() - start])
-    dist.all_reduce(taken, dist.ReduceOp.MAX)
-    return float(taken)
+    own = [round(1e6 * (time.perf_counter() - start))]
+    strategy = layer.strategy
+    if plan is None and isinstance(strategy, Adaptive):
+        own += strategy.council.ask()  # carried along, as the training loop does
+    numbers = torch.tensor(own)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    if plan is None and isinstance(strategy, Adaptive):
+        strategy.council.tell(numbers[1:].tolist())
+    return float(numbers[0]) / 1e6
 
 
 def set_rate(mbit: int) -> None:

@@ -33,7 +33,7 @@ from synchromesh.tuning.tuner import Tuner, bucket
 from synchromesh.types import Plan, Routing, RowMap, Workload
 
 SETTLED_EVERY = 16  # steps between two agreements of a model whose trials are over, unless its loop carries them
-WATCH_EVERY = 8  # forwards between two that are timed, once trials are over
+WATCH_EVERY = 4  # forwards between two that are timed, once trials are over
 GPUS, CPUS = "h100_ndr", "cpu_gloo"  # shipped profiles
 SKEW = 100  # parts of a power of two that skew is told in
 CLEARLY = 0.75  # powers of two that skew must differ by to be another: it is noisy where tokens are few

@@ -20,11 +20,11 @@ from synchromesh.tuning.search import Candidate
 from synchromesh.types import Plan, Workload
 
 ROUNDS = 4  # trials of each plan; the first one does not count: groups and buffers are made in it
-HOPELESS = 1.5  # over the fastest after two trials that count, twice as much after one: not tried again
+HOPELESS = 1.3  # over the fastest after two trials that count, twice as much after one: not tried again
 CLEARLY = 0.95  # of the time of the plan in use, to be changed for
 DRIFT = 1.3  # times, up or down, from what a settled plan took
 REMEMBERED = 1024  # workloads whose buckets are not computed again
-WATCHED = 5  # steps whose median is compared
+WATCHED = 3  # steps whose median is compared
 
 
 @dataclass
@@ -131,7 +131,7 @@ class Tuner:
         fastest = min(trial.median for trial in entry.trials)
         for trial in entry.trials:
             limit = HOPELESS * fastest * (2 if len(trial.seconds) == 1 else 1)
-            trial.hopeless |= math.isfinite(trial.median) and trial.median > limit
+            trial.hopeless |= bool(trial.seconds) and min(trial.seconds) > limit  # one stall is no verdict
         left = [index for index, trial in enumerate(entry.trials) if not trial.hopeless]
         unfinished = [index for index in left if len(entry.trials[index].seconds) < ROUNDS - 1]
         if not unfinished or len(left) == 1:
