@@ -21,7 +21,7 @@ def test_the_example_runs_and_is_short(path):
     assert run("-W", "error", path)
 
 
-@pytest.mark.parametrize("name", ["expert_parallel.py", "plan_switching.py", "fsdp2.py"])
+@pytest.mark.parametrize("name", ["expert_parallel.py", "plan_switching.py", "fsdp2.py", "adaptive.py"])
 def test_the_example_runs_on_two_ranks(name):
     path = next(path for path in EXAMPLES if path.name == name)
     assert run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", path)

@@ -15,6 +15,7 @@ from synchromesh.tuning.tuner import Entry, Trial, Tuner
 from synchromesh.types import Plan, Workload
 
 VERSION = 1
+STATE = ("settled", "next", "watched", "usual", "strikes", "patience", "was")  # of an entry, besides its plans
 Record = Sequence[tuple[int, Plan]]
 
 
@@ -94,7 +95,8 @@ def _plan_in(fields: Any) -> Plan:
 def _entry_out(work: Workload, entry: Entry) -> dict[str, Any]:
     workload = {**dataclasses.asdict(work), "dtype": str(work.dtype).removeprefix("torch.")}
     trials = [{**dataclasses.asdict(trial), "plan": _plan_out(trial.plan)} for trial in entry.trials]
-    state = {"settled": entry.settled, "next": entry.next, "watched": entry.watched}
+    state = {name: getattr(entry, name) for name in STATE}
+    state["was"] = None if entry.was is None else _plan_out(entry.was)
     return {"workload": workload, "best": _plan_out(entry.best), **state, "trials": trials}
 
 
@@ -105,8 +107,9 @@ def _entry_in(found: Any) -> tuple[Workload, Entry]:
         raise ValueError(f"{fields['dtype']!r} is no dtype")
     work = Workload(**{**fields, "dtype": dtype, "vectors": tuple(fields["vectors"])})
     trials = [Trial(**{**trial, "plan": _plan_in(trial["plan"])}) for trial in found["trials"]]
-    state = (bool(found["settled"]), int(found["next"]), [float(seconds) for seconds in found["watched"]])
-    entry = Entry(trials, _plan_in(found["best"]), *state)
+    state = {name: found[name] for name in STATE}
+    state["was"] = None if found["was"] is None else _plan_in(found["was"])
+    entry = Entry(trials, _plan_in(found["best"]), **state)
     if entry.trial(entry.best) is None or not 0 <= entry.next < len(trials):
         raise ValueError(f"the plan {entry.best} of a workload is not among those that were tried")
     return work, entry

@@ -22,9 +22,10 @@ from synchromesh.types import Plan, Workload
 ROUNDS = 4  # trials of each plan; the first one does not count: groups and buffers are made in it
 HOPELESS = 1.3  # over the fastest after two trials that count, twice as much after one: not tried again
 CLEARLY = 0.95  # of the time of the plan in use, to be changed for
-DRIFT = 1.3  # times, up or down, from what a settled plan took
+DRIFT = 1.3  # times, up or down, from what a settled plan usually takes
+PATIENCE = 16  # windows that must differ at most, where trials have been begun anew in vain
 REMEMBERED = 1024  # workloads whose buckets are not computed again
-WATCHED = 3  # steps whose median is compared
+WATCHED = 4  # timed steps in a window, whose median is compared
 
 
 @dataclass
@@ -54,7 +55,9 @@ class Entry:
 
     Attributes:
         trials: of the short list, as the cost model orders them. best: the plan in use. settled: rounds are over.
-        next: whose turn it is. watched: the last times of the settled plan.
+        next: whose turn it is. watched: times of the settled plan in this window. usual: the median of a window, None
+            before the first one: while other plans ran in between, times were others.
+        strikes: windows in a row that differed. patience: how many it takes. was: the plan before these trials.
     """
 
     trials: list[Trial]
@@ -62,6 +65,10 @@ class Entry:
     settled: bool = False
     next: int = 0
     watched: list[float] = field(default_factory=list)
+    usual: float | None = None
+    strikes: int = 0
+    patience: int = 1
+    was: Plan | None = None
 
     def trial(self, plan: Plan) -> Trial | None:
         return next((trial for trial in self.trials if trial.plan == plan), None)
@@ -146,25 +153,29 @@ class Tuner:
         used = entry.trial(entry.best)
         if used is None or not used.seconds or fastest.median < CLEARLY * used.median:
             entry.best = fastest.plan
-        entry.settled, entry.watched = True, []
+        vain = entry.was == entry.best
+        entry.patience = min(PATIENCE, 2 * entry.patience) if vain else 1
+        entry.settled, entry.watched, entry.usual, entry.strikes = True, [], None, 0
 
     def _watch(self, entry: Entry, trial: Trial, seconds: float) -> None:
-        """Begin anew where the plan in use takes another time than it did."""
+        """Begin anew where the plan in use takes another time than it usually did."""
         if trial.plan != entry.best:
             return
-        entry.watched = [*entry.watched, seconds][-WATCHED:]
+        entry.watched.append(seconds)
         if len(entry.watched) < WATCHED:
             return
-        now = statistics.median(entry.watched)
-        if not trial.seconds:
-            trial.seconds = list(entry.watched)  # it came without: from a file, or alone on the list
-        elif not trial.median / DRIFT <= now <= trial.median * DRIFT:
+        now, entry.watched = statistics.median(entry.watched), []
+        if entry.usual is None:
+            entry.usual = now
+            return
+        entry.strikes = 0 if entry.usual / DRIFT <= now <= entry.usual * DRIFT else entry.strikes + 1
+        if entry.strikes >= entry.patience:
             self._forget(entry)
 
     def _forget(self, entry: Entry) -> None:
         for trial in entry.trials:
             trial.seconds, trial.hopeless = [], False
-        entry.watched = []
+        entry.was, entry.usual, entry.strikes = entry.best, None, 0
         entry.settled = len(entry.trials) == 1
         entry.next = next(i for i, trial in enumerate(entry.trials) if trial.plan == entry.best)
 

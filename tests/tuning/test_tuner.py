@@ -78,9 +78,23 @@ def test_a_link_that_slows_down_is_noticed_and_the_plans_are_tried_again():
     tuner = tuner_of()
     steps(tuner, lambda plan: 1.0 if plan == PLANS[0] else 1.4, 40)
     ran = steps(tuner, lambda plan: 3.0 if plan == PLANS[0] else 1.4, 60)
-    assert ran[: WATCHED // 2] == [PLANS[0]] * (WATCHED // 2)
+    assert ran[:WATCHED] == [PLANS[0]] * WATCHED
     assert tuner.settled(WORK)
     assert tuner.choose(WORK) != PLANS[0]
+
+
+def test_trials_in_vain_are_begun_less_and_less_often():
+    """A machine whose speed swings, whatever the plan: it must not try for ever."""
+    tuner, count = tuner_of(), 0
+
+    def seconds(plan):
+        nonlocal count
+        count += 1
+        return (1.0 if plan == PLANS[0] else 1.5) * (1 + (count // 40) % 2)
+
+    early, late = steps(tuner, seconds, 1000), steps(tuner, seconds, 1000)
+    other = [sum(plan != PLANS[0] for plan in ran) for ran in (early, late)]
+    assert other[1] < other[0] / 2
 
 
 def test_noise_is_no_drift():
