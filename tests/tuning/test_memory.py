@@ -1,0 +1,58 @@
+"""What a forward keeps for its backward, on each rank and under each plan, against the formula."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from synchromesh import Grid, MLPExperts, MoE, Plan, Sharded
+from synchromesh.lattice import Ranks
+from synchromesh.testing.distributed import run_ranks
+from synchromesh.tuning.memory import layer_bytes
+from synchromesh.types import Routing, Workload
+
+T, K, D, F = 512, 2, 128, 256
+
+
+class Even(nn.Module):
+    """Every expert gets the same number of rows of each rank."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.num_experts, self.k = experts, K
+
+    def forward(self, x, k=None):
+        ids = (torch.arange(len(x))[:, None] * K + torch.arange(K)) % self.num_experts
+        scores = torch.ones(len(x), self.num_experts) / self.num_experts
+        return Routing(ids, torch.ones(len(x), K, requires_grad=True), scores, scores)
+
+
+def kept(plan, experts):
+    """Return the bytes of all storages that autograd saves in a forward, without those of parameters."""
+    grid = Grid.from_group(dist.group.WORLD, ranks_per_node=2)
+    layer = MoE(Even(experts), MLPExperts(experts, D, hidden=F), strategy=Sharded(grid))
+    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = torch.randn(T, D, requires_grad=True)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x, plan=plan)
+    total = sum(storages.values())
+    y.sum().backward()
+    return total, layer.experts.vectors
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(chunks=2), Plan(gather=2), Plan(gather=2, near=False), Plan(gather=4)])
+@pytest.mark.parametrize("experts", [8, 2])
+def test_a_forward_keeps_the_bytes_of_the_formula(plan, experts):
+    for total, vectors in run_ranks(kept, 4, plan, experts):
+        work = Workload(T, K, D, F, experts, torch.float32, True, vectors=vectors)
+        formula = layer_bytes(work, plan, Ranks(4, 2))
+        assert total == pytest.approx(formula.activations + formula.gathered, rel=0.1)
