@@ -148,7 +148,7 @@ class Adaptive(Sharded):
         return self.grid.size == 1 or bool(self._replay) or (known is not None and self.tuner.settled(known))
 
     def choose(self, workload: Workload, capacity: Capacity) -> Plan:
-        if self.grid.size == 1:
+        if self.grid.size == 1 or torch.compiler.is_compiling():  # in a compiled graph the plan is a constant
             return super().choose(workload, capacity)
         self.council.before_forward(self)
         plan, self._now, self._clock = self._choose(workload, capacity), self._largest(workload), None

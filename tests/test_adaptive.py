@@ -14,7 +14,7 @@ from synchromesh.parallel.sharded import Sharded
 from synchromesh.testing.compare import relative_rms
 from synchromesh.testing.distributed import run_ranks
 from synchromesh.tuning.dictionary import Dictionary
-from synchromesh.types import Workload
+from synchromesh.types import Plan, Workload
 
 D, F, E = 8, 16, 4
 
@@ -268,6 +268,15 @@ def test_one_rank_has_one_plan():
         step(layer, 10)
     assert layer.strategy.record == []
     assert layer.strategy.settled
+
+
+def test_in_a_compiled_graph_the_plan_is_a_constant():
+    grid = Grid(None)
+    grid.size = grid.ranks_per_node = 4
+    strategy, work = Adaptive(grid), Workload(1024, 1, 96, 384, 2, torch.float32, True)
+    with patch.object(torch.compiler, "is_compiling", lambda: True):
+        assert {strategy.choose(work, Dropless()) for _ in range(5)} == {Plan(gather=2)}
+    assert strategy.record == []
 
 
 def test_choosing_and_observing_cost_less_than_half_a_percent_of_a_demo_step():
