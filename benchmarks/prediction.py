@@ -2,6 +2,7 @@
 
     sudo .venv/bin/python benchmarks/prediction.py             # profile each cluster, then compare
     .venv/bin/python benchmarks/prediction.py --show           # only compare with the profiles that are there
+    .venv/bin/python benchmarks/prediction.py --local 2 4      # ranks of this machine, profiled and measured in one run
 
 A profile holds what `synchromesh profile` measured inside the cluster, of messages and products alone; the steps are
 those of benchmarks/emulated_cluster.py, of other message sizes and shapes. Per cell (cluster, rate, workload): the
@@ -23,10 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import emulated_cluster
 import torch
 import torch.distributed as dist
 import tyro
-from emulated_cluster import PREFIX, RESULTS, Shape, cluster, plans_for
+from emulated_cluster import PREFIX, RESULTS, WORKLOADS, Shape, cluster, measure, plans_for
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -43,17 +45,18 @@ from synchromesh.types import Workload
 PROFILES = Path(__file__).parent / "results" / "profiles"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "prediction.svg"
 HEADERS = 1514 / 1448  # Ethernet, IP and TCP around a full segment
-WANTED = {"median error": 0.25, "regret": 1.05, "regret of three": 1.02}
+LOCAL = Path(__file__).parent / "results" / "local_ranks.jsonl"
 
 
 @dataclass(frozen=True)
 class Args:
-    """What to do. nodes, rates: of the emulated clusters. show: measure nothing."""
+    """What to do. nodes, rates: of the emulated clusters. show: measure nothing. local: ranks of this machine."""
 
     nodes: tuple[int, ...] = (2, 4)
     rates: tuple[int, ...] = (100, 500, 1000)
     ranks: int = 4
     show: bool = False
+    local: tuple[int, ...] = ()
     steps: Path = RESULTS
     picture: Path = PICTURE
     job: str = ""  # set by this program for the ranks it starts
@@ -93,25 +96,47 @@ def profile_cluster(nodes: int, mbit: int, ranks: int) -> None:
             raise SystemExit((Path(folder) / str(codes.index(next(filter(None, codes))))).read_text())
 
 
+def measure_local(ranks: int) -> list[dict[str, Any]]:
+    """Profile and measure ranks of this machine, without any shaping."""
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = []
+        for rank in range(ranks):
+            job = {"rank": rank, "ranks": ranks, "nodes": 1, "store": f"{folder}/store", "steps": True}
+            job["file"] = str(profile_file(1, 0, ranks))
+            command = [sys.executable, __file__, "--job", json.dumps(job)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            jobs.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+        assert jobs[0].stdout is not None
+        found = [json.loads(line) for line in jobs[0].stdout]
+        if any(job.wait(timeout=600) for job in jobs):
+            raise SystemExit("a rank failed: see above")
+    return found
+
+
 def run_rank(job: dict[str, Any]) -> None:
     """Measure as one rank."""
     torch.set_num_threads(1)
     store = dist.FileStore(job["store"], job["ranks"])
     dist.init_process_group("gloo", store=store, rank=job["rank"], world_size=job["ranks"])
     grid = Grid.from_group(dist.group.WORLD, ranks_per_node=job["ranks"] // job["nodes"])
-    run_profile(ProfileRequest(Path(job["file"])), grid, console=Console())
+    run_profile(ProfileRequest(Path(job["file"])), grid, console=Console(stderr=True))
+    for shape in WORKLOADS if job.get("steps") else []:
+        emulated_cluster.transmitted = lambda: 0  # nothing leaves this machine
+        for record in measure(shape, grid, {"chunks": (1, 4), "rounds": 9, "mbit": 1}):
+            if grid.rank == 0:
+                print(json.dumps({**record, "mbit": 0}), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def profile_file(nodes: int, mbit: int) -> Path:
-    return PROFILES / f"emulated_{nodes}x_{mbit}mbit.json"
+def profile_file(nodes: int, mbit: int, ranks: int = 0) -> Path:
+    return PROFILES / (f"emulated_{nodes}x_{mbit}mbit.json" if mbit else f"local_{ranks}.json")
 
 
 def points(records: Sequence[dict[str, Any]]) -> Iterator[Point]:
     """Predict every measured step."""
     for record in records:
-        file = profile_file(record["nodes"], record["mbit"])
+        file = profile_file(record["nodes"], record["mbit"], record["ranks"])
         if not file.exists():
             continue
         profile, shape = load_profile(file), Shape(*record["shape"])
@@ -120,7 +145,7 @@ def points(records: Sequence[dict[str, Any]]) -> Iterator[Point]:
         plan = next(plan for plan in plans_of(shape, ranks) if str(plan) == record["plan"])
         sent = traffic(work, plan, ranks).leaving_a_node("gloo") * HEADERS
         seconds = step_seconds(work, plan, ranks, profile)
-        cell = (record["nodes"], record["mbit"], tuple(record["shape"]))
+        cell = (record["nodes"] if record["mbit"] else -record["ranks"], record["mbit"], tuple(record["shape"]))
         yield Point(cell, plan, record["seconds"], seconds, record["bytes"], sent)
 
 
@@ -156,7 +181,8 @@ def show(found: Sequence[Point]) -> None:
         table.add_column(name, justify="right" if name != "cluster" else "left")
     groups: dict[str, list[list[Point]]] = {}
     for (nodes, mbit, _), own in cells.items():
-        groups.setdefault(f"{nodes} nodes, {mbit} Mbit/s", []).append(own)
+        name = f"{nodes} nodes, {mbit} Mbit/s" if mbit else f"{-nodes} ranks of one machine"
+        groups.setdefault(name, []).append(own)
     groups["all"] = list(cells.values())
     for name, several in groups.items():
         errors = sorted(point.error for own in several for point in own)
@@ -168,8 +194,9 @@ def show(found: Sequence[Point]) -> None:
     console = Console(width=120)
     console.print(table)
     shares = [p.bytes_measured / p.bytes_predicted for p in found if p.bytes_predicted > 1e5]
-    middle = statistics.median(shares)
-    console.print(f"bytes measured over predicted: median {middle:.3f}, {min(shares):.3f} to {max(shares):.3f}")
+    if shares:
+        middle = statistics.median(shares)
+        console.print(f"bytes measured over predicted: median {middle:.3f}, {min(shares):.3f} to {max(shares):.3f}")
 
 
 def draw(found: Sequence[Point], path: Path) -> None:
@@ -207,6 +234,11 @@ def draw(found: Sequence[Point], path: Path) -> None:
 def main(args: Args) -> None:
     if args.job:
         run_rank(json.loads(args.job))
+        return
+    if args.local:
+        records = [record for ranks in args.local for record in measure_local(ranks)]
+        LOCAL.write_text("".join(json.dumps(record) + "\n" for record in records))
+        show(list(points(records)))
         return
     if not args.show:
         if os.geteuid() != 0:

@@ -92,11 +92,12 @@ class Council:
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed forward: the workload it was taken for, its plan, and its clock."""
+    """One timed forward: the workload it was taken for, its plan, its clock, and whether a backward is to follow."""
 
     work: Workload
     plan: Plan
     clock: Clock
+    backward: bool
 
 
 class Adaptive(Sharded):
@@ -124,7 +125,7 @@ class Adaptive(Sharded):
         super().__init__(grid, kernels=kernels, wire=wire)
         self.council = Council(grid) if council is None else council
         self.council.join(self)
-        self.tuner = Tuner(functools.partial(_candidates, grid=grid, profile=profile))
+        self.tuner = Tuner(functools.partial(_candidates, strategy=self, profile=profile))
         self.record: list[tuple[int, Plan]] = []
         self.forwards = 0  # of training
         self._calls = 0
@@ -144,8 +145,10 @@ class Adaptive(Sharded):
     @property
     def settled(self) -> bool:
         """Whether nothing is tried for the workload of the last forward."""
-        known = None if self._now is None else self._agreed.get(self._kind(self._now))
-        return self.grid.size == 1 or bool(self._replay) or (known is not None and self.tuner.settled(known))
+        if self.grid.size == 1 or self._replay or self._now is None:
+            return True
+        known = self._agreed.get(self._kind(self._now))
+        return known is not None and self.tuner.settled(known)
 
     def choose(self, workload: Workload, capacity: Capacity) -> Plan:
         if self.grid.size == 1 or torch.compiler.is_compiling():  # in a compiled graph the plan is a constant
@@ -154,9 +157,10 @@ class Adaptive(Sharded):
         plan, self._now, self._clock = self._choose(workload, capacity), self._largest(workload), None
         known = self._agreed.get(self._kind(workload))
         watched = self._calls % WATCH_EVERY == 0
-        if known is not None and not self._replay and (watched or not self.tuner.settled(known)):
+        counts = torch.is_grad_enabled() or not workload.training  # else it is timed as neither
+        if known is not None and counts and not self._replay and (watched or not self.tuner.settled(known)):
             self._clock = Clock()
-            self._sample = Sample(known, plan, self._clock)
+            self._sample = Sample(known, plan, self._clock, workload.training)
         self._calls += 1
         if workload.training:
             if not self.record or self.record[-1][1] != plan:
@@ -182,7 +186,7 @@ class Adaptive(Sharded):
         if work not in self._kinds:
             if len(self._kinds) >= REMEMBERED:
                 self._kinds.clear()
-            self._kinds[work] = dataclasses.replace(work, rows=0, skew=0)
+            self._kinds[work] = dataclasses.replace(bucket(work), rows=0, skew=0)
         return self._kinds[work]
 
     def run(
@@ -209,7 +213,7 @@ class Adaptive(Sharded):
         if self._now is None:
             return [0] * NUMBERS
         rows, sample, self._told = self._now.rows + 1, self._sample, True
-        if sample is None or not sample.clock.ready(wait=not self.settled):
+        if sample is None or not sample.clock.ready(wait=not self.settled, backward=sample.backward):
             return [rows, 0, 0, 0]
         self._sample = dataclasses.replace(sample, clock=Clock())  # its numbers are told once
         forward, backward = sample.clock.seconds()
@@ -233,12 +237,13 @@ class Adaptive(Sharded):
             self._elsewhere = bucket(work)
 
 
-def _candidates(work: Workload, *, grid: Grid, profile: ClusterProfile | None) -> Sequence[Candidate]:
+def _candidates(work: Workload, *, strategy: Adaptive, profile: ClusterProfile | None) -> Sequence[Candidate]:
     """Return the short list, or the one plan of a grid where the profile knows nothing of the dtype."""
     if profile is None:
         profile = load_profile(GPUS if torch.cuda.is_available() else CPUS)
     known = profile if _dtype(work) in profile.matmul else _with_dtype(profile, _dtype(work))
-    return short_list(predicted(work, Ranks(grid.size, grid.ranks_per_node), known))
+    ordered = predicted(work, Ranks(strategy.grid.size, strategy.grid.ranks_per_node), known)
+    return short_list([one for one in ordered if strategy.poolable or one.plan.gather == 1])
 
 
 def _with_dtype(profile: ClusterProfile, dtype: str) -> ClusterProfile:

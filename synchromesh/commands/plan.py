@@ -203,7 +203,7 @@ def _changed(
 def _planned(case: Case, request: PlanRequest, profile: ClusterProfile, sizes: list[int]) -> Iterator[Planned]:
     batch = 1 if request.layer is not None else request.batch
     for size in sizes:
-        ranks = Ranks(size, math.gcd(size, profile.per_node) if size < profile.per_node else profile.per_node)
+        ranks = Ranks(size, min(size, profile.per_node))
         yield plan_model(case.model, profile, ranks, batch=batch, training=not request.inference, sharded=request.fsdp)
 
 

@@ -65,7 +65,9 @@ def run_profile(request: ProfileRequest, grid: Grid, *, console: Console) -> int
         else:
             _show(console, found)
             console.print(
-                f"{request.file} · synchromesh plan --cluster {request.file}", highlight=False, soft_wrap=True
+                f"{request.file} · synchromesh plan --cluster {request.file} --dtype bfloat16",
+                highlight=False,
+                soft_wrap=True,
             )
     return 0
 

@@ -39,7 +39,10 @@ def read_hf_config(path: Path, *, length: int, dtype: torch.dtype = torch.bfloat
         raise ValueError(f"cannot read {file}: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds no configuration")
-    return _shape(found.get("text_config", found), file, length, dtype)
+    try:
+        return _shape(found.get("text_config", found), file, length, dtype)
+    except TypeError as error:
+        raise ValueError(f"{file} holds a field that is no number: {error}") from error
 
 
 def _shape(config: dict[str, Any], file: Path, length: int, dtype: torch.dtype) -> ModelShape:
@@ -71,6 +74,8 @@ def _shape(config: dict[str, Any], file: Path, length: int, dtype: torch.dtype) 
 
 def _sparse_layers(config: dict[str, Any], layers: int) -> int:
     """Return how many layers have experts."""
+    if config.get("interleave_moe_layer_step", 1) not in (None, 1):
+        raise ValueError("models that interleave dense layers by interleave_moe_layer_step are not known here")
     first = int(config.get("first_k_dense_replace") or 0)
     step = int(config.get("decoder_sparse_step") or config.get("moe_layer_freq") or 1)
     dense = set(config.get("mlp_only_layers") or ())

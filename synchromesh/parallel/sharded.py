@@ -47,7 +47,7 @@ class Sharded(Strategy):
         self, grid: Grid, *, plan: Plan | None = None, kernels: Kernels | None = None, wire: Wire = AS_IS
     ) -> None:
         self.grid, self.plan, self.kernels, self.wire = grid, plan, kernels, wire
-        self._waiting = Waiting()
+        self._waiting, self._whole = Waiting(), False
         self._layouts: dict[tuple[int, int, bool], Layout] = {}
         self._exchanges: dict[tuple[tuple[int, ...], bool], AllToAll] = {}
         self._refusals: dict[tuple[Plan, int, bool], str | None] = {}
@@ -55,6 +55,7 @@ class Sharded(Strategy):
     def adopt(self, experts: Experts) -> None:
         check_sizes(self.grid.size, experts.num_experts)
         experts.hold(Cut(self.grid.rank, self.grid.size))
+        self._whole = self._whole or not experts.parts()
 
     def choose(self, workload: Workload, capacity: Capacity) -> Plan:
         return self.plan or Plan(gather=max(1, self.grid.size // workload.experts))
@@ -63,6 +64,8 @@ class Sharded(Strategy):
         return every_plan(self.grid.size)
 
     def refusal(self, plan: Plan, workload: Workload, capacity: Capacity) -> str | None:
+        if plan.gather > 1 and self._whole:
+            return "these experts move whole and cannot be pooled: take gather=1"
         known_beforehand = isinstance(capacity, FixedCapacity) and capacity.tokens is not None
         key = (plan, workload.experts, known_beforehand)
         if key not in self._refusals:
@@ -113,6 +116,11 @@ class Sharded(Strategy):
 
     def agree_sum(self, value: Tensor) -> Tensor:
         return value if self.grid.group is None else _Sum.apply(value, self.grid)
+
+    @property
+    def poolable(self) -> bool:
+        """Whether the experts can be cut and pooled; modules move whole."""
+        return not self._whole
 
     def take_waited(self) -> float:
         return self._waiting.take()

@@ -91,6 +91,7 @@ def _rank_main(
     with poisoned_memory():
         end.send(_load(*target)(*arguments))
     end.close()
+    dist.barrier()  # a rank that leaves while others still connect a group would break their connection
     dist.destroy_process_group()
 
 

@@ -288,8 +288,7 @@ class _Loop:
             if best:
                 on_first(apart, lambda: save_best(self.job.checkpoints, folder))
 
-        if self.grid.rank == 0:
-            self.plans.save(self.job.folder)
+        on_first(self.grid, lambda: self.plans.save(self.job.folder))
         self.saver.start(snapshot, then)
         self._saved, self._saved_at, self._saving = (now.step, now.evaluated), time.perf_counter(), True
 
@@ -313,7 +312,8 @@ class _Loop:
             )
         restore_model(found.folder, self.model, self.grid)
         restore_optimizer(found.folder, self.model, self.optimizer, self.grid)
-        self.plans.restore(found.state["plans"])
+        if "plans" in found.state:  # checkpoints of before have none
+            self.plans.restore(found.state["plans"])
         self.standing = Standing(**found.state["standing"])
         self.window = Window.from_json(found.state["window"], self.device)
         self._saved = (self.standing.step, self.standing.evaluated)

@@ -13,6 +13,7 @@ from synchromesh.comm.grid import Grid
 from synchromesh.lattice import Ranks
 from synchromesh.parallel.sharded import Sharded
 from synchromesh.parallelize import adaptive_layers
+from synchromesh.training.agree import on_first
 from synchromesh.training.config import Sharing
 from synchromesh.training.durable import write_atomically
 from synchromesh.training.errors import InputError
@@ -28,7 +29,8 @@ def strategies(sharing: Sharing, grid: Grid) -> Callable[[], Sharded]:
     if plan is not None or not sharing.adaptive:
         return lambda: Sharded(grid, plan=plan)
     council = Council(grid)
-    profile = None if sharing.cluster is None else _readable(sharing.cluster, load_profile)
+    named = sharing.cluster
+    profile = None if named is None else on_first(grid, lambda: _readable(named, load_profile))
     return lambda: Adaptive(grid, council=council, profile=profile)
 
 
@@ -44,6 +46,7 @@ class Plans:
 
     def __init__(self, model: nn.Module, grid: Grid, sharing: Sharing) -> None:
         self._layers, self._ranks = adaptive_layers(model), Ranks(grid.size, grid.ranks_per_node)
+        self._grid = grid
         if not self._layers:
             return
         if sharing.known is not None:
@@ -109,7 +112,8 @@ class Plans:
 
     def _read(self, path: Path) -> Dictionary:
         file = path / NAME if path.is_dir() else path
-        found = _readable(file, lambda name: Dictionary.from_json(Path(name).read_text()))
+        text = on_first(self._grid, lambda: _readable(file, lambda name: Path(name).read_text()))
+        found = _readable(file, lambda _: Dictionary.from_json(text))
         if found.ranks != self._ranks:
             raise InputError(f"{file} was found on {found.ranks}, this run has {self._ranks}: its plans tell nothing")
         return found

@@ -39,9 +39,9 @@ class Clock:
         self._mark("leave")
         return y
 
-    def ready(self, *, wait: bool) -> bool:
-        """Tell whether times can be read; wait=True waits for a device that is not done."""
-        last = self._marks.get("grad out", self._marks.get("leave"))
+    def ready(self, *, wait: bool, backward: bool = True) -> bool:
+        """Tell whether times can be read, of a backward too; wait=True waits for a device that is not done."""
+        last = self._marks.get("grad out" if backward else "leave")
         if last is None:
             return False
         if self._cuda and wait:

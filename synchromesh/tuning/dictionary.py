@@ -80,7 +80,7 @@ def _trials(entry: Entry) -> int:
 
 
 def _copied(entry: Entry) -> Entry:
-    trials = [dataclasses.replace(trial, seconds=list(trial.seconds)) for trial in entry.trials]
+    trials = [dataclasses.replace(trial, seconds=list(trial.seconds), warm=False) for trial in entry.trials]
     return dataclasses.replace(entry, trials=trials, watched=list(entry.watched))
 
 

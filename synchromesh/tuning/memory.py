@@ -57,7 +57,7 @@ def layer_bytes(work: Workload, plan: Plan, ranks: Ranks) -> Bytes:
         weights=own * MASTER,
         gradients=training * own * MASTER,
         optimizer=training * 2 * own * MASTER,
-        gathered=0.0 if plan.regather else pooled,
+        gathered=training * (0.0 if plan.regather else pooled),
         activations=training * kept * element,
-        buffers=buffers * element + pooled,
+        buffers=buffers * element + pooled * (2 if plan.regather and work.training else 1),
     )

@@ -161,7 +161,8 @@ def _planned(
     forward, backward = forward_and_backward(work, plan, ranks, profile)
     fixed = Plan(gather=max(1, ranks.size // work.experts))
     static = kind.count * step_seconds(work, fixed, ranks, profile)
-    kept = kind.count * layer_bytes(work, fixed, ranks).kept
+    one = layer_bytes(work, fixed, ranks)
+    kept = kind.count * one.kept + one.buffers
     return PlannedLayer(kind, plan, _all(forward, kind.count), _all(backward, kind.count), memory, static, kept)
 
 

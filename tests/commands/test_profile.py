@@ -21,16 +21,8 @@ def test_ranks_measure_themselves_and_plan_reads_what_they_wrote(tmp_path: Path)
     assert profile.network.node_rate is not None
     for law in profile.matmul.values():
         assert law.peak > 1e9
-    command = [
-        sys.executable,
-        "-m",
-        "synchromesh.cli",
-        "plan",
-        "--cluster=here.json",
-        "--world=4",
-        "--dtype=float32",
-        "--json",
-    ]
+    layer = ["--layer", "256", "64", "128", "4", "2", "--dtype=float32", "--json"]
+    command = [sys.executable, "-m", "synchromesh.cli", "plan", "--cluster=here.json", "--world=4", *layer]
     planned = json.loads(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout)
     assert planned["world"] == 4
 

@@ -23,6 +23,7 @@ from synchromesh import (
     Sharded,
     TopKRouter,
     load_stats,
+    parallelize,
 )
 from synchromesh.comm import all_to_all, collectives
 from synchromesh.kernels import REFERENCE
@@ -373,6 +374,20 @@ def modules_over_ranks():
     with pytest.raises(ValueError, match="move whole"):
         layer(x, plan=Plan(gather=2))
     return True
+
+
+def adaptive_modules():
+    """Trials must never choose what modules cannot do."""
+    torch.manual_seed(0)
+    layer = MoE(TopKRouter(D, 4), ModuleExperts([nn.Linear(D, D) for _ in range(4)]))
+    run = parallelize(layer, Grid.from_group(dist.group.WORLD))
+    for _ in range(12):
+        run(torch.randn(T, D)).sum().backward()
+    return {plan.gather for _, plan in layer.strategy.record}
+
+
+def test_modules_find_plans_among_those_that_do_not_pool():
+    assert run_ranks(adaptive_modules, 2) == [{1}] * 2
 
 
 def test_modules_as_experts_move_whole():

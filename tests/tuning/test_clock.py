@@ -48,6 +48,7 @@ def test_without_gradients_there_is_a_forward_only():
     with torch.no_grad():
         (x,) = clock.enter([torch.randn(4)])
         clock.leave(x)
-    assert clock.ready(wait=True)
+    assert clock.ready(wait=True, backward=False)
+    assert not clock.ready(wait=True)
     assert clock.seconds()[1] == 0
     assert clock.noted() == [1, 3]

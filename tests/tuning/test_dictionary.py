@@ -28,12 +28,14 @@ def known(count, work=WORK):
 
 
 @pytest.mark.parametrize("count", [1, 5, 40])
-def test_what_is_saved_goes_on_as_if_nothing_had_happened(count):
+def test_what_is_saved_goes_on_where_it_was_with_plans_that_are_cold(count):
     before = known(count)
     found = Dictionary.from_json(before.to_json())
     assert found == before
     tuner, other = Tuner(lambda _: []), learnt(count)
     found.warm("layer", tuner)
+    for trial in other.entries[WORK].trials:
+        trial.warm = False  # the first step of a plan in a new process makes groups and buffers: it does not count
     for _ in range(30):
         assert tuner.choose(WORK) == other.choose(WORK)
         for one in (tuner, other):
