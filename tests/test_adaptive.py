@@ -1,5 +1,7 @@
 """Plans that choose themselves: the same on every rank, right while they are tried, repeatable."""
 
+import subprocess
+import sys
 import time
 from unittest.mock import patch
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from synchromesh import Adaptive, Council, Dropless, Grid, MLPExperts, MoE, TopKRouter, adaptive_layers, parallelize
+from synchromesh import Adaptive, Dropless, Grid, MLPExperts, MoE, TopKRouter, adaptive_layers, parallelize
 from synchromesh.adaptive import SETTLED_EVERY
 from synchromesh.lattice import Ranks
 from synchromesh.parallel.sharded import Sharded
@@ -279,28 +281,34 @@ def test_in_a_compiled_graph_the_plan_is_a_constant():
     assert strategy.record == []
 
 
+HOST_TIME = """
+import time, torch
+from synchromesh import Adaptive, Council, Dropless, Grid, Workload
+grid = Grid(None)
+grid.size = grid.ranks_per_node = 4
+council = Council(grid)
+layers = [Adaptive(grid, council=council) for _ in range(2)]
+work, capacity = Workload(1024, 1, 96, 384, 8, torch.float32, True), Dropless()
+numbers = [1025, 1, 1000, 2000]  # as if every forward had been timed
+def one():
+    for layer in layers:
+        layer.choose(work, capacity)
+    council.ask()
+    council.tell(numbers * 2)
+for _ in range(100):
+    one()
+assert all(layer.settled for layer in layers)
+start = time.process_time()
+for _ in range(10_000):
+    one()
+print((time.process_time() - start) / 10_000)
+"""
+
+
 def test_choosing_and_observing_cost_less_than_half_a_percent_of_a_demo_step():
-    """Settled, 10,000 calls of two layers that a loop carries; a step of the demo on two cores takes 150 ms."""
-    grid = Grid(None)
-    grid.size = grid.ranks_per_node = 4
-    council = Council(grid)
-    layers = [Adaptive(grid, council=council) for _ in range(2)]
-    work, capacity = Workload(1024, 1, 96, 384, 8, torch.float32, True), Dropless()
+    """Settled, 10,000 calls of two layers that a loop carries, without the checks of types that tests add.
 
-    def one():
-        for layer in layers:
-            layer.choose(work, capacity)
-        council.ask()
-        council.tell(numbers * 2)
-
-    numbers = [1025, 1, 1000, 2000]  # as if every forward had been timed
-    for _ in range(100):
-        for layer in layers:
-            layer.choose(work, capacity)
-        council.ask()
-        council.tell(numbers * 2)
-    assert all(layer.settled for layer in layers)
-    start = time.perf_counter()
-    for _ in range(10_000):
-        one()
-    assert (time.perf_counter() - start) / 10_000 < 0.005 * 0.150
+    A step of the demo on two cores takes 150 ms.
+    """
+    out = subprocess.run([sys.executable, "-c", HOST_TIME], capture_output=True, text=True, check=True).stdout
+    assert float(out) < 0.005 * 0.150
