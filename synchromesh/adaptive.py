@@ -125,7 +125,7 @@ class Adaptive(Sharded):
         super().__init__(grid, kernels=kernels, wire=wire)
         self.council = Council(grid) if council is None else council
         self.council.join(self)
-        self.tuner = Tuner(functools.partial(_candidates, strategy=self, profile=profile))
+        self.tuner = Tuner(functools.partial(_candidates, ranks=grid.ranks, profile=profile))
         self.record: list[tuple[int, Plan]] = []
         self.forwards = 0  # of training
         self._calls = 0
@@ -237,13 +237,12 @@ class Adaptive(Sharded):
             self._elsewhere = bucket(work)
 
 
-def _candidates(work: Workload, *, strategy: Adaptive, profile: ClusterProfile | None) -> Sequence[Candidate]:
-    """Return the short list, or the one plan of a grid where the profile knows nothing of the dtype."""
+def _candidates(work: Workload, *, ranks: Ranks, profile: ClusterProfile | None) -> Sequence[Candidate]:
+    """Return the short list of a workload."""
     if profile is None:
         profile = load_profile(GPUS if torch.cuda.is_available() else CPUS)
     known = profile if _dtype(work) in profile.matmul else _with_dtype(profile, _dtype(work))
-    ordered = predicted(work, Ranks(strategy.grid.size, strategy.grid.ranks_per_node), known)
-    return short_list([one for one in ordered if strategy.poolable or one.plan.gather == 1])
+    return short_list(predicted(work, ranks, known))
 
 
 def _with_dtype(profile: ClusterProfile, dtype: str) -> ClusterProfile:

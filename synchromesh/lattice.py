@@ -64,14 +64,17 @@ def every_plan(world: int) -> Iterator[Plan]:
         yield Plan(*values)
 
 
-def refusal(plan: Plan, ranks: Ranks, num_experts: int, *, known_beforehand: bool) -> str | None:
+def refusal(plan: Plan, ranks: Ranks, num_experts: int, *, known_beforehand: bool, pooled: bool = True) -> str | None:
     """Return why a plan cannot run, the same on every rank; None where it can.
 
     Args:
         known_beforehand: whether all ranks know the capacity without a look at the routing.
+        pooled: whether the experts can be cut and pooled; modules move whole.
     """
     world = ranks.size
     check_sizes(world, num_experts)
+    if plan.gather > 1 and not pooled:
+        return "these experts move whole and cannot be pooled: take gather=1"
     reason = layout_refusal(world, num_experts, plan.gather, near=plan.near)
     if reason is not None:
         return reason

@@ -84,7 +84,7 @@ class Workload:
     Attributes:
         rows: tokens per rank. choices: K. skew: bucket of largest over mean rows of an expert, in powers of two.
         capacity: most rows of an expert from one rank, where all ranks know it beforehand.
-        matrices: of an expert, [hidden, width] each: 2, or 3 where it is gated.
+        matrices: of an expert, [hidden, width] each: 2, 3 where it is gated, 0 where experts move whole.
         vectors: numbers in each bias of an expert.
     """
 

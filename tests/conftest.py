@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,3 +20,19 @@ def _known_start(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with poisoned_memory():
         yield
+
+
+@pytest.fixture(scope="session")
+def mixtral() -> dict[str, Any]:
+    """The configuration of Mixtral 8x7B as transformers writes it."""
+    return {
+        "model_type": "mixtral",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "vocab_size": 32000,
+    }

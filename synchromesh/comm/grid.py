@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,8 +16,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from synchromesh.comm.heartbeat import Heartbeat
+from synchromesh.lattice import Ranks
 
 TIMEOUT = timedelta(minutes=10)
+# Seconds for the threads of a back end to free what they sent: that takes the interpreter, and without one they abort.
+_REST = 0.05
 
 
 class Grid:
@@ -42,10 +46,7 @@ class Grid:
         self.size = len(self._global_ranks)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.ranks_per_node = self.size if ranks_per_node is None else ranks_per_node
-        if self.ranks_per_node < 1 or self.size % self.ranks_per_node:
-            raise ValueError(
-                f"ranks_per_node is {self.ranks_per_node}, wanted a divisor of the grid's {self.size} ranks"
-            )
+        _ = self.ranks  # refuses what does not divide the ranks
         self._groups: dict[tuple[int, ...], ProcessGroup | None] = {tuple(range(self.size)): group}
 
     @staticmethod
@@ -84,6 +85,11 @@ class Grid:
         if mesh.ndim != 1:
             raise ValueError(f"got a mesh of {mesh.ndim} axes {mesh.mesh_dim_names}, wanted one: take mesh['name']")
         return Grid(mesh.get_group(), ranks_per_node=ranks_per_node)
+
+    @property
+    def ranks(self) -> Ranks:
+        """How many they are, and how they lie on nodes."""
+        return Ranks(self.size, self.ranks_per_node)
 
     @property
     def nodes(self) -> int:
@@ -181,6 +187,7 @@ def joined(*, timeout: timedelta = TIMEOUT) -> Iterator[Grid]:
     finally:
         if not lost:
             heart.stop()
+        time.sleep(_REST)
     dist.destroy_process_group()
 
 

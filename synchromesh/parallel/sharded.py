@@ -21,7 +21,7 @@ from synchromesh.comm.all_to_all import AllToAll, all_to_all_between
 from synchromesh.comm.grid import Grid
 from synchromesh.experts import Cut, Experts
 from synchromesh.kernels import Kernels, kernels_for
-from synchromesh.lattice import Ranks, check_sizes, every_plan, refusal
+from synchromesh.lattice import check_sizes, every_plan, refusal
 from synchromesh.parallel.dispatch import weights_per_row
 from synchromesh.parallel.layout import Layout
 from synchromesh.parallel.pipeline import even_traffic, exchange_and_compute, ragged_traffic
@@ -47,15 +47,14 @@ class Sharded(Strategy):
         self, grid: Grid, *, plan: Plan | None = None, kernels: Kernels | None = None, wire: Wire = AS_IS
     ) -> None:
         self.grid, self.plan, self.kernels, self.wire = grid, plan, kernels, wire
-        self._waiting, self._whole = Waiting(), False
+        self._waiting = Waiting()
         self._layouts: dict[tuple[int, int, bool], Layout] = {}
         self._exchanges: dict[tuple[tuple[int, ...], bool], AllToAll] = {}
-        self._refusals: dict[tuple[Plan, int, bool], str | None] = {}
+        self._refusals: dict[tuple[Plan, int, bool, bool], str | None] = {}
 
     def adopt(self, experts: Experts) -> None:
         check_sizes(self.grid.size, experts.num_experts)
         experts.hold(Cut(self.grid.rank, self.grid.size))
-        self._whole = self._whole or not experts.parts()
 
     def choose(self, workload: Workload, capacity: Capacity) -> Plan:
         return self.plan or Plan(gather=max(1, self.grid.size // workload.experts))
@@ -64,20 +63,16 @@ class Sharded(Strategy):
         return every_plan(self.grid.size)
 
     def refusal(self, plan: Plan, workload: Workload, capacity: Capacity) -> str | None:
-        if plan.gather > 1 and self._whole:
-            return "these experts move whole and cannot be pooled: take gather=1"
-        known_beforehand = isinstance(capacity, FixedCapacity) and capacity.tokens is not None
-        key = (plan, workload.experts, known_beforehand)
+        known, pooled = isinstance(capacity, FixedCapacity) and capacity.tokens is not None, workload.matrices > 0
+        key = (plan, workload.experts, known, pooled)
         if key not in self._refusals:
-            ranks = Ranks(self.grid.size, self.grid.ranks_per_node)
-            self._refusals[key] = refusal(plan, ranks, workload.experts, known_beforehand=known_beforehand)
+            reason = refusal(plan, self.grid.ranks, workload.experts, known_beforehand=known, pooled=pooled)
+            self._refusals[key] = reason
         return self._refusals[key]
 
     def run(
         self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, experts: Experts, plan: Plan
     ) -> Float[Tensor, "T D"]:
-        if plan.gather > 1 and not experts.parts():
-            raise ValueError(f"got {plan}, but {type(experts).__name__} move whole and cannot be pooled: take gather=1")
         x = x.to(compute_dtype(x))
         kernels = self.kernels or kernels_for(x.device)
         layout = self._layout(experts.num_experts, plan)
@@ -116,11 +111,6 @@ class Sharded(Strategy):
 
     def agree_sum(self, value: Tensor) -> Tensor:
         return value if self.grid.group is None else _Sum.apply(value, self.grid)
-
-    @property
-    def poolable(self) -> bool:
-        """Whether the experts can be cut and pooled; modules move whole."""
-        return not self._whole
 
     def take_waited(self) -> float:
         return self._waiting.take()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from synchromesh.types import Routing, RowMap
 
@@ -131,3 +131,26 @@ def evil_cases() -> list[Case]:
         Case("longer_than_a_block", torch.randint(2, (1300, 1), generator=torch.Generator().manual_seed(6)), 3),
         Case("nan_token", every, 4, nan_tokens=(3,)),
     ]
+
+
+class EvenRouter(nn.Module):
+    """Gives every expert the same number of rows of each rank.
+
+    Args:
+        num_experts: E. k: choices K of each token.
+    """
+
+    def __init__(self, num_experts: int, k: int) -> None:
+        super().__init__()
+        self.num_experts, self.k = num_experts, k
+
+    def forward(self, x: Float[Tensor, "T D"], k: int | None = None) -> Routing:
+        assert k is None, "an even router has its choices fixed"
+        pairs = torch.arange(len(x) * self.k, device=x.device)
+        scores = x.new_full((len(x), self.num_experts), 1 / self.num_experts)
+        return Routing(
+            expert_ids=(pairs % self.num_experts).view(len(x), self.k),
+            weights=x.new_ones(len(x), self.k).requires_grad_(),
+            scores=scores,
+            logits=scores,
+        )

@@ -10,7 +10,6 @@ from torch import nn
 
 from synchromesh.adaptive import Adaptive, Council
 from synchromesh.comm.grid import Grid
-from synchromesh.lattice import Ranks
 from synchromesh.parallel.sharded import Sharded
 from synchromesh.parallelize import adaptive_layers
 from synchromesh.training.agree import on_first
@@ -45,7 +44,7 @@ class Plans:
     """
 
     def __init__(self, model: nn.Module, grid: Grid, sharing: Sharing) -> None:
-        self._layers, self._ranks = adaptive_layers(model), Ranks(grid.size, grid.ranks_per_node)
+        self._layers, self._ranks = adaptive_layers(model), grid.ranks
         self._grid = grid
         if not self._layers:
             return

@@ -25,10 +25,12 @@ class Candidate:
 
 def predicted(work: Workload, ranks: Ranks, profile: ClusterProfile) -> list[Candidate]:
     """Return all legal plans, the fastest first. Plans that gather again are left out: they save memory, not time."""
-    known = work.capacity is not None
-    plans = [plan for plan in every_plan(ranks.size) if not plan.regather]
-    legal = [plan for plan in plans if refusal(plan, ranks, work.experts, known_beforehand=known) is None]
-    found = [Candidate(plan, step_seconds(work, plan, ranks, profile)) for plan in legal]
+    known, pooled = work.capacity is not None, work.matrices > 0
+    found = [
+        Candidate(plan, step_seconds(work, plan, ranks, profile))
+        for plan in every_plan(ranks.size)
+        if not plan.regather and refusal(plan, ranks, work.experts, known_beforehand=known, pooled=pooled) is None
+    ]
     return sorted(found, key=lambda candidate: candidate.seconds)
 
 

@@ -1,6 +1,8 @@
 """Who this rank is, and which groups it makes."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch.distributed as dist
@@ -59,3 +61,40 @@ def grid_of_a_mesh():
 
 def test_one_axis_of_a_mesh_is_a_grid():
     assert run_ranks(grid_of_a_mesh, 4) == [(0, 2), (1, 2), (0, 2), (1, 2)]
+
+
+LEAVING = """
+import os, socket, sys
+import torch
+from synchromesh.comm.collectives import all_to_all
+from synchromesh.comm.grid import joined
+
+def start_two():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    children = []
+    for rank in "01":
+        children.append(os.fork())
+        if not children[-1]:
+            os.environ.update(place, RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE="2")
+            return None
+    return [os.waitpid(child, 0)[1] for child in children]
+
+for _ in range(12):  # without a rest one in ten aborts
+    codes = start_two()
+    if codes is None or any(codes):
+        break
+if codes is None:
+    sys.setswitchinterval(100)  # threads that want the interpreter wait until somebody gives it up
+    with joined() as grid:
+        for _ in range(3):
+            all_to_all(torch.randn(4, 1000), grid.group).wait()
+else:
+    sys.exit(max(codes))
+"""
+
+
+def test_a_rank_that_ends_right_after_an_exchange_does_not_abort():
+    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from synchromesh import cli
 from synchromesh.recipes.catalog import RECIPES
 
+Reader = Callable[[Path], dict[str, list[bytes]]]
 DIES = Path(__file__).parent / "dies.py"
 TIMES = {"seconds", "images_per_second"}
 
@@ -31,16 +33,6 @@ def options(tiny_options: list[str]) -> list[str]:
 def metrics(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-
-
-def weights(run: Path) -> dict[str, list[bytes]]:
-    """The last checkpoint's tensors, bit for bit, in the order of its files."""
-    found: dict[str, list[bytes]] = {}
-    for file in sorted(sorted((run / "checkpoints").glob("step-*"))[-1].glob("weights*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                found.setdefault(name, []).append(tensors.get_tensor(name).numpy().tobytes())
-    return found
 
 
 def same_model(got: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
@@ -85,7 +77,7 @@ def test_two_ranks_learn_what_one_process_learns(options: list[str], whole: Path
 
 @pytest.mark.parametrize("moment", ["forward 15", "backward 9", "exchange 60", "save 3"])
 def test_a_killed_rank_ends_the_others_and_the_restarted_job_gives_the_same_numbers(
-    options: list[str], whole: Path, tmp_path: Path, moment: str
+    options: list[str], whole: Path, tmp_path: Path, moment: str, weights: Reader
 ) -> None:
     said = finish(torchrun(2, DIES, *moment.split(), *options, "--run=run", restarts=1, cwd=tmp_path))
     assert "continuing run after step" in said

@@ -5,18 +5,6 @@ import pytest
 
 from synchromesh import cli
 
-MIXTRAL = {
-    "model_type": "mixtral",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "vocab_size": 32000,
-}
-
 
 def lines(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict]:
     assert cli.main(["plan", *arguments, "--json"]) == 0
@@ -52,8 +40,10 @@ def test_a_layer_by_numbers_and_a_smaller_capacity(capsys: pytest.CaptureFixture
     assert skewed["seconds"] > whole["seconds"]
 
 
-def test_a_hugging_face_model_is_planned_from_its_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))
+def test_a_hugging_face_model_is_planned_from_its_config(
+    mixtral: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(mixtral))
     given = ["--model", str(tmp_path / "config.json"), "--batch", "1", "--fsdp"]
     found = lines(capsys, *given, "--world", "64..65536")
     assert found[-1]["world"] == 65536

@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
 
 from synchromesh import cli
 from synchromesh.tuning.dictionary import Dictionary
+
+Reader = Callable[[Path], dict[str, list[bytes]]]
 
 
 def train(folder: Path, options: list[str], *more: str) -> str:
@@ -19,15 +21,6 @@ def train(folder: Path, options: list[str], *more: str) -> str:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def weights(run: Path) -> dict[str, list[bytes]]:
-    found: dict[str, list[bytes]] = {}
-    for file in sorted(sorted((run / "checkpoints").glob("step-*"))[-1].glob("weights*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                found.setdefault(name, []).append(tensors.get_tensor(name).numpy().tobytes())
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +51,7 @@ def test_the_plans_of_a_run_are_shown_and_merged(folder: Path, capsys: pytest.Ca
     assert json.loads(capsys.readouterr().out)["ranks"] == 2
 
 
-def test_a_replayed_run_ends_in_the_same_bits(folder: Path, tiny_options: list[str]) -> None:
+def test_a_replayed_run_ends_in_the_same_bits(folder: Path, tiny_options: list[str], weights: Reader) -> None:
     for name in ("one", "two"):
         train(folder, [*tiny_options, "--epochs=2"], f"--run={name}", "--sharing.replay=run")
     assert weights(folder / "one") == weights(folder / "two") == weights(folder / "run")

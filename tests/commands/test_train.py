@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
+Reader = Callable[[Path], dict[str, list[bytes]]]
 Start = Callable[..., "subprocess.Popen[str]"]
 TIMES = ("seconds", "images_per_second")
 
@@ -18,12 +18,6 @@ TIMES = ("seconds", "images_per_second")
 def metrics(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-
-
-def weights(run: Path) -> dict[str, bytes]:
-    """The last checkpoint's weights, bit for bit; the order of a file's header is the library's."""
-    file = sorted((run / "checkpoints").glob("step-*"))[-1] / "weights.safetensors"
-    return {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
 
 
 def wait_for(process: "subprocess.Popen[str]", ready: Callable[[], bool]) -> None:
@@ -60,7 +54,7 @@ def whole(start: Start, options: list[str], tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("after", [3, 20])
 def test_kill_9_and_resume_gives_the_same_weights_and_metrics(
-    start: Start, options: list[str], whole: Path, tmp_path: Path, after: int
+    start: Start, options: list[str], whole: Path, tmp_path: Path, after: int, weights: Reader
 ) -> None:
     process = start(*options, "--run=cut", cwd=tmp_path)
     wait_for(process, lambda: lines_in(tmp_path / "cut") >= after)
@@ -76,7 +70,7 @@ def test_kill_9_and_resume_gives_the_same_weights_and_metrics(
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_polite_signal_saves_says_how_to_go_on_and_loses_nothing(
-    start: Start, options: list[str], whole: Path, tmp_path: Path, number: signal.Signals, code: int
+    start: Start, options: list[str], whole: Path, tmp_path: Path, number: signal.Signals, code: int, weights: Reader
 ) -> None:
     process = start(*options, "--run=cut", cwd=tmp_path)
     wait_for(process, lambda: lines_in(tmp_path / "cut") >= 6)

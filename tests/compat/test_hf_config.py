@@ -5,17 +5,6 @@ import torch
 
 from synchromesh.compat.hf_config import read_hf_config
 
-MIXTRAL = {
-    "model_type": "mixtral",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "vocab_size": 32000,
-}
 DEEPSEEK = {
     "model_type": "deepseek_v2",
     "hidden_size": 2048,
@@ -41,8 +30,8 @@ def parameters(shape):
     return shape.dense_parameters + kind.count * kind.work.experts * sum(kind.work.parts_per_expert)
 
 
-def test_mixtral_has_47_thousand_million_parameters(tmp_path):
-    shape = read_hf_config(written(tmp_path, MIXTRAL), length=4096)
+def test_mixtral_has_47_thousand_million_parameters(mixtral, tmp_path):
+    shape = read_hf_config(written(tmp_path, mixtral), length=4096)
     (kind,) = shape.layers
     assert (kind.count, kind.tokens, kind.work.experts, kind.work.choices) == (32, 4096, 8, 2)
     assert kind.work.dtype == torch.bfloat16
@@ -56,14 +45,14 @@ def test_deepseek_v2_lite_has_16_thousand_million_parameters(tmp_path):
     assert parameters(shape) == pytest.approx(15.7e9, rel=0.02)
 
 
-def test_a_text_config_inside_another_is_found(tmp_path):
-    shape = read_hf_config(written(tmp_path, {"text_config": MIXTRAL}), length=16)
+def test_a_text_config_inside_another_is_found(mixtral, tmp_path):
+    shape = read_hf_config(written(tmp_path, {"text_config": mixtral}), length=16)
     assert shape.name == "mixtral"
 
 
 @pytest.mark.parametrize("missing", ["num_local_experts", "hidden_size", "num_experts_per_tok"])
-def test_a_model_without_experts_is_refused_by_the_name_of_what_is_missing(tmp_path, missing):
-    config = {name: value for name, value in MIXTRAL.items() if name != missing}
+def test_a_model_without_experts_is_refused_by_the_name_of_what_is_missing(mixtral, tmp_path, missing):
+    config = {name: value for name, value in mixtral.items() if name != missing}
     with pytest.raises(ValueError, match=missing):
         read_hf_config(written(tmp_path, config), length=16)
 

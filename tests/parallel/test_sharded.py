@@ -1,7 +1,6 @@
-"""What a plan sends, keeps and reads, counted; and what overlaps with what."""
+"""What a plan sends, keeps and reads, counted."""
 
 import sys
-import time
 from unittest.mock import patch
 
 import pytest
@@ -25,28 +24,16 @@ from synchromesh import (
     load_stats,
     parallelize,
 )
-from synchromesh.comm import all_to_all, collectives
+from synchromesh.comm import collectives
 from synchromesh.kernels import REFERENCE
 from synchromesh.parallel import pool
 from synchromesh.parallel.layout import Layout
+from synchromesh.testing.cases import EvenRouter
 from synchromesh.testing.compare import relative_rms
 from synchromesh.testing.distributed import run_ranks
-from synchromesh.types import Routing, Workload
+from synchromesh.types import Workload
 
 D, F, T = 8, 16, 24
-
-
-class Even(nn.Module):
-    """Every expert gets the same number of rows of each rank."""
-
-    def __init__(self, experts, k):
-        super().__init__()
-        self.num_experts, self.k = experts, k
-
-    def forward(self, x, k=None):
-        ids = (torch.arange(len(x))[:, None] + torch.arange(self.k)) % self.num_experts
-        scores = torch.ones(len(x), self.num_experts, dtype=x.dtype) / self.num_experts
-        return Routing(ids, torch.ones(len(x), self.k, dtype=x.dtype), scores, scores)
 
 
 def layer_on(grid, experts=4, router=None, **kwargs):
@@ -102,7 +89,7 @@ class Counted:
 
 def counts_of(plan, experts, k):
     grid = Grid.from_group(dist.group.WORLD)
-    layer = layer_on(grid, experts, Even(experts, k))
+    layer = layer_on(grid, experts, EvenRouter(experts, k))
     with Counted() as counted, torch.no_grad():
         layer(torch.randn(T, D), plan=plan)
     return counted.numbers
@@ -228,99 +215,6 @@ def no_permuted_copy():
 
 def test_tokens_that_stay_are_not_permuted():
     run_ranks(no_permuted_copy, 2)
-
-
-class Late:
-    """What arrives a while after it was sent, as over a slow link; notes from when to when it was on its way."""
-
-    def __init__(self, flight, delay, sent):
-        self.flight, self.start, self.sent = flight, time.monotonic(), sent
-        self.due = self.start + delay
-
-    def wait(self):
-        result = self.flight.wait()
-        time.sleep(max(0.0, self.due - time.monotonic()))
-        self.sent.append((self.start, self.due))
-        return result
-
-
-class SlowExperts(MLPExperts):
-    def compute(self, rows, ends, weights, kernels):
-        return Slow.apply(super().compute(rows, ends, weights, kernels), self)
-
-    def work(self):
-        start = time.monotonic()
-        time.sleep(self.delay)
-        self.worked.append((start, time.monotonic()))
-
-
-class Slow(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, experts):
-        ctx.experts = experts
-        experts.work()
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        ctx.experts.work()
-        return grad, None
-
-
-def overlap(one, other):
-    """Return the seconds during which something of both went on."""
-    both = [(max(a, c), min(b, d)) for a, b in one for c, d in other]
-    covered, until = 0.0, 0.0
-    for start, end in sorted(both):
-        covered += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return covered
-
-
-def timed(run, sent, worked):
-    sent.clear()
-    worked.clear()
-    start = time.monotonic()
-    result = run()
-    return result, time.monotonic() - start, overlap(sent, worked)
-
-
-def step_seconds(chunks, exchange, compute):
-    """Return the duration of forward and backward, and for how long rows travelled while experts worked."""
-    torch.manual_seed(0)
-    experts = SlowExperts(4, D, hidden=F)
-    experts.delay, experts.worked = compute / chunks, []
-    layer = MoE(TopKRouter(D, 4, k=2), experts, strategy=Sharded(Grid.from_group(dist.group.WORLD)))
-    sent = []
-
-    def late(rows, *args):
-        flight = collectives.all_to_all(rows, *args)
-        return Late(flight, exchange / chunks, sent) if rows.is_floating_point() else flight
-
-    plan = Plan(chunks=chunks)
-    run(layer, plan)
-    load_stats(layer)
-    with patch.object(all_to_all, "all_to_all", late):
-        x = torch.randn(T, D, requires_grad=True)
-        y, *forward = timed(lambda: layer(x, plan=plan), sent, experts.worked)
-        _, *backward = timed(y.sum().backward, sent, experts.worked)
-    return *forward, *backward, load_stats(layer)[""].exposed_communication
-
-
-def test_pieces_are_exchanged_under_the_compute_of_others_in_forward_and_in_backward():
-    """Two exchanges of 0.4 s and 0.4 s of compute: 1.2 s one after the other; 4 pieces overlap all but the ends.
-
-    By time stamps too: rows are on their way during at least three of the four pieces' 0.1 s of compute.
-    """
-    slow = run_ranks(step_seconds, 2, 1, 0.4, 0.4)
-    for forward, forward_overlap, backward, backward_overlap, waited in slow:
-        assert min(forward, backward) >= 1.2
-        assert max(forward_overlap, backward_overlap) < 0.01
-        assert 0.75 < waited < 1  # in forward
-    for forward, forward_overlap, backward, backward_overlap, waited in run_ranks(step_seconds, 2, 4, 0.4, 0.4):
-        assert max(forward, backward) <= 0.75
-        assert waited < 0.35
-        assert min(forward_overlap, backward_overlap) >= 0.28
 
 
 def errors_of_float8():

@@ -3,36 +3,23 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from synchromesh import Grid, MLPExperts, MoE, Plan, Sharded
 from synchromesh.lattice import Ranks
+from synchromesh.testing.cases import EvenRouter
 from synchromesh.testing.distributed import run_ranks
 from synchromesh.tuning.memory import layer_bytes
-from synchromesh.types import Routing, Workload
+from synchromesh.types import Workload
 
 T, K, D, F = 512, 2, 128, 256
 PLANS = [Plan(), Plan(chunks=2), Plan(gather=2), Plan(gather=2, near=False), Plan(gather=4)]
 
 
-class Even(nn.Module):
-    """Every expert gets the same number of rows of each rank."""
-
-    def __init__(self, experts):
-        super().__init__()
-        self.num_experts, self.k = experts, K
-
-    def forward(self, x, k=None):
-        ids = (torch.arange(len(x))[:, None] * K + torch.arange(K)) % self.num_experts
-        scores = torch.ones(len(x), self.num_experts) / self.num_experts
-        return Routing(ids, torch.ones(len(x), K, requires_grad=True), scores, scores)
-
-
 def kept(plan, experts):
     """Return the bytes of all storages that autograd saves in a forward, without those of parameters."""
     grid = Grid.from_group(dist.group.WORLD, ranks_per_node=2)
-    layer = MoE(Even(experts), MLPExperts(experts, D, hidden=F), strategy=Sharded(grid))
+    layer = MoE(EvenRouter(experts, K), MLPExperts(experts, D, hidden=F), strategy=Sharded(grid))
     own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     storages = {}
 
