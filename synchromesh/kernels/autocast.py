@@ -16,5 +16,17 @@ def autocast(x: Tensor, others: Sequence[Tensor | None]) -> tuple[Tensor, list[T
     return _cast(x, dtype), [None if other is None else _cast(other, dtype) for other in others]
 
 
+def autocast_alike(x: Tensor, others: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
+    """Do as `autocast`, and refuse what is not of one dtype then. Raises ValueError."""
+    x, cast = autocast(x, others)
+    strange = {other.dtype for other in cast if other is not None} - {x.dtype}
+    if strange:
+        raise ValueError(
+            f"got rows of {x.dtype} and expert weights of {', '.join(map(str, strange))}, wanted one dtype: "
+            "convert the module or the input, or use torch.autocast"
+        )
+    return x, cast
+
+
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)

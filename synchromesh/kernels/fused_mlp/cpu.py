@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from synchromesh.kernels.activations import KNOWN, KnownActivation, known_name
-from synchromesh.kernels.autocast import autocast
+from synchromesh.kernels.autocast import autocast_alike
 from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights, compose_mlp
 from synchromesh.kernels.grouped_mm.cpu import grouped_mm, row_ranges
 from synchromesh.kernels.memory import room, scratch
@@ -58,13 +58,7 @@ def fused_mlp(
     name = known_name(activation)
     if name is None:
         return compose_mlp(x, weights, rowmap, mlp, activation, pieces=(gather, grouped_mm, combine))
-    x, parts = autocast(x, [mlp.up, mlp.down, mlp.gate, mlp.up_bias, mlp.gate_bias, mlp.down_bias])
-    others = {part.dtype for part in parts if part is not None} - {x.dtype}
-    if others:
-        raise ValueError(
-            f"got x of {x.dtype} and expert weights of {', '.join(map(str, others))}, wanted one dtype: "
-            "convert the module or the input, or use torch.autocast"
-        )
+    x, parts = autocast_alike(x, [mlp.up, mlp.down, mlp.gate, mlp.up_bias, mlp.gate_bias, mlp.down_bias])
     learns = any(tensor is not None and tensor.requires_grad for tensor in (x, weights, *parts))
     save = torch.is_grad_enabled() and learns
     return _fused_mlp(x, weights, rowmap.pairs, rowmap.ends, name, save, *parts)[0]

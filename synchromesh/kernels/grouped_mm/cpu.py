@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from synchromesh.kernels.autocast import autocast
+from synchromesh.kernels.autocast import autocast_alike
 from synchromesh.kernels.memory import room, room_like
 
 
@@ -27,13 +27,7 @@ def grouped_mm(
 
     Raises ValueError where rows, weight and bias are not of one dtype.
     """
-    rows, parts = autocast(rows, [weight, bias])
-    others = {part.dtype for part in parts if part is not None} - {rows.dtype}
-    if others:
-        raise ValueError(
-            f"got rows of {rows.dtype} and expert weights of {', '.join(map(str, others))}, wanted one dtype: "
-            "convert the module or the input, or use torch.autocast"
-        )
+    rows, parts = autocast_alike(rows, [weight, bias])
     return _grouped_mm(rows, parts[0], ends, parts[1])
 
 

@@ -1,0 +1,337 @@
+"""fused_mlp on a GPU: the gather in the first product's prologue, the activation in its epilogue, then the weighted sum.
+
+Saved for backward: x, the weights, the map and the pre-activations, T D + R F numbers (2 R F where gated). With A the hidden
+rows, s the weight of each row and dA' = dy·downᵀ (s not applied): ds = <dA', A>; A s and dpre' s, both written by the kernel
+that makes dA', give every other gradient. Neither expert outputs nor copies of x or dy are kept, and only the activation
+is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from synchromesh.kernels.activations import known_name
+from synchromesh.kernels.activations_triton import activated, derivative
+from synchromesh.kernels.autocast import autocast_alike
+from synchromesh.kernels.fused_mlp import reference
+from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights, compose_mlp
+from synchromesh.kernels.grouped_mm.tilings import product_tiling, weights_tiling
+from synchromesh.kernels.grouped_mm.triton import column_sums, grouped_mm, options, product, weight_gradient
+from synchromesh.kernels.permute.triton import combine, gather, sum_rows
+from synchromesh.kernels.tiles import Tiles, Tiling, multiplied, programs_of, swizzled, tile_rows, tiles_of
+from synchromesh.types import RowMap
+
+
+def fuses(activation: Activation) -> bool:
+    """Tell whether `fused_mlp` runs this activation inside its kernels; others it composes from the other ones."""
+    return known_name(activation) is not None
+
+
+def fused_mlp(
+    x: Float[Tensor, "T D"], weights: Float[Tensor, "T K"], rowmap: RowMap, mlp: MLPWeights, activation: Activation
+) -> Float[Tensor, "T D"]:
+    """Compute the reference's y; where no gradient is wanted, nothing is kept.
+
+    Raises ValueError where x and the expert weights are not of one dtype.
+    """
+    name = known_name(activation)
+    if name is None:
+        return compose_mlp(x, weights, rowmap, mlp, activation, pieces=(gather, grouped_mm, combine))
+    x, parts = autocast_alike(x, [mlp.up, mlp.down, mlp.gate, mlp.up_bias, mlp.gate_bias, mlp.down_bias])
+    if x.dtype == torch.float64:
+        return reference.fused_mlp(x, weights, rowmap, mlp, activation)
+    learns = any(tensor is not None and tensor.requires_grad for tensor in (x, weights, *parts))
+    save = torch.is_grad_enabled() and learns
+    return _fused_mlp(x, weights, rowmap.pairs, rowmap.rows, rowmap.ends, name, save, *parts)[0]
+
+
+class _Net(NamedTuple):
+    """The tensors of MLPWeights, or their gradients: None where there is none, or none is wanted."""
+
+    up: Any
+    down: Any
+    gate: Any
+    up_bias: Any
+    gate_bias: Any
+    down_bias: Any
+
+
+@torch.library.custom_op(
+    "synchromesh::fused_mlp_triton",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weights, Tensor pairs, Tensor rows, Tensor ends, str activation, bool save, Tensor up,"
+    " Tensor down, Tensor? gate, Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias) -> (Tensor, Tensor, Tensor)",
+)
+def _fused_mlp(
+    x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, activation: str, save: bool,
+    *mlp: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    net, x, tokens = _Net(*mlp), x.contiguous(), (pairs, rows.shape[1])
+    pre_up, pre_gate = (x.new_empty(shape) for shape in _pre_activations(pairs, net, save))
+    hidden = x.new_empty(len(pairs), net.up.shape[1])
+    opening, closing = (_tiling(x, pairs, ends, pair=pair) for pair in (net.gate is not None, False))
+    tiles = tiles_of(ends, len(pairs), opening.rows)
+    _open(x, net, tiles, opening, tokens, activation, (pre_up, pre_gate) if save else None, hidden)
+    if closing.rows != opening.rows:
+        tiles = tiles_of(ends, len(pairs), closing.rows)
+    out = product(hidden, net.down, tiles, closing, out=x.new_empty(len(pairs), x.shape[1]), bias=net.down_bias)
+    return sum_rows(out, rows.contiguous(), weights.contiguous(), dtype=x.dtype), pre_up, pre_gate
+
+
+@_fused_mlp.register_fake
+def _(
+    x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, activation: str, save: bool,
+    *mlp: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    pre_up, pre_gate = _pre_activations(pairs, _Net(*mlp), save)
+    return x.new_empty(x.shape), x.new_empty(pre_up), x.new_empty(pre_gate)
+
+
+def _pre_activations(pairs: Tensor, net: _Net, save: bool) -> list[Sequence[Any]]:  # Any: sizes may be symbols
+    """Return the shapes of what is saved of up and of gate."""
+    rows = pairs.shape[0] if save else 0
+    return [(rows, net.up.shape[1]), (0 if net.gate is None else rows, net.up.shape[1])]
+
+
+def _tiling(x: Tensor, pairs: Tensor, ends: Tensor, *, pair: bool) -> Tiling:
+    return product_tiling(x.dtype, x.device, rows_per_expert=len(pairs) // max(1, len(ends)), pair=pair)
+
+
+def _open(
+    x: Tensor, net: _Net, tiles: Tiles, tiling: Tiling, tokens: tuple[Tensor, int], activation: str,
+    pre: tuple[Tensor, Tensor] | None, hidden: Tensor,
+) -> None:  # fmt: skip
+    """Write the hidden rows, and the pre-activations where they are to be kept."""
+    pairs, choices = tokens
+    width = net.up.shape[1]
+    gate = net.up if net.gate is None else net.gate
+    items = len(tiles.expert) * triton.cdiv(width, tiling.cols)
+    _open_rows[(programs_of(x.device, items),)](
+        x, net.up, gate, _or(net.up_bias, x), _or(net.gate_bias, x), pairs, *(pre or (x, x)), hidden,
+        tiles.expert, tiles.first, tiles.stop, tiles.count, x.shape[1], width, choices, *net.up.stride(),
+        *gate.stride(), ACTIVATION=activation, GATED=net.gate is not None, SAVE=pre is not None,
+        UP_BIAS=net.up_bias is not None, GATE_BIAS=net.gate_bias is not None,
+        WHOLE=x.shape[1] % tiling.depth == 0 and width % tiling.cols == 0, **options(x, tiling),
+    )  # fmt: skip
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """Return something to point to where a kernel reads nothing."""
+    return other if tensor is None else tensor
+
+
+@torch.library.custom_op(
+    "synchromesh::fused_mlp_backward_triton",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor[] saved, Tensor?[] mlp, str activation, bool[] needs) -> (Tensor, Tensor, Tensor[])",
+)
+def _fused_mlp_backward(
+    grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, needs: list[bool]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    x, weights, pairs, rows, ends, *pre = saved
+    net, tokens, grad = _Net(*mlp), (pairs, rows.shape[1]), grad.contiguous()
+    x, weights, rows = x.contiguous(), weights.contiguous(), rows.contiguous()
+    d_mlp = [x.new_empty(shape) for shape in _wanted_shapes(mlp, needs)]
+    wanted = _Net(*(d if need and part is not None else None for d, part, need in zip(d_mlp, mlp, needs[2:], strict=True)))
+    closing, plain = (_tiling(x, pairs, ends, pair=pair) for pair in (True, False))
+    tiles = tiles_of(ends, len(pairs), closing.rows)
+    hidden, d_up, d_gate, partial = _close_backward(grad, weights, net, tiles, closing, tokens, activation, pre)
+    d_weights = _weights_gradient(grad, weights, pairs, ends, net.down_bias, partial)
+    summed = weights_tiling(x.dtype, x.device)
+    for d, left, right in ((wanted.down, hidden, grad), (wanted.up, d_up, x), (wanted.gate, d_gate, x)):
+        if d is not None:
+            weight_gradient(left, right, ends, summed, out=d, tokens=tokens)
+    for d, sums in ((wanted.up_bias, d_up), (wanted.gate_bias, d_gate)):
+        if d is not None:
+            column_sums(sums, ends, out=d)
+    if wanted.down_bias is not None:
+        column_sums(grad, ends, out=wanted.down_bias, tokens=tokens, scale=weights)
+    if not needs[0]:
+        return x.new_empty(0), d_weights, d_mlp
+    if plain.rows != closing.rows:
+        tiles = tiles_of(ends, len(pairs), plain.rows)
+    second = None if net.gate is None else (d_gate, net.gate)
+    d_rows = product(d_up, net.up, tiles, plain, out=x.new_empty(len(pairs), x.shape[1]), second=second)
+    return sum_rows(d_rows, rows, None, dtype=x.dtype), d_weights, d_mlp
+
+
+@_fused_mlp_backward.register_fake
+def _(
+    grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, needs: list[bool]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    x, weights, *_ = saved
+    d_mlp = [x.new_empty(shape) for shape in _wanted_shapes(mlp, needs)]
+    return x.new_empty(x.shape if needs[0] else (0,)), weights.new_empty(weights.shape), d_mlp
+
+
+def _wanted_shapes(mlp: Sequence[Tensor | None], needs: list[bool]) -> list[Sequence[Any]]:
+    """Return the shape of each gradient that is needed, and no room for the others."""
+    return [tuple(part.shape) if need and part is not None else (0,) for part, need in zip(mlp, needs[2:], strict=True)]
+
+
+def _close_backward(
+    grad: Tensor, weights: Tensor, net: _Net, tiles: Tiles, tiling: Tiling, tokens: tuple[Tensor, int],
+    activation: str, pre: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return A s, dpre' s of up and of gate, and <dA', A> in parts [tiles across, R]."""
+    (pairs, choices), (pre_up, pre_gate) = tokens, pre
+    hidden, d_up, d_gate = torch.empty_like(pre_up), torch.empty_like(pre_up), torch.empty_like(pre_gate)
+    width, depth = pre_up.shape[1], grad.shape[1]
+    across = triton.cdiv(width, tiling.cols)
+    partial = torch.empty(across, len(pairs), dtype=torch.float32, device=grad.device)
+    down = net.down.mT  # [E, D, F]
+    _close_rows_backward[(programs_of(grad.device, len(tiles.expert) * across),)](
+        grad, down, weights, pairs, pre_up, pre_gate, hidden, d_up, d_gate, partial,
+        tiles.expert, tiles.first, tiles.stop, tiles.count, depth, width, choices, len(pairs), *down.stride(),
+        ACTIVATION=activation, GATED=net.gate is not None,
+        WHOLE=depth % tiling.depth == 0 and width % tiling.cols == 0, **options(grad, tiling),
+    )  # fmt: skip
+    return hidden, d_up, d_gate, partial
+
+
+def _weights_gradient(
+    grad: Tensor, weights: Tensor, pairs: Tensor, ends: Tensor, bias: Tensor | None, partial: Tensor
+) -> Tensor:
+    """Return the gradient of the weights: the sum of the parts, and what the output bias adds to it."""
+    d_weights = torch.zeros_like(weights)
+    if len(pairs):
+        _sum_parts[(triton.cdiv(len(pairs), 32),)](
+            partial, grad, _or(bias, grad), pairs, ends, d_weights, len(partial), len(pairs), len(ends),
+            grad.shape[1], weights.shape[1], BIAS=bias is not None,
+            EXPERTS=max(2, triton.next_power_of_2(len(ends))), BM=32, BD=64,
+        )  # fmt: skip
+    return d_weights
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weights, pairs, rows, ends, ctx.activation, _, *mlp = inputs
+    needs_x, needs_weights, _, _, _, _, _, *needs_mlp = ctx.needs_input_grad[: len(inputs)]
+    ctx.needs = [needs_x, needs_weights, *needs_mlp]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros of the size of the pre-activations arrive with every backward
+    ctx.save_for_backward(x, weights, pairs, rows, ends, *output[1:], *mlp)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * len(ctx.needs_input_grad)
+    tensors = list(ctx.saved_tensors)  # read once: activation checkpointing unpacks each a single time
+    d_x, d_weights, d_mlp = _fused_mlp_backward(grad, tensors[:7], tensors[7:], ctx.activation, ctx.needs)
+    grads = [d if need else None for d, need in zip([d_x, d_weights, *d_mlp], ctx.needs, strict=True)]
+    return *grads[:2], None, None, None, None, None, *grads[2:]
+
+
+_fused_mlp.register_autograd(_backward, setup_context=_setup)
+
+
+@triton.jit
+def _open_rows(
+    x, up, gate, up_bias, gate_bias, pairs, pre_up, pre_gate, hidden, expert, first, stop, count,
+    depth, width, choices, up_e, up_n, up_k, gate_e, gate_n, gate_k,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, SAVE: tl.constexpr, UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr,
+    WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    across = (width + BN - 1) // BN
+    tiles = tl.load(count)
+    for item in range(tl.program_id(0), tiles * across, tl.num_programs(0)):
+        tile, column = swizzled(item, tiles, across, GROUP)
+        row, own = tile_rows(tile, first, stop, BM)
+        e = tl.load(expert + tile).to(tl.int64)
+        cols = column * BN + tl.arange(0, BN)
+        inside = cols < width
+        token = tl.load(pairs + row) // choices
+        at = row.to(tl.int64)[:, None] * width + cols[None, :]
+        mask = own[:, None] & inside[None, :]
+        h = tl.zeros((BM, BN), tl.float32)
+        h = multiplied(h, x, token, up + e * up_e, cols, depth, width, up_k, up_n, WHOLE, UPCAST, PRECISION, BK)
+        if UP_BIAS:
+            h += tl.load(up_bias + e * width + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if SAVE:
+            tl.store(pre_up + at, h.to(pre_up.dtype.element_ty), mask=mask)
+        if GATED:
+            g = tl.zeros((BM, BN), tl.float32)
+            g = multiplied(
+                g, x, token, gate + e * gate_e, cols, depth, width, gate_k, gate_n, WHOLE, UPCAST, PRECISION, BK
+            )
+            if GATE_BIAS:
+                g += tl.load(gate_bias + e * width + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
+            if SAVE:
+                tl.store(pre_gate + at, g.to(pre_gate.dtype.element_ty), mask=mask)
+            h *= activated(g, ACTIVATION)
+        else:
+            h = activated(h, ACTIVATION)
+        tl.store(hidden + at, h.to(hidden.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _close_rows_backward(
+    grad, down, weights, pairs, pre_up, pre_gate, hidden, d_up, d_gate, partial, expert, first, stop, count,
+    depth, width, choices, rows, down_e, down_k, down_n,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    across = (width + BN - 1) // BN
+    tiles = tl.load(count)
+    for item in range(tl.program_id(0), tiles * across, tl.num_programs(0)):
+        tile, column = swizzled(item, tiles, across, GROUP)
+        row, own = tile_rows(tile, first, stop, BM)
+        e = tl.load(expert + tile).to(tl.int64)
+        cols = column * BN + tl.arange(0, BN)
+        pair = tl.load(pairs + row)
+        d = tl.zeros((BM, BN), tl.float32)
+        d = multiplied(
+            d, grad, pair // choices, down + e * down_e, cols, depth, width, down_k, down_n,
+            WHOLE, UPCAST, PRECISION, BK,
+        )  # fmt: skip
+        at = row.to(tl.int64)[:, None] * width + cols[None, :]
+        mask = own[:, None] & (cols < width)[None, :]
+        s = tl.load(weights + pair).to(tl.float32)[:, None]
+        u = tl.load(pre_up + at, mask=mask, other=0.0).to(tl.float32)
+        if GATED:
+            g = tl.load(pre_gate + at, mask=mask, other=0.0).to(tl.float32)
+            opened = activated(g, ACTIVATION)
+            tl.store(d_gate + at, (d * u * derivative(g, ACTIVATION) * s).to(d_gate.dtype.element_ty), mask=mask)
+            slope = opened
+            value = opened * u
+        else:
+            slope = derivative(u, ACTIVATION)
+            value = activated(u, ACTIVATION)
+        tl.store(d_up + at, (d * slope * s).to(d_up.dtype.element_ty), mask=mask)
+        tl.store(hidden + at, (value * s).to(hidden.dtype.element_ty), mask=mask)
+        dots = tl.sum(tl.where(mask, d * value, 0.0), 1)
+        tl.store(partial + column.to(tl.int64) * rows + row, dots, mask=own)
+
+
+@triton.jit
+def _sum_parts(
+    partial, grad, bias, pairs, ends, d_weights, parts, rows, experts, width, choices,
+    BIAS: tl.constexpr, EXPERTS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    pair = tl.load(pairs + row, mask=row < rows, other=-1)
+    kept = pair >= 0
+    total, at = tl.zeros((BM,), tl.float32), partial + row
+    for _ in range(0, parts):
+        total += tl.load(at, mask=kept, other=0.0)
+        at += rows
+    if BIAS:
+        e = tl.arange(0, EXPERTS)
+        end = tl.load(ends + e, mask=e < experts, other=2147483647)
+        owner = tl.sum((end[None, :] <= row[:, None]).to(tl.int64), 1)
+        token = pair // choices
+        for start in range(0, width, BD):
+            d = start + tl.arange(0, BD)
+            mask = kept[:, None] & (d < width)[None, :]
+            dy = tl.load(grad + token[:, None] * width + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            b = tl.load(bias + owner[:, None] * width + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            total += tl.sum(dy * b, 1)
+    tl.store(d_weights + pair, total.to(d_weights.dtype.element_ty), mask=kept)

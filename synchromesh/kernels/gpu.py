@@ -1,0 +1,18 @@
+"""The kernels of a GPU. Imported where there is one: Triton comes with torch there."""
+
+from __future__ import annotations
+
+from synchromesh.kernels import Kernels
+from synchromesh.kernels.fused_mlp import triton as fused_mlp
+from synchromesh.kernels.grouped_mm import triton as grouped_mm
+from synchromesh.kernels.permute import triton as permute
+from synchromesh.kernels.positions import triton as positions
+
+TRITON = Kernels(
+    positions=positions.positions,
+    gather=permute.gather,
+    combine=permute.combine,
+    grouped_mm=grouped_mm.grouped_mm,
+    fused_mlp=fused_mlp.fused_mlp,
+    fuses=fused_mlp.fuses,
+)

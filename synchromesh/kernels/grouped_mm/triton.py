@@ -1,0 +1,266 @@
+"""grouped_mm on a GPU: persistent Triton kernels over ends that stay on the device. Nothing is read on the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from synchromesh.kernels.autocast import autocast_alike
+from synchromesh.kernels.grouped_mm import reference
+from synchromesh.kernels.grouped_mm.tilings import GROUP, product_tiling, weights_tiling
+from synchromesh.kernels.tiles import (
+    Tiles,
+    Tiling,
+    interpreted,
+    multiplied,
+    precision_of,
+    programs_of,
+    swizzled,
+    tile_rows,
+    tiles_of,
+)
+
+
+def grouped_mm(
+    rows: Float[Tensor, "R I"],
+    weight: Float[Tensor, "E I O"],
+    ends: Int[Tensor, " E"],
+    bias: Float[Tensor, "E O"] | None = None,
+) -> Float[Tensor, "R O"]:
+    """Multiply each expert's rows by its matrix and add its bias; the tail is left as it is.
+
+    Raises ValueError where rows, weight and bias are not of one dtype.
+    """
+    rows, (weight_, bias_) = autocast_alike(rows, [weight, bias])
+    assert weight_ is not None
+    if rows.dtype == torch.float64:  # GPUs without units for it are many: exactness is all that is wanted of it
+        return reference.grouped_mm(rows, weight_, ends, bias_)
+    return _grouped_mm(rows, weight_, ends, bias_)
+
+
+def product(
+    a: Tensor, w: Tensor, tiles: Tiles, tiling: Tiling, *, out: Tensor, bias: Tensor | None = None,
+    tokens: tuple[Tensor, int] | None = None, second: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """Write a[r] · w[e] + bias[e] to out[r] for the rows of each expert.
+
+    Args:
+        a: [R, I], contiguous. w: [E, I, O], any strides. out: [R, O].
+        tokens: pairs [R] and K, where a holds tokens: row r is a[pairs[r] // K].
+        second: another a and w whose product is added.
+    """
+    experts, depth, width = w.shape
+    pairs, choices = (out, 1) if tokens is None else tokens
+    a2, w2 = (a, w) if second is None else second
+    across = triton.cdiv(width, tiling.cols)
+    _product[(programs_of(out.device, len(tiles.expert) * across),)](
+        a, w, a2, w2, out if bias is None else bias, pairs, out, tiles.expert, tiles.first, tiles.stop, tiles.count,
+        depth, width, choices, *w.stride(), *w2.stride(),
+        GATHER=tokens is not None, BIAS=bias is not None, SECOND=second is not None,
+        WHOLE=depth % tiling.depth == 0 and width % tiling.cols == 0, **options(a, tiling),
+    )  # fmt: skip
+    return out
+
+
+def weight_gradient(
+    left: Tensor, right: Tensor, ends: Tensor, tiling: Tiling, *, out: Tensor, tokens: tuple[Tensor, int] | None = None
+) -> Tensor:
+    """Write the sum over an expert's rows of left[r]ᵀ · right[r] to out[e]; zero where it has none.
+
+    Args:
+        left: [R, M]. right: [R, N], or tokens as in `product`; both contiguous. out: [E, M, N], any strides.
+    """
+    experts, high, wide = out.shape
+    pairs, choices = (left, 1) if tokens is None else tokens
+    down, across = triton.cdiv(high, tiling.rows), triton.cdiv(wide, tiling.cols)
+    whole = high % tiling.rows == 0 and wide % tiling.cols == 0
+    _weight_gradient[(programs_of(out.device, max(1, experts * down * across)),)](
+        left, right, pairs, ends, out, experts, high, wide, choices, *out.stride(),
+        GATHER=tokens is not None, WHOLE=whole, **options(left, tiling),
+    )  # fmt: skip
+    return out
+
+
+def column_sums(
+    rows: Tensor, ends: Tensor, *, out: Tensor, tokens: tuple[Tensor, int] | None = None, scale: Tensor | None = None
+) -> Tensor:
+    """Write the sum of each expert's rows, times the weight of their pairs if scale [T K] is given, to out [E, N]."""
+    experts, wide = out.shape
+    pairs, choices = (rows, 1) if tokens is None else tokens
+    _column_sums[(experts, triton.cdiv(wide, 128))](
+        rows, pairs, rows if scale is None else scale, ends, out, wide, choices,
+        GATHER=tokens is not None, SCALED=scale is not None, BN=128, BK=32,
+    )  # fmt: skip
+    return out
+
+
+def options(a: Tensor, tiling: Tiling) -> dict[str, Any]:
+    """Return what every product kernel is compiled with."""
+    upcast = interpreted() and a.dtype != torch.float32
+    blocks = {"BM": tiling.rows, "BN": tiling.cols, "BK": tiling.depth, "GROUP": GROUP}
+    made = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    return {"UPCAST": upcast, "PRECISION": precision_of(a.dtype), **blocks, **made}
+
+
+@triton.jit
+def _product(
+    a, w, a2, w2, bias, pairs, out, expert, first, stop, count,
+    depth, width, choices, w_e, w_k, w_n, w2_e, w2_k, w2_n,
+    GATHER: tl.constexpr, BIAS: tl.constexpr, SECOND: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    across = (width + BN - 1) // BN
+    tiles = tl.load(count)
+    for item in range(tl.program_id(0), tiles * across, tl.num_programs(0)):
+        tile, column = swizzled(item, tiles, across, GROUP)
+        row, own = tile_rows(tile, first, stop, BM)
+        e = tl.load(expert + tile).to(tl.int64)
+        cols = column * BN + tl.arange(0, BN)
+        source = row
+        if GATHER:
+            source = tl.load(pairs + row) // choices
+        total = tl.zeros((BM, BN), tl.float32)
+        total = multiplied(
+            total, a, source, w + e * w_e, cols, depth, width, w_k, w_n, WHOLE, UPCAST, PRECISION, BK
+        )
+        if SECOND:
+            total = multiplied(
+                total, a2, source, w2 + e * w2_e, cols, depth, width, w2_k, w2_n, WHOLE, UPCAST, PRECISION, BK
+            )
+        if BIAS:
+            total += tl.load(bias + e * width + cols, mask=cols < width, other=0.0).to(tl.float32)[None, :]
+        at = out + row.to(tl.int64)[:, None] * width + cols[None, :]
+        tl.store(at, total.to(out.dtype.element_ty), mask=own[:, None] & (cols[None, :] < width))
+
+
+@triton.jit
+def _weight_gradient(
+    left, right, pairs, ends, out, experts, high, wide, choices, out_e, out_m, out_n,
+    GATHER: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    down = (high + BM - 1) // BM
+    across = (wide + BN - 1) // BN
+    for item in range(tl.program_id(0), experts * down * across, tl.num_programs(0)):
+        e = item // (down * across)
+        tile, column = swizzled(item % (down * across), down, across, GROUP)
+        start = tl.load(ends + e - 1, mask=e > 0, other=0)
+        end = tl.load(ends + e)
+        m = tile * BM + tl.arange(0, BM)
+        n = column * BN + tl.arange(0, BN)
+        total = tl.zeros((BM, BN), tl.float32)
+        for done in range(start, end, BK):
+            row = done + tl.arange(0, BK)
+            own = row < end
+            source = row
+            if GATHER:
+                source = tl.load(pairs + row, mask=own, other=0) // choices
+            left_at = left + row.to(tl.int64)[:, None] * high + m[None, :]
+            right_at = right + source.to(tl.int64)[:, None] * wide + n[None, :]
+            if WHOLE:
+                x = tl.load(left_at, mask=own[:, None], other=0.0)
+                y = tl.load(right_at, mask=own[:, None], other=0.0)
+            else:
+                x = tl.load(left_at, mask=own[:, None] & (m[None, :] < high), other=0.0)
+                y = tl.load(right_at, mask=own[:, None] & (n[None, :] < wide), other=0.0)
+            if UPCAST:  # the interpreter multiplies narrow numbers wrongly
+                x = x.to(tl.float32)
+                y = y.to(tl.float32)
+            total = tl.dot(tl.trans(x), y, total, input_precision=PRECISION)
+        at = out + e.to(tl.int64) * out_e + m[:, None].to(tl.int64) * out_m + n[None, :].to(tl.int64) * out_n
+        tl.store(at, total.to(out.dtype.element_ty), mask=(m[:, None] < high) & (n[None, :] < wide))
+
+
+@triton.jit
+def _column_sums(
+    rows, pairs, scale, ends, out, wide, choices,
+    GATHER: tl.constexpr, SCALED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    e = tl.program_id(0)
+    start = tl.load(ends + e - 1, mask=e > 0, other=0)
+    end = tl.load(ends + e)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    total = tl.zeros((BN,), tl.float32)
+    for done in range(start, end, BK):
+        row = done + tl.arange(0, BK)
+        own = row < end
+        source = row
+        if GATHER:
+            source = tl.load(pairs + row, mask=own, other=0) // choices
+        at = rows + source.to(tl.int64)[:, None] * wide + n[None, :]
+        x = tl.load(at, mask=own[:, None] & (n[None, :] < wide), other=0.0).to(tl.float32)
+        if SCALED:
+            pair = tl.load(pairs + row, mask=own, other=0)
+            x *= tl.load(scale + pair, mask=own, other=0.0).to(tl.float32)[:, None]
+        total += tl.sum(x, 0)
+    tl.store(out + e.to(tl.int64) * wide + n, total.to(out.dtype.element_ty), mask=n < wide)
+
+
+@torch.library.custom_op(
+    "synchromesh::grouped_mm_triton",
+    mutates_args=(),
+    schema="(Tensor rows, Tensor weight, Tensor ends, Tensor? bias) -> Tensor",
+)
+def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
+    out = rows.new_empty(rows.shape[0], weight.shape[2])
+    tiling = product_tiling(rows.dtype, rows.device, rows_per_expert=len(rows) // max(1, len(ends)))
+    return product(rows.contiguous(), weight, tiles_of(ends, len(rows), tiling.rows), tiling, out=out, bias=bias)
+
+
+@_grouped_mm.register_fake
+def _(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[2])
+
+
+@torch.library.custom_op(
+    "synchromesh::grouped_mm_backward_triton",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor? rows, Tensor weight, Tensor ends, bool[] needs) -> (Tensor, Tensor, Tensor)",
+)
+def _grouped_mm_backward(
+    grad: Tensor, rows: Tensor | None, weight: Tensor, ends: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, (experts, width, out) = grad.contiguous(), weight.shape
+    d_rows = grad.new_zeros(grad.shape[0], width) if needs[0] else grad.new_empty(0)  # nothing flows into the tail
+    d_weight = torch.empty_like(weight) if needs[1] else grad.new_empty(0)
+    d_bias = grad.new_empty((experts, out) if needs[2] else (0,))
+    if needs[0]:
+        tiling = product_tiling(grad.dtype, grad.device, rows_per_expert=len(grad) // max(1, len(ends)))
+        product(grad, weight.mT, tiles_of(ends, len(grad), tiling.rows), tiling, out=d_rows)
+    if rows is not None:
+        weight_gradient(rows.contiguous(), grad, ends, weights_tiling(grad.dtype, grad.device), out=d_weight)
+    if needs[2]:
+        column_sums(grad, ends, out=d_bias)
+    return d_rows, d_weight, d_bias
+
+
+@_grouped_mm_backward.register_fake
+def _(
+    grad: Tensor, rows: Tensor | None, weight: Tensor, ends: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        grad.new_empty(grad.shape[0], weight.shape[1]) if needs[0] else grad.new_empty(0),
+        torch.empty_like(weight) if needs[1] else grad.new_empty(0),
+        grad.new_empty(weight.shape[0], weight.shape[2]) if needs[2] else grad.new_empty(0),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, weight, ends, _ = inputs
+    needs_rows, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
+    ctx.needs = [needs_rows, needs_weight, needs_bias]
+    ctx.save_for_backward(rows if needs_weight else None, weight, ends)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    d_rows, d_weight, d_bias = _grouped_mm_backward(grad, *ctx.saved_tensors, ctx.needs)
+    needs_rows, needs_weight, needs_bias = ctx.needs
+    return d_rows if needs_rows else None, d_weight if needs_weight else None, None, d_bias if needs_bias else None
+
+
+_grouped_mm.register_autograd(_backward, setup_context=_setup)

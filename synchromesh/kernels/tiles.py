@@ -1,0 +1,147 @@
+"""Tiles: how Triton kernels cut the rows of all experts into blocks, without a look at their numbers on the host.
+
+The number of tiles is bounded by shapes alone: R / BM whole ones and one rest for each expert that has rows. Which expert a
+tile belongs to is worked out on the device; programs take tiles in turn until those in use are done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED_PROGRAMS = 3  # of a persistent kernel, where there is no GPU: enough for each to take several tiles
+MAPPED = 64  # tiles that one program of the map works out
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """What a matrix-product kernel is compiled for.
+
+    Attributes:
+        rows, cols, depth: of a tile of the product, and of one step along the summed dimension.
+        warps, stages: of a program, and of its pipeline of loads.
+    """
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of one layout of rows.
+
+    Attributes:
+        expert, first, stop: of each tile, its expert and its range of rows; int32, undefined past those in use.
+        count: how many are in use, on the device.
+        rows: of a tile.
+    """
+
+    expert: Tensor
+    first: Tensor
+    stop: Tensor
+    count: Tensor
+    rows: int
+
+
+def interpreted() -> bool:
+    """Tell whether Triton runs its kernels in its interpreter, on the CPU."""
+    return not isinstance(_map_tiles, triton.JITFunction)
+
+
+def tiles_of(ends: Tensor, num_rows: int, rows: int) -> Tiles:
+    """Cut the rows of each expert into tiles.
+
+    Args:
+        ends: int32 [E], running sum of the rows of each expert. num_rows: R, of the whole buffer. rows: of a tile.
+    """
+    experts = len(ends)
+    bound = max(1, num_rows // rows + min(experts, num_rows))
+    parts = torch.empty(3, bound, dtype=torch.int32, device=ends.device)
+    count = torch.empty(1, dtype=torch.int32, device=ends.device)
+    padded = max(2, triton.next_power_of_2(experts))
+    grid = (triton.cdiv(bound, MAPPED),)
+    _map_tiles[grid](ends, *parts, count, experts, bound, EXPERTS=padded, ROWS=rows, MAPPED=MAPPED)
+    return Tiles(*parts.unbind(), count, rows)
+
+
+def programs_of(device: torch.device, bound: int) -> int:
+    """Return how many programs of a persistent kernel to start: one per multiprocessor, or fewer if there is less to do."""
+    if device.type != "cuda":
+        return min(INTERPRETED_PROGRAMS, bound)
+    return min(torch.cuda.get_device_properties(device).multi_processor_count, bound)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """Return how tl.dot treats a dtype: float32 exactly, unless torch was told that TF32 will do."""
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+@triton.jit
+def _map_tiles(
+    ends, expert, first, stop, count, experts, bound, EXPERTS: tl.constexpr, ROWS: tl.constexpr, MAPPED: tl.constexpr
+):
+    e = tl.arange(0, EXPERTS)
+    end = tl.load(ends + e, mask=e < experts, other=0)
+    start = tl.load(ends + e - 1, mask=(e > 0) & (e < experts), other=0)
+    own = tl.where(e < experts, (end - start + ROWS - 1) // ROWS, 0)
+    last = tl.cumsum(own, 0)
+    tile = tl.program_id(0) * MAPPED + tl.arange(0, MAPPED)
+    owner = tl.sum((last[None, :] <= tile[:, None]).to(tl.int32), 1)
+    hit = e[None, :] == owner[:, None]
+    row = tl.sum(tl.where(hit, start[None, :] + (tile[:, None] - (last - own)[None, :]) * ROWS, 0), 1)
+    until = tl.minimum(tl.sum(tl.where(hit, end[None, :], 0), 1), row + ROWS)
+    tl.store(expert + tile, owner, mask=tile < bound)
+    tl.store(first + tile, row, mask=tile < bound)
+    tl.store(stop + tile, until, mask=tile < bound)
+    if tl.program_id(0) == 0:
+        tl.store(count, tl.sum(own, 0))
+
+
+@triton.jit
+def swizzled(item, tiles, across, GROUP: tl.constexpr):
+    """Return (tile, column) of an item, in an order in which neighbours share rows and weights in the L2 cache."""
+    wide = GROUP * across
+    start = (item // wide) * GROUP
+    high = tl.minimum(tiles - start, GROUP)
+    return start + (item % wide) % high, (item % wide) // high
+
+
+@triton.jit
+def multiplied(
+    total, a, rows, w, cols, depth, width, step_k, step_n,
+    WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Add a[rows, :depth] · w[:depth, cols] to a tile. a is contiguous; WHOLE: no column or step is a part of one."""
+    k = tl.arange(0, BK)
+    a_at = a + rows.to(tl.int64)[:, None] * depth + k[None, :]
+    w_at = w + k[:, None].to(tl.int64) * step_k + cols[None, :].to(tl.int64) * step_n
+    for done in range(0, depth, BK):
+        if WHOLE:
+            x = tl.load(a_at)
+            y = tl.load(w_at)
+        else:
+            x = tl.load(a_at, mask=k[None, :] < depth - done, other=0.0)
+            y = tl.load(w_at, mask=(k[:, None] < depth - done) & (cols[None, :] < width), other=0.0)
+        if UPCAST:  # the interpreter multiplies narrow numbers wrongly
+            x = x.to(tl.float32)
+            y = y.to(tl.float32)
+        total = tl.dot(x, y, total, input_precision=PRECISION)
+        a_at += BK
+        w_at += BK * step_k
+    return total
+
+
+@triton.jit
+def tile_rows(tile, first, stop, BM: tl.constexpr):
+    """Return the rows of a tile, the last one repeated where it is cut short, and which of them are its own."""
+    start = tl.load(first + tile)
+    until = tl.load(stop + tile)
+    row = start + tl.arange(0, BM)
+    return tl.minimum(row, until - 1), row < until

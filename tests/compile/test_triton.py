@@ -1,0 +1,129 @@
+"""Every Triton kernel, compiled ahead of time for every target, no GPU needed: registers, shared memory, matrix units.
+
+What is compiled is what the launchers launch: a run on the CPU with launches recorded instead of made.
+"""
+
+import dataclasses
+import functools
+import re
+import subprocess
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from synchromesh.kernels import MLPWeights
+from synchromesh.kernels.fused_mlp import triton as fused
+from synchromesh.kernels.gpu import TRITON
+from synchromesh.kernels.grouped_mm import tilings
+from synchromesh.kernels.grouped_mm import triton as grouped
+from synchromesh.testing.cases import row_map_of, zipf
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+MATRIX_UNIT = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "sm_120": "mma.sync", "gfx942": "v_mfma"}
+SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB that a program may have
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
+PRODUCTS = {"_product", "_open_rows", "_close_rows_backward", "_weight_gradient"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """What a kernel is specialised for; options are warps and stages."""
+
+    kernel: str
+    signature: tuple
+    constants: tuple
+    divisible: tuple
+    options: tuple
+
+
+class Recorder:
+    """Notes launches instead of making them."""
+
+    def __init__(self):
+        self.launches, self.kernels = [], {}
+
+    def run(self, kernel, *args, grid, warmup, **kwargs):
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        signature, constants, divisible = {}, {}, []
+        for index, name in enumerate(kernel.arg_names):
+            value, declared = values[name], kernel.params[index]
+            if declared.is_constexpr or (isinstance(value, int) and value == 1):
+                signature[name], constants[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = f"*{NAMES[value.dtype]}"
+                divisible.append(index)
+            else:
+                signature[name] = "i32"
+                divisible += [index] * (value % 16 == 0)
+        found = [tuple(each.items()) for each in (signature, constants)]
+        self.launches.append(Launch(kernel.__name__, *found, tuple(divisible), tuple(options.items())))
+        self.kernels[kernel.__name__] = kernel
+
+
+def recorded(arch, dtype, *, gated, width=512, hidden=1024, tokens=512):
+    """Return the launches of a forward and a backward of every kernel."""
+    recorder = Recorder()
+
+    def rows_of(dtype, device, *, rows_per_expert, pair=False):
+        full = tilings.WIDE if dtype == torch.float32 else tilings.NARROW[arch][1 if pair else 0]
+        return tilings.lowered(full, rows_per_expert)
+
+    def weights_of(dtype, device):
+        return tilings.WIDE if dtype == torch.float32 else tilings.NARROW[arch][2]
+
+    names = {"up": (hidden, width), "down": (hidden, width), "up_bias": (hidden,), "down_bias": (width,)}
+    if gated:
+        names |= {"gate": (hidden, width), "gate_bias": (hidden,)}
+    mlp = MLPWeights(**{name: torch.ones(4, *shape, dtype=dtype, requires_grad=True) for name, shape in names.items()})
+    ids = zipf(tokens, 4, 2)
+    rowmap = row_map_of(ids, 4)
+    x = torch.ones(tokens, width, dtype=dtype, requires_grad=True)
+    weights = torch.ones(tokens, 2, requires_grad=True)
+    launch = functools.partialmethod(lambda kernel, *args, **kwargs: recorder.run(kernel, *args, **kwargs))
+    with patch.object(triton.JITFunction, "run", launch):
+        for module in (grouped, fused):
+            patch.object(module, "product_tiling", rows_of).start()
+            patch.object(module, "weights_tiling", weights_of).start()
+        try:
+            TRITON.fused_mlp(x, weights, rowmap, mlp, F.silu).sum().backward()
+            rows = TRITON.gather(x, rowmap)
+            out = TRITON.grouped_mm(rows, mlp.up.mT, rowmap.ends, mlp.up_bias)
+            TRITON.combine(TRITON.grouped_mm(out, mlp.down, rowmap.ends), weights, rowmap).sum().backward()
+            for priority in (None, torch.ones(tokens)):
+                TRITON.positions(ids, 4, priority)
+        finally:
+            patch.stopall()
+    return recorder
+
+
+def compiled(recorder, launch, target):
+    source = ASTSource(
+        recorder.kernels[launch.kernel], dict(launch.signature), dict(launch.constants),
+        {(index,): [["tt.divisibility", 16]] for index in launch.divisible},
+    )  # fmt: skip
+    return triton.compile(source, target=target, options=dict(launch.options))
+
+
+def resources(arch, made, folder):
+    """Return (assembly, bytes spilled)."""
+    if arch == "gfx942":
+        assembly = made.asm["amdgcn"]
+        return assembly, sum(map(int, re.findall(r"[vs]gpr_spill_count:\s+(\d+)", assembly)))
+    file = folder / "kernel.cubin"
+    file.write_bytes(made.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    said = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
+    return made.asm["ptx"], sum(map(int, re.findall(r"STACK:(\d+)", said)))

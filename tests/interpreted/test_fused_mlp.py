@@ -1,0 +1,147 @@
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from synchromesh.kernels import REFERENCE, MLPWeights
+from synchromesh.kernels.gpu import TRITON
+from synchromesh.testing.cases import Case, evil_cases, row_map_of, zipf
+from synchromesh.testing.compare import assert_close, check
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+CASES = pytest.mark.parametrize("case", evil_cases(), ids=lambda case: case.name)
+KINDS = pytest.mark.parametrize("kind", ["plain", "biased", "gated", "gated_biased"])
+ACTIVATIONS = [F.gelu, functools.partial(F.gelu, approximate="tanh"), F.silu, F.relu, torch.sin]
+WIDTH, HIDDEN = 10, 37
+
+
+def parts_of(kind, num_experts, dtype, *, width=WIDTH, hidden=HIDDEN):
+    shapes = {"up": (hidden, width), "down": (hidden, width)}
+    if "gated" in kind:
+        shapes["gate"] = (hidden, width)
+    if "biased" in kind:
+        shapes |= {"up_bias": (hidden,), "down_bias": (width,)}
+        if "gated" in kind:
+            shapes["gate_bias"] = (hidden,)
+    return {name: (torch.randn(num_experts, *shape) / width**0.5).to(dtype) for name, shape in shapes.items()}
+
+
+def run(kernels, rowmap, activation):
+    return lambda x, weights, **parts: kernels.fused_mlp(x, weights, rowmap, MLPWeights(**parts), activation)
+
+
+@CASES
+@KINDS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_output_and_every_gradient(case: Case, kind, dtype):
+    rowmap = case.rowmap()
+    inputs = {"x": case.tokens(WIDTH, dtype), "weights": case.weights(dtype), **parts_of(kind, case.num_experts, dtype)}
+    activation = F.silu if "gated" in kind else F.gelu
+    check(run(TRITON, rowmap, activation), run(REFERENCE, rowmap, activation), inputs)
+
+
+@KINDS
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=["gelu", "gelu_tanh", "silu", "relu", "unknown"])
+def test_every_activation(kind, activation):
+    rowmap = row_map_of(zipf(60, 5, 2), 5)
+    inputs = {"x": torch.randn(60, WIDTH), "weights": torch.rand(60, 2), **parts_of(kind, 5, torch.float32)}
+    check(run(TRITON, rowmap, activation), run(REFERENCE, rowmap, activation), inputs)
+    assert TRITON.fuses(activation) == (activation is not torch.sin)
+
+
+@KINDS
+def test_blocks_that_are_whole(kind):
+    rowmap = row_map_of(zipf(70, 3, 2), 3)
+    parts = parts_of(kind, 3, torch.float32, width=32, hidden=64)
+    inputs = {"x": torch.randn(70, 32), "weights": torch.rand(70, 2), **parts}
+    check(run(TRITON, rowmap, F.silu), run(REFERENCE, rowmap, F.silu), inputs)
+
+
+@KINDS
+def test_without_gradients_the_result_is_the_same(kind):
+    rowmap, parts = row_map_of(zipf(40, 4, 2), 4), parts_of(kind, 4, torch.float32)
+    x, weights = torch.randn(40, WIDTH), torch.rand(40, 2)
+    learning = run(TRITON, rowmap, F.gelu)(x.clone().requires_grad_(), weights, **parts)
+    assert torch.equal(run(TRITON, rowmap, F.gelu)(x, weights, **parts), learning)
+
+
+@KINDS
+def test_only_the_gradients_that_are_wanted(kind):
+    rowmap = row_map_of(torch.tensor([[0, 2], [2, -1], [0, 1]]), 4)
+    inputs = {"x": torch.randn(3, WIDTH), "weights": torch.rand(3, 2), **parts_of(kind, 4, torch.float32)}
+    for wanted in inputs:
+        grads = []
+        for kernels in (TRITON, REFERENCE):
+            own = {name: tensor.clone().requires_grad_(name == wanted) for name, tensor in inputs.items()}
+            run(kernels, rowmap, F.silu)(**own).sum().backward()  # an expanded gradient
+            grads.append(own)
+        for name in inputs:
+            assert_close(f"gradient of {name}", grads[0][name].grad, grads[1][name].grad)
+
+
+def test_float32_weights_over_experts_of_less_precision():
+    rowmap = row_map_of(zipf(60, 5, 2), 5)
+    parts, x, weights = parts_of("biased", 5, torch.bfloat16), torch.randn(60, WIDTH).bfloat16(), torch.rand(60, 2)
+    own = weights.clone().requires_grad_()
+    y = run(TRITON, rowmap, F.gelu)(x, own, **parts)
+    y.sum().backward()
+    assert (y.dtype, own.grad.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_non_contiguous_and_zero_stride_inputs():
+    rowmap = row_map_of(torch.tensor([[0, 1], [1, 0], [0, 1]]), 2)
+    parts, weights = parts_of("biased", 2, torch.float32), torch.rand(2, 3).T
+    turned = replace(MLPWeights(**parts), up=parts["up"].transpose(1, 2).contiguous().transpose(1, 2))
+    for x in (torch.randn(WIDTH, 3).T, torch.randn(WIDTH).expand(3, WIDTH)):
+        wanted = REFERENCE.fused_mlp(x, weights, rowmap, turned, F.gelu)
+        assert_close("y", TRITON.fused_mlp(x, weights, rowmap, turned, F.gelu), wanted)
+
+
+@pytest.mark.parametrize("kind", ["plain", "gated"])
+def test_saved_for_backward_are_x_and_the_pre_activations(kind):
+    """T D + R F numbers, or 2 R F where gated."""
+    rowmap = row_map_of(zipf(64, 4, 2), 4)
+    parts = {name: part.requires_grad_() for name, part in parts_of(kind, 4, torch.float32).items()}
+    x, weights = torch.randn(64, WIDTH, requires_grad=True), torch.rand(64, 2)
+    saved = {}
+
+    def count(tensor):
+        if tensor.is_floating_point() and tensor.numel():
+            saved[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        run(TRITON, rowmap, F.silu)(x, weights, **parts)
+    inputs = sum(part.numel() for part in parts.values()) + weights.numel()
+    assert sum(saved.values()) - inputs == x.numel() + len(rowmap.pairs) * HIDDEN * (2 if kind == "gated" else 1)
+
+
+def test_twice_the_same_bits():
+    rowmap, parts = row_map_of(zipf(60, 5, 2), 5), parts_of("gated_biased", 5, torch.float32)
+    x, weights, runs = torch.randn(60, WIDTH), torch.rand(60, 2), []
+    for _ in range(2):
+        own = {name: t.clone().requires_grad_() for name, t in {"x": x, "weights": weights, **parts}.items()}
+        y = run(TRITON, rowmap, F.silu)(**own)
+        y.square().sum().backward()
+        runs.append([y, *(t.grad for t in own.values())])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    tokens=st.integers(0, 40),
+    experts=st.integers(1, 6),
+    choices=st.integers(1, 3),
+    capacity=st.none() | st.integers(0, 6),
+    width=st.integers(1, 35),
+    hidden=st.integers(1, 35),
+)
+def test_any_shape(tokens, experts, choices, capacity, width, hidden):
+    rowmap = row_map_of(torch.randint(-1, experts, (tokens, choices)), experts, capacity=capacity)
+    parts = parts_of("gated_biased", experts, torch.float32, width=width, hidden=hidden)
+    inputs = {"x": torch.randn(tokens, width), "weights": torch.rand(tokens, choices), **parts}
+    check(run(TRITON, rowmap, F.silu), run(REFERENCE, rowmap, F.silu), inputs)
