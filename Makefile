@@ -17,8 +17,10 @@ demo: $(READY)
 	$(BIN)/synchromesh train demo --run runs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest --jaxtyping-packages=synchromesh,beartype.beartype --ignore=tests/compile tests $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --jaxtyping-packages=synchromesh,beartype.beartype --ignore=tests/compile --ignore=tests/interpreted tests \
+		$(PYTEST_ARGS)
 	$(BIN)/python -m pytest tests/compile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/interpreted $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -52,7 +52,7 @@ def test_code_of_a_sub_package_stands_in_named_files(path):
 
 def test_tests_mirror_the_package():
     """Every test file stands beside what it tests: tests/a/test_b.py for synchromesh/a/b.py, or the folder a/b."""
-    apart = {"tests/compile", "tests/seams"}
+    apart = {"tests/compile", "tests/interpreted", "tests/seams"}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         if any(name(path).startswith(folder) for folder in apart) or path.parent == ROOT / "tests":
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,6 +42,9 @@ class Kernels:
     fuses: Callable[[Activation], bool]
 
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
 def _fuses_nothing(activation: Activation) -> bool:
     return False
 
@@ -64,5 +68,13 @@ CPU = Kernels(
 
 
 def kernels_for(device: torch.device) -> Kernels:
-    """Return the fastest kernels for a device."""
-    return CPU if device.type == "cpu" else REFERENCE
+    """Return the fastest kernels for a device: Triton's on GPUs from sm_80 and on AMD's, where torch brought it."""
+    if device.type == "cpu":
+        return CPU
+    if device.type != "cuda" or not HAS_TRITON:
+        return REFERENCE
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return REFERENCE
+    from synchromesh.kernels.gpu import TRITON
+
+    return TRITON

@@ -1,12 +1,14 @@
 """Tiles: how Triton kernels cut the rows of all experts into blocks, without a look at their numbers on the host.
 
-The number of tiles is bounded by shapes alone: R / BM whole ones and one rest for each expert that has rows. Which expert a
-tile belongs to is worked out on the device; programs take tiles in turn until those in use are done.
+The number of tiles is bounded by shapes alone: R / BM whole ones and one rest for each expert that has rows. Which
+expert a tile belongs to is worked out on the device; programs take tiles in turn until those in use are done.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# Kernels are typed as Triton sees them, not as they are launched.
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -14,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED_PROGRAMS = 3  # of a persistent kernel, where there is no GPU: enough for each to take several tiles
+LEAST = 32  # columns and depth of a block
 MAPPED = 64  # tiles that one program of the map works out
 
 
@@ -31,6 +34,17 @@ class Tiling:
     depth: int
     warps: int
     stages: int
+
+    def fitted(self, *, cols: int, depth: int) -> Tiling:
+        """Return a tiling of smaller steps where that spares it the masks of blocks that are cut short."""
+        return replace(self, cols=_halved(self.cols, cols), depth=_halved(self.depth, depth))
+
+
+def _halved(block: int, size: int) -> int:
+    """Halve a block until it divides the size, but not below what multiplies at a good rate."""
+    while block > LEAST and size % block:
+        block //= 2
+    return block
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,7 @@ def tiles_of(ends: Tensor, num_rows: int, rows: int) -> Tiles:
 
 
 def programs_of(device: torch.device, bound: int) -> int:
-    """Return how many programs of a persistent kernel to start: one per multiprocessor, or fewer if there is less to do."""
+    """Return how many programs of a persistent kernel to start: one per multiprocessor, or as many as are of use."""
     if device.type != "cuda":
         return min(INTERPRETED_PROGRAMS, bound)
     return min(torch.cuda.get_device_properties(device).multi_processor_count, bound)
@@ -118,10 +132,13 @@ def multiplied(
     total, a, rows, w, cols, depth, width, step_k, step_n,
     WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Add a[rows, :depth] · w[:depth, cols] to a tile. a is contiguous; WHOLE: no column or step is a part of one."""
+    """Add a[rows, :depth] · w[:depth, cols] to a tile. a is contiguous, w has fewer than 2^31 numbers.
+
+    WHOLE: no block of columns, nor of the summed dimension, is cut short.
+    """
     k = tl.arange(0, BK)
     a_at = a + rows.to(tl.int64)[:, None] * depth + k[None, :]
-    w_at = w + k[:, None].to(tl.int64) * step_k + cols[None, :].to(tl.int64) * step_n
+    w_at = w + (k[:, None] * step_k + cols[None, :] * step_n)
     for done in range(0, depth, BK):
         if WHOLE:
             x = tl.load(a_at)
@@ -139,9 +156,41 @@ def multiplied(
 
 
 @triton.jit
+def multiplied_pair(
+    one, other, a, rows, w, v, cols, depth, width, w_k, w_n, v_k, v_n,
+    WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Do `multiplied` for two matrices w and v of one shape, reading a once."""
+    k = tl.arange(0, BK)
+    a_at = a + rows.to(tl.int64)[:, None] * depth + k[None, :]
+    w_at = w + (k[:, None] * w_k + cols[None, :] * w_n)
+    v_at = v + (k[:, None] * v_k + cols[None, :] * v_n)
+    for done in range(0, depth, BK):
+        if WHOLE:
+            x = tl.load(a_at)
+            y = tl.load(w_at)
+            z = tl.load(v_at)
+        else:
+            inside = (k[:, None] < depth - done) & (cols[None, :] < width)
+            x = tl.load(a_at, mask=k[None, :] < depth - done, other=0.0)
+            y = tl.load(w_at, mask=inside, other=0.0)
+            z = tl.load(v_at, mask=inside, other=0.0)
+        if UPCAST:
+            x = x.to(tl.float32)
+            y = y.to(tl.float32)
+            z = z.to(tl.float32)
+        one = tl.dot(x, y, one, input_precision=PRECISION)
+        other = tl.dot(x, z, other, input_precision=PRECISION)
+        a_at += BK
+        w_at += BK * w_k
+        v_at += BK * v_k
+    return one, other
+
+
+@triton.jit
 def tile_rows(tile, first, stop, BM: tl.constexpr):
-    """Return the rows of a tile, the last one repeated where it is cut short, and which of them are its own."""
+    """Return a tile's first row, its rows counted from there (the last one repeated), and which are its own."""
     start = tl.load(first + tile)
-    until = tl.load(stop + tile)
-    row = start + tl.arange(0, BM)
-    return tl.minimum(row, until - 1), row < until
+    rows = tl.load(stop + tile) - start
+    row = tl.arange(0, BM)
+    return start, tl.minimum(row, rows - 1), row < rows

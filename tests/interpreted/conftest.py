@@ -1,4 +1,4 @@
-"""Triton kernels in Triton's interpreter, on the CPU. It is chosen before a kernel is defined: hence runs of their own."""
+"""Triton kernels in Triton's interpreter, on the CPU; chosen before a kernel is defined: hence a run of their own."""
 
 import os
 import sys

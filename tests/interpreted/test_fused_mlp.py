@@ -12,7 +12,7 @@ from synchromesh.kernels.gpu import TRITON
 from synchromesh.testing.cases import Case, evil_cases, row_map_of, zipf
 from synchromesh.testing.compare import assert_close, check
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SHORT = [case for case in evil_cases() if case.name != "longer_than_a_block"]
 CASES = pytest.mark.parametrize("case", evil_cases(), ids=lambda case: case.name)
 KINDS = pytest.mark.parametrize("kind", ["plain", "biased", "gated", "gated_biased"])
 ACTIVATIONS = [F.gelu, functools.partial(F.gelu, approximate="tanh"), F.silu, F.relu, torch.sin]
@@ -35,9 +35,18 @@ def run(kernels, rowmap, activation):
 
 
 @CASES
-@KINDS
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_output_and_every_gradient(case: Case, kind, dtype):
+@pytest.mark.parametrize("kind", ["biased", "gated_biased"])
+def test_output_and_every_gradient(case: Case, kind):
+    compare(case, kind, torch.float32)
+
+
+@pytest.mark.parametrize("case", SHORT, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_output_and_every_gradient_in_16_bits(case: Case, dtype):
+    compare(case, "gated_biased", dtype)
+
+
+def compare(case, kind, dtype):
     rowmap = case.rowmap()
     inputs = {"x": case.tokens(WIDTH, dtype), "weights": case.weights(dtype), **parts_of(kind, case.num_experts, dtype)}
     activation = F.silu if "gated" in kind else F.gelu
@@ -131,7 +140,7 @@ def test_twice_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(
     tokens=st.integers(0, 40),
     experts=st.integers(1, 6),

@@ -1,13 +1,16 @@
-"""fused_mlp on a GPU: the gather in the first product's prologue, the activation in its epilogue, then the weighted sum.
+"""fused_mlp on a GPU: the gather before the first product, the activation after it, then the weighted sum.
 
-Saved for backward: x, the weights, the map and the pre-activations, T D + R F numbers (2 R F where gated). With A the hidden
-rows, s the weight of each row and dA' = dy·downᵀ (s not applied): ds = <dA', A>; A s and dpre' s, both written by the kernel
-that makes dA', give every other gradient. Neither expert outputs nor copies of x or dy are kept, and only the activation
-is computed twice.
+Saved for backward: x, the weights, the map and the pre-activations, T D + R F numbers (2 R F where gated). With A the
+hidden rows, s the weight of each row and dA' = dy·downᵀ (s not applied): ds = <dA', A>; A s and dpre' s, written by
+the kernel that makes dA', give every other gradient. Neither expert outputs nor copies of x or dy are kept, and only
+the activation is computed twice.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# Kernels are typed as Triton sees them, not as they are launched.
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,10 +25,19 @@ from synchromesh.kernels.activations_triton import activated, derivative
 from synchromesh.kernels.autocast import autocast_alike
 from synchromesh.kernels.fused_mlp import reference
 from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights, compose_mlp
-from synchromesh.kernels.grouped_mm.tilings import product_tiling, weights_tiling
+from synchromesh.kernels.grouped_mm.tilings import Tilings, tilings_of
 from synchromesh.kernels.grouped_mm.triton import column_sums, grouped_mm, options, product, weight_gradient
 from synchromesh.kernels.permute.triton import combine, gather, sum_rows
-from synchromesh.kernels.tiles import Tiles, Tiling, multiplied, programs_of, swizzled, tile_rows, tiles_of
+from synchromesh.kernels.tiles import (
+    Tiles,
+    Tiling,
+    multiplied,
+    multiplied_pair,
+    programs_of,
+    swizzled,
+    tile_rows,
+    tiles_of,
+)
 from synchromesh.types import RowMap
 
 
@@ -76,12 +88,10 @@ def _fused_mlp(
     net, x, tokens = _Net(*mlp), x.contiguous(), (pairs, rows.shape[1])
     pre_up, pre_gate = (x.new_empty(shape) for shape in _pre_activations(pairs, net, save))
     hidden = x.new_empty(len(pairs), net.up.shape[1])
-    opening, closing = (_tiling(x, pairs, ends, pair=pair) for pair in (net.gate is not None, False))
-    tiles = tiles_of(ends, len(pairs), opening.rows)
-    _open(x, net, tiles, opening, tokens, activation, (pre_up, pre_gate) if save else None, hidden)
-    if closing.rows != opening.rows:
-        tiles = tiles_of(ends, len(pairs), closing.rows)
-    out = product(hidden, net.down, tiles, closing, out=x.new_empty(len(pairs), x.shape[1]), bias=net.down_bias)
+    tilings = _tilings(x, pairs, ends)
+    tiles = tiles_of(ends, len(pairs), tilings.opening.rows)
+    _open(x, net, tiles, tilings.opening, tokens, activation, (pre_up, pre_gate) if save else None, hidden)
+    out = product(hidden, net.down, tiles, tilings.product, out=x.new_empty(len(pairs), x.shape[1]), bias=net.down_bias)
     return sum_rows(out, rows.contiguous(), weights.contiguous(), dtype=x.dtype), pre_up, pre_gate
 
 
@@ -100,8 +110,8 @@ def _pre_activations(pairs: Tensor, net: _Net, save: bool) -> list[Sequence[Any]
     return [(rows, net.up.shape[1]), (0 if net.gate is None else rows, net.up.shape[1])]
 
 
-def _tiling(x: Tensor, pairs: Tensor, ends: Tensor, *, pair: bool) -> Tiling:
-    return product_tiling(x.dtype, x.device, rows_per_expert=len(pairs) // max(1, len(ends)), pair=pair)
+def _tilings(x: Tensor, pairs: Tensor, ends: Tensor) -> Tilings:
+    return tilings_of(x.dtype, x.device, rows_per_expert=len(pairs) // max(1, len(ends)))
 
 
 def _open(
@@ -112,6 +122,9 @@ def _open(
     pairs, choices = tokens
     width = net.up.shape[1]
     gate = net.up if net.gate is None else net.gate
+    if net.gate is not None:
+        tiling = dataclasses.replace(tiling, cols=tiling.cols // 2)  # there are two sums
+    tiling = tiling.fitted(cols=width, depth=x.shape[1])
     items = len(tiles.expert) * triton.cdiv(width, tiling.cols)
     _open_rows[(programs_of(x.device, items),)](
         x, net.up, gate, _or(net.up_bias, x), _or(net.gate_bias, x), pairs, *(pre or (x, x)), hidden,
@@ -139,15 +152,14 @@ def _fused_mlp_backward(
     net, tokens, grad = _Net(*mlp), (pairs, rows.shape[1]), grad.contiguous()
     x, weights, rows = x.contiguous(), weights.contiguous(), rows.contiguous()
     d_mlp = [x.new_empty(shape) for shape in _wanted_shapes(mlp, needs)]
-    wanted = _Net(*(d if need and part is not None else None for d, part, need in zip(d_mlp, mlp, needs[2:], strict=True)))
-    closing, plain = (_tiling(x, pairs, ends, pair=pair) for pair in (True, False))
-    tiles = tiles_of(ends, len(pairs), closing.rows)
-    hidden, d_up, d_gate, partial = _close_backward(grad, weights, net, tiles, closing, tokens, activation, pre)
+    wanted = _Net(*(d if d.numel() else None for d in d_mlp))
+    tilings = _tilings(x, pairs, ends)
+    tiles = tiles_of(ends, len(pairs), tilings.closing.rows)
+    hidden, d_up, d_gate, partial = _close_backward(grad, weights, net, tiles, tilings.closing, tokens, activation, pre)
     d_weights = _weights_gradient(grad, weights, pairs, ends, net.down_bias, partial)
-    summed = weights_tiling(x.dtype, x.device)
     for d, left, right in ((wanted.down, hidden, grad), (wanted.up, d_up, x), (wanted.gate, d_gate, x)):
         if d is not None:
-            weight_gradient(left, right, ends, summed, out=d, tokens=tokens)
+            weight_gradient(left, right, ends, tilings.weights, out=d, tokens=tokens)
     for d, sums in ((wanted.up_bias, d_up), (wanted.gate_bias, d_gate)):
         if d is not None:
             column_sums(sums, ends, out=d)
@@ -155,10 +167,8 @@ def _fused_mlp_backward(
         column_sums(grad, ends, out=wanted.down_bias, tokens=tokens, scale=weights)
     if not needs[0]:
         return x.new_empty(0), d_weights, d_mlp
-    if plain.rows != closing.rows:
-        tiles = tiles_of(ends, len(pairs), plain.rows)
     second = None if net.gate is None else (d_gate, net.gate)
-    d_rows = product(d_up, net.up, tiles, plain, out=x.new_empty(len(pairs), x.shape[1]), second=second)
+    d_rows = product(d_up, net.up, tiles, tilings.product, out=x.new_empty(len(pairs), x.shape[1]), second=second)
     return sum_rows(d_rows, rows, None, dtype=x.dtype), d_weights, d_mlp
 
 
@@ -184,6 +194,7 @@ def _close_backward(
     (pairs, choices), (pre_up, pre_gate) = tokens, pre
     hidden, d_up, d_gate = torch.empty_like(pre_up), torch.empty_like(pre_up), torch.empty_like(pre_gate)
     width, depth = pre_up.shape[1], grad.shape[1]
+    tiling = tiling.fitted(cols=width, depth=depth)
     across = triton.cdiv(width, tiling.cols)
     partial = torch.empty(across, len(pairs), dtype=torch.float32, device=grad.device)
     down = net.down.mT  # [E, D, F]
@@ -243,32 +254,36 @@ def _open_rows(
     tiles = tl.load(count)
     for item in range(tl.program_id(0), tiles * across, tl.num_programs(0)):
         tile, column = swizzled(item, tiles, across, GROUP)
-        row, own = tile_rows(tile, first, stop, BM)
+        start, row, own = tile_rows(tile, first, stop, BM)
         e = tl.load(expert + tile).to(tl.int64)
         cols = column * BN + tl.arange(0, BN)
         inside = cols < width
-        token = tl.load(pairs + row) // choices
-        at = row.to(tl.int64)[:, None] * width + cols[None, :]
+        token = tl.load(pairs + start + row) // choices
+        base = start.to(tl.int64) * width
+        at = row[:, None] * width + cols[None, :]
         mask = own[:, None] & inside[None, :]
         h = tl.zeros((BM, BN), tl.float32)
-        h = multiplied(h, x, token, up + e * up_e, cols, depth, width, up_k, up_n, WHOLE, UPCAST, PRECISION, BK)
-        if UP_BIAS:
-            h += tl.load(up_bias + e * width + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
-        if SAVE:
-            tl.store(pre_up + at, h.to(pre_up.dtype.element_ty), mask=mask)
         if GATED:
             g = tl.zeros((BM, BN), tl.float32)
-            g = multiplied(
-                g, x, token, gate + e * gate_e, cols, depth, width, gate_k, gate_n, WHOLE, UPCAST, PRECISION, BK
-            )
+            h, g = multiplied_pair(
+                h, g, x, token, up + e * up_e, gate + e * gate_e, cols, depth, width, up_k, up_n, gate_k, gate_n,
+                WHOLE, UPCAST, PRECISION, BK,
+            )  # fmt: skip
             if GATE_BIAS:
                 g += tl.load(gate_bias + e * width + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
             if SAVE:
-                tl.store(pre_gate + at, g.to(pre_gate.dtype.element_ty), mask=mask)
+                tl.store(pre_gate + base + at, g.to(pre_gate.dtype.element_ty), mask=mask)
+        else:
+            h = multiplied(h, x, token, up + e * up_e, cols, depth, width, up_k, up_n, WHOLE, UPCAST, PRECISION, BK)
+        if UP_BIAS:
+            h += tl.load(up_bias + e * width + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if SAVE:
+            tl.store(pre_up + base + at, h.to(pre_up.dtype.element_ty), mask=mask)
+        if GATED:
             h *= activated(g, ACTIVATION)
         else:
             h = activated(h, ACTIVATION)
-        tl.store(hidden + at, h.to(hidden.dtype.element_ty), mask=mask)
+        tl.store(hidden + base + at, h.to(hidden.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -283,32 +298,33 @@ def _close_rows_backward(
     tiles = tl.load(count)
     for item in range(tl.program_id(0), tiles * across, tl.num_programs(0)):
         tile, column = swizzled(item, tiles, across, GROUP)
-        row, own = tile_rows(tile, first, stop, BM)
+        start, row, own = tile_rows(tile, first, stop, BM)
         e = tl.load(expert + tile).to(tl.int64)
         cols = column * BN + tl.arange(0, BN)
-        pair = tl.load(pairs + row)
+        pair = tl.load(pairs + start + row)
         d = tl.zeros((BM, BN), tl.float32)
         d = multiplied(
             d, grad, pair // choices, down + e * down_e, cols, depth, width, down_k, down_n,
             WHOLE, UPCAST, PRECISION, BK,
         )  # fmt: skip
-        at = row.to(tl.int64)[:, None] * width + cols[None, :]
+        base = start.to(tl.int64) * width
+        at = row[:, None] * width + cols[None, :]
         mask = own[:, None] & (cols < width)[None, :]
         s = tl.load(weights + pair).to(tl.float32)[:, None]
-        u = tl.load(pre_up + at, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(pre_up + base + at, mask=mask, other=0.0).to(tl.float32)
         if GATED:
-            g = tl.load(pre_gate + at, mask=mask, other=0.0).to(tl.float32)
-            opened = activated(g, ACTIVATION)
-            tl.store(d_gate + at, (d * u * derivative(g, ACTIVATION) * s).to(d_gate.dtype.element_ty), mask=mask)
-            slope = opened
-            value = opened * u
+            g = tl.load(pre_gate + base + at, mask=mask, other=0.0).to(tl.float32)
+            d_g = d * u * derivative(g, ACTIVATION) * s
+            tl.store(d_gate + base + at, d_g.to(d_gate.dtype.element_ty), mask=mask)
+            slope = activated(g, ACTIVATION)
+            value = slope * u
         else:
             slope = derivative(u, ACTIVATION)
             value = activated(u, ACTIVATION)
-        tl.store(d_up + at, (d * slope * s).to(d_up.dtype.element_ty), mask=mask)
-        tl.store(hidden + at, (value * s).to(hidden.dtype.element_ty), mask=mask)
+        tl.store(d_up + base + at, (d * slope * s).to(d_up.dtype.element_ty), mask=mask)
+        tl.store(hidden + base + at, (value * s).to(hidden.dtype.element_ty), mask=mask)
         dots = tl.sum(tl.where(mask, d * value, 0.0), 1)
-        tl.store(partial + column.to(tl.int64) * rows + row, dots, mask=own)
+        tl.store(partial + column.to(tl.int64) * rows + start + row, dots, mask=own)
 
 
 @triton.jit
@@ -320,7 +336,7 @@ def _sum_parts(
     pair = tl.load(pairs + row, mask=row < rows, other=-1)
     kept = pair >= 0
     total, at = tl.zeros((BM,), tl.float32), partial + row
-    for _ in range(0, parts):
+    for _ in range(parts):
         total += tl.load(at, mask=kept, other=0.0)
         at += rows
     if BIAS:

@@ -1,5 +1,7 @@
 """grouped_mm on a GPU: persistent Triton kernels over ends that stay on the device. Nothing is read on the host."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# Kernels are typed as Triton sees them, not as they are launched.
 from __future__ import annotations
 
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from synchromesh.kernels.autocast import autocast_alike
 from synchromesh.kernels.grouped_mm import reference
-from synchromesh.kernels.grouped_mm.tilings import GROUP, product_tiling, weights_tiling
+from synchromesh.kernels.grouped_mm.tilings import GROUP, tilings_of
 from synchromesh.kernels.tiles import (
     Tiles,
     Tiling,
@@ -54,9 +56,10 @@ def product(
         tokens: pairs [R] and K, where a holds tokens: row r is a[pairs[r] // K].
         second: another a and w whose product is added.
     """
-    experts, depth, width = w.shape
+    _, depth, width = w.shape
     pairs, choices = (out, 1) if tokens is None else tokens
     a2, w2 = (a, w) if second is None else second
+    tiling = tiling.fitted(cols=width, depth=depth)
     across = triton.cdiv(width, tiling.cols)
     _product[(programs_of(out.device, len(tiles.expert) * across),)](
         a, w, a2, w2, out if bias is None else bias, pairs, out, tiles.expert, tiles.first, tiles.stop, tiles.count,
@@ -77,6 +80,7 @@ def weight_gradient(
     """
     experts, high, wide = out.shape
     pairs, choices = (left, 1) if tokens is None else tokens
+    tiling = tiling.fitted(cols=wide, depth=tiling.depth)
     down, across = triton.cdiv(high, tiling.rows), triton.cdiv(wide, tiling.cols)
     whole = high % tiling.rows == 0 and wide % tiling.cols == 0
     _weight_gradient[(programs_of(out.device, max(1, experts * down * across)),)](
@@ -118,23 +122,21 @@ def _product(
     tiles = tl.load(count)
     for item in range(tl.program_id(0), tiles * across, tl.num_programs(0)):
         tile, column = swizzled(item, tiles, across, GROUP)
-        row, own = tile_rows(tile, first, stop, BM)
+        start, row, own = tile_rows(tile, first, stop, BM)
         e = tl.load(expert + tile).to(tl.int64)
         cols = column * BN + tl.arange(0, BN)
-        source = row
+        source = start + row
         if GATHER:
-            source = tl.load(pairs + row) // choices
+            source = tl.load(pairs + start + row) // choices
         total = tl.zeros((BM, BN), tl.float32)
-        total = multiplied(
-            total, a, source, w + e * w_e, cols, depth, width, w_k, w_n, WHOLE, UPCAST, PRECISION, BK
-        )
+        total = multiplied(total, a, source, w + e * w_e, cols, depth, width, w_k, w_n, WHOLE, UPCAST, PRECISION, BK)
         if SECOND:
             total = multiplied(
                 total, a2, source, w2 + e * w2_e, cols, depth, width, w2_k, w2_n, WHOLE, UPCAST, PRECISION, BK
             )
         if BIAS:
             total += tl.load(bias + e * width + cols, mask=cols < width, other=0.0).to(tl.float32)[None, :]
-        at = out + row.to(tl.int64)[:, None] * width + cols[None, :]
+        at = out + start.to(tl.int64) * width + (row[:, None] * width + cols[None, :])
         tl.store(at, total.to(out.dtype.element_ty), mask=own[:, None] & (cols[None, :] < width))
 
 
@@ -172,7 +174,7 @@ def _weight_gradient(
                 x = x.to(tl.float32)
                 y = y.to(tl.float32)
             total = tl.dot(tl.trans(x), y, total, input_precision=PRECISION)
-        at = out + e.to(tl.int64) * out_e + m[:, None].to(tl.int64) * out_m + n[None, :].to(tl.int64) * out_n
+        at = out + e.to(tl.int64) * out_e + (m[:, None] * out_m + n[None, :] * out_n)
         tl.store(at, total.to(out.dtype.element_ty), mask=(m[:, None] < high) & (n[None, :] < wide))
 
 
@@ -208,7 +210,7 @@ def _column_sums(
 )
 def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
     out = rows.new_empty(rows.shape[0], weight.shape[2])
-    tiling = product_tiling(rows.dtype, rows.device, rows_per_expert=len(rows) // max(1, len(ends)))
+    tiling = tilings_of(rows.dtype, rows.device, rows_per_expert=len(rows) // max(1, len(ends))).product
     return product(rows.contiguous(), weight, tiles_of(ends, len(rows), tiling.rows), tiling, out=out, bias=bias)
 
 
@@ -229,11 +231,12 @@ def _grouped_mm_backward(
     d_rows = grad.new_zeros(grad.shape[0], width) if needs[0] else grad.new_empty(0)  # nothing flows into the tail
     d_weight = torch.empty_like(weight) if needs[1] else grad.new_empty(0)
     d_bias = grad.new_empty((experts, out) if needs[2] else (0,))
+    tilings = tilings_of(grad.dtype, grad.device, rows_per_expert=len(grad) // max(1, len(ends)))
     if needs[0]:
-        tiling = product_tiling(grad.dtype, grad.device, rows_per_expert=len(grad) // max(1, len(ends)))
-        product(grad, weight.mT, tiles_of(ends, len(grad), tiling.rows), tiling, out=d_rows)
+        tiles = tiles_of(ends, len(grad), tilings.product.rows)
+        product(grad, weight.mT, tiles, tilings.product, out=d_rows)
     if rows is not None:
-        weight_gradient(rows.contiguous(), grad, ends, weights_tiling(grad.dtype, grad.device), out=d_weight)
+        weight_gradient(rows.contiguous(), grad, ends, tilings.weights, out=d_weight)
     if needs[2]:
         column_sums(grad, ends, out=d_bias)
     return d_rows, d_weight, d_bias

@@ -1,5 +1,7 @@
 """permute on a GPU: all choices of a token in one pass, in the tensor's own dtype; every sum in one fixed order."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# Kernels are typed as Triton sees them, not as they are launched.
 from __future__ import annotations
 
 from typing import Any
@@ -41,7 +43,7 @@ def sum_rows(buffer: Tensor, rows: Tensor, weights: Tensor | None, *, dtype: tor
 
 
 def _width(y: Tensor) -> int:
-    return min(WIDEST, triton.next_power_of_2(max(1, y.shape[1])))
+    return min(WIDEST, 1 << max(0, y.shape[1] - 1).bit_length())
 
 
 @torch.library.custom_op(
@@ -144,7 +146,7 @@ def _sum_rows(buffer, rows, weights, y, width, choices, WEIGHTED: tl.constexpr, 
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     total = tl.zeros((BD,), tl.float32)
-    for k in range(0, choices):
+    for k in range(choices):
         row = tl.load(rows + token * choices + k)
         if row >= 0:
             part = tl.load(buffer + row * width + d, mask=d < width, other=0.0).to(tl.float32)

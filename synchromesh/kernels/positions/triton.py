@@ -3,6 +3,8 @@
 Integers are added in whatever order and give the same; places follow from the order of the pairs alone.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# Kernels are typed as Triton sees them, not as they are launched.
 from __future__ import annotations
 
 import torch
@@ -55,7 +57,7 @@ def _(expert_ids: Tensor, num_experts: int, priority: Tensor | None) -> tuple[Te
 
 @triton.jit
 def _pairs_of_block(ids, order, tokens, choices, experts, BLOCK: tl.constexpr, ORDERED: tl.constexpr):
-    """Return the place in memory, the expert (-1 where there is none) and the presence of a block's pairs, choice-major."""
+    """Return place in memory, expert (-1: none) and presence of each pair of a block, in choice-major order."""
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = number < tokens * choices
     token = number % tokens

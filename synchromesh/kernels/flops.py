@@ -1,0 +1,59 @@
+"""How many floating-point operations the matrix products make. Import it before torch's FlopCounterMode counts them.
+
+It is not part of `import synchromesh`: torch's counter takes 0.2 s to import, and warns where there is no Triton.
+Counted are rows of the buffer, which without a capacity are all pairs; 2 operations for each multiply and add.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from synchromesh import kernels
+
+Shape = Sequence[int]
+
+
+def _grouped_mm(rows: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * rows[0] * weight[1] * weight[2]
+
+
+def _grouped_mm_backward(
+    grad: Shape, rows: Shape | None, weight: Shape, ends: Shape, needs: list[bool], **_: Any
+) -> int:
+    return sum(needs[:2]) * 2 * grad[0] * weight[1] * weight[2]
+
+
+def _fused_mlp(*shapes: Any, **_: Any) -> int:
+    up, _down, gate, *_biases = shapes[-6:]
+    return (2 if gate is None else 3) * 2 * shapes[2][0] * up[1] * up[2]
+
+
+def _fused_mlp_backward(
+    grad: Shape, saved: list[Shape], mlp: list[Shape | None], activation: str, needs: list[bool], **_: Any
+) -> int:
+    up, _down, gate, *_biases = mlp
+    assert up is not None
+    products = 1 + (1 if gate is None else 2) * needs[0] + sum(needs[2:5])  # dA', d_x, and each matrix's own gradient
+    return products * 2 * saved[2][0] * up[1] * up[2]
+
+
+def _register(device: str) -> None:
+    formulas = {
+        "grouped_mm": _grouped_mm,
+        "grouped_mm_backward": _grouped_mm_backward,
+        "fused_mlp": _fused_mlp,
+        "fused_mlp_backward": _fused_mlp_backward,
+    }
+    for name, formula in formulas.items():
+        register_flop_formula(getattr(torch.ops.synchromesh, f"{name}_{device}"))(formula)
+
+
+_register("cpu")
+if kernels.HAS_TRITON:
+    importlib.import_module("synchromesh.kernels.gpu")  # defines the ops of GPUs
+    _register("triton")

@@ -1,0 +1,40 @@
+"""A whole layer on Triton's kernels, in the interpreter: eager and in one compiled graph."""
+
+import copy
+
+import pytest
+import torch
+
+from synchromesh import FixedCapacity, GatedMLPExperts, Local, MLPExperts, MoE, TopKRouter
+from synchromesh.kernels.gpu import TRITON
+from synchromesh.testing.compare import assert_close
+
+D, E = 16, 4
+LAYERS = {
+    "dropless": lambda: MoE(TopKRouter(D, E, k=2), GatedMLPExperts(E, D, hidden=40), strategy=Local(kernels=TRITON)),
+    "capacity, unfused": lambda: MoE(
+        TopKRouter(D, E, k=2),
+        MLPExperts(E, D, hidden=40, activation=torch.tanh),
+        capacity=FixedCapacity(0.7),
+        strategy=Local(kernels=TRITON),
+    ),
+}
+
+
+def step(run, layer, x):
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    y = run(x)
+    y.square().mean().backward()
+    return {"y": y, "x": x.grad, **{name: p.grad.clone() for name, p in layer.named_parameters()}}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_gives_the_same_as_on_the_cpus_kernels_and_compiles_to_one_graph(name):
+    layer, x = LAYERS[name](), torch.randn(50, D)
+    plain = copy.deepcopy(layer)
+    plain.strategy = Local()
+    wanted = step(plain, plain, x)
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        for part, got in step(run, layer, x).items():
+            assert_close(part, got, wanted[part])

@@ -1,0 +1,35 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from synchromesh import GatedMLPExperts, MLPExperts, MoE, TopKRouter
+from synchromesh.kernels import CPU, flops
+
+assert flops  # its import registers the formulas
+
+T, D, H, E, K = 40, 8, 16, 4, 2
+
+
+def counted(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    by_op = counter.get_flop_counts()["Global"]
+    return sum(count for op, count in by_op.items() if "synchromesh" in str(op))
+
+
+@pytest.mark.parametrize(("experts", "matrices"), [(MLPExperts, 2), (GatedMLPExperts, 3)])
+def test_a_layer_is_counted_as_4_or_6_tkdf_and_twice_that_backward(experts, matrices):
+    layer, x = MoE(TopKRouter(D, E, k=K), experts(E, D, hidden=H)), torch.randn(T, D, requires_grad=True)
+    forward = 2 * matrices * T * K * D * H
+    assert counted(lambda: layer(x)) == forward
+    assert counted(lambda: layer(x).sum().backward()) == 3 * forward
+
+
+def test_what_is_frozen_is_not_counted():
+    ends = torch.tensor([10, 30], dtype=torch.int32)
+    rows, weight = torch.randn(30, D, requires_grad=True), torch.randn(2, D, H)
+    one = 2 * 30 * D * H
+    assert counted(lambda: CPU.grouped_mm(rows, weight, ends).sum().backward()) == 2 * one
+    weight.requires_grad_()
+    assert counted(lambda: F.relu(CPU.grouped_mm(rows, weight, ends)).sum().backward()) == 3 * one
