@@ -73,7 +73,7 @@ def kernels_for(device: torch.device) -> Kernels:
         return CPU
     if device.type != "cuda" or not HAS_TRITON:
         return REFERENCE
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.version.hip is None and torch.cuda.get_device_properties(device).major < 8:
         return REFERENCE
     from synchromesh.kernels.gpu import TRITON
 

@@ -97,6 +97,8 @@ def recorded(arch, dtype, *, gated, width=512, hidden=1024, tokens=512):
             rows = TRITON.gather(x, rowmap)
             out = TRITON.grouped_mm(rows, mlp.up.mT, rowmap.ends, mlp.up_bias)
             TRITON.combine(TRITON.grouped_mm(out, mlp.down, rowmap.ends), weights, rowmap).sum().backward()
+            with torch.no_grad():
+                TRITON.fused_mlp(x[:8], weights[:8], row_map_of(ids[:8], 4), mlp, F.silu)
             for priority in (None, torch.ones(tokens)):
                 TRITON.positions(ids, 4, priority)
         finally:
@@ -142,7 +144,7 @@ def check(arch, recorder, folder, *, narrow, only=None):
 ARCHITECTURES = pytest.mark.parametrize("arch", list(TARGETS))
 EVERY = {
     "_map_tiles", "_count_block", "_place_block", "_copy_rows", "_sum_rows", "_spread_rows", "_column_sums",
-    "_sum_parts",
+    "_sum_parts", "_open_few", "_close_few",
 } | PRODUCTS  # fmt: skip
 
 

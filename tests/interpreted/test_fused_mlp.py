@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from synchromesh.kernels import REFERENCE, MLPWeights
+from synchromesh.kernels.fused_mlp.few import is_few
 from synchromesh.kernels.gpu import TRITON
 from synchromesh.testing.cases import Case, evil_cases, row_map_of, zipf
 from synchromesh.testing.compare import assert_close, check
@@ -76,6 +77,28 @@ def test_without_gradients_the_result_is_the_same(kind):
     x, weights = torch.randn(40, WIDTH), torch.rand(40, 2)
     learning = run(TRITON, rowmap, F.gelu)(x.clone().requires_grad_(), weights, **parts)
     assert torch.equal(run(TRITON, rowmap, F.gelu)(x, weights, **parts), learning)
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_tokens_without_gradients(kind, dtype):
+    ids = torch.tensor([[0, 7], [7, -1], [-1, -1], [3, 0], [5, 7]])
+    for rowmap in (row_map_of(ids, 9), row_map_of(ids, 9, capacity=1), row_map_of(ids[:0], 9)):
+        tokens = len(rowmap.rows)
+        x, weights, parts = (
+            torch.randn(tokens, 150).to(dtype),
+            torch.rand(tokens, 2),
+            parts_of(kind, 9, dtype, width=150),
+        )
+        assert is_few(len(rowmap.pairs), 9)
+        wanted = run(REFERENCE, rowmap, F.silu)(x, weights, **parts)
+        assert_close("y", run(TRITON, rowmap, F.silu)(x, weights, **parts), wanted)
+
+
+def test_many_rows_of_few_experts_take_tiles():
+    assert not is_few(513, 1000)
+    assert not is_few(65, 16)
+    assert is_few(64, 16)
 
 
 @KINDS

@@ -24,9 +24,11 @@ from synchromesh.kernels.activations import known_name
 from synchromesh.kernels.activations_triton import activated, derivative
 from synchromesh.kernels.autocast import autocast_alike
 from synchromesh.kernels.fused_mlp import reference
+from synchromesh.kernels.fused_mlp.few import is_few, rows_of_few
 from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights, compose_mlp
 from synchromesh.kernels.grouped_mm.tilings import Tilings, tilings_of
 from synchromesh.kernels.grouped_mm.triton import column_sums, grouped_mm, options, product, weight_gradient
+from synchromesh.kernels.launch import on_its_device
 from synchromesh.kernels.permute.triton import combine, gather, sum_rows
 from synchromesh.kernels.tiles import (
     Tiles,
@@ -81,18 +83,23 @@ class _Net(NamedTuple):
     schema="(Tensor x, Tensor weights, Tensor pairs, Tensor rows, Tensor ends, str activation, bool save, Tensor up,"
     " Tensor down, Tensor? gate, Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias) -> (Tensor, Tensor, Tensor)",
 )
+@on_its_device
 def _fused_mlp(
     x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, activation: str, save: bool,
     *mlp: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    net, x, tokens = _Net(*mlp), x.contiguous(), (pairs, rows.shape[1])
+    net, x, rows, tokens = _Net(*mlp), x.contiguous(), rows.contiguous(), (pairs, rows.shape[1])
     pre_up, pre_gate = (x.new_empty(shape) for shape in _pre_activations(pairs, net, save))
+    if not save and is_few(len(pairs), len(ends)):
+        biases = (net.up_bias, net.gate_bias, net.down_bias)
+        out = rows_of_few(x, rows, ends, activation, net.up, net.down, net.gate, biases, len(pairs))
+        return sum_rows(out, rows, weights.contiguous(), dtype=x.dtype), pre_up, pre_gate
     hidden = x.new_empty(len(pairs), net.up.shape[1])
     tilings = _tilings(x, pairs, ends)
     tiles = tiles_of(ends, len(pairs), tilings.opening.rows)
     _open(x, net, tiles, tilings.opening, tokens, activation, (pre_up, pre_gate) if save else None, hidden)
     out = product(hidden, net.down, tiles, tilings.product, out=x.new_empty(len(pairs), x.shape[1]), bias=net.down_bias)
-    return sum_rows(out, rows.contiguous(), weights.contiguous(), dtype=x.dtype), pre_up, pre_gate
+    return sum_rows(out, rows, weights.contiguous(), dtype=x.dtype), pre_up, pre_gate
 
 
 @_fused_mlp.register_fake
@@ -145,6 +152,7 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     mutates_args=(),
     schema="(Tensor grad, Tensor[] saved, Tensor?[] mlp, str activation, bool[] needs) -> (Tensor, Tensor, Tensor[])",
 )
+@on_its_device
 def _fused_mlp_backward(
     grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, needs: list[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:

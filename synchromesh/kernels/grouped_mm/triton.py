@@ -15,6 +15,7 @@ from torch import Tensor
 from synchromesh.kernels.autocast import autocast_alike
 from synchromesh.kernels.grouped_mm import reference
 from synchromesh.kernels.grouped_mm.tilings import GROUP, tilings_of
+from synchromesh.kernels.launch import on_its_device
 from synchromesh.kernels.tiles import (
     Tiles,
     Tiling,
@@ -208,6 +209,7 @@ def _column_sums(
     mutates_args=(),
     schema="(Tensor rows, Tensor weight, Tensor ends, Tensor? bias) -> Tensor",
 )
+@on_its_device
 def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
     out = rows.new_empty(rows.shape[0], weight.shape[2])
     tiling = tilings_of(rows.dtype, rows.device, rows_per_expert=len(rows) // max(1, len(ends))).product
@@ -224,6 +226,7 @@ def _(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor
     mutates_args=(),
     schema="(Tensor grad, Tensor? rows, Tensor weight, Tensor ends, bool[] needs) -> (Tensor, Tensor, Tensor)",
 )
+@on_its_device
 def _grouped_mm_backward(
     grad: Tensor, rows: Tensor | None, weight: Tensor, ends: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:

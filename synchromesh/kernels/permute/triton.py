@@ -12,6 +12,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from synchromesh.kernels.launch import on_its_device
 from synchromesh.kernels.permute import reference
 from synchromesh.types import RowMap
 
@@ -49,6 +50,7 @@ def _width(y: Tensor) -> int:
 @torch.library.custom_op(
     "synchromesh::gather_triton", mutates_args=(), schema="(Tensor x, Tensor pairs, Tensor rows) -> Tensor"
 )
+@on_its_device
 def _gather(x: Tensor, pairs: Tensor, rows: Tensor) -> Tensor:
     x, out = x.contiguous(), x.new_empty(pairs.shape[0], x.shape[1])
     if out.numel():
@@ -65,6 +67,7 @@ def _(x: Tensor, pairs: Tensor, rows: Tensor) -> Tensor:
 @torch.library.custom_op(
     "synchromesh::gather_backward_triton", mutates_args=(), schema="(Tensor grad, Tensor rows) -> Tensor"
 )
+@on_its_device
 def _gather_backward(grad: Tensor, rows: Tensor) -> Tensor:
     return sum_rows(grad.contiguous(), rows.contiguous(), None, dtype=grad.dtype)
 
@@ -90,6 +93,7 @@ _gather.register_autograd(_gather_grad, setup_context=_gather_setup)
     mutates_args=(),
     schema="(Tensor buffer, Tensor weights, Tensor pairs, Tensor rows) -> Tensor",
 )
+@on_its_device
 def _combine(buffer: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor) -> Tensor:
     return sum_rows(buffer.contiguous(), rows.contiguous(), weights.contiguous(), dtype=buffer.dtype)
 
@@ -104,6 +108,7 @@ def _(buffer: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor) -> Tensor:
     mutates_args=(),
     schema="(Tensor grad, Tensor buffer, Tensor weights, Tensor pairs) -> (Tensor, Tensor)",
 )
+@on_its_device
 def _combine_backward(grad: Tensor, buffer: Tensor, weights: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
     grad, buffer, weights = grad.contiguous(), buffer.contiguous(), weights.contiguous()
     d_buffer, d_weights = torch.empty_like(buffer), torch.zeros_like(weights)

@@ -13,6 +13,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from synchromesh.kernels.launch import on_its_device
+
 BLOCK = 128  # pairs, each compared with each other of its block
 
 
@@ -28,6 +30,7 @@ def positions(
     mutates_args=(),
     schema="(Tensor expert_ids, int num_experts, Tensor? priority) -> (Tensor, Tensor)",
 )
+@on_its_device
 def _positions(expert_ids: Tensor, num_experts: int, priority: Tensor | None) -> tuple[Tensor, Tensor]:
     expert_ids = expert_ids.contiguous()
     tokens, choices = expert_ids.shape

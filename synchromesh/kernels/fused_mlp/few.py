@@ -1,0 +1,114 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# Kernels are typed as Triton sees them, not as they are launched.
+"""fused_mlp for few tokens, without gradients: a program for a row and some of its hidden units, then of its output.
+
+Nothing is permuted, and of the weights only those of experts in use are read: that reading is all the time there is.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from synchromesh.kernels.activations_triton import activated
+
+MOST = 512  # rows
+SHARED = 4  # rows per expert, on average: with more, tiles that read a matrix once for all of them are faster
+
+
+def is_few(num_rows: int, num_experts: int) -> bool:
+    """Tell whether so few rows run without tiles."""
+    return num_rows <= min(MOST, SHARED * num_experts)
+
+
+def rows_of_few(
+    x: Tensor, rows: Tensor, ends: Tensor, activation: str, up: Tensor, down: Tensor, gate: Tensor | None,
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None], num_rows: int,
+) -> Tensor:  # fmt: skip
+    """Return the output rows [R, D] of the experts, without combine weights, sorted by expert like any buffer.
+
+    Args:
+        x: [T, D]. rows: [T, K], the row of each pair, or -1. ends: [E]. biases: of up, gate and down.
+    """
+    experts, hidden_width, width = up.shape
+    hidden, out = x.new_empty(num_rows, hidden_width), x.new_empty(num_rows, width)
+    up_bias, gate_bias, down_bias = biases
+    up, down, gate = up.contiguous(), down.contiguous(), None if gate is None else gate.contiguous()
+    if not rows.numel():
+        return out
+    padded, choices = max(2, triton.next_power_of_2(experts)), rows.shape[1]
+    _open_few[(rows.numel(), triton.cdiv(hidden_width, 32))](
+        x, rows, ends, up, up if gate is None else gate, x if up_bias is None else up_bias,
+        x if gate_bias is None else gate_bias, hidden, width, hidden_width, choices, experts,
+        ACTIVATION=activation, GATED=gate is not None, UP_BIAS=up_bias is not None,
+        GATE_BIAS=gate_bias is not None, EXPERTS=padded, BF=32, BD=128,
+    )  # fmt: skip
+    _close_few[(rows.numel(), triton.cdiv(width, 64))](
+        hidden, rows, ends, down, x if down_bias is None else down_bias, out, width, hidden_width, experts,
+        BIAS=down_bias is not None, EXPERTS=padded, BF=64, BD=64,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _expert_of(row, ends, experts, EXPERTS: tl.constexpr):
+    e = tl.arange(0, EXPERTS)
+    end = tl.load(ends + e, mask=e < experts, other=2147483647)
+    return tl.sum((end <= row).to(tl.int64), 0)
+
+
+@triton.jit
+def _open_few(
+    x, rows, ends, up, gate, up_bias, gate_bias, hidden, width, hidden_width, choices, experts,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr,
+    EXPERTS: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + pair)
+    if row >= 0:
+        e = _expert_of(row, ends, experts, EXPERTS)
+        f = tl.program_id(1) * BF + tl.arange(0, BF)
+        inside = f < hidden_width
+        first = e * hidden_width * width
+        h = tl.zeros((BF,), tl.float32)
+        g = tl.zeros((BF,), tl.float32)
+        for start in range(0, width, BD):
+            d = start + tl.arange(0, BD)
+            token = tl.load(x + (pair // choices) * width + d, mask=d < width, other=0.0).to(tl.float32)
+            at = first + f[:, None] * width + d[None, :]
+            mask = inside[:, None] & (d < width)[None, :]
+            h += tl.sum(tl.load(up + at, mask=mask, other=0.0).to(tl.float32) * token[None, :], 1)
+            if GATED:
+                g += tl.sum(tl.load(gate + at, mask=mask, other=0.0).to(tl.float32) * token[None, :], 1)
+        if UP_BIAS:
+            h += tl.load(up_bias + e * hidden_width + f, mask=inside, other=0.0).to(tl.float32)
+        if GATE_BIAS:
+            g += tl.load(gate_bias + e * hidden_width + f, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            h *= activated(g, ACTIVATION)
+        else:
+            h = activated(h, ACTIVATION)
+        tl.store(hidden + row * hidden_width + f, h.to(hidden.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _close_few(
+    hidden, rows, ends, down, bias, out, width, hidden_width, experts,
+    BIAS: tl.constexpr, EXPERTS: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    row = tl.load(rows + tl.program_id(0))
+    if row >= 0:
+        e = _expert_of(row, ends, experts, EXPERTS)
+        d = tl.program_id(1) * BD + tl.arange(0, BD)
+        inside = d < width
+        total = tl.zeros((BD,), tl.float32)
+        for start in range(0, hidden_width, BF):
+            f = start + tl.arange(0, BF)
+            h = tl.load(hidden + row * hidden_width + f, mask=f < hidden_width, other=0.0).to(tl.float32)
+            mask = (f < hidden_width)[:, None] & inside[None, :]
+            w = tl.load(down + (e * hidden_width + f[:, None]) * width + d[None, :], mask=mask, other=0.0)
+            total += tl.sum(w.to(tl.float32) * h[:, None], 0)
+        if BIAS:
+            total += tl.load(bias + e * width + d, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + row * width + d, total.to(out.dtype.element_ty), mask=inside)
