@@ -1,5 +1,8 @@
 """The activations of `activations.KNOWN`, and their derivatives, inside Triton kernels."""
 
+# ruff: noqa: RET505
+# An `else` after a return is not for people: Triton would compile what follows as well.
+
 from __future__ import annotations
 
 import triton
@@ -11,12 +14,13 @@ def activated(h, ACTIVATION: tl.constexpr):
     """Return act(h), in float32."""
     if ACTIVATION == "gelu":
         return 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
-    if ACTIVATION == "gelu_tanh":
+    elif ACTIVATION == "gelu_tanh":
         return h * tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
-    if ACTIVATION == "silu":
+    elif ACTIVATION == "silu":
         return h * tl.sigmoid(h)
-    tl.static_assert(ACTIVATION == "relu", "no such activation")
-    return tl.where(h > 0, h, h * 0)  # a NaN stays one
+    else:
+        tl.static_assert(ACTIVATION == "relu", "no such activation")
+        return tl.where(h <= 0, 0.0, h)  # a NaN stays one
 
 
 @triton.jit
@@ -25,11 +29,12 @@ def derivative(h, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * h * h)
         return 0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * density
-    if ACTIVATION == "gelu_tanh":
+    elif ACTIVATION == "gelu_tanh":
         s = tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
         return s + h * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * h * h)
-    if ACTIVATION == "silu":
+    elif ACTIVATION == "silu":
         s = tl.sigmoid(h)
         return s * (1.0 + h * (1.0 - s))
-    tl.static_assert(ACTIVATION == "relu", "no such activation")
-    return tl.where(h > 0, 1.0, h * 0)
+    else:
+        tl.static_assert(ACTIVATION == "relu", "no such activation")
+        return tl.where(h <= 0, 0.0, 1.0)

@@ -63,6 +63,14 @@ def test_every_activation(kind, activation):
     assert TRITON.fuses(activation) == (activation is not torch.sin)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS[:4], ids=["gelu", "gelu_tanh", "silu", "relu"])
+def test_a_nan_reaches_what_it_reaches_in_torch(activation):
+    case = next(case for case in evil_cases() if case.name == "nan_token")
+    parts = parts_of("biased", case.num_experts, torch.float32)
+    inputs = {"x": case.tokens(WIDTH, torch.float32), "weights": case.weights(), **parts}
+    check(run(TRITON, case.rowmap(), activation), run(REFERENCE, case.rowmap(), activation), inputs)
+
+
 @KINDS
 def test_blocks_that_are_whole(kind):
     rowmap = row_map_of(zipf(70, 3, 2), 3)
