@@ -22,7 +22,7 @@ def autocast_alike(x: Tensor, others: Sequence[Tensor | None]) -> tuple[Tensor, 
     strange = {other.dtype for other in cast if other is not None} - {x.dtype}
     if strange:
         raise ValueError(
-            f"got rows of {x.dtype} and expert weights of {', '.join(map(str, strange))}, wanted one dtype: "
+            f"got an input of {x.dtype} and expert weights of {', '.join(map(str, strange))}, wanted one dtype: "
             "convert the module or the input, or use torch.autocast"
         )
     return x, cast

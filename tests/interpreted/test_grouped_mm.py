@@ -60,5 +60,5 @@ def test_any_shape(sizes, tail, width):
 
 
 def test_two_dtypes_are_refused():
-    with pytest.raises(ValueError, match=r"rows of torch\.bfloat16 .* torch\.float32"):
+    with pytest.raises(ValueError, match=r"input of torch\.bfloat16 .* torch\.float32"):
         TRITON.grouped_mm(torch.randn(2, 3).bfloat16(), torch.randn(1, 3, 4), torch.tensor([2], dtype=torch.int32))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from synchromesh.kernels.activations import KNOWN, KnownActivation, known_name
 from synchromesh.kernels.autocast import autocast_alike
+from synchromesh.kernels.fused_mlp.op import Net, define, fields, pre_activations, run, wanted_shapes
 from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights, compose_mlp
 from synchromesh.kernels.grouped_mm.cpu import grouped_mm, row_ranges
 from synchromesh.kernels.memory import room, scratch
@@ -25,22 +26,9 @@ from synchromesh.types import RowMap
 # Rows of an expert that go forward at a time: enough for a full-speed product, few enough for the last-level cache.
 BLOCK = 512
 
-Optionals = Sequence[Tensor | None]  # the fields of MLPWeights, in order
 
-
-class _Net(NamedTuple):
-    """MLPWeights of one expert, or its gradients: None where there is none, or none is wanted."""
-
-    up: Any
-    down: Any
-    gate: Any
-    up_bias: Any
-    gate_bias: Any
-    down_bias: Any
-
-
-def _net(parts: Sequence[Tensor | None], expert: int) -> _Net:
-    return _Net(*(None if part is None else part[expert] for part in parts))
+def _net(parts: Sequence[Tensor | None], expert: int) -> Net:
+    return Net(*(None if part is None else part[expert] for part in parts))
 
 
 def fuses(activation: Activation) -> bool:
@@ -58,72 +46,42 @@ def fused_mlp(
     name = known_name(activation)
     if name is None:
         return compose_mlp(x, weights, rowmap, mlp, activation, pieces=(gather, grouped_mm, combine))
-    x, parts = autocast_alike(x, [mlp.up, mlp.down, mlp.gate, mlp.up_bias, mlp.gate_bias, mlp.down_bias])
-    learns = any(tensor is not None and tensor.requires_grad for tensor in (x, weights, *parts))
-    save = torch.is_grad_enabled() and learns
-    return _fused_mlp(x, weights, rowmap.pairs, rowmap.ends, name, save, *parts)[0]
+    x, parts = autocast_alike(x, fields(mlp))
+    return run(_fused_mlp, x, weights, rowmap, name, parts)
 
 
-@torch.library.custom_op(
-    "synchromesh::fused_mlp_cpu",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor x, Tensor weights, Tensor pairs, Tensor ends, str activation, bool save, Tensor up, Tensor down,"
-    " Tensor? gate, Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias) -> (Tensor, Tensor, Tensor)",
-)
-def _fused_mlp(
-    x: Tensor, weights: Tensor, pairs: Tensor, ends: Tensor, activation: str, save: bool, *mlp: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, activation: str, save: bool,
+    *mlp: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x, (tokens, scale), gated = x.contiguous(), kept_pairs(weights, pairs, ends, x.dtype), mlp[2] is not None
     y = room(x.shape, scale.dtype).zero_()
-    shapes = _pre_activations(pairs, mlp, save)
+    shapes = pre_activations(pairs, mlp, save=save)
     pre_up, pre_gate = (room(shape, x.dtype) for shape in shapes)
     narrow, wide = (x.shape[1], x.dtype), (shapes[0][1], x.dtype)
     block = min(BLOCK, len(tokens))
     space = scratch(block, narrow, narrow, (x.shape[1], scale.dtype), wide, *([wide] * (0 if save else 1 + gated)))
     for expert, own in _blocks(ends):
         net, at = _net(mlp, expert), tokens[own]
-        rows, out, scaled, hidden, *hs = (part[: len(at)] for part in space)
+        own_rows, out, scaled, hidden, *hs = (part[: len(at)] for part in space)
         h_up, h_gate = (pre_up[own], pre_gate[own]) if save else (hs[0], hs[-1])
-        torch.index_select(x, 0, at, out=rows)
-        _product(rows, net.up.t(), net.up_bias, h_up)
+        torch.index_select(x, 0, at, out=own_rows)
+        _product(own_rows, net.up.t(), net.up_bias, h_up)
         if net.gate is not None:
-            _product(rows, net.gate.t(), net.gate_bias, h_gate)
+            _product(own_rows, net.gate.t(), net.gate_bias, h_gate)
         _activate(KNOWN[activation], h_up, h_gate if gated else None, (hidden, hidden))
         _product(hidden, net.down, net.down_bias, out)
         y.index_add_(0, at, torch.mul(out, scale[own], out=scaled))
     return _narrowed(y, x.dtype), pre_up, pre_gate
 
 
-@_fused_mlp.register_fake
-def _(
-    x: Tensor, weights: Tensor, pairs: Tensor, ends: Tensor, activation: str, save: bool, *mlp: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    pre_up, pre_gate = _pre_activations(pairs, mlp, save)
-    return x.new_empty(x.shape), x.new_empty(pre_up), x.new_empty(pre_gate)
-
-
-def _pre_activations(pairs: Tensor, mlp: Optionals, save: bool) -> list[Sequence[Any]]:  # Any: sizes may be symbols
-    """Return the shapes of what is saved of up and of gate."""
-    up, _, gate, *_ = mlp
-    assert up is not None
-    rows = pairs.shape[0] if save else 0
-    return [(rows, up.shape[1]), (0 if gate is None else rows, up.shape[1])]
-
-
-@torch.library.custom_op(
-    "synchromesh::fused_mlp_backward_cpu",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor grad, Tensor[] saved, Tensor?[] mlp, str activation, bool[] needs) -> (Tensor, Tensor, Tensor[])",
-)
-def _fused_mlp_backward(
+def _backward(
     grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, needs: list[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    x, weights, pairs, ends, pre_up, pre_gate = saved
+    x, weights, pairs, _, ends, pre_up, pre_gate = saved
     x, grad, (tokens, scale) = x.contiguous(), grad.contiguous(), kept_pairs(weights, pairs, ends, x.dtype)
-    d_x, d_scale, act = room(x.shape, scale.dtype).zero_(), torch.zeros_like(scale), KNOWN[activation]
-    d_mlp = [room(shape, x.dtype) for shape in _wanted_shapes(mlp, needs)]
+    d_x, d_scale = room(x.shape if needs[0] else (0,), scale.dtype).zero_(), torch.zeros_like(scale)
+    d_mlp = [room(shape, x.dtype) for shape in wanted_shapes(mlp, needs)]
     wanted = [d if need else None for d, need in zip(d_mlp, needs[2:], strict=True)]
     most = max((stop - start for start, stop in row_ranges(ends)), default=0)
     space = _space(most, x, pre_up.shape[1], gated=pre_gate.shape[0] > 0)
@@ -132,27 +90,13 @@ def _fused_mlp_backward(
         at, s, pre = tokens[own], scale[own], (pre_up[own], None if net.gate is None else pre_gate[own])
         torch.index_select(x, 0, at, out=own_space.rows)
         torch.index_select(grad, 0, at, out=own_space.d_out)
-        d_pre, d_scale[own] = _expert_backward(net, _net(wanted, expert), act, pre, s, own_space)
+        d_pre, d_scale[own] = _expert_backward(net, _net(wanted, expert), KNOWN[activation], pre, s, own_space)
         if needs[0]:
             d_rows = _rows_gradient(net, *d_pre, own_space.d_rows)
             d_x.index_add_(0, at, torch.mul(d_rows, s, out=own_space.scaled))
     d_weights = weights.new_zeros(weights.shape)
     d_weights.view(-1)[pairs[: len(scale)]] = d_scale[:, 0].to(weights.dtype)
     return _narrowed(d_x, x.dtype), d_weights, d_mlp
-
-
-@_fused_mlp_backward.register_fake
-def _(
-    grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, needs: list[bool]
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    x, weights, *_ = saved
-    d_mlp = [x.new_empty(shape) for shape in _wanted_shapes(mlp, needs)]
-    return x.new_empty(x.shape), weights.new_empty(weights.shape), d_mlp
-
-
-def _wanted_shapes(mlp: Optionals, needs: list[bool]) -> list[Sequence[Any]]:
-    """Return the shape of each gradient that is needed, and no room for the others."""
-    return [tuple(part.shape) if need and part is not None else (0,) for part, need in zip(mlp, needs[2:], strict=True)]
 
 
 class _Space(NamedTuple):
@@ -176,7 +120,7 @@ def _space(num_rows: int, x: Tensor, hidden: int, *, gated: bool) -> _Space:
 
 
 def _expert_backward(
-    net: _Net, d_net: _Net, act: KnownActivation, pre: tuple[Tensor, Tensor | None], s: Tensor, space: _Space
+    net: Net, d_net: Net, act: KnownActivation, pre: tuple[Tensor, Tensor | None], s: Tensor, space: _Space
 ) -> tuple[tuple[Tensor, Any], Tensor]:
     """Write an expert's gradients; return those of its pre-activations and of s. space holds rows and d_out."""
     _activate(act, *pre, (space.opened, space.hidden))
@@ -190,27 +134,7 @@ def _expert_backward(
     return d_pre, d_s
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weights, pairs, ends, ctx.activation, _, *mlp = inputs
-    needs_x, needs_weights, _, _, _, _, *needs_mlp = ctx.needs_input_grad[: len(inputs)]
-    ctx.needs = [needs_x, needs_weights, *needs_mlp]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # else zeros of the size of the pre-activations arrive with every backward
-    ctx.save_for_backward(x, weights, pairs, ends, *output[1:], *mlp)
-
-
-def _backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * len(ctx.needs_input_grad)
-    tensors = list(ctx.saved_tensors)  # read once: activation checkpointing unpacks each a single time
-    saved, mlp = tensors[:6], tensors[6:]
-    d_x, d_weights, d_mlp = _fused_mlp_backward(grad, saved, mlp, ctx.activation, ctx.needs)
-    needs_x, needs_weights, *needs_mlp = ctx.needs
-    wanted = [d if need else None for d, need in zip(d_mlp, needs_mlp, strict=True)]
-    return d_x if needs_x else None, d_weights if needs_weights else None, None, None, None, None, *wanted
-
-
-_fused_mlp.register_autograd(_backward, setup_context=_setup)
+_fused_mlp = define("cpu", _forward, _backward, device="cpu")
 
 
 def _blocks(ends: Tensor) -> Iterator[tuple[int, slice]]:
@@ -249,7 +173,7 @@ def _activate_backward(act: KnownActivation, space: _Space, up: Tensor, gate: Te
     return space.d_hidden.mul_(space.opened), space.spare
 
 
-def _down_gradients(d_net: _Net, hidden: Tensor, d_out: Tensor, s: Tensor) -> None:
+def _down_gradients(d_net: Net, hidden: Tensor, d_out: Tensor, s: Tensor) -> None:
     """Write the gradients of down and its bias; d_out is overwritten."""
     d_out.mul_(s.to(d_out.dtype))  # one pass; of mixed dtypes torch would make float32 copies
     if d_net.down is not None:
@@ -258,12 +182,12 @@ def _down_gradients(d_net: _Net, hidden: Tensor, d_out: Tensor, s: Tensor) -> No
         torch.sum(d_out, 0, out=d_net.down_bias)
 
 
-def _rows_gradient(net: _Net, d_up: Tensor, d_gate: Any, out: Tensor) -> Tensor:
+def _rows_gradient(net: Net, d_up: Tensor, d_gate: Any, out: Tensor) -> Tensor:
     d_rows = torch.mm(d_up, net.up, out=out)
     return d_rows if d_gate is None else d_rows.addmm_(d_gate, net.gate)
 
 
-def _up_gradients(d_net: _Net, d_up: Tensor, d_gate: Any, rows: Tensor, s: Tensor) -> None:
+def _up_gradients(d_net: Net, d_up: Tensor, d_gate: Any, rows: Tensor, s: Tensor) -> None:
     """Write the gradients of up, gate and their biases; rows are overwritten."""
     s = s.to(rows.dtype)
     rows.mul_(s)

@@ -11,8 +11,6 @@ the activation is computed twice.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,6 +23,7 @@ from synchromesh.kernels.activations_triton import activated, derivative
 from synchromesh.kernels.autocast import autocast_alike
 from synchromesh.kernels.fused_mlp import reference
 from synchromesh.kernels.fused_mlp.few import is_few, rows_of_few
+from synchromesh.kernels.fused_mlp.op import Net, define, fields, pre_activations, run, wanted_shapes
 from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights, compose_mlp
 from synchromesh.kernels.grouped_mm.tilings import Tilings, tilings_of
 from synchromesh.kernels.grouped_mm.triton import column_sums, grouped_mm, options, product, weight_gradient
@@ -58,38 +57,19 @@ def fused_mlp(
     name = known_name(activation)
     if name is None:
         return compose_mlp(x, weights, rowmap, mlp, activation, pieces=(gather, grouped_mm, combine))
-    x, parts = autocast_alike(x, [mlp.up, mlp.down, mlp.gate, mlp.up_bias, mlp.gate_bias, mlp.down_bias])
+    x, parts = autocast_alike(x, fields(mlp))
     if x.dtype == torch.float64:
         return reference.fused_mlp(x, weights, rowmap, mlp, activation)
-    learns = any(tensor is not None and tensor.requires_grad for tensor in (x, weights, *parts))
-    save = torch.is_grad_enabled() and learns
-    return _fused_mlp(x, weights, rowmap.pairs, rowmap.rows, rowmap.ends, name, save, *parts)[0]
+    return run(_fused_mlp, x, weights, rowmap, name, parts)
 
 
-class _Net(NamedTuple):
-    """The tensors of MLPWeights, or their gradients: None where there is none, or none is wanted."""
-
-    up: Any
-    down: Any
-    gate: Any
-    up_bias: Any
-    gate_bias: Any
-    down_bias: Any
-
-
-@torch.library.custom_op(
-    "synchromesh::fused_mlp_triton",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weights, Tensor pairs, Tensor rows, Tensor ends, str activation, bool save, Tensor up,"
-    " Tensor down, Tensor? gate, Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias) -> (Tensor, Tensor, Tensor)",
-)
 @on_its_device
-def _fused_mlp(
+def _forward(
     x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, activation: str, save: bool,
     *mlp: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    net, x, rows, tokens = _Net(*mlp), x.contiguous(), rows.contiguous(), (pairs, rows.shape[1])
-    pre_up, pre_gate = (x.new_empty(shape) for shape in _pre_activations(pairs, net, save))
+    net, x, rows, tokens = Net(*mlp), x.contiguous(), rows.contiguous(), (pairs, rows.shape[1])
+    pre_up, pre_gate = (x.new_empty(shape) for shape in pre_activations(pairs, mlp, save=save))
     if not save and is_few(len(pairs), len(ends)):
         biases = (net.up_bias, net.gate_bias, net.down_bias)
         out = rows_of_few(x, rows, ends, activation, net.up, net.down, net.gate, biases, len(pairs))
@@ -102,27 +82,12 @@ def _fused_mlp(
     return sum_rows(out, rows, weights.contiguous(), dtype=x.dtype), pre_up, pre_gate
 
 
-@_fused_mlp.register_fake
-def _(
-    x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, activation: str, save: bool,
-    *mlp: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    pre_up, pre_gate = _pre_activations(pairs, _Net(*mlp), save)
-    return x.new_empty(x.shape), x.new_empty(pre_up), x.new_empty(pre_gate)
-
-
-def _pre_activations(pairs: Tensor, net: _Net, save: bool) -> list[Sequence[Any]]:  # Any: sizes may be symbols
-    """Return the shapes of what is saved of up and of gate."""
-    rows = pairs.shape[0] if save else 0
-    return [(rows, net.up.shape[1]), (0 if net.gate is None else rows, net.up.shape[1])]
-
-
 def _tilings(x: Tensor, pairs: Tensor, ends: Tensor) -> Tilings:
     return tilings_of(x.dtype, x.device, rows_per_expert=len(pairs) // max(1, len(ends)))
 
 
 def _open(
-    x: Tensor, net: _Net, tiles: Tiles, tiling: Tiling, tokens: tuple[Tensor, int], activation: str,
+    x: Tensor, net: Net, tiles: Tiles, tiling: Tiling, tokens: tuple[Tensor, int], activation: str,
     pre: tuple[Tensor, Tensor] | None, hidden: Tensor,
 ) -> None:  # fmt: skip
     """Write the hidden rows, and the pre-activations where they are to be kept."""
@@ -147,20 +112,15 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor
 
 
-@torch.library.custom_op(
-    "synchromesh::fused_mlp_backward_triton",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor[] saved, Tensor?[] mlp, str activation, bool[] needs) -> (Tensor, Tensor, Tensor[])",
-)
 @on_its_device
-def _fused_mlp_backward(
+def _backward(
     grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, needs: list[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     x, weights, pairs, rows, ends, *pre = saved
-    net, tokens, grad = _Net(*mlp), (pairs, rows.shape[1]), grad.contiguous()
+    net, tokens, grad = Net(*mlp), (pairs, rows.shape[1]), grad.contiguous()
     x, weights, rows = x.contiguous(), weights.contiguous(), rows.contiguous()
-    d_mlp = [x.new_empty(shape) for shape in _wanted_shapes(mlp, needs)]
-    wanted = _Net(*(d if d.numel() else None for d in d_mlp))
+    d_mlp = [x.new_empty(shape) for shape in wanted_shapes(mlp, needs)]
+    wanted = Net(*(d if d.numel() else None for d in d_mlp))
     tilings = _tilings(x, pairs, ends)
     tiles = tiles_of(ends, len(pairs), tilings.closing.rows)
     hidden, d_up, d_gate, partial = _close_backward(grad, weights, net, tiles, tilings.closing, tokens, activation, pre)
@@ -180,22 +140,8 @@ def _fused_mlp_backward(
     return sum_rows(d_rows, rows, None, dtype=x.dtype), d_weights, d_mlp
 
 
-@_fused_mlp_backward.register_fake
-def _(
-    grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, needs: list[bool]
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    x, weights, *_ = saved
-    d_mlp = [x.new_empty(shape) for shape in _wanted_shapes(mlp, needs)]
-    return x.new_empty(x.shape if needs[0] else (0,)), weights.new_empty(weights.shape), d_mlp
-
-
-def _wanted_shapes(mlp: Sequence[Tensor | None], needs: list[bool]) -> list[Sequence[Any]]:
-    """Return the shape of each gradient that is needed, and no room for the others."""
-    return [tuple(part.shape) if need and part is not None else (0,) for part, need in zip(mlp, needs[2:], strict=True)]
-
-
 def _close_backward(
-    grad: Tensor, weights: Tensor, net: _Net, tiles: Tiles, tiling: Tiling, tokens: tuple[Tensor, int],
+    grad: Tensor, weights: Tensor, net: Net, tiles: Tiles, tiling: Tiling, tokens: tuple[Tensor, int],
     activation: str, pre: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return A s, dpre' s of up and of gate, and <dA', A> in parts [tiles across, R]."""
@@ -229,25 +175,7 @@ def _weights_gradient(
     return d_weights
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weights, pairs, rows, ends, ctx.activation, _, *mlp = inputs
-    needs_x, needs_weights, _, _, _, _, _, *needs_mlp = ctx.needs_input_grad[: len(inputs)]
-    ctx.needs = [needs_x, needs_weights, *needs_mlp]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # else zeros of the size of the pre-activations arrive with every backward
-    ctx.save_for_backward(x, weights, pairs, rows, ends, *output[1:], *mlp)
-
-
-def _backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * len(ctx.needs_input_grad)
-    tensors = list(ctx.saved_tensors)  # read once: activation checkpointing unpacks each a single time
-    d_x, d_weights, d_mlp = _fused_mlp_backward(grad, tensors[:7], tensors[7:], ctx.activation, ctx.needs)
-    grads = [d if need else None for d, need in zip([d_x, d_weights, *d_mlp], ctx.needs, strict=True)]
-    return *grads[:2], None, None, None, None, None, *grads[2:]
-
-
-_fused_mlp.register_autograd(_backward, setup_context=_setup)
+_fused_mlp = define("triton", _forward, _backward, device=None)
 
 
 @triton.jit

@@ -7,13 +7,13 @@ only. Not indexing under autograd: each `weight[e]` would cost a zero gradient o
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from synchromesh.kernels.autocast import autocast_alike
+from synchromesh.kernels.grouped_mm import op
 from synchromesh.kernels.memory import room, room_like
 
 
@@ -46,13 +46,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> N
         torch.addmm(bias, a, b, out=out)
 
 
-@torch.library.custom_op(
-    "synchromesh::grouped_mm_cpu",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor rows, Tensor weight, Tensor ends, Tensor? bias) -> Tensor",
-)
-def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
+def _forward(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
     out = room((rows.shape[0], weight.shape[2]), rows.dtype)
     for expert, (start, stop) in enumerate(row_ranges(ends)):
         if stop > start:
@@ -60,18 +54,7 @@ def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None)
     return out
 
 
-@_grouped_mm.register_fake
-def _(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
-    return rows.new_empty(rows.shape[0], weight.shape[2])
-
-
-@torch.library.custom_op(
-    "synchromesh::grouped_mm_backward_cpu",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor grad, Tensor? rows, Tensor weight, Tensor ends, bool[] needs) -> (Tensor, Tensor, Tensor)",
-)
-def _grouped_mm_backward(
+def _backward(
     grad: Tensor, rows: Tensor | None, weight: Tensor, ends: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad = grad.contiguous()
@@ -92,28 +75,4 @@ def _grouped_mm_backward(
     return d_rows, d_weight, d_bias
 
 
-@_grouped_mm_backward.register_fake
-def _(
-    grad: Tensor, rows: Tensor | None, weight: Tensor, ends: Tensor, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        grad.new_empty(grad.shape[0], weight.shape[1]) if needs[0] else grad.new_empty(0),
-        torch.empty_like(weight) if needs[1] else grad.new_empty(0),
-        grad.new_empty(weight.shape[0], weight.shape[2]) if needs[2] else grad.new_empty(0),
-    )
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, weight, ends, _ = inputs
-    needs_rows, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
-    ctx.needs = [needs_rows, needs_weight, needs_bias]
-    ctx.save_for_backward(rows if needs_weight else None, weight, ends)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    d_rows, d_weight, d_bias = _grouped_mm_backward(grad, *ctx.saved_tensors, ctx.needs)
-    needs_rows, needs_weight, needs_bias = ctx.needs
-    return d_rows if needs_rows else None, d_weight if needs_weight else None, None, d_bias if needs_bias else None
-
-
-_grouped_mm.register_autograd(_backward, setup_context=_setup)
+_grouped_mm = op.define("cpu", _forward, _backward, device="cpu")

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from synchromesh.kernels.autocast import autocast_alike
-from synchromesh.kernels.grouped_mm import reference
+from synchromesh.kernels.grouped_mm import op, reference
 from synchromesh.kernels.grouped_mm.tilings import GROUP, tilings_of
 from synchromesh.kernels.launch import on_its_device
 from synchromesh.kernels.tiles import (
@@ -204,30 +204,15 @@ def _column_sums(
     tl.store(out + e.to(tl.int64) * wide + n, total.to(out.dtype.element_ty), mask=n < wide)
 
 
-@torch.library.custom_op(
-    "synchromesh::grouped_mm_triton",
-    mutates_args=(),
-    schema="(Tensor rows, Tensor weight, Tensor ends, Tensor? bias) -> Tensor",
-)
 @on_its_device
-def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
+def _forward(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
     out = rows.new_empty(rows.shape[0], weight.shape[2])
     tiling = tilings_of(rows.dtype, rows.device, rows_per_expert=len(rows) // max(1, len(ends))).product
     return product(rows.contiguous(), weight, tiles_of(ends, len(rows), tiling.rows), tiling, out=out, bias=bias)
 
 
-@_grouped_mm.register_fake
-def _(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
-    return rows.new_empty(rows.shape[0], weight.shape[2])
-
-
-@torch.library.custom_op(
-    "synchromesh::grouped_mm_backward_triton",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor? rows, Tensor weight, Tensor ends, bool[] needs) -> (Tensor, Tensor, Tensor)",
-)
 @on_its_device
-def _grouped_mm_backward(
+def _backward(
     grad: Tensor, rows: Tensor | None, weight: Tensor, ends: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, (experts, width, out) = grad.contiguous(), weight.shape
@@ -245,28 +230,4 @@ def _grouped_mm_backward(
     return d_rows, d_weight, d_bias
 
 
-@_grouped_mm_backward.register_fake
-def _(
-    grad: Tensor, rows: Tensor | None, weight: Tensor, ends: Tensor, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        grad.new_empty(grad.shape[0], weight.shape[1]) if needs[0] else grad.new_empty(0),
-        torch.empty_like(weight) if needs[1] else grad.new_empty(0),
-        grad.new_empty(weight.shape[0], weight.shape[2]) if needs[2] else grad.new_empty(0),
-    )
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, weight, ends, _ = inputs
-    needs_rows, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
-    ctx.needs = [needs_rows, needs_weight, needs_bias]
-    ctx.save_for_backward(rows if needs_weight else None, weight, ends)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    d_rows, d_weight, d_bias = _grouped_mm_backward(grad, *ctx.saved_tensors, ctx.needs)
-    needs_rows, needs_weight, needs_bias = ctx.needs
-    return d_rows if needs_rows else None, d_weight if needs_weight else None, None, d_bias if needs_bias else None
-
-
-_grouped_mm.register_autograd(_backward, setup_context=_setup)
+_grouped_mm = op.define("triton", _forward, _backward, device=None)

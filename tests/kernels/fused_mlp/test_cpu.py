@@ -129,7 +129,7 @@ def test_only_pre_activations_are_saved_besides_the_inputs(kind):
     rowmap = row_map_of(zipf(num_tokens, num_experts, choices), num_experts)
     parts = parts_of(kind, num_experts, torch.float32)
     x, weights = torch.randn(num_tokens, WIDTH), torch.rand(num_tokens, choices)
-    given_ = {t.data_ptr() for t in (x, weights, rowmap.pairs, rowmap.ends, *parts.values())}
+    given_ = {t.data_ptr() for t in (x, weights, rowmap.pairs, rowmap.rows, rowmap.ends, *parts.values())}
     saved: dict[int, int] = {}
 
     def count(tensor):
@@ -163,7 +163,7 @@ def test_registrations_agree_with_the_kernel(kind):
         if part is not None:
             part.requires_grad_()
     x, weights = torch.randn(3, WIDTH, requires_grad=True), torch.rand(3, 2, requires_grad=True)
-    args = (x, weights, rowmap.pairs, rowmap.ends, "gelu", True, *parts)
+    args = (x, weights, rowmap.pairs, rowmap.rows, rowmap.ends, "gelu", True, *parts)
     torch.library.opcheck(torch.ops.synchromesh.fused_mlp_cpu.default, args)
 
 
@@ -187,7 +187,7 @@ def test_autocast_reaches_the_kernel(kind, activation):
 def test_two_dtypes_are_refused():
     rowmap = row_map_of(torch.tensor([[0]]), 1)
     mlp = MLPWeights(**parts_of("plain", 1, torch.float32))
-    with pytest.raises(ValueError, match=r"x of torch\.bfloat16 .* torch\.float32"):
+    with pytest.raises(ValueError, match=r"input of torch\.bfloat16 .* torch\.float32"):
         CPU.fused_mlp(torch.randn(1, WIDTH).bfloat16(), torch.ones(1, 1), rowmap, mlp, F.gelu)
 
 

@@ -107,7 +107,7 @@ def test_autocast_reaches_the_kernel():
 
 
 def test_two_dtypes_are_refused():
-    with pytest.raises(ValueError, match=r"rows of torch\.bfloat16 .* torch\.float32"):
+    with pytest.raises(ValueError, match=r"input of torch\.bfloat16 .* torch\.float32"):
         CPU.grouped_mm(torch.randn(2, 3).bfloat16(), torch.randn(1, 3, 4), torch.tensor([2], dtype=torch.int32))
 
 

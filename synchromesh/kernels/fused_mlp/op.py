@@ -1,0 +1,119 @@
+"""fused_mlp as a custom op: schema, fake results and autograd, which all implementations share.
+
+Saved for backward: x, the combine weights, the map, the pre-activations and the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from synchromesh.kernels.fused_mlp.reference import MLPWeights
+from synchromesh.types import RowMap
+
+Optionals = Sequence[Tensor | None]  # the fields of MLPWeights, in order
+
+
+class Net(NamedTuple):
+    """MLPWeights of all experts or of one, or their gradients: None where there is none, or none is wanted."""
+
+    up: Any
+    down: Any
+    gate: Any
+    up_bias: Any
+    gate_bias: Any
+    down_bias: Any
+
+
+def fields(mlp: MLPWeights) -> list[Tensor | None]:
+    """Return the tensors of MLPWeights in the order of `Net`."""
+    return [mlp.up, mlp.down, mlp.gate, mlp.up_bias, mlp.gate_bias, mlp.down_bias]
+
+
+def run(op: Any, x: Tensor, weights: Tensor, rowmap: RowMap, activation: str, mlp: Optionals) -> Tensor:
+    """Run an op; where no gradient is wanted, nothing is kept."""
+    learns = any(tensor is not None and tensor.requires_grad for tensor in (x, weights, *mlp))
+    save = torch.is_grad_enabled() and learns
+    return op(x, weights, rowmap.pairs, rowmap.rows, rowmap.ends, activation, save, *mlp)[0]
+
+
+def define(name: str, forward: Callable[..., Any], backward: Callable[..., Any], *, device: str | None) -> Any:
+    """Define `synchromesh::fused_mlp_<name>` and its backward; return the former.
+
+    Args:
+        forward: (x, weights, pairs, rows, ends, activation, save, *Net) -> y and the pre-activations of up and of
+            gate, in the shapes of `pre_activations`.
+        backward: (grad, [x, weights, pairs, rows, ends, pre_up, pre_gate], Net, activation, needs) -> the gradients of
+            x, of weights and of each parameter, without numbers where not needed.
+        device: what tensors it is for; None means any.
+    """
+    op = torch.library.custom_op(
+        f"synchromesh::fused_mlp_{name}",
+        forward,
+        mutates_args=(),
+        device_types=device,
+        schema="(Tensor x, Tensor weights, Tensor pairs, Tensor rows, Tensor ends, str activation, bool save,"
+        " Tensor up, Tensor down, Tensor? gate, Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias)"
+        " -> (Tensor, Tensor, Tensor)",
+    )
+    backward_op = torch.library.custom_op(
+        f"synchromesh::fused_mlp_backward_{name}",
+        backward,
+        mutates_args=(),
+        device_types=device,
+        schema="(Tensor grad, Tensor[] saved, Tensor?[] mlp, str activation, bool[] needs)"
+        " -> (Tensor, Tensor, Tensor[])",
+    )
+
+    def gradients(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        tensors = list(ctx.saved_tensors)  # read once: activation checkpointing unpacks each a single time
+        d_x, d_weights, d_mlp = backward_op(grad, tensors[:7], tensors[7:], ctx.activation, ctx.needs)
+        grads = [d if need else None for d, need in zip([d_x, d_weights, *d_mlp], ctx.needs, strict=True)]
+        return *grads[:2], None, None, None, None, None, *grads[2:]
+
+    op.register_fake(_fake)
+    backward_op.register_fake(_fake_backward)
+    op.register_autograd(gradients, setup_context=_setup)
+    return op
+
+
+def pre_activations(pairs: Tensor, mlp: Optionals, *, save: bool) -> list[Sequence[Any]]:  # Any: sizes may be symbols
+    """Return the shapes of what is saved of up and of gate."""
+    net = Net(*mlp)
+    rows = pairs.shape[0] if save else 0
+    return [(rows, net.up.shape[1]), (0 if net.gate is None else rows, net.up.shape[1])]
+
+
+def wanted_shapes(mlp: Optionals, needs: list[bool]) -> list[Sequence[Any]]:
+    """Return the shape of each gradient that is needed, and no room for the others."""
+    return [tuple(part.shape) if need and part is not None else (0,) for part, need in zip(mlp, needs[2:], strict=True)]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weights, pairs, rows, ends, ctx.activation, _, *mlp = inputs
+    needs_x, needs_weights, _, _, _, _, _, *needs_mlp = ctx.needs_input_grad[: len(inputs)]
+    ctx.needs = [needs_x, needs_weights, *needs_mlp]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros of the size of the pre-activations arrive with every backward
+    ctx.save_for_backward(x, weights, pairs, rows, ends, *output[1:], *mlp)
+
+
+def _fake(
+    x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, activation: str, save: bool,
+    *mlp: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    pre_up, pre_gate = pre_activations(pairs, mlp, save=save)
+    return x.new_empty(x.shape), x.new_empty(pre_up), x.new_empty(pre_gate)
+
+
+def _fake_backward(
+    grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, needs: list[bool]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    x, weights, *_ = saved
+    d_mlp = [x.new_empty(shape) for shape in wanted_shapes(mlp, needs)]
+    return x.new_empty(x.shape if needs[0] else (0,)), weights.new_empty(weights.shape), d_mlp
