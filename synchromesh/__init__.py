@@ -31,6 +31,7 @@ from synchromesh.routing import (
     Router,
     Sigmoid,
     Softmax,
+    TokenRounding,
     TopKRouter,
     update_balance,
 )
@@ -73,6 +74,7 @@ __all__ = [
     "Sigmoid",
     "Softmax",
     "Strategy",
+    "TokenRounding",
     "TopKRouter",
     "Wire",
     "Workload",

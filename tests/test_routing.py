@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from synchromesh import (
     NodeLimit,
     Sigmoid,
     Softmax,
+    TokenRounding,
     TopKRouter,
     update_balance,
 )
@@ -205,3 +207,49 @@ def test_no_tokens_route_nowhere():
         assert routing.expert_ids.shape[0] == 0
         assert isinstance(router, nn.Module)
         assert routing.tokens_per_expert().tolist() == [0] * E
+
+
+@pytest.mark.parametrize("tile", [1, 4, 8, 16])
+@pytest.mark.parametrize("k", [1, 2, E])
+def test_rounding_gives_experts_whole_tiles_by_adding_the_best_and_leaving_out_the_worst(tile, k):
+    router, x = TopKRouter(D, E, k=k), torch.randn(50, D)
+    base, routing = router(x), TokenRounding(router, tile=tile)(x)
+    for e in range(E):
+        before, after = ((r.expert_ids == e).any(1) for r in (base, routing))
+        count, rounded, score = int(before.sum()), int(after.sum()), base.scores[:, e]
+        assert rounded % tile == 0 or rounded == count < tile / 2 or rounded == count == 50
+        assert abs(rounded - count) <= tile
+        added, left_out = after & ~before, before & ~after
+        assert not (added.any() and left_out.any())
+        if added.any():
+            assert score[added].min() >= score[~after].max() if (~after).any() else True
+        if left_out.any():
+            assert score[left_out].max() <= score[before & after].min()
+    assert int((routing.expert_ids >= 0).sum()) <= routing.max_pairs
+
+
+def test_rounded_weights_are_the_routers_own_and_follow_the_scores_where_tokens_are_added():
+    router, x = TopKRouter(D, E, k=2, scores=Softmax(normalize=True)), torch.randn(50, D)
+    base, routing = router(x), TokenRounding(router, tile=16)(x)
+    chosen = base.scores.gather(1, base.expert_ids).sum(1, keepdim=True)
+    assert_close("weights", routing.weights, base.scores / chosen)
+    assert torch.equal(TokenRounding(router, tile=16).eval()(x).expert_ids, base.expert_ids)
+
+
+def test_a_layer_learns_through_rounding_and_absent_pairs_stay_absent():
+    layer = MoE(TokenRounding(TopKRouter(D, E, k=2), tile=8), MLPExperts(E, D, hidden=4), losses=(LoadBalance(0.01),))
+    layer(torch.randn(50, D)).sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in layer.router.parameters())
+
+    class Holes(TopKRouter):
+        def forward(self, x, k=None):
+            routing = super().forward(x, k)
+            return dataclasses.replace(routing, expert_ids=torch.where(routing.expert_ids == 0, -1, routing.expert_ids))
+
+    rounded = TokenRounding(Holes(D, E, k=2), tile=1)(torch.randn(50, D))
+    assert not (rounded.expert_ids == 0).any()
+
+
+def test_a_tile_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="tile is 0"):
+        TokenRounding(TopKRouter(D, E), tile=0)
