@@ -10,7 +10,7 @@ setup: $(READY)
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[vision,report,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[vision,hf,report,dev]'
 	touch $@
 
 demo: $(READY)

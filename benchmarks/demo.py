@@ -27,6 +27,7 @@ from rich.table import Table
 
 from synchromesh.commands.train import train
 from synchromesh.recipes.demo import demo
+from synchromesh.training.architecture import SwinMoE
 from synchromesh.training.config import TrainConfig
 
 RESULTS = Path(__file__).parent / "results" / "demo.jsonl"
@@ -36,32 +37,40 @@ ABOUT = ("parameters", "active_parameters", "epochs", "test_images", "test_load"
 
 @dataclass(frozen=True)
 class Args:
-    """What to train. seeds: one run each. models: which of the two. out: file to append to."""
+    """What to train.
+
+    seeds: one run each. models: which of the two. tile: token rounding of the MoE, 0 for none. out: file to append to.
+    """
 
     seeds: tuple[int, ...] = (0, 1, 2)
     models: tuple[Literal["moe", "dense"], ...] = ("moe", "dense")
+    tile: int = 0
     out: Path = RESULTS
 
 
-def alone(model: str, seed: int) -> TrainConfig:
+def alone(model: str, seed: int, tile: int) -> TrainConfig:
     """Return the demo's recipe for one of its two models."""
     config = dataclasses.replace(demo(), seed=seed)
     if model == "dense":
         assert config.twin is not None
         config = dataclasses.replace(config, model=config.twin)
+    elif isinstance(config.model, SwinMoE):
+        experts = dataclasses.replace(config.model.experts, tile=tile)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, experts=experts))
     return dataclasses.replace(config, twin=None)
 
 
-def measure(model: str, seed: int, console: Console) -> dict[str, Any]:
+def measure(model: str, seed: int, tile: int, console: Console) -> dict[str, Any]:
     """Train one model from scratch and return its line."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        code = train(alone(model, seed), run, resume=False, console=console)
+        code = train(alone(model, seed, tile), run, resume=False, console=console)
         if code != 0:
             raise RuntimeError(f"the run of {model}, seed {seed}, ended with exit code {code}")
         summary = json.loads((run / "summary.json").read_text())
     figures = {name: summary[name] for name in (*FIGURES, *ABOUT)}
-    return {"benchmark": "demo", "model": model, "seed": seed, **figures, **machine()}
+    name = model if tile == 0 or model == "dense" else f"{model}, tile {tile}"
+    return {"benchmark": "demo", "model": name, "seed": seed, **figures, **machine()}
 
 
 def machine() -> dict[str, Any]:
@@ -76,11 +85,10 @@ def machine() -> dict[str, Any]:
 def table(lines: Sequence[dict[str, Any]]) -> Table:
     """Return mean and spread (smallest to largest) over the newest line of each seed."""
     shown = Table("model", "seeds", *(name.replace("_", " ") for name in FIGURES), title="recipe demo")
-    for model in ("moe", "dense"):
+    for model in sorted({line["model"] for line in lines}, reverse=True):
         newest = {line["seed"]: line for line in lines if line["model"] == model}
-        if newest:
-            cells = (spread([line[name] for line in newest.values()], name) for name in FIGURES)
-            shown.add_row(model, str(len(newest)), *cells)
+        cells = (spread([line[name] for line in newest.values()], name) for name in FIGURES)
+        shown.add_row(model, str(len(newest)), *cells)
     return shown
 
 
@@ -96,7 +104,7 @@ def main(args: Args) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         for model in args.models:
-            line = measure(model, seed, console)
+            line = measure(model, seed, args.tile, console)
             with args.out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
     if args.out.is_file():

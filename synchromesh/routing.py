@@ -293,11 +293,12 @@ class TokenRounding(Router):
     The Routing has one column per expert, with holes.
     """
 
-    def __init__(self, router: Router, *, tile: int = 128) -> None:
+    def __init__(self, router: nn.Module, *, tile: int = 128) -> None:
         super().__init__()
         if tile < 1:
             raise ValueError(f"the tile is {tile}, wanted at least 1 token")
         self.router, self.tile = router, tile
+        self.k: int = getattr(router, "k", 1)
 
     def forward(self, x: Float[Tensor, "T D"], k: int | None = None) -> Routing:
         routing = self.router(x, k)

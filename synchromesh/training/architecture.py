@@ -12,7 +12,7 @@ from synchromesh.layer import MoE
 from synchromesh.losses import ImportanceLoad, LoadBalance, OverRanks
 from synchromesh.models.swin_v2 import SWIN_V2, SwinV2Classifier, SwinV2Config
 from synchromesh.models.swin_v2_moe import SWIN_MOE, ExpertsConfig, RouterFactory, swin_v2_moe
-from synchromesh.routing import BiasBalance, CosineRouter, TopKRouter
+from synchromesh.routing import BiasBalance, CosineRouter, TokenRounding, TopKRouter
 from synchromesh.training.errors import InputError
 from synchromesh.training.images import Preprocess
 
@@ -84,6 +84,7 @@ class ExpertLayers:
         noise: on the logits while training, times E.
         loss: keeps the load even.
         bias_rate: balance by a bias of the selection that moves at this rate; 0 for none. Linear router only.
+        tile: give each expert a multiple of this many tokens while training (token rounding); 0 for whatever it gets.
         dropout: in the experts.
         down_bias: whether feed-forwards, experts or not, have an output bias.
     """
@@ -97,6 +98,7 @@ class ExpertLayers:
     noise: float = 1.0
     loss: LoadBalance | ImportanceLoad | None = field(default_factory=lambda: ImportanceLoad(0.01))
     bias_rate: float = 0.0
+    tile: int = 0
     dropout: float = 0.0
     down_bias: bool = True
 
@@ -119,6 +121,12 @@ class ExpertLayers:
         return FixedCapacity(self.capacity_factor, priority=batch_prioritized if self.prioritized else token_order)
 
     def _router(self) -> RouterFactory:
+        gate = self._gate()
+        if self.tile == 0:
+            return gate
+        return lambda width, count, k: TokenRounding(gate(width, count, k), tile=self.tile)
+
+    def _gate(self) -> RouterFactory:
         if self.cosine:
             return lambda width, count, k: CosineRouter(width, count, k=k, noise=self.noise)
 
