@@ -21,6 +21,7 @@ from synchromesh.parallelize import (
     split_by_kind,
     token_mean_loss,
 )
+from synchromesh.quantized import QuantizedExperts, quantize_experts
 from synchromesh.record import aux_loss, load_stats, record_load
 from synchromesh.replace import replace_ffn
 from synchromesh.routing import (
@@ -67,6 +68,7 @@ __all__ = [
     "NodeLimit",
     "OverRanks",
     "Plan",
+    "QuantizedExperts",
     "Router",
     "Routing",
     "RowMap",
@@ -88,6 +90,7 @@ __all__ = [
     "expert_parameters",
     "load_stats",
     "parallelize",
+    "quantize_experts",
     "record_load",
     "replace_ffn",
     "routing_options",

@@ -90,7 +90,6 @@ class MoE(nn.Module):
             raise ValueError(f"the router takes tokens of width {width}, got experts of width {experts.width}")
         self.router, self.experts, self.shared = router, experts, shared
         self.capacity, self.losses, self.strategy = capacity, tuple(losses), strategy
-        self._cut = bool(experts.parts())  # whether parts of them can be pooled; modules move whole
         strategy.adopt(experts)
         self.options = Options()
         self.record = Record()
@@ -137,7 +136,7 @@ class MoE(nn.Module):
             dtype=compute_dtype(x_TD),
             training=self.training,
             capacity=_known_beforehand(capacity, choices, self.experts.num_experts),
-            matrices=self.experts.matrices if self._cut else 0,
+            matrices=self.experts.matrices if self.experts.parts() else 0,  # modules move whole
             vectors=self.experts.vectors,
         )
         plan = self.strategy.choose(workload, capacity) if options.plan is None else options.plan

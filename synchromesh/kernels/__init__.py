@@ -18,8 +18,11 @@ from synchromesh.kernels.permute import cpu as permute_cpu
 from synchromesh.kernels.permute import reference as permute_reference
 from synchromesh.kernels.positions import cpu as positions_cpu
 from synchromesh.kernels.positions import reference as positions_reference
+from synchromesh.kernels.quantized_mlp import cpu as quantized_mlp_cpu
+from synchromesh.kernels.quantized_mlp import reference as quantized_mlp_reference
+from synchromesh.kernels.quantized_mlp.reference import QuantizedMLP, quantize
 
-__all__ = ["CPU", "REFERENCE", "Activation", "Kernels", "MLPWeights", "kernels_for"]
+__all__ = ["CPU", "REFERENCE", "Activation", "Kernels", "MLPWeights", "QuantizedMLP", "kernels_for", "quantize"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Kernels:
         grouped_mm: (rows, weight, ends, bias=None) -> rows.
         fused_mlp: (x, weights, rowmap, mlp, activation) -> y, for any activation.
         fuses: tells whether fused_mlp runs an activation inside its fused kernel; others it composes from the pieces.
+        quantized_mlp: as fused_mlp, with a QuantizedMLP.
     """
 
     positions: Callable[..., tuple[Tensor, Tensor]]
@@ -40,6 +44,7 @@ class Kernels:
     grouped_mm: Callable[..., Tensor]
     fused_mlp: Callable[..., Tensor]
     fuses: Callable[[Activation], bool]
+    quantized_mlp: Callable[..., Tensor]
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -56,6 +61,7 @@ REFERENCE = Kernels(
     grouped_mm=grouped_mm_reference.grouped_mm,
     fused_mlp=fused_mlp_reference.fused_mlp,
     fuses=_fuses_nothing,
+    quantized_mlp=quantized_mlp_reference.quantized_mlp,
 )
 CPU = Kernels(
     positions=positions_cpu.positions,
@@ -64,6 +70,7 @@ CPU = Kernels(
     grouped_mm=grouped_mm_cpu.grouped_mm,
     fused_mlp=fused_mlp_cpu.fused_mlp,
     fuses=fused_mlp_cpu.fuses,
+    quantized_mlp=quantized_mlp_cpu.quantized_mlp,
 )
 
 

@@ -7,6 +7,7 @@ from synchromesh.kernels.fused_mlp import triton as fused_mlp
 from synchromesh.kernels.grouped_mm import triton as grouped_mm
 from synchromesh.kernels.permute import triton as permute
 from synchromesh.kernels.positions import triton as positions
+from synchromesh.kernels.quantized_mlp import triton as quantized_mlp
 
 TRITON = Kernels(
     positions=positions.positions,
@@ -15,4 +16,5 @@ TRITON = Kernels(
     grouped_mm=grouped_mm.grouped_mm,
     fused_mlp=fused_mlp.fused_mlp,
     fuses=fused_mlp.fuses,
+    quantized_mlp=quantized_mlp.quantized_mlp,
 )

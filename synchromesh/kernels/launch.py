@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -18,3 +19,8 @@ def on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
             return op(*args)
 
     return run
+
+
+def given_or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """Return something to point to where a kernel reads nothing."""
+    return other if tensor is None else tensor

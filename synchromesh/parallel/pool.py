@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -36,7 +37,11 @@ class Pool:
     def start(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Begin to gather; return the token that `finish` wants."""
         self._parts = dict(parts)
-        return _Start.apply(self, *parts.values()) if self._group is not None else next(iter(parts.values()))
+        return (
+            _Start.apply(self, *parts.values())
+            if self._group is not None
+            else next(iter(parts.values()), torch.empty(0))
+        )
 
     def finish(self, token: Tensor) -> dict[str, Tensor]:
         """Return the pooled parts [g, n, ...]."""

@@ -22,6 +22,7 @@ from synchromesh import (
     aux_loss,
     batch_prioritized,
     load_stats,
+    quantize_experts,
 )
 from synchromesh.record import UNREAD_LIMIT
 from synchromesh.testing.compare import assert_close
@@ -128,3 +129,14 @@ def test_autocast_inside_and_evaluation_compile_too():
     moe.eval()
     with torch.no_grad():
         assert_close("evaluation", compiled(x), moe(x))
+
+
+@pytest.mark.parametrize("numbers", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_experts_of_8_bits_compile_too(numbers):
+    moe, x = dropless().eval(), torch.randn(24, D)
+    quantize_experts(moe, numbers)
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert_close("y", compiled(x), moe(x))
+    x.requires_grad_()
+    assert_close("y", compiled(x), moe(x))

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from synchromesh.kernels import MLPWeights
+from synchromesh.kernels import MLPWeights, quantize
 from synchromesh.kernels.fused_mlp import triton as fused
 from synchromesh.kernels.gpu import TRITON
 from synchromesh.kernels.grouped_mm import tilings
@@ -33,7 +33,10 @@ TARGETS = {
 }
 MATRIX_UNIT = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "sm_120": "mma.sync", "gfx942": "v_mfma"}
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB that a program may have
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
+NAMES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv",
+    torch.int64: "i64", torch.int32: "i32", torch.int8: "i8",
+}  # fmt: skip
 PRODUCTS = {"_product", "_open_rows", "_close_rows_backward", "_weight_gradient"}
 
 
@@ -162,6 +165,23 @@ def test_tilings_for_few_rows(arch, tokens, tmp_path):
     heights = {dict(one.constants)["BM"] for one in recorder.launches if one.kernel == "_open_rows"}
     assert heights == {{16: 16, 48: 32, 112: 64}[tokens]}
     check(arch, recorder, tmp_path, narrow=True, only=PRODUCTS - {"_weight_gradient"})
+
+
+# sm_80 and gfx942 have no instruction that widens float8_e4m3fn: quantized_mlp dequantizes there.
+EIGHT_BITS = [(arch, torch.int8) for arch in TARGETS] + [
+    (arch, torch.float8_e4m3fn) for arch in ("sm_90", "sm_100", "sm_120")
+]
+
+
+@pytest.mark.parametrize(("arch", "numbers"), EIGHT_BITS, ids=str)
+def test_numbers_of_8_bits_for_few_tokens(arch, numbers, tmp_path):
+    recorder = Recorder()
+    mlp = MLPWeights(*(torch.ones(16, 1024, 512) for _ in range(3)), *(torch.ones(16, n) for n in (1024, 1024, 512)))
+    launch = functools.partialmethod(lambda kernel, *args, **kwargs: recorder.run(kernel, *args, **kwargs))
+    with patch.object(triton.JITFunction, "run", launch):
+        ids, x = zipf(8, 16, 2), torch.ones(8, 512, dtype=torch.bfloat16)
+        TRITON.quantized_mlp(x, torch.ones(8, 2), row_map_of(ids, 16), quantize(mlp, numbers), F.silu)
+    assert {"_open_few", "_close_few"} <= check(arch, recorder, tmp_path, narrow=True)
 
 
 @ARCHITECTURES

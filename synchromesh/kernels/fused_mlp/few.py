@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from synchromesh.kernels.activations_triton import activated
+from synchromesh.kernels.launch import given_or
 
 MOST = 512  # rows
 SHARED = 4  # rows per expert, on average: with more, tiles that read a matrix once for all of them are faster
@@ -24,29 +25,32 @@ def is_few(num_rows: int, num_experts: int) -> bool:
 
 def rows_of_few(
     x: Tensor, rows: Tensor, ends: Tensor, activation: str, up: Tensor, down: Tensor, gate: Tensor | None,
-    biases: tuple[Tensor | None, Tensor | None, Tensor | None], num_rows: int,
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None], num_rows: int, *,
+    scales: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
 ) -> Tensor:  # fmt: skip
     """Return the output rows [R, D] of the experts, without combine weights, sorted by expert like any buffer.
 
     Args:
         x: [T, D]. rows: [T, K], the row of each pair, or -1. ends: [E]. biases: of up, gate and down.
+        scales: of up, gate and down, where these are 8-bit numbers: [E, F], [E, F], [E, D].
     """
     experts, hidden_width, width = up.shape
     hidden, out = x.new_empty(num_rows, hidden_width), x.new_empty(num_rows, width)
     up_bias, gate_bias, down_bias = biases
+    up_scale, gate_scale, down_scale = scales
     up, down, gate = up.contiguous(), down.contiguous(), None if gate is None else gate.contiguous()
     if not rows.numel():
         return out
     padded, choices = max(2, triton.next_power_of_2(experts)), rows.shape[1]
     _open_few[(rows.numel(), triton.cdiv(hidden_width, 32))](
-        x, rows, ends, up, up if gate is None else gate, x if up_bias is None else up_bias,
-        x if gate_bias is None else gate_bias, hidden, width, hidden_width, choices, experts,
+        x, rows, ends, up, up if gate is None else gate, given_or(up_bias, x), given_or(gate_bias, x),
+        given_or(up_scale, x), given_or(gate_scale, x), hidden, width, hidden_width, choices, experts,
         ACTIVATION=activation, GATED=gate is not None, UP_BIAS=up_bias is not None,
-        GATE_BIAS=gate_bias is not None, EXPERTS=padded, BF=32, BD=128,
+        GATE_BIAS=gate_bias is not None, SCALED=up_scale is not None, EXPERTS=padded, BF=32, BD=128,
     )  # fmt: skip
     _close_few[(rows.numel(), triton.cdiv(width, 64))](
-        hidden, rows, ends, down, x if down_bias is None else down_bias, out, width, hidden_width, experts,
-        BIAS=down_bias is not None, EXPERTS=padded, BF=64, BD=64,
+        hidden, rows, ends, down, given_or(down_bias, x), given_or(down_scale, x), out, width, hidden_width, experts,
+        BIAS=down_bias is not None, SCALED=down_scale is not None, EXPERTS=padded, BF=64, BD=64,
     )  # fmt: skip
     return out
 
@@ -60,9 +64,9 @@ def _expert_of(row, ends, experts, EXPERTS: tl.constexpr):
 
 @triton.jit
 def _open_few(
-    x, rows, ends, up, gate, up_bias, gate_bias, hidden, width, hidden_width, choices, experts,
+    x, rows, ends, up, gate, up_bias, gate_bias, up_scale, gate_scale, hidden, width, hidden_width, choices, experts,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr,
-    EXPERTS: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
+    SCALED: tl.constexpr, EXPERTS: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + pair)
@@ -81,6 +85,10 @@ def _open_few(
             h += tl.sum(tl.load(up + at, mask=mask, other=0.0).to(tl.float32) * token[None, :], 1)
             if GATED:
                 g += tl.sum(tl.load(gate + at, mask=mask, other=0.0).to(tl.float32) * token[None, :], 1)
+        if SCALED:
+            h *= tl.load(up_scale + e * hidden_width + f, mask=inside, other=0.0)
+            if GATED:
+                g *= tl.load(gate_scale + e * hidden_width + f, mask=inside, other=0.0)
         if UP_BIAS:
             h += tl.load(up_bias + e * hidden_width + f, mask=inside, other=0.0).to(tl.float32)
         if GATE_BIAS:
@@ -94,8 +102,8 @@ def _open_few(
 
 @triton.jit
 def _close_few(
-    hidden, rows, ends, down, bias, out, width, hidden_width, experts,
-    BIAS: tl.constexpr, EXPERTS: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
+    hidden, rows, ends, down, bias, scale, out, width, hidden_width, experts,
+    BIAS: tl.constexpr, SCALED: tl.constexpr, EXPERTS: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     row = tl.load(rows + tl.program_id(0))
     if row >= 0:
@@ -109,6 +117,8 @@ def _close_few(
             mask = (f < hidden_width)[:, None] & inside[None, :]
             w = tl.load(down + (e * hidden_width + f[:, None]) * width + d[None, :], mask=mask, other=0.0)
             total += tl.sum(w.to(tl.float32) * h[:, None], 0)
+        if SCALED:
+            total *= tl.load(scale + e * width + d, mask=inside, other=0.0)
         if BIAS:
             total += tl.load(bias + e * width + d, mask=inside, other=0.0).to(tl.float32)
         tl.store(out + row * width + d, total.to(out.dtype.element_ty), mask=inside)

@@ -27,7 +27,7 @@ from synchromesh.kernels.fused_mlp.op import Net, define, fields, pre_activation
 from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights, compose_mlp
 from synchromesh.kernels.grouped_mm.tilings import Tilings, tilings_of
 from synchromesh.kernels.grouped_mm.triton import column_sums, grouped_mm, options, product, weight_gradient
-from synchromesh.kernels.launch import on_its_device
+from synchromesh.kernels.launch import given_or, on_its_device
 from synchromesh.kernels.permute.triton import combine, gather, sum_rows
 from synchromesh.kernels.tiles import (
     Tiles,
@@ -99,17 +99,12 @@ def _open(
     tiling = tiling.fitted(cols=width, depth=x.shape[1])
     items = len(tiles.expert) * triton.cdiv(width, tiling.cols)
     _open_rows[(programs_of(x.device, items),)](
-        x, net.up, gate, _or(net.up_bias, x), _or(net.gate_bias, x), pairs, *(pre or (x, x)), hidden,
+        x, net.up, gate, given_or(net.up_bias, x), given_or(net.gate_bias, x), pairs, *(pre or (x, x)), hidden,
         tiles.expert, tiles.first, tiles.stop, tiles.count, x.shape[1], width, choices, *net.up.stride(),
         *gate.stride(), ACTIVATION=activation, GATED=net.gate is not None, SAVE=pre is not None,
         UP_BIAS=net.up_bias is not None, GATE_BIAS=net.gate_bias is not None,
         WHOLE=x.shape[1] % tiling.depth == 0 and width % tiling.cols == 0, **options(x, tiling),
     )  # fmt: skip
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """Return something to point to where a kernel reads nothing."""
-    return other if tensor is None else tensor
 
 
 @on_its_device
@@ -168,7 +163,7 @@ def _weights_gradient(
     d_weights = torch.zeros_like(weights)
     if len(pairs):
         _sum_parts[(triton.cdiv(len(pairs), 32),)](
-            partial, grad, _or(bias, grad), pairs, ends, d_weights, len(partial), len(pairs), len(ends),
+            partial, grad, given_or(bias, grad), pairs, ends, d_weights, len(partial), len(pairs), len(ends),
             grad.shape[1], weights.shape[1], BIAS=bias is not None,
             EXPERTS=max(2, triton.next_power_of_2(len(ends))), BM=32, BD=64,
         )  # fmt: skip

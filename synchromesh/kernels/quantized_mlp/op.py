@@ -1,0 +1,53 @@
+"""quantized_mlp as a custom op: its schema and its fake result. Where a gradient is wanted it is not used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from synchromesh.kernels.activations import known_name
+from synchromesh.kernels.autocast import autocast
+from synchromesh.kernels.quantized_mlp.reference import Activation, QuantizedMLP
+from synchromesh.types import RowMap
+
+
+def define(name: str, forward: Callable[..., Tensor], *, device: str | None) -> Any:
+    """Define `synchromesh::quantized_mlp_<name>`.
+
+    Args:
+        forward: (x, weights, pairs, rows, ends, activation, mlp) -> y, with mlp in the order of `fields`.
+        device: what tensors it is for; None means any.
+    """
+    op = torch.library.custom_op(
+        f"synchromesh::quantized_mlp_{name}",
+        forward,
+        mutates_args=(),
+        device_types=device,
+        schema="(Tensor x, Tensor weights, Tensor pairs, Tensor rows, Tensor ends, str activation, Tensor?[] mlp)"
+        " -> Tensor",
+    )
+    op.register_fake(lambda x, *_: x.new_empty(x.shape))
+    return op
+
+
+def fields(mlp: QuantizedMLP) -> list[Tensor | None]:
+    """Return the tensors of QuantizedMLP in their order."""
+    return [
+        mlp.up, mlp.down, mlp.up_scale, mlp.down_scale, mlp.gate, mlp.gate_scale,
+        mlp.up_bias, mlp.gate_bias, mlp.down_bias,
+    ]  # fmt: skip
+
+
+def serves(x: Tensor, weights: Tensor, mlp: QuantizedMLP, activation: Activation) -> bool:
+    """Tell whether the op knows the activation, and no gradient is wanted of it."""
+    learns = any(tensor is not None and tensor.requires_grad for tensor in (x, weights, *fields(mlp)))
+    return known_name(activation) is not None and not (learns and torch.is_grad_enabled())
+
+
+def run(op: Any, x: Tensor, weights: Tensor, rowmap: RowMap, mlp: QuantizedMLP, activation: Activation) -> Tensor:
+    """Run the op in autocast's dtype."""
+    x, _ = autocast(x, [])
+    return op(x, weights, rowmap.pairs, rowmap.rows, rowmap.ends, known_name(activation), fields(mlp))
