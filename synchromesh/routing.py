@@ -6,12 +6,15 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from synchromesh.kernels import kernels_for
+from synchromesh.kernels.select.reference import scores_of, weights_of
 from synchromesh.types import Routing
 
 
@@ -29,11 +32,10 @@ class Softmax:
     after_selection: bool = False
     dtype: torch.dtype = torch.float32
 
-    def scores(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-        return logits.softmax(dim=1)
-
-    def weights(self, logits: Float[Tensor, "T K"], scores: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
-        return logits.softmax(dim=1) if self.after_selection else _normalized(scores, normalize=self.normalize)
+    @property
+    def gate(self) -> str:
+        """The name that the kernels know."""
+        return "softmax_of_selected" if self.after_selection else "softmax"
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,7 @@ class Sigmoid:
 
     normalize: bool = True
     dtype: torch.dtype = torch.float32
-
-    def scores(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-        return logits.sigmoid()
-
-    def weights(self, logits: Float[Tensor, "T K"], scores: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
-        return _normalized(scores, normalize=self.normalize)
+    gate: ClassVar[str] = "sigmoid"
 
 
 @dataclass(frozen=True)
@@ -183,12 +180,9 @@ class TopKRouter(Router):
         k = self.k if k is None else _checked_k(k, self.selectable)
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(self.scores.dtype), self.weight.to(self.scores.dtype))
-            noisy, std = _noisy(logits, self.noise if self.training else 0.0)
-            scores = self.scores.scores(logits if noisy is None else noisy)
-            preference = scores if self.balance is None else scores + self.balance.bias
-            preference = preference if self.limit is None else self.limit.mask(preference)
-            ids = preference.topk(k, dim=1).indices
-            return _selected(ids, self.scores, scores, logits, noisy, std)
+            noise = self.noise if self.training else 0.0
+            bias = None if self.balance is None else self.balance.bias
+            return _selected(logits, k, self.scores, noise=noise, bias=bias, limit=self.limit)
 
 
 class CosineRouter(Router):
@@ -239,9 +233,7 @@ class CosineRouter(Router):
             projected = F.linear(x.to(dtype), self.projector.weight.to(dtype), self.projector.bias.to(dtype))
             cosine = F.normalize(projected, dim=1) @ F.normalize(self.directions.to(dtype), dim=1).T
             logits = cosine * self.log_scale.to(dtype).clamp(max=-math.log(self.floor)).exp()
-            noisy, std = _noisy(logits, self.noise if self.training else 0.0)
-            scores = self.scores.scores(logits if noisy is None else noisy)
-            return _selected(scores.topk(k, dim=1).indices, self.scores, scores, logits, noisy, std)
+            return _selected(logits, k, self.scores, noise=self.noise if self.training else 0.0)
 
 
 class ExpertChoiceRouter(Router):
@@ -342,29 +334,23 @@ def _check_gate(width: int, num_experts: int, noise: float = 0.0) -> None:
         raise ValueError(f"the noise is {noise}, wanted 0 (none) or a positive number")
 
 
-def _normalized(weights: Float[Tensor, "T K"], *, normalize: bool) -> Float[Tensor, "T K"]:
-    if not normalize or weights.shape[1] == 1:
-        return weights
-    return weights / weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-
-
-def _noisy(logits: Float[Tensor, "T E"], noise: float) -> tuple[Float[Tensor, "T E"] | None, float | None]:
-    if noise == 0:
-        return None, None
-    std = noise / logits.shape[1]
-    return logits + std * torch.randn_like(logits), std
-
-
 def _selected(
-    ids: Int[Tensor, "T K"],
-    kind: Softmax | Sigmoid,
-    scores: Float[Tensor, "T E"],
     logits: Float[Tensor, "T E"],
-    noisy: Float[Tensor, "T E"] | None,
-    std: float | None,
+    k: int,
+    kind: Softmax | Sigmoid,
+    *,
+    noise: float,
+    bias: Float[Tensor, " E"] | None = None,
+    limit: NodeLimit | None = None,
 ) -> Routing:
+    std = noise / logits.shape[1] if noise > 0 else None
+    noisy = None if std is None else logits + std * torch.randn_like(logits)
     used = logits if noisy is None else noisy
-    weights = kind.weights(used.gather(1, ids), scores.gather(1, ids))
-    # Where the gate is not finite the token's result is NaN, for every kind of score.
-    broken = ~logits.isfinite().all(dim=1, keepdim=True)
-    return Routing(ids, weights.masked_fill(broken, math.nan), scores, logits, noisy, std)
+    if limit is None:
+        select = kernels_for(logits.device).select
+        scores, ids, weights = select(used, k, gate=kind.gate, normalize=kind.normalize, bias=bias)
+    else:
+        scores = scores_of(used, kind.gate)
+        ids = limit.mask(scores if bias is None else scores + bias).topk(k, dim=1).indices
+        weights = weights_of(used, scores, ids, gate=kind.gate, normalize=kind.normalize)
+    return Routing(ids, weights, scores, logits, noisy, std)

@@ -21,6 +21,7 @@ from synchromesh.kernels.positions import reference as positions_reference
 from synchromesh.kernels.quantized_mlp import cpu as quantized_mlp_cpu
 from synchromesh.kernels.quantized_mlp import reference as quantized_mlp_reference
 from synchromesh.kernels.quantized_mlp.reference import QuantizedMLP, quantize
+from synchromesh.kernels.select import reference as select_reference
 
 __all__ = ["CPU", "REFERENCE", "Activation", "Kernels", "MLPWeights", "QuantizedMLP", "kernels_for", "quantize"]
 
@@ -30,6 +31,7 @@ class Kernels:
     """One implementation of every kernel family; two of them make an A/B test.
 
     Attributes:
+        select: (logits, k, gate=, normalize=, bias=) -> scores, expert_ids, weights.
         positions: (expert_ids, num_experts, priority=None) -> places, counts.
         gather: (x, rowmap) -> rows. combine: (buffer, weights, rowmap) -> y.
         grouped_mm: (rows, weight, ends, bias=None) -> rows.
@@ -38,6 +40,7 @@ class Kernels:
         quantized_mlp: as fused_mlp, with a QuantizedMLP.
     """
 
+    select: Callable[..., tuple[Tensor, Tensor, Tensor]]
     positions: Callable[..., tuple[Tensor, Tensor]]
     gather: Callable[..., Tensor]
     combine: Callable[..., Tensor]
@@ -55,6 +58,7 @@ def _fuses_nothing(activation: Activation) -> bool:
 
 
 REFERENCE = Kernels(
+    select=select_reference.select,
     positions=positions_reference.positions,
     gather=permute_reference.gather,
     combine=permute_reference.combine,
@@ -64,6 +68,7 @@ REFERENCE = Kernels(
     quantized_mlp=quantized_mlp_reference.quantized_mlp,
 )
 CPU = Kernels(
+    select=select_reference.select,
     positions=positions_cpu.positions,
     gather=permute_cpu.gather,
     combine=permute_cpu.combine,

@@ -8,8 +8,10 @@ from synchromesh.kernels.grouped_mm import triton as grouped_mm
 from synchromesh.kernels.permute import triton as permute
 from synchromesh.kernels.positions import triton as positions
 from synchromesh.kernels.quantized_mlp import triton as quantized_mlp
+from synchromesh.kernels.select import triton as select
 
 TRITON = Kernels(
+    select=select.select,
     positions=positions.positions,
     gather=permute.gather,
     combine=permute.combine,

@@ -102,6 +102,10 @@ def recorded(arch, dtype, *, gated, width=512, hidden=1024, tokens=512):
             TRITON.combine(TRITON.grouped_mm(out, mlp.down, rowmap.ends), weights, rowmap).sum().backward()
             with torch.no_grad():
                 TRITON.fused_mlp(x[:8], weights[:8], row_map_of(ids[:8], 4), mlp, F.silu)
+            for gate in ("softmax", "sigmoid", "softmax_of_selected"):
+                logits = torch.ones(tokens, 128, requires_grad=True)
+                scores, _, chosen = TRITON.select(logits, 8, gate=gate, normalize=True, bias=torch.ones(128))
+                (scores.sum() + chosen.sum()).backward()
             for priority in (None, torch.ones(tokens)):
                 TRITON.positions(ids, 4, priority)
         finally:
@@ -147,7 +151,7 @@ def check(arch, recorder, folder, *, narrow, only=None):
 ARCHITECTURES = pytest.mark.parametrize("arch", list(TARGETS))
 EVERY = {
     "_map_tiles", "_count_block", "_place_block", "_copy_rows", "_sum_rows", "_spread_rows", "_column_sums",
-    "_sum_parts", "_open_few", "_close_few",
+    "_sum_parts", "_open_few", "_close_few", "_select", "_select_backward",
 } | PRODUCTS  # fmt: skip
 
 

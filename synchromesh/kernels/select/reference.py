@@ -1,0 +1,41 @@
+"""select: the logits of a gate to scores, chosen experts and their weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# Names are what the custom ops carry. The last one's weights are the softmax of the selected logits alone.
+GATES = ("softmax", "sigmoid", "softmax_of_selected")
+
+
+def select(
+    logits: Float[Tensor, "T E"], k: int, *, gate: str, normalize: bool = False, bias: Float[Tensor, " E"] | None = None
+) -> tuple[Float[Tensor, "T E"], Int[Tensor, "T K"], Float[Tensor, "T K"]]:
+    """Return scores, the k experts of highest score (+ bias) in falling order, and their weights.
+
+    Args:
+        gate: one of GATES. normalize: divide the weights of a token by their sum, where k > 1.
+        bias: decides who is selected, never the weights.
+    """
+    scores = scores_of(logits, gate)
+    ids = (scores if bias is None else scores + bias).topk(k, dim=1).indices
+    return scores, ids, weights_of(logits, scores, ids, gate=gate, normalize=normalize)
+
+
+def scores_of(logits: Float[Tensor, "T E"], gate: str) -> Float[Tensor, "T E"]:
+    """Return probabilities over all experts, or independent ones."""
+    return logits.sigmoid() if gate == "sigmoid" else logits.softmax(dim=1)
+
+
+def weights_of(
+    logits: Float[Tensor, "T E"], scores: Float[Tensor, "T E"], ids: Int[Tensor, "T K"], *, gate: str, normalize: bool
+) -> Float[Tensor, "T K"]:
+    """Return the weights of chosen experts; NaN for a token whose logits are not all finite."""
+    weights = logits.gather(1, ids).softmax(dim=1) if gate == "softmax_of_selected" else scores.gather(1, ids)
+    if normalize and gate != "softmax_of_selected" and ids.shape[1] > 1:
+        weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    return weights.masked_fill(~logits.isfinite().all(dim=1, keepdim=True), math.nan)
