@@ -125,12 +125,31 @@ class StackedExperts(Experts):
             fan_in = self.hidden if name.startswith("down") else self.width
             _draw(parameter, 1 / math.sqrt(fan_in), self.num_experts, self.cut)
 
+    def compute(
+        self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " L"], weights: Mapping[str, Tensor], kernels: Kernels
+    ) -> Float[Tensor, "R D"]:
+        if self._fuses(kernels):  # keeps the pre-activations for backward, and not the hidden rows
+            rowmap = RowMap.of_rows(len(rows), ends)
+            return kernels.fused_mlp(rows, rows.new_ones(len(rows), 1), rowmap, MLPWeights(**weights), self.activation)
+        hidden_RF = kernels.grouped_mm(rows, weights["up"].mT, ends, weights.get("up_bias"))
+        if "gate" in weights:
+            gate_RF = kernels.grouped_mm(rows, weights["gate"].mT, ends, weights.get("gate_bias"))
+            hidden_RF = self.activation(gate_RF) * hidden_RF
+        else:
+            hidden_RF = self.activation(hidden_RF)
+        hidden_RF = F.dropout(hidden_RF, self.dropout, self.training)
+        return kernels.grouped_mm(hidden_RF, weights["down"], ends, weights.get("down_bias"))
+
     def fused(
         self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, weights: Mapping[str, Tensor], kernels: Kernels
     ) -> Float[Tensor, "T D"] | None:
-        if not kernels.fuses(self.activation) or (self.training and self.dropout > 0):
-            return None  # a fused kernel has no place for dropout
+        if not self._fuses(kernels):
+            return None
         return kernels.fused_mlp(x, routing.weights, rowmap, MLPWeights(**weights), self.activation)
+
+    def _fuses(self, kernels: Kernels) -> bool:
+        """Tell whether there is a fused kernel for these experts; none has a place for dropout."""
+        return kernels.fuses(self.activation) and not (self.training and self.dropout > 0)
 
     def _check_cut(self, cut: Cut) -> None:
         if self.num_experts % cut.count and cut.count % self.num_experts:
@@ -176,13 +195,6 @@ class MLPExperts(StackedExperts):
         self.down_bias = nn.Parameter(torch.empty(num_experts, width)) if down_bias else None
         self.reset_parameters()
 
-    def compute(
-        self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " L"], weights: Mapping[str, Tensor], kernels: Kernels
-    ) -> Float[Tensor, "R D"]:
-        hidden_RF = kernels.grouped_mm(rows, weights["up"].mT, ends, weights.get("up_bias"))
-        hidden_RF = F.dropout(self.activation(hidden_RF), self.dropout, self.training)
-        return kernels.grouped_mm(hidden_RF, weights["down"], ends, weights.get("down_bias"))
-
 
 class GatedMLPExperts(StackedExperts):
     """E gated feed-forward networks y = (act(x gate^T) * (x up^T)) down: SwiGLU with F.silu, GEGLU with F.gelu.
@@ -218,14 +230,6 @@ class GatedMLPExperts(StackedExperts):
         self.down = nn.Parameter(torch.empty(num_experts, hidden, width))
         self.down_bias = nn.Parameter(torch.empty(num_experts, width)) if bias else None
         self.reset_parameters()
-
-    def compute(
-        self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " L"], weights: Mapping[str, Tensor], kernels: Kernels
-    ) -> Float[Tensor, "R D"]:
-        gate_RF = kernels.grouped_mm(rows, weights["gate"].mT, ends, weights.get("gate_bias"))
-        up_RF = kernels.grouped_mm(rows, weights["up"].mT, ends, weights.get("up_bias"))
-        hidden_RF = F.dropout(self.activation(gate_RF) * up_RF, self.dropout, self.training)
-        return kernels.grouped_mm(hidden_RF, weights["down"], ends, weights.get("down_bias"))
 
 
 class ModuleExperts(Experts):

@@ -57,9 +57,7 @@ class QuantizedExperts(Experts):
     def compute(
         self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " L"], weights: Mapping[str, Tensor], kernels: Kernels
     ) -> Float[Tensor, "R D"]:
-        number = torch.arange(len(rows), device=rows.device)
-        held = torch.where(number < ends[-1], number, -1)
-        rowmap = RowMap(held[:, None], held, ends, None)
+        rowmap = RowMap.of_rows(len(rows), ends)
         return kernels.quantized_mlp(rows, rows.new_ones(len(rows), 1), rowmap, self._mlp(), self.activation)
 
     def fused(

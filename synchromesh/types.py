@@ -76,6 +76,17 @@ class RowMap:
     ends: Int[Tensor, " E"]
     capacity: int | Int[Tensor, ""] | None
 
+    @staticmethod
+    def of_rows(num_rows: int, ends: Int[Tensor, " E"]) -> RowMap:
+        """Return the map of rows that are sorted already: each is a token with one choice, and stays where it is.
+
+        >>> RowMap.of_rows(4, torch.tensor([2, 3])).pairs
+        tensor([ 0,  1,  2, -1])
+        """
+        number = torch.arange(num_rows, device=ends.device)
+        kept = torch.where(number < ends[-1], number, -1)
+        return RowMap(kept[:, None], kept, ends, None)
+
 
 @dataclass(frozen=True)
 class Workload:

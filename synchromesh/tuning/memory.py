@@ -37,8 +37,8 @@ class Bytes:
 def layer_bytes(work: Workload, plan: Plan, ranks: Ranks) -> Bytes:
     """Return the bytes of a legal plan.
 
-    Kept for backward are the tokens; of an exchange the rows as they arrived, their hidden rows before and after the
-    activation, and the rows as they came back; of an expert pass without an exchange the hidden rows before alone.
+    Kept for backward are the tokens; of an exchange the rows as they arrived and as they came back; of each expert
+    pass the hidden rows before the activation.
     """
     element, sent = work.dtype.itemsize, traffic(work, plan, ranks)
     own = sum(work.parts_per_expert) * work.experts / ranks.size
@@ -47,7 +47,7 @@ def layer_bytes(work: Workload, plan: Plan, ranks: Ranks) -> Bytes:
     tokens, pairs = work.rows * work.width, kept_pairs(work)
     if sent.there:
         hidden = sent.rows * work.hidden / copies
-        kept = 2 * sent.rows * work.width + work.matrices * hidden  # gated: gate, up and their product
+        kept = 2 * sent.rows * work.width + (work.matrices - 1) * hidden
         buffers = 2 * sent.rows * work.width
     else:
         kept = tokens + pairs * work.hidden * (work.matrices - 1)

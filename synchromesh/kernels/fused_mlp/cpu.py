@@ -90,7 +90,8 @@ def _backward(
         at, s, pre = tokens[own], scale[own], (pre_up[own], None if net.gate is None else pre_gate[own])
         torch.index_select(x, 0, at, out=own_space.rows)
         torch.index_select(grad, 0, at, out=own_space.d_out)
-        d_pre, d_scale[own] = _expert_backward(net, _net(wanted, expert), KNOWN[activation], pre, s, own_space)
+        d_pre, d_s = _expert_backward(net, _net(wanted, expert), KNOWN[activation], pre, s, own_space, learns=needs[1])
+        d_scale[own] = d_s
         if needs[0]:
             d_rows = _rows_gradient(net, *d_pre, own_space.d_rows)
             d_x.index_add_(0, at, torch.mul(d_rows, s, out=own_space.scaled))
@@ -120,13 +121,25 @@ def _space(num_rows: int, x: Tensor, hidden: int, *, gated: bool) -> _Space:
 
 
 def _expert_backward(
-    net: Net, d_net: Net, act: KnownActivation, pre: tuple[Tensor, Tensor | None], s: Tensor, space: _Space
+    net: Net,
+    d_net: Net,
+    act: KnownActivation,
+    pre: tuple[Tensor, Tensor | None],
+    s: Tensor,
+    space: _Space,
+    *,
+    learns: bool,
 ) -> tuple[tuple[Tensor, Any], Tensor]:
-    """Write an expert's gradients; return those of its pre-activations and of s. space holds rows and d_out."""
+    """Write an expert's gradients; return those of its pre-activations and, if it learns, of s.
+
+    space holds rows and d_out.
+    """
     _activate(act, *pre, (space.opened, space.hidden))
     d_hidden = torch.mm(space.d_out, net.down.t(), out=space.d_hidden)
-    d_s = torch.mul(d_hidden, space.hidden, out=space.spare).sum(1, keepdim=True)  # a dtype here would copy it all
-    if net.down_bias is not None:
+    d_s = torch.zeros_like(s)
+    if learns:
+        d_s = torch.mul(d_hidden, space.hidden, out=space.spare).sum(1, keepdim=True)  # a dtype here would copy it all
+    if learns and net.down_bias is not None:
         d_s = d_s + torch.mul(space.d_out, net.down_bias, out=space.d_rows).sum(1, keepdim=True)
     _down_gradients(d_net, space.hidden, space.d_out, s)
     d_pre = _activate_backward(act, space, *pre)

@@ -119,7 +119,9 @@ def _backward(
     tilings = _tilings(x, pairs, ends)
     tiles = tiles_of(ends, len(pairs), tilings.closing.rows)
     hidden, d_up, d_gate, partial = _close_backward(grad, weights, net, tiles, tilings.closing, tokens, activation, pre)
-    d_weights = _weights_gradient(grad, weights, pairs, ends, net.down_bias, partial)
+    d_weights = torch.zeros_like(weights)
+    if needs[1] and len(pairs):
+        _sum_weights(grad, weights, pairs, ends, net.down_bias, partial, out=d_weights)
     for d, left, right in ((wanted.down, hidden, grad), (wanted.up, d_up, x), (wanted.gate, d_gate, x)):
         if d is not None:
             weight_gradient(left, right, ends, tilings.weights, out=d, tokens=tokens)
@@ -156,18 +158,15 @@ def _close_backward(
     return hidden, d_up, d_gate, partial
 
 
-def _weights_gradient(
-    grad: Tensor, weights: Tensor, pairs: Tensor, ends: Tensor, bias: Tensor | None, partial: Tensor
-) -> Tensor:
-    """Return the gradient of the weights: the sum of the parts, and what the output bias adds to it."""
-    d_weights = torch.zeros_like(weights)
-    if len(pairs):
-        _sum_parts[(triton.cdiv(len(pairs), 32),)](
-            partial, grad, given_or(bias, grad), pairs, ends, d_weights, len(partial), len(pairs), len(ends),
-            grad.shape[1], weights.shape[1], BIAS=bias is not None,
-            EXPERTS=max(2, triton.next_power_of_2(len(ends))), BM=32, BD=64,
-        )  # fmt: skip
-    return d_weights
+def _sum_weights(
+    grad: Tensor, weights: Tensor, pairs: Tensor, ends: Tensor, bias: Tensor | None, partial: Tensor, *, out: Tensor
+) -> None:
+    """Write the gradient of the weights: the sum of the parts, and what the output bias adds to it."""
+    _sum_parts[(triton.cdiv(len(pairs), 32),)](
+        partial, grad, given_or(bias, grad), pairs, ends, out, len(partial), len(pairs), len(ends),
+        grad.shape[1], weights.shape[1], BIAS=bias is not None,
+        EXPERTS=max(2, triton.next_power_of_2(len(ends))), BM=32, BD=64,
+    )  # fmt: skip
 
 
 _fused_mlp = define("triton", _forward, _backward, device=None)
