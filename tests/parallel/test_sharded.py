@@ -160,8 +160,8 @@ def kept_after_forward(regather):
 
 def test_regather_keeps_no_pooled_weights_for_backward():
     for gathered, in_all, alive, after in run_ranks(kept_after_forward, 4, False):
-        matrices = 2 * 2 * 4 * F * D * 4 / 4  # two of g / W of all experts, in bytes; biases are not needed again
-        assert (gathered, in_all, alive, after) == (4, 4, matrices, 0)
+        pooled = 2 * 4 * (2 * F * D + F + D) * 4 / 4  # g / W of four experts with their biases, in bytes
+        assert (gathered, in_all, alive, after) == (4, 4, pooled, 0)
     for gathered, in_all, alive, after in run_ranks(kept_after_forward, 4, True):
         assert (gathered, in_all, alive, after) == (4, 8, 0, 0)
 
