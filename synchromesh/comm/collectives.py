@@ -67,16 +67,15 @@ def reduce_scatter(whole: Tensor, group: ProcessGroup | None) -> InFlight:
 
 
 class _Summed:
-    """One part of each rank, to be summed in float32 at least."""
+    """One part of each rank, to be summed in float32 at least, integers as they are."""
 
     def __init__(self, parts: InFlight, count: int) -> None:
         self._parts, self._count = parts, count
 
     def wait(self) -> Tensor:
         parts = self._parts.wait().unflatten(0, (self._count, -1))
-        if parts.dtype == torch.float64:
-            return parts.sum(0)
-        return parts.sum(0, dtype=torch.float32).to(parts.dtype)
+        wide = torch.promote_types(parts.dtype, torch.float32) if parts.is_floating_point() else parts.dtype
+        return parts.sum(0, dtype=wide).to(parts.dtype)
 
 
 def all_to_all(

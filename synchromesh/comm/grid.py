@@ -50,7 +50,9 @@ class Grid:
         self._groups: dict[tuple[int, ...], ProcessGroup | None] = {tuple(range(self.size)): group}
 
     @staticmethod
-    def from_environment(environment: Mapping[str, str] | None = None, *, timeout: timedelta = TIMEOUT) -> Grid:
+    def from_environment(
+        environment: Mapping[str, str] | None = None, *, timeout: timedelta = TIMEOUT, backend: str | None = None
+    ) -> Grid:
         """Join the job that torchrun or SLURM started; without one, be a grid of one process.
 
         The default process group is created unless it exists: NCCL where there is a GPU per local rank, else gloo.
@@ -58,6 +60,7 @@ class Grid:
         Args:
             environment: the variables; None reads the process's own.
             timeout: of every collective; a rank that stays away longer is named in the error.
+            backend: of the default process group where it is created here, instead of the choice above.
 
         Raises:
             ValueError: a variable is missing or not a number.
@@ -67,7 +70,7 @@ class Grid:
             return Grid(None)
         if not dist.is_initialized():
             assert job is not None
-            _join(job, timeout)
+            _join(job, timeout, backend)
         group = dist.group.WORLD
         assert group is not None
         local = job["LOCAL_WORLD_SIZE"] if job is not None else group.size()
@@ -191,6 +194,12 @@ def joined(*, timeout: timedelta = TIMEOUT) -> Iterator[Grid]:
     dist.destroy_process_group()
 
 
+def leave() -> None:
+    """Leave the job around this process, as `joined` does at its end."""
+    time.sleep(_REST)
+    dist.destroy_process_group()
+
+
 def _job_store() -> Any:
     return dist.distributed_c10d._get_default_store()  # torch has no public way to the store it was given
 
@@ -229,13 +238,14 @@ def _job_of(environment: Mapping[str, str]) -> dict[str, int] | None:
     return job
 
 
-def _join(job: dict[str, int], timeout: timedelta) -> None:
+def _join(job: dict[str, int], timeout: timedelta, backend: str | None) -> None:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     bound = count == 1 and "SLURM_PROCID" in os.environ  # SLURM shows each task its own GPU alone
-    cuda = bound or 0 < job["LOCAL_WORLD_SIZE"] <= count
-    if cuda:
+    if backend is None:
+        backend = "nccl" if bound or 0 < job["LOCAL_WORLD_SIZE"] <= count else "gloo"
+    if backend == "nccl":
         torch.cuda.set_device(0 if bound else job["LOCAL_RANK"])
     store, rank, world = next(rendezvous("env://", rank=job["RANK"], world_size=job["WORLD_SIZE"], timeout=timeout))
     # Restarted ranks must not meet the addresses that dead ones left in the same store.
     store = dist.PrefixStore(f"attempt_{job['RESTART']}", store)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)

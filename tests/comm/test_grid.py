@@ -98,3 +98,24 @@ else:
 def test_a_rank_that_ends_right_after_an_exchange_does_not_abort():
     done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+JOINING = """
+import os, socket
+import torch.distributed as dist
+from synchromesh.comm.grid import Grid, leave
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+Grid.from_environment({"RANK": "0", "WORLD_SIZE": "1"}, backend="gloo")
+assert dist.get_backend() == "gloo"
+leave()
+assert not dist.is_initialized()
+"""
+
+
+def test_a_job_is_joined_with_the_back_end_that_is_wanted_and_left():
+    done = subprocess.run([sys.executable, "-c", JOINING], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
