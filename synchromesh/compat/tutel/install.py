@@ -1,0 +1,69 @@
+"""Scripts that say `from tutel import ...` find this package."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+PACKAGE = __name__.rpartition(".")[0]
+
+# What is left out, and the way instead.
+LEFT_OUT = {
+    "jit": "write such a kernel in Triton; synchromesh/kernels shows how one gets a reference, a gradient and a test",
+    "parted": "for MoE layers `synchromesh plan` predicts the best parallel plan, and Adaptive finds it while training",
+}
+
+# Where scripts reach into Tutel's own files.
+ELSEWHERE = {"impls.communicate": "net", "impls.fast_dispatch": "moe", "impls.moe_layer": "moe"}
+
+
+def install() -> None:
+    """Let `import tutel`, `from tutel import moe, net, system` and so on give the modules of this package.
+
+    Raises:
+        RuntimeError: another package of that name has been imported already.
+    """
+    ours = importlib.import_module(PACKAGE)
+    found = sys.modules.setdefault("tutel", ours)
+    if found is not ours:
+        raise RuntimeError(f"tutel is already imported from {found.__file__}: call install() before that")
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    for name in ("moe", "net", "system"):
+        importlib.import_module(f"tutel.{name}")
+
+
+def refuse(name: str) -> None:
+    """Raise for a part of Tutel that is left out.
+
+    Raises:
+        ImportError: it says what to take instead.
+    """
+    if name in LEFT_OUT:
+        raise ImportError(f"tutel.{name} is not part of {PACKAGE}: {LEFT_OUT[name]}", name=f"tutel.{name}")
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds tutel.X as X of this package: one module under two names."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        root, _, name = fullname.partition(".")
+        if root != "tutel":
+            return None
+        refuse(name.partition(".")[0])
+        return ModuleSpec(fullname, self, is_package=name == "impls")
+
+    def exec_module(self, module: ModuleType) -> None:
+        name = module.__name__.partition(".")[2]
+        if name == "impls":
+            return
+        ours = f"{PACKAGE}.{ELSEWHERE.get(name, name)}"
+        if importlib.util.find_spec(ours) is None:
+            raise ModuleNotFoundError(f"{PACKAGE} has no module {name}", name=module.__name__)
+        sys.modules[module.__name__] = importlib.import_module(ours)  # the import gives what stands here
