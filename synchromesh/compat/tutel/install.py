@@ -18,7 +18,12 @@ LEFT_OUT = {
 }
 
 # Where scripts reach into Tutel's own files.
-ELSEWHERE = {"impls.communicate": "net", "impls.fast_dispatch": "moe", "impls.moe_layer": "moe"}
+ELSEWHERE = {
+    "impls.communicate": "net",
+    "impls.fast_dispatch": "moe",
+    "impls.losses": "losses",
+    "impls.moe_layer": "moe",
+}
 
 
 def install() -> None:

@@ -1,0 +1,79 @@
+"""A script that knows Tutel only runs as it is, alone and under torchrun."""
+
+import subprocess
+import sys
+
+import pytest
+
+# Laid out as Tutel's own first example is described: a gate, experts, a loss over the token axis, plain SGD.
+SCRIPT = """
+import sys
+import torch
+import torch.nn.functional as F
+from tutel import moe as tutel_moe
+from tutel import net, system
+import beside
+
+env = system.init_data_model_parallel(backend="gloo")
+layer = tutel_moe.moe_layer(
+    gate_type={"type": "top", "k": 2, "capacity_factor": 1.0},
+    model_dim=8,
+    experts={"type": "ffn", "num_experts_per_device": 2, "hidden_size_per_expert": 16, "activation_fn": F.relu},
+    scan_expert_func=lambda name, param: setattr(param, "skip_allreduce", True),
+    seeds=(1, env.global_rank + 1, 1),
+)
+shared = [p for _, p in layer.named_parameters() if not hasattr(p, "skip_allreduce")]
+optimizer = torch.optim.SGD(layer.parameters(), lr=1e-2)
+torch.manual_seed(0)
+x, y = torch.randn(2, 4, 8), torch.zeros(2, dtype=torch.int64)
+losses = []
+for _ in range(3):
+    optimizer.zero_grad()
+    out = layer(x)
+    loss = F.nll_loss(F.log_softmax(out.sum(dim=2), dim=1), y)
+    loss.backward()
+    for p in shared:
+        p.grad /= env.global_size
+        p.grad = net.simple_all_reduce(p.grad)
+    optimizer.step()
+    losses.append(loss.item())
+assert losses[-1] < losses[0], losses
+assert layer.num_global_experts == 2 * env.global_size
+env.dist_print(__name__, sys.argv[1:], beside.WORD)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / "beside.py").write_text("WORD = 'imported'")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return tmp_path / "script.py"
+
+
+def run(*arguments, **options):
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+@pytest.mark.parametrize(
+    "launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]], ids=["alone", "torchrun"]
+)
+def test_an_unmodified_script_runs(script, launcher, tmp_path):
+    done = run(*launcher, "-m", "synchromesh.compat.tutel", script, "--top", "2", cwd=tmp_path.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "__main__ ['--top', '2'] imported\n"
+
+
+def test_modules_run_too(script):
+    done = run("-m", "synchromesh.compat.tutel", "-m", "script", "5", cwd=script.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "__main__ ['5'] imported\n"
+    done = run("-m", "synchromesh.compat.tutel", "-m", "tutel.checkpoint.scatter", "--help")
+    assert "--output_size" in done.stdout, done.stderr
+
+
+def test_a_script_that_is_not_there():
+    done = run("-m", "synchromesh.compat.tutel", "absent.py")
+    assert done.returncode == 1
+    assert done.stderr.startswith("there is no file absent.py\nusage:")
+    assert run("-m", "synchromesh.compat.tutel").stderr.startswith("usage:")

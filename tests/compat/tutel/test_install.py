@@ -1,0 +1,77 @@
+"""`import tutel` gives this package's modules, each once; what is left out says what to take instead."""
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import sys
+from synchromesh.compat.tutel import install
+install()
+install()
+import tutel
+import tutel.net as by_name
+from tutel import moe as tutel_moe
+from tutel import net, system
+from tutel.checkpoint import gather
+from tutel.impls.communicate import get_world_size, simple_all_reduce
+from tutel.impls.fast_dispatch import extract_critical, fast_decode, fast_encode
+from tutel.impls.moe_layer import moe_layer
+from tutel.launcher import run
+import synchromesh.compat.tutel as ours
+import synchromesh.compat.tutel.moe, synchromesh.compat.tutel.net, synchromesh.compat.tutel.checkpoint.gather
+assert tutel is ours
+assert tutel_moe is ours.moe is sys.modules["synchromesh.compat.tutel.moe"]
+assert net is by_name is ours.net is tutel.net and net.__name__ == "synchromesh.compat.tutel.net"
+assert gather is ours.checkpoint.gather and net.__spec__.name == net.__name__
+assert simple_all_reduce is net.simple_all_reduce and moe_layer is tutel_moe.moe_layer
+for name, says in {"jit": "Triton", "parted": "synchromesh plan", "ops": "has no module ops"}.items():
+    try:
+        __import__("tutel." + name)
+    except ImportError as error:
+        assert says in str(error), error
+    else:
+        raise AssertionError(name)
+try:
+    from tutel import jit
+except ImportError as error:
+    assert "Triton" in str(error), error
+try:
+    tutel.parted
+except ImportError as error:
+    assert "Adaptive" in str(error), error
+try:
+    tutel.nonsense
+except AttributeError as error:
+    assert "nonsense" in str(error)
+"""
+
+
+def run(code, **options):
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False, **options
+    )
+
+
+def test_every_name_leads_to_one_module():
+    done = run(SCRIPT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_tutel_that_is_already_there_is_an_error(tmp_path):
+    (tmp_path / "tutel.py").write_text("")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from synchromesh.compat.tutel import install"
+    done = run(f"{code}; import tutel; install()")
+    assert "RuntimeError: tutel is already imported from" in done.stderr
+    done = run(f"{code}; install(); import tutel; assert tutel.net")
+    assert done.returncode == 0, done.stderr
+
+
+def test_names_that_are_none():
+    import synchromesh.compat.tutel as ours
+
+    with pytest.raises(ImportError, match="write such a kernel in Triton"):
+        ours.jit  # noqa: B018
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        ours.nonsense  # noqa: B018
