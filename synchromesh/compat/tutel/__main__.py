@@ -6,7 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from synchromesh.compat.tutel.install import PACKAGE, install
+from synchromesh.compat.tutel.install import ALIAS, PACKAGE, install
 
 USAGE = "usage: python -m synchromesh.compat.tutel SCRIPT ARGS... (or -m MODULE ARGS...)\n"
 
@@ -18,6 +18,7 @@ def main(arguments: list[str]) -> None:
         SystemExit: no script is given, or there is no such file.
     """
     install()
+    sys.path.insert(1, str(ALIAS))  # for processes that the script spawns
     if arguments[:1] == ["-m"] and arguments[1:]:
         name = arguments[1]
         sys.argv = arguments[1:]

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 PACKAGE = __name__.rpartition(".")[0]
+ALIAS = Path(__file__).parent / "alias"  # the same by a search path
 
 # What is left out, and the way instead.
 LEFT_OUT = {
@@ -32,10 +34,10 @@ def install() -> None:
     Raises:
         RuntimeError: another package of that name has been imported already.
     """
-    ours = importlib.import_module(PACKAGE)
-    found = sys.modules.setdefault("tutel", ours)
-    if found is not ours:
+    ours, found = importlib.import_module(PACKAGE), sys.modules.get("tutel")
+    if found not in (None, ours) and str(found.__file__) != str(ALIAS / "tutel.py"):
         raise RuntimeError(f"tutel is already imported from {found.__file__}: call install() before that")
+    sys.modules["tutel"] = ours
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     for name in ("moe", "net", "system"):

@@ -64,6 +64,28 @@ def test_an_unmodified_script_runs(script, launcher, tmp_path):
     assert done.stdout == "__main__ ['--top', '2'] imported\n"
 
 
+SPAWNING = """
+import torch
+from tutel import net
+
+class Squares(torch.utils.data.Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return i * i + net.get_world_rank()
+
+if __name__ == "__main__":
+    print([int(x) for x in torch.utils.data.DataLoader(Squares(), num_workers=1, multiprocessing_context="spawn")])
+"""
+
+
+def test_processes_that_a_script_spawns_know_tutel(tmp_path):
+    (tmp_path / "script.py").write_text(SPAWNING)
+    done = run("-m", "synchromesh.compat.tutel", tmp_path / "script.py")
+    assert done.stdout == "[0, 1, 4]\n", done.stderr
+
+
 def test_modules_run_too(script):
     done = run("-m", "synchromesh.compat.tutel", "-m", "script", "5", cwd=script.parent)
     assert done.returncode == 0, done.stderr

@@ -2,8 +2,8 @@
 
 A layer of prefix P has the tensor `P_num_global_experts` (E), and its experts' tensors under `Pexperts.`. Where W
 divides E, each rank holds E / W whole experts, dim 0 of each tensor; else S = W / E neighbours hold equal parts of dim
-1, the hidden one, of one expert. The output bias, D numbers in dim 1, is filled up with zeros to a multiple of S.
-Tensors of gated experts (`W_fc1` and so on) are flat, one expert after another, and cut equally.
+1, the hidden one, of one expert. Tensors of gated experts (`W_fc1` and so on) are [E, D F] laid flat. What has no
+hidden dim, the output bias [E, D] and the flat ones, is filled up with zeros to a multiple of S.
 """
 
 from __future__ import annotations
@@ -69,8 +69,7 @@ def gather(states: Iterable[State], default_num_experts: int | None = None) -> d
             if key not in state:
                 raise ValueError(f"rank {rank} has no {key}, which rank 0 has")
             own.append(_new_format(key, state[key]))
-    joined = {key: _join(key, parts.pop(key), count, _output_width(key, whole)) for key, count in layers.items()}
-    return whole | joined
+    return whole | {key: _join(key, parts.pop(key), count, whole) for key, count in layers.items()}
 
 
 def scatter(state: State, ranks: int, default_num_experts: int | None = None) -> Iterator[dict[str, Any]]:
@@ -100,10 +99,14 @@ def _new_format(key: str, tensor: Tensor) -> Tensor:
     return tensor.squeeze(1) if key.endswith("_bias") and tensor.ndim == 3 else tensor
 
 
-def _output_width(key: str, state: State) -> int | None:
-    """Return D for an output bias, which may have been filled up; None for other tensors."""
-    weight = state.get(key.replace("batched_fc2_bias", "batched_fc2_w"))
-    return weight.shape[-1] if key.endswith("batched_fc2_bias") and weight is not None else None
+def _width(key: str, state: State, filled: int) -> int:
+    """Return the length of dim 1 of a whole tensor that may have been filled up to this length."""
+    prefix, _, name = key.rpartition("experts.")
+    if name == "batched_fc2_bias" and prefix + "experts.batched_fc2_w" in state:
+        return state[prefix + "experts.batched_fc2_w"].shape[-1]
+    if name.startswith("W_fc") and prefix + "gates.0.wg.weight" in state:
+        return filled - filled % state[prefix + "gates.0.wg.weight"].shape[-1]
+    return filled
 
 
 def _shards(key: str, experts: int, ranks: int) -> int:
@@ -113,19 +116,19 @@ def _shards(key: str, experts: int, ranks: int) -> int:
     return max(1, ranks // experts)
 
 
-def _join(key: str, parts: list[Tensor], experts: int, width: int | None) -> Tensor:
-    ranks = len(parts)
-    shards = _shards(key, experts, ranks)
+def _join(key: str, parts: list[Tensor], experts: int, state: State) -> Tensor:
+    ranks, first = len(parts), parts[0]
+    shards, local = _shards(key, experts, ranks), max(1, experts // ranks)
     if len({part.shape for part in parts}) > 1:
         raise ValueError(f"{key} differs in shape between ranks: {sorted({tuple(part.shape) for part in parts})}")
-    first = parts[0]
     if first.ndim < 2:
-        return torch.cat(parts)
-    wanted = [max(1, experts // ranks), *([] if width is None else [-(-width // shards)])]
-    if list(first.shape[: len(wanted)]) != wanted:
+        return _join(key, [_by_expert(key, part, local) for part in parts], experts, state).flatten()
+    width = _width(key, state, first.shape[1] * shards)
+    if first.shape[0] != local or first.shape[1] != -(-width // shards):
         raise ValueError(
-            f"{key} has shape {tuple(first.shape)} on each of {ranks} ranks, wanted {(*wanted, '...')} for {experts} "
-            "experts: is this the number of ranks that wrote it?"
+            f"{key} has shape {tuple(first.shape)} on each of {ranks} ranks, wanted {local} in dim 0"
+            f"{f' and {-(-width // shards)} in dim 1' if first.shape[0] == local else ''} for {experts} experts: "
+            "is this the number of ranks that wrote it?"
         )
     return torch.cat(parts).reshape(experts, -1, *first.shape[2:])[:, :width]
 
@@ -133,15 +136,19 @@ def _join(key: str, parts: list[Tensor], experts: int, width: int | None) -> Ten
 def _cut(key: str, whole: Tensor, experts: int, ranks: int) -> list[Tensor]:
     """Return the parts of all ranks, as views where they need not be filled up."""
     shards = _shards(key, experts, ranks)
-    if key.endswith("batched_fc2_bias"):
-        whole = torch.nn.functional.pad(whole, (0, -whole.shape[-1] % shards))
-    flat = whole.ndim < 2
-    length = whole.numel() if flat else whole.shape[1]
-    if length % (ranks if flat else shards) or not (flat or len(whole) == experts):
+    if whole.ndim < 2:
+        return [part.flatten() for part in _cut(key, _by_expert(key, whole, experts), experts, ranks)]
+    if whole.ndim == 2 and not key.endswith("batched_fc1_bias"):
+        whole = torch.nn.functional.pad(whole, (0, -whole.shape[1] % shards))
+    if len(whole) != experts or whole.shape[1] % shards:
         raise ValueError(
-            f"{key} has shape {tuple(whole.shape)}, which cannot be cut for {ranks} ranks: "
-            f"wanted {experts} experts{f', each with a multiple of {shards} in dim 1' if shards > 1 else ''}"
+            f"{key} has shape {tuple(whole.shape)}, which cannot be cut for {ranks} ranks: wanted {experts} in dim 0"
+            f"{f' and a multiple of {shards} in dim 1' if shards > 1 else ''}"
         )
-    if flat:
-        return list(whole.chunk(ranks))
-    return list(whole.reshape(ranks, max(1, experts // ranks), length // shards, *whole.shape[2:]))
+    return list(whole.reshape(ranks, max(1, experts // ranks), whole.shape[1] // shards, *whole.shape[2:]))
+
+
+def _by_expert(key: str, flat: Tensor, experts: int) -> Tensor:
+    if flat.numel() % experts:
+        raise ValueError(f"{key} has {flat.numel()} numbers, wanted a multiple of {experts} experts")
+    return flat.reshape(experts, -1)

@@ -80,12 +80,19 @@ def test_old_files_become_new_ones(ranks):
     assert_same(next(scatter(old_format(whole()), ranks, E)), of_rank(whole(), 0, ranks))
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_flat_tensors_of_gated_experts_lie_one_expert_after_another(ranks):
-    state = {"_num_global_experts": torch.tensor(E), "experts.W_fc1": torch.arange(E * D * H)}
+@pytest.mark.parametrize("ranks", [2, 4, 8, 16])
+@pytest.mark.parametrize("hidden", [8, 3])
+def test_flat_tensors_of_gated_experts_are_cut_expert_by_expert(ranks, hidden):
+    numbers = 1 + torch.arange(E * 6 * hidden)  # 18 numbers of an expert do not divide by 4
+    state = {"_num_global_experts": torch.tensor(E), "gates.0.wg.weight": torch.rand(E, 6), "experts.W_fc1": numbers}
     parts = list(scatter(state, ranks))
-    assert parts[1]["experts.W_fc1"].tolist() == list(range(E * D * H // ranks, 2 * E * D * H // ranks))
-    assert torch.equal(gather(parts)["experts.W_fc1"], state["experts.W_fc1"])
+    shards, local = max(1, ranks // E), max(1, E // ranks)
+    wide = -(-local * 6 * hidden // shards)
+    for rank, part in enumerate(parts):
+        of_experts = numbers.chunk(E // local)[rank // shards]
+        filled = torch.cat([of_experts, torch.zeros(wide * shards - len(of_experts), dtype=torch.int64)])
+        assert torch.equal(part["experts.W_fc1"], filled[rank % shards * wide :][:wide])
+    assert torch.equal(gather(parts)["experts.W_fc1"], numbers)
 
 
 def test_layers_with_different_numbers_of_experts_are_kept_apart():
@@ -108,9 +115,19 @@ def test_experts_of_other_libraries_are_shared_tensors():
     [
         (lambda: list(scatter(whole(), 3)), "4 experts and there are 3 ranks"),
         (lambda: gather(list(scatter(whole(), 4))[:3]), "4 experts and there are 3 ranks"),
-        (lambda: gather(list(scatter(whole(), 4))[:2]), r"shape \(1, .*\) on each of 2 ranks, wanted \(2, '...'\)"),
-        (lambda: gather(list(scatter(whole(), 16))[:4]), r"batched_fc2_bias has shape \(1, 2\) .* wanted \(1, 6"),
+        (
+            lambda: gather(list(scatter(whole(), 4))[:2]),
+            r"shape \(1, .*\) on each of 2 ranks, wanted 2 in dim 0 for 4 experts",
+        ),
+        (
+            lambda: gather(list(scatter(whole(), 16))[:4]),
+            r"batched_fc2_bias has shape \(1, 2\) .* wanted 1 in dim 0 and 6 in dim 1",
+        ),
         (lambda: list(scatter(whole(), 64)), r"cannot be cut for 64 ranks: .* multiple of 16 in dim 1"),
+        (
+            lambda: list(scatter({**whole(), P + "experts.W_fc1": torch.zeros(7)}, 2)),
+            "W_fc1 has 7 numbers, wanted a mul",
+        ),
         (lambda: list(scatter({"model": whole()}, 2)), "no MoE layer in .'model'.* --namespace"),
         (lambda: gather([whole(), {}]), "rank 1 has no blocks.1.moe.experts.batched_fc1_w"),
         (lambda: gather([whole(), {k: v[:1] if v.ndim else v for k, v in whole().items()}]), "differs in shape"),
