@@ -17,19 +17,19 @@ def main(arguments: list[str]) -> None:
     Raises:
         SystemExit: no script is given, or there is no such file.
     """
+    module = arguments[0] == "-m" if arguments[1:] else False
+    if not module and (not arguments or not Path(arguments[0]).is_file()):
+        sys.exit(f"there is no file {arguments[0]}\n{USAGE}" if arguments else USAGE)
     install()
     sys.path.insert(1, str(ALIAS))  # for processes that the script spawns
-    if arguments[:1] == ["-m"] and arguments[1:]:
+    sys.argv = arguments[1:] if module else arguments
+    if module:
         name = arguments[1]
-        sys.argv = arguments[1:]
-        ours = name.startswith("tutel.")
-        runpy.run_module(PACKAGE + name.removeprefix("tutel") if ours else name, run_name="__main__", alter_sys=True)
-        return
-    if not arguments or not Path(arguments[0]).is_file():
-        sys.exit(USAGE if not arguments else f"there is no file {arguments[0]}\n{USAGE}")
-    sys.argv = arguments
-    sys.path[0] = str(Path(arguments[0]).resolve().parent)  # as if Python had started the script itself
-    runpy.run_path(arguments[0], run_name="__main__")
+        ours = PACKAGE + name.removeprefix("tutel") if name.startswith("tutel.") else name
+        runpy.run_module(ours, run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(arguments[0]).resolve().parent)  # as if Python had started the script itself
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 if __name__ == "__main__":

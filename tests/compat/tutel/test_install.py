@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
+
+import synchromesh.compat.tutel as ours
 
 SCRIPT = """
 import sys
@@ -48,29 +51,22 @@ except AttributeError as error:
 """
 
 
-def run(code, **options):
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False, **options
-    )
-
-
-def test_every_name_leads_to_one_module():
-    done = run(SCRIPT)
+def test_every_name_leads_to_one_module(tmp_path):
+    (tmp_path / "tutel.py").write_text("raise AssertionError('the installed Tutel was taken')")
+    command = [sys.executable, "-W", "error", "-c", SCRIPT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
-def test_another_tutel_that_is_already_there_is_an_error(tmp_path):
-    (tmp_path / "tutel.py").write_text("")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from synchromesh.compat.tutel import install"
-    done = run(f"{code}; import tutel; install()")
-    assert "RuntimeError: tutel is already imported from" in done.stderr
-    done = run(f"{code}; install(); import tutel; assert tutel.net")
-    assert done.returncode == 0, done.stderr
+def test_another_tutel_that_is_already_there_is_an_error(monkeypatch):
+    there = ModuleType("tutel")
+    there.__file__ = "elsewhere/tutel.py"
+    monkeypatch.setitem(sys.modules, "tutel", there)
+    with pytest.raises(RuntimeError, match=r"already imported from elsewhere/tutel\.py"):
+        ours.install()
 
 
 def test_names_that_are_none():
-    import synchromesh.compat.tutel as ours
-
     with pytest.raises(ImportError, match="write such a kernel in Triton"):
         ours.jit  # noqa: B018
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):

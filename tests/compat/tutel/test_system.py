@@ -1,8 +1,6 @@
 """What a script does first, and what it keeps."""
 
 import os
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -21,29 +19,10 @@ def test_a_session_of_one_process():
     assert system.record_time(is_cuda=False) >= before
 
 
-BEGINNING = """
-import torch, torch.distributed as dist
-from synchromesh.compat.tutel import net, system
-try:
-    system.get_local_session()
-except RuntimeError as error:
-    assert "init_data_model_parallel() first" in str(error)
-session = system.init_data_model_parallel(group_count=2, backend="gloo")
-assert (session.global_size, session.model_size, session.data_size) == (2, 1, 2), session
-assert session.local_device == torch.device("cpu")
-total = net.simple_all_reduce(torch.tensor(session.global_rank + 1), session.data_group)
-session.dist_print("total", int(total))
-"""
-
-
-def test_a_session_under_torchrun(tmp_path):
-    (tmp_path / "script.py").write_text(BEGINNING)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "script.py")]
-    done = subprocess.run(
-        [sys.executable, "-W", "error", *command], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "total 3\n"
+def test_a_session_begins_before_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(system, "_SESSIONS", [])
+    with pytest.raises(RuntimeError, match=r"call system\.init_data_model_parallel\(\) first"):
+        system.record_time()
 
 
 def test_the_cache_gives_one_value_or_all():

@@ -1,4 +1,4 @@
-"""With this folder in the search path, `import tutel` gives synchromesh's: so do processes find it that a script spawns."""
+"""Where this folder is in the search path, `import tutel` gives synchromesh's: for processes that a script spawns."""
 
 from synchromesh.compat.tutel import install
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from synchromesh.compat.tutel.launcher.run import torchrun_arguments
+from synchromesh.compat.tutel.launcher.run import main, torchrun_arguments
 
 EXECL = ["-m", "synchromesh.compat.tutel.launcher.execl"]
 
@@ -36,21 +36,37 @@ def test_under_mpiexec_nodes_make_one_job():
         torchrun_arguments(["train.py"], {"LOCAL_SIZE": "two"})
 
 
+SCRIPT = """
+import sys
+import torch
+from tutel import net, system
+env = system.init_data_model_parallel(group_count=2, backend="gloo")
+assert (env.global_size, env.model_size, env.data_size, env.is_distributed) == (2, 1, 2, True)
+assert env.local_device == torch.device("cpu")
+total = net.simple_all_reduce(torch.tensor(env.global_rank + 1), env.data_group)
+env.dist_print("total", int(total), sys.argv[1:])
+"""
+
+
 def test_ranks_run_the_script(tmp_path):
-    (tmp_path / "script.py").write_text(
-        "import sys\n"
-        "from tutel import net, system\n"
-        "env = system.init_data_model_parallel(backend='gloo')\n"
-        "net.barrier()\n"
-        "env.dist_print(env.global_size, sys.argv[1:])\n"
-    )
+    (tmp_path / "script.py").write_text(SCRIPT)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "synchromesh.compat.tutel.launcher.run"]
+    command = [sys.executable, "-m", "synchromesh.compat.tutel.launcher.run", "-m", "script", "7"]
     environment = {**os.environ, "LOCAL_SIZE": "2", "MASTER_PORT": str(port)}
-    options = {"capture_output": True, "text": True, "env": environment, "timeout": 120, "check": False}
-    done = subprocess.run([*command, "-m", "script", "7"], cwd=tmp_path, **options)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "2 ['7']\n"
-    assert subprocess.run(command, **options).stderr.startswith("usage:")
+    assert done.stdout == "total 3 ['7']\n"
+
+
+def test_without_a_script_nothing_runs(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run"])
+    with pytest.raises(SystemExit, match="usage:"):
+        main()
+    monkeypatch.setattr(sys, "argv", ["run", "script.py"])
+    monkeypatch.setenv("MASTER_PORT", "none")
+    with pytest.raises(SystemExit, match="error: the environment variable MASTER_PORT is 'none', wanted a number"):
+        main()
