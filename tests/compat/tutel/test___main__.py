@@ -99,5 +99,5 @@ def test_tutels_own_programs_run():
 def test_without_a_script_nothing_runs():
     with pytest.raises(SystemExit, match=r"there is no file absent\.py\nusage:"):
         main(["absent.py"])
-    with pytest.raises(SystemExit, match="^usage:"):
+    with pytest.raises(SystemExit, match=r"^usage:"):
         main([])

@@ -59,14 +59,6 @@ def divided():
     return said
 
 
-def test_groups_are_neighbours_and_what_lies_across():
-    for rank, (one, two, four, *sizes) in enumerate(run_ranks(divided, 4)):
-        assert one == ([0, 1, 2, 3], [rank])
-        assert two == ([[0, 1], [0, 1], [2, 3], [2, 3]][rank], [[0, 2], [1, 3], [0, 2], [1, 3]][rank])
-        assert four == ([rank], [0, 1, 2, 3])
-        assert sizes == [four, two, one]
-
-
 def divided_twice():
     half = net.create_groups_from_world(2)
     inner = net.create_groups_from_world(2, parent_group=half.model_group)
@@ -75,5 +67,14 @@ def divided_twice():
     return dist.get_process_group_ranks(inner.data_group), dist.get_process_group_ranks(inner.model_group)
 
 
-def test_a_group_is_divided_again():
-    assert run_ranks(divided_twice, 4) == [([0, 1], [0]), ([0, 1], [1]), ([2, 3], [2]), ([2, 3], [3])]
+def both():
+    return divided(), divided_twice()
+
+
+def test_groups_are_neighbours_and_what_lies_across_also_inside_a_group():
+    for rank, ((one, two, four, *sizes), inner) in enumerate(run_ranks(both, 4)):
+        assert one == ([0, 1, 2, 3], [rank])
+        assert two == ([[0, 1], [0, 1], [2, 3], [2, 3]][rank], [[0, 2], [1, 3], [0, 2], [1, 3]][rank])
+        assert four == ([rank], [0, 1, 2, 3])
+        assert sizes == [four, two, one]
+        assert inner == (two[0], [rank])

@@ -14,8 +14,11 @@ def tensors(world, dtype=torch.float64):
     return [(torch.rand(4, 3, generator=generator) * 100).to(dtype) for _ in range(world)]
 
 
-def collectives(half):
-    return all(collectives_in(dtype, half) for dtype in (torch.float64, torch.float32, torch.int64))
+def collectives():
+    for dtype in (torch.float64, torch.float32, torch.int64):
+        for half in (False, True) if dist.get_world_size() == 4 else (False,):
+            collectives_in(dtype, half)
+    return True
 
 
 def collectives_in(dtype, half):
@@ -47,12 +50,11 @@ def collectives_in(dtype, half):
         for refuses in (net.simple_split, net.simple_reduce_scatter, net.simple_all_to_all):
             with pytest.raises(ValueError, match=f"multiple of {world} ranks"):
                 refuses(torch.zeros(3, 4), group)
-    return True
 
 
-@pytest.mark.parametrize(("world", "half"), [(1, False), (2, False), (4, False), (4, True)])
-def test_each_rank_gets_what_the_name_says(world, half):
-    assert all(run_ranks(collectives, world, half))
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_each_rank_gets_what_the_name_says(world):
+    assert run_ranks(collectives, world) == [True] * world
 
 
 def test_without_a_job_all_is_as_it_was():

@@ -28,22 +28,19 @@ def exchanged(half):
     assert sizes.tolist() == counts.sum(1).tolist()
     assert gathered.tolist() == [name for s in range(len(members)) for r in range(len(members)) for name in named(s, r)]
     assert halves.tolist() == (gathered / 2).tolist()
-    return True
 
 
-@pytest.mark.parametrize(("world", "half"), [(1, False), (2, False), (4, False), (4, True)])
-def test_every_part_arrives(world, half):
-    assert all(run_ranks(exchanged, world, half))
-
-
-def nothing():
-    (out,), sizes = net.batch_all_to_all_v([torch.zeros(0)], [0, 0])
+def all_exchanged():
+    for half in (False, True) if dist.get_world_size() == 4 else (False,):
+        exchanged(half)
+    (out,), sizes = net.batch_all_to_all_v([torch.zeros(0)], [0] * dist.get_world_size())
     (whole,), all_sizes = net.batch_all_gather_v([torch.zeros(0)])
     return out.numel() + whole.numel() + int(sizes.sum() + all_sizes.sum())
 
 
-def test_nobody_sends_anything():
-    assert run_ranks(nothing, 2) == [0, 0]
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_part_arrives_also_where_there_is_nothing(world):
+    assert run_ranks(all_exchanged, world) == [0] * world
 
 
 def test_without_a_job_tensors_come_back():
