@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from synchromesh.compat.tutel import net
 from synchromesh.compat.tutel.checkpoint.reshard import expert_counts, gather, scatter
+from synchromesh.testing.compare import assert_close
+from synchromesh.testing.distributed import run_ranks
 
 E, H, D = 4, 8, 6
 P = "blocks.1.moe."
@@ -137,3 +140,39 @@ def test_experts_of_other_libraries_are_shared_tensors():
 def test_what_does_not_fit_is_refused(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+def layer(kind, experts):
+    from synchromesh.compat.tutel.moe import moe_layer
+
+    torch.manual_seed(net.get_world_rank())
+    settings = {"type": kind, "num_experts_per_device": experts, "hidden_size_per_expert": H}
+    gate = {"type": "top", "k": 2, "capacity_factor": 0.0}
+    return moe_layer(
+        gate, D, {**settings, **({"activation_fn": torch.relu} if kind == "ffn" else {})}, seeds=(1, None, None)
+    )
+
+
+def layers(found, experts):
+    """Load, or make, a layer of each kind; return its state and what it gives for one input."""
+    torch.manual_seed(5)
+    x = torch.rand(3, 4, D)
+    results = {}
+    for kind in ("ffn", "llama_ffn"):
+        ours = layer(kind, experts)
+        if found:
+            ours.load_state_dict(found[kind][net.get_world_rank()])
+        results[kind] = ({key: value.clone() for key, value in ours.state_dict().items()}, ours(x).detach())
+    return results
+
+
+def test_layers_of_any_number_of_ranks_take_over_from_each_other():
+    """Four ranks share two experts; one process, two ranks, and four again, give the same."""
+    began = run_ranks(layers, 4, None, -2)
+    whole = {kind: gather([result[kind][0] for result in began]) for kind in began[0]}
+    for ranks, experts in ((1, 2), (2, 1), (4, -2)):
+        parts = {kind: list(scatter(state, ranks)) for kind, state in whole.items()}
+        for result in run_ranks(layers, ranks, parts, experts):
+            for kind, (state, y) in result.items():
+                assert_close(f"{kind} on {ranks} ranks", y, began[0][kind][1])
+                assert state.keys() == whole[kind].keys()
