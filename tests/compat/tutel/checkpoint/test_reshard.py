@@ -153,26 +153,35 @@ def layer(kind, experts):
     )
 
 
-def layers(found, experts):
-    """Load, or make, a layer of each kind; return its state and what it gives for one input."""
+def layers(folder, experts, loads):
+    """Make a layer of each kind, or load it; keep its state and what it gives for one input."""
     torch.manual_seed(5)
-    x = torch.rand(3, 4, D)
+    x, file = torch.rand(3, 4, D), f"{net.get_world_rank()}-of-{net.get_world_size()}"
+    found = torch.load(folder / file, weights_only=True) if loads else None
     results = {}
     for kind in ("ffn", "llama_ffn"):
         ours = layer(kind, experts)
         if found:
-            ours.load_state_dict(found[kind][net.get_world_rank()])
-        results[kind] = ({key: value.clone() for key, value in ours.state_dict().items()}, ours(x).detach())
-    return results
+            ours.load_state_dict(found[kind])
+        results[kind] = {"state": ours.state_dict(), "y": ours(x).detach()}
+    torch.save(results, folder / f"{file}-results")
 
 
-def test_layers_of_any_number_of_ranks_take_over_from_each_other():
+def test_layers_of_any_number_of_ranks_take_over_from_each_other(tmp_path):
     """Four ranks share two experts; one process, two ranks, and four again, give the same."""
-    began = run_ranks(layers, 4, None, -2)
-    whole = {kind: gather([result[kind][0] for result in began]) for kind in began[0]}
+
+    def results(ranks):
+        return [torch.load(tmp_path / f"{rank}-of-{ranks}-results", weights_only=True) for rank in range(ranks)]
+
+    run_ranks(layers, 4, tmp_path, -2, False)
+    began = results(4)
+    whole = {kind: gather([result[kind]["state"] for result in began]) for kind in began[0]}
     for ranks, experts in ((1, 2), (2, 1), (4, -2)):
         parts = {kind: list(scatter(state, ranks)) for kind, state in whole.items()}
-        for result in run_ranks(layers, ranks, parts, experts):
-            for kind, (state, y) in result.items():
-                assert_close(f"{kind} on {ranks} ranks", y, began[0][kind][1])
-                assert state.keys() == whole[kind].keys()
+        for rank in range(ranks):
+            torch.save({kind: part[rank] for kind, part in parts.items()}, tmp_path / f"{rank}-of-{ranks}")
+        run_ranks(layers, ranks, tmp_path, experts, True)
+        for result in results(ranks):
+            for kind in whole:
+                assert_close(f"{kind} on {ranks} ranks", result[kind]["y"], began[0][kind]["y"])
+                assert result[kind]["state"].keys() == whole[kind].keys()
