@@ -170,12 +170,12 @@ def _check_backend(backend: str | None) -> None:
         raise ValueError(f"got the back end {backend!r}, wanted 'nccl' on GPUs or 'gloo' on CPUs")
     if backend == "nccl" and not torch.cuda.is_available():
         raise ValueError("the back end 'nccl' needs a GPU and none is here: take backend='gloo'")
-    if backend is not None and dist.is_initialized() and backend not in dist.get_backend():
-        raise ValueError(f"the process group exists and runs on {dist.get_backend()!r}, not on {backend!r}")
+    if backend is not None and dist.is_initialized() and backend not in dist.get_backend_config():
+        raise ValueError(f"the process group exists and runs on {dist.get_backend_config()!r}, not on {backend!r}")
 
 
 def _device(backend: str | None) -> torch.device:
-    backend = backend or (dist.get_backend() if dist.is_initialized() else "nccl")
+    backend = backend or (dist.get_backend_config() if dist.is_initialized() else "nccl")
     if "nccl" in backend and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
