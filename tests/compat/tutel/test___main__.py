@@ -57,11 +57,6 @@ def run(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
 
 
-def test_an_unmodified_script_runs(script, tmp_path):
-    done = run("-m", "synchromesh.compat.tutel", script, "--top", "2", cwd=tmp_path.parent)
-    assert done.stdout == "__main__ ['--top', '2'] imported\n", done.stderr
-
-
 def test_a_module_runs_under_torchrun(script):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = run(*torchrun, "-m", "synchromesh.compat.tutel", "-m", "script", "5", cwd=script.parent)
@@ -70,8 +65,10 @@ def test_a_module_runs_under_torchrun(script):
 
 
 SPAWNING = """
+import sys
 import torch
 from tutel import net
+from beside import WORD
 
 class Squares(torch.utils.data.Dataset):
     def __len__(self):
@@ -81,14 +78,15 @@ class Squares(torch.utils.data.Dataset):
         return i * i + net.get_world_rank()
 
 if __name__ == "__main__":
-    print([int(x) for x in torch.utils.data.DataLoader(Squares(), num_workers=1, multiprocessing_context="spawn")])
+    squares = torch.utils.data.DataLoader(Squares(), num_workers=1, multiprocessing_context="spawn")
+    print(WORD, sys.argv[1:], [int(x) for x in squares])
 """
 
 
-def test_processes_that_a_script_spawns_know_tutel(tmp_path):
-    (tmp_path / "script.py").write_text(SPAWNING)
-    done = run("-m", "synchromesh.compat.tutel", tmp_path / "script.py")
-    assert done.stdout == "[0, 1, 4]\n", done.stderr
+def test_a_script_runs_and_so_do_processes_that_it_spawns(script):
+    script.write_text(SPAWNING)
+    done = run("-m", "synchromesh.compat.tutel", script, "--top", "2", cwd=script.parents[1])
+    assert done.stdout == "imported ['--top', '2'] [0, 1, 4]\n", done.stderr
 
 
 def test_tutels_own_programs_run():

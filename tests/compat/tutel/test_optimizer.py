@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from synchromesh.compat.tutel import net
@@ -74,13 +73,11 @@ def trained(average, optimizer, options):
 
 
 def all_trained():
-    if dist.get_world_size() == 2:
-        with_none = net.TutelDistributedOptimizer([]).warp_local(FewParameters)
-        with_none.step()
+    net.TutelDistributedOptimizer([]).warp_local(NoParameters).step()
     return all(trained(average, *optimizer) for average in (False, True) for optimizer in OPTIMIZERS)
 
 
-class FewParameters:
+class NoParameters:
     """Stands for an optimizer that takes an empty list; those of torch do not."""
 
     def __init__(self, parameters):
@@ -90,21 +87,19 @@ class FewParameters:
         pass
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [2, 4])
 def test_parts_step_as_the_whole(world):
     assert run_ranks(all_trained, world) == [True] * world
 
 
 def test_without_a_job_it_is_the_optimizer():
-    torch.manual_seed(0)
+    assert all_trained()
+
+
+def test_gradients_become_zero():
     ours = Model()
-    whole = copy.deepcopy(ours)
     by_parts = net.TutelDistributedOptimizer(ours.parameters()).warp_local(torch.optim.SGD, lr=0.1)
-    plain = torch.optim.SGD(whole.parameters(), lr=0.1)
-    for model, optimizer in ((ours, by_parts), (whole, plain)):
-        loss_of(model, 0, 0).backward()
-        optimizer.step()
-    for got, wanted in zip(ours.parameters(), whole.parameters(), strict=True):
-        assert torch.equal(got, wanted)
+    loss_of(ours, 0, 0).backward()
     by_parts.zero_grad()
     assert ours.first.weight.grad.abs().sum() == 0
+    assert ours.unused.grad is None
