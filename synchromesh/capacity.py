@@ -44,6 +44,25 @@ class Dropless(Capacity):
 
 
 @dataclass(frozen=True)
+class FixedRows(Capacity):
+    """Keep at most a number of pairs of an expert.
+
+    Attributes:
+        rows: that number, C. priority: who is served first.
+    """
+
+    rows: int
+    priority: Priority = token_order
+
+    def __post_init__(self) -> None:
+        if self.rows < 0:
+            raise ValueError(f"FixedRows.rows is {self.rows}, wanted a number >= 0; Dropless() keeps every pair")
+
+    def __call__(self, routing: Routing, agree_max: AgreeMax) -> RowMap:
+        return _map_rows(routing, *_places(routing, self.priority), capacity=self.rows, most=self.rows)
+
+
+@dataclass(frozen=True)
 class FixedCapacity(Capacity):
     """Keep at most C = ceil(factor K T / E) pairs of an expert (Tutel paper, eq. 1).
 
@@ -72,7 +91,7 @@ class FixedCapacity(Capacity):
     def __call__(self, routing: Routing, agree_max: AgreeMax) -> RowMap:
         tokens = routing.expert_ids.shape[0]
         most = self.rows_per_expert(tokens=tokens, choices=routing.choices, experts=routing.num_experts)
-        return _map_rows(routing, *_places(routing, self.priority), capacity=most, most=most)
+        return FixedRows(most, self.priority)(routing, agree_max)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 
 from synchromesh import Dropless, FixedCapacity, NeededCapacity, batch_prioritized, token_order
+from synchromesh.capacity import FixedRows
 from synchromesh.types import Routing, RowMap
 
 
@@ -63,6 +64,7 @@ def test_kept_pairs_are_those_served_first(tokens, experts, data, holes, factor,
     fixed = FixedCapacity(factor, priority=priority)
     most = fixed.rows_per_expert(tokens=tokens, choices=choices, experts=experts)
     check(fixed(routing, local), routing, served(routing, order, most))
+    check(FixedRows(most + 1, priority)(routing, local), routing, served(routing, order, most + 1))
     check(Dropless()(routing, local), routing, served(routing, order, 10**9))
     needed = NeededCapacity(priority=priority)(routing, local)
     check(needed, routing, served(routing, order, 10**9))
@@ -120,3 +122,8 @@ def test_a_broken_token_is_served_last():
     rowmap = FixedCapacity(1.0, priority=batch_prioritized)(routing, local)
     assert rowmap.rows[0, 0] == -1
     assert (rowmap.rows >= 0).sum() == 4
+
+
+def test_rows_below_none_are_refused():
+    with pytest.raises(ValueError, match="FixedRows.rows is -1, wanted a number >= 0"):
+        FixedRows(-1)
