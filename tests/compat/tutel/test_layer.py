@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from synchromesh.compat.tutel.moe import moe_layer
 from synchromesh.testing.compare import assert_close
@@ -43,7 +44,7 @@ def data(rank, dtype):
 
 
 def loss_of(y):
-    return F.nll_loss(F.log_softmax(y.sum(2), 1), torch.zeros(BATCH, dtype=torch.int64))
+    return (y - torch.arange(y.numel(), dtype=y.dtype).cos().view(y.shape)).square().mean()
 
 
 # The layer
@@ -90,7 +91,8 @@ def trained(setting):
 
 
 def trained_all(settings):
-    return [trained(setting) for setting in settings]
+    """Results travel as numpy arrays: a rank that ends takes its shared tensors with it."""
+    return [pytree.tree_map(Tensor.numpy, trained(setting)) for setting in settings]
 
 
 # The transcription
@@ -242,7 +244,10 @@ def compare(setting, world, results):
         assert len(got_first) == len(parameters)
         for name, got in got_first.items():
             known = NAMES[name]
-            assert_close(f"{said} gradient of {name}", got, own(known, first[known], rank, world, got.shape))
+            wanted = own(known, first[known], rank, world, got.shape)
+            if known == "gate" and setting.experts(world) == 1:  # it has nothing to choose
+                got, wanted = got + 1, wanted + 1
+            assert_close(f"{said} gradient of {name}", got, wanted)
             last = got_parameters[name]
             assert_close(f"{said} trained {name}", last, own(known, parameters[known].detach(), rank, world, last.shape))
 
@@ -293,4 +298,4 @@ def test_one_process_trains_as_transcribed(setting):
 def test_ranks_train_as_transcribed(world):
     results = run_ranks(trained_all, world, TOGETHER[world])
     for index, setting in enumerate(TOGETHER[world]):
-        compare(setting, world, [result[index] for result in results])
+        compare(setting, world, [pytree.tree_map(torch.from_numpy, result[index]) for result in results])
