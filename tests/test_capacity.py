@@ -125,5 +125,5 @@ def test_a_broken_token_is_served_last():
 
 
 def test_rows_below_none_are_refused():
-    with pytest.raises(ValueError, match="FixedRows.rows is -1, wanted a number >= 0"):
+    with pytest.raises(ValueError, match=r"FixedRows.rows is -1, wanted a number >= 0"):
         FixedRows(-1)

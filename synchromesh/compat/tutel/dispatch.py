@@ -47,7 +47,9 @@ class fast_dispatcher:  # noqa: N801
         rows = torch.where((places >= 0) & (places < self.capacity), ids * self.capacity + places, -1)
         size = self.num_global_experts * self.capacity
         slots = torch.where(rows >= 0, rows, size).flatten()
-        pairs = torch.full((size + 1,), -1, device=ids.device).scatter_(0, slots, torch.arange(len(slots), device=ids.device))
+        pairs = torch.full((size + 1,), -1, device=ids.device).scatter_(
+            0, slots, torch.arange(len(slots), device=ids.device)
+        )
         self._map = RowMap(rows, pairs[:size], ids.new_zeros(self.num_global_experts, dtype=torch.int32), self.capacity)
 
     def encode(self, data: Float[Tensor, "T D"]) -> Float[Tensor, "EC D"]:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,11 @@ from synchromesh.adaptive import Adaptive
 from synchromesh.capacity import Capacity, Dropless, FixedRows, batch_prioritized, token_order
 from synchromesh.compat.tutel import parallel
 from synchromesh.compat.tutel.environment import read_switches
-from synchromesh.compat.tutel.experts import CustomExperts, Share, TutelExperts, build_experts
+from synchromesh.compat.tutel.experts.build import build_experts
+from synchromesh.compat.tutel.experts.custom import CustomExperts
+from synchromesh.compat.tutel.experts.share import Share, TutelExperts
 from synchromesh.compat.tutel.gates import build_gates
-from synchromesh.compat.tutel.losses import gshard_loss, load_importance_loss
-from synchromesh.compat.tutel.routing import agree_max, choose, weights_at_the_entry
+from synchromesh.compat.tutel.routing import agree_max, route, weights_at_the_entry
 from synchromesh.compat.tutel.state import adapt_state
 from synchromesh.experts import WHOLE, Cut
 from synchromesh.parallel.sharded import Sharded
@@ -132,7 +133,7 @@ class MOELayer(nn.Module):
 
     def forward(
         self,
-        input: Tensor,
+        input: Tensor,  # noqa: A002
         gate_index: int = 0,
         capacity_factor: float | None = None,
         top_k: int | None = None,
@@ -161,8 +162,15 @@ class MOELayer(nn.Module):
             self._settle(adaptive_r)
         single = self.num_local_experts <= 1 or torch.is_grad_enabled() or self.world_size > 1
         self.megablocks_size = 0 if single else megablocks_size
-        x, gate = self._tokens(input, reserve_dims), self.gates[gate_index]
-        routing, l_aux = self._routed(x, gate, gate.top_k if top_k is None else top_k)
+        x, gate = self._tokens(input, reserve_dims), cast(Any, self.gates[gate_index])
+        routing, l_aux = route(
+            gate,
+            x,
+            gate.top_k if top_k is None else top_k,
+            noisy=self.training,
+            normalize=self.normalize_gate,
+            gshard=self.is_gshard_loss,
+        )
         factor = gate.capacity_factor if capacity_factor is None else capacity_factor
         capacity = self._capacity(factor, routing, inequivalent_tokens)
         y = self._run(x, routing, capacity)[:, : self._runner.output_dim]
@@ -199,36 +207,22 @@ class MOELayer(nn.Module):
         if isinstance(self._strategy, Adaptive):
             self._strategy = Sharded(self._grid)
 
-    def _tokens(self, input: Tensor, reserve_dims: int) -> Tensor:
+    def _tokens(self, input: Tensor, reserve_dims: int) -> Tensor:  # noqa: A002
         """Return the tokens [T, D], in what the experts compute in."""
         if input.dim() < 2 or not 1 <= reserve_dims < input.dim():
-            raise ValueError(f"moe_layer got an input of {input.dim()} dims and reserve_dims={reserve_dims}, wanted more")
+            raise ValueError(
+                f"moe_layer got an input of {input.dim()} dims and reserve_dims={reserve_dims}, wanted more"
+            )
         self._reserved = tuple(input.shape[input.dim() - reserve_dims :])
         if math.prod(self._reserved) != self.model_dim:
-            raise ValueError(f"moe_layer got an input of shape {tuple(input.shape)}, wanted last dims of {self.model_dim}")
+            raise ValueError(
+                f"moe_layer got an input of shape {tuple(input.shape)}, wanted last dims of {self.model_dim}"
+            )
         experts = self._runner
         self._returned = self._reserved if experts.output_dim == self.model_dim else (experts.output_dim,)
         x = input.reshape(-1, self.model_dim)
         weight = next(self.experts.parameters(), None)
         return x.to(compute_dtype(x) if weight is None or torch.is_autocast_enabled(x.device.type) else weight.dtype)
-
-    def _routed(self, x: Tensor, gate: nn.Module, top_k: int) -> tuple[Routing, Tensor]:
-        if top_k < 0:
-            raise ValueError(f"top_k is {top_k}, wanted 1 to {self.num_global_experts}, or 0 for no expert")
-        with torch.autocast(x.device.type, enabled=False):
-            weight = next(gate.parameters(), None)
-            logits = noisy = gate(x if weight is None else x.to(weight.dtype))
-            if self.training and gate.gate_noise > 0:
-                noisy = logits + gate.gate_noise * torch.randn_like(logits) / self.num_global_experts
-            scores = noisy.softmax(1)
-            ids, weights = choose(scores, top_k, normalize=self.normalize_gate)
-            if top_k == 0:
-                l_aux = scores.sum() * 0
-            elif self.is_gshard_loss:
-                l_aux = gshard_loss(scores, ids)
-            else:
-                l_aux = load_importance_loss(logits.softmax(1), noisy.gather(1, ids), gate.gate_noise)
-        return Routing(ids, weights, scores, logits), l_aux
 
     def _capacity(self, factor: float, routing: Routing, inequivalent_tokens: bool) -> Capacity:
         """Return which pairs are kept; a negative factor drops what -f does, so that nobody needs to be asked."""
@@ -239,16 +233,14 @@ class MOELayer(nn.Module):
             tokens = agree_max(tokens, self.group, routing.scores.device)
         alignment = parallel.alignment_of(self.sharded_count, self.a2a_ffn_overlap_degree, self.megablocks_size)
         experts = self.num_global_experts
-        rows = parallel.rows_per_expert(
-            factor, tokens=tokens, choices=choices, experts=experts, alignment=alignment
-        )
+        rows = parallel.rows_per_expert(factor, tokens=tokens, choices=choices, experts=experts, alignment=alignment)
         return FixedRows(rows, batch_prioritized if self.batch_prioritized_routing else token_order)
 
     def _run(self, x: Tensor, routing: Routing, capacity: Capacity) -> Tensor:
         rowmap, experts = capacity(routing, self._strategy.agree_max), self._runner
         plan = self._plan(x, routing, capacity)
         self._note(routing, rowmap, plan)
-        x = nn.functional.pad(x, (0, experts.width - self.model_dim))
+        x = nn.functional.pad(x, (0, experts.row_dim - self.model_dim))
         if self.is_postscore:
             return self._strategy.run(x, routing, rowmap, experts, plan)
         pairs, routing = weights_at_the_entry(x, routing)
@@ -263,7 +255,7 @@ class MOELayer(nn.Module):
         workload = Workload(
             rows=len(x),
             choices=routing.choices,
-            width=experts.width,
+            width=experts.row_dim,
             hidden=getattr(experts, "hidden", self.model_dim),
             experts=self.num_global_experts,
             dtype=compute_dtype(x),
@@ -306,7 +298,9 @@ def _check_arguments(model_dim: int, experts: Any, deprecated: dict[str, Any]) -
     if model_dim % 2:
         raise ValueError(f"model_dim is {model_dim}, wanted an even number")
     if not isinstance(experts, dict):
-        raise ValueError(f"experts are {experts!r}, wanted a dict such as {{'type': 'ffn', 'hidden_size_per_expert': 4}}")
+        raise ValueError(
+            f"experts are {experts!r}, wanted a dict such as {{'type': 'ffn', 'hidden_size_per_expert': 4}}"
+        )
     if "pad_samples" in deprecated:
         warnings.warn("pad_samples has no meaning any more: samples are never padded", stacklevel=3)
     unknown = sorted(set(deprecated) - {"pad_samples"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from synchromesh.compat.tutel.losses import gshard_loss
+from synchromesh.compat.tutel.losses import gshard_loss, load_importance_loss
 from synchromesh.compat.tutel.parallel import aligned, grid_of, rows_per_expert
 from synchromesh.kernels import kernels_for
 from synchromesh.types import Routing
@@ -31,6 +31,34 @@ def choose(
     if normalize and weights.shape[1] > 1:
         weights = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).eps)
     return ids, weights
+
+
+def route(
+    gate: Any, x: Float[Tensor, "T D"], top_k: int, *, noisy: bool, normalize: bool, gshard: bool
+) -> tuple[Routing, Float[Tensor, ""]]:
+    """Return what a gate decides, and its auxiliary loss; a gate computes in the dtype of its parameters.
+
+    Args:
+        gate: tokens to logits; has gate_noise. top_k: choices, 0 is none. noisy: whether the noise is added.
+        normalize: see `choose`. gshard: `gshard_loss`, else `load_importance_loss`.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        weight = next(gate.parameters(), None)
+        logits = used = gate(x if weight is None else x.to(weight.dtype))
+        experts = logits.shape[1]
+        if top_k < 0:
+            raise ValueError(f"top_k is {top_k}, wanted 1 to {experts}, or 0 for no expert")
+        if noisy and gate.gate_noise > 0:
+            used = logits + gate.gate_noise * torch.randn_like(logits) / experts
+        scores = used.softmax(1)
+        ids, weights = choose(scores, top_k, normalize=normalize)
+        if top_k == 0:
+            l_aux = scores.sum() * 0
+        elif gshard:
+            l_aux = gshard_loss(scores, ids)
+        else:
+            l_aux = load_importance_loss(logits.softmax(1), used.gather(1, ids), gate.gate_noise)
+    return Routing(ids, weights, scores, logits), l_aux
 
 
 def agree_max(number: int, group: ProcessGroup | None, device: torch.device) -> int:
@@ -77,8 +105,13 @@ def extract_critical(
     if capacity_factor <= 0:
         needed = agree_max(int(counts.max()), group, scores.device)
         rows = min(needed, rows) if capacity_factor < 0 else needed
-    columns = [[column.contiguous() for column in pairs.unbind(1)] for pairs in (ids.int(), places.int(), weights)]
-    return (experts, *columns, aligned(rows, alignment), counts), loss_fn(scores, ids)
+    indices, locations, gates = ([one.contiguous() for one in pairs.unbind(1)] for pairs in (ids, places, weights))
+    critical = (experts, _short(indices), _short(locations), gates, aligned(rows, alignment), counts)
+    return critical, loss_fn(scores, ids)
+
+
+def _short(columns: list[Tensor]) -> list[Tensor]:
+    return [column.int() for column in columns]
 
 
 def weights_at_the_entry(x: Tensor, routing: Routing) -> tuple[Tensor, Routing]:

@@ -23,8 +23,8 @@ def adapt_state(state: dict[str, Any], prefix: str, experts: nn.Module, num_expe
     held = state.setdefault(prefix + COUNT, torch.tensor(num_experts))
     if int(held) != num_experts:
         raise ValueError(
-            f"the state of {prefix or 'the layer '!r} holds {int(held)} experts, wanted {num_experts}: bring it to this "
-            "number of ranks with synchromesh.compat.tutel.checkpoint, or build the layer with as many experts"
+            f"the state of {prefix or 'the layer '!r} holds {int(held)} experts, wanted {num_experts}: bring it to "
+            "this number of ranks with synchromesh.compat.tutel.checkpoint, or build the layer with as many experts"
         )
     for name, parameter in experts.named_parameters():
         entry = f"{prefix}experts.{name}"

@@ -156,7 +156,7 @@ def places(setting, ids, best, experts):
 
 
 def aux_of(setting, scores, logits, ids):
-    tokens, experts = scores.shape
+    experts = scores.shape[1]
     if setting.gshard:
         fraction = F.one_hot(ids[:, 0], experts).to(scores.dtype).mean(0)
         return experts * (scores.mean(0) * fraction).sum()
@@ -249,7 +249,9 @@ def compare(setting, world, results):
                 got, wanted = got + 1, wanted + 1
             assert_close(f"{said} gradient of {name}", got, wanted)
             last = got_parameters[name]
-            assert_close(f"{said} trained {name}", last, own(known, parameters[known].detach(), rank, world, last.shape))
+            assert_close(
+                f"{said} trained {name}", last, own(known, parameters[known].detach(), rank, world, last.shape)
+            )
 
 
 ALONE = [
