@@ -71,7 +71,7 @@ class CosineTopKGate(_Gate):
         k: int = 1,
         fp32_gate: bool = False,
         proj_dim: int = 256,
-        init_t: float = 0.5,
+        init_t: int | float = 0.5,
         **options: Any,
     ) -> None:
         super().__init__(num_global_experts, k, fp32_gate, options)

@@ -135,7 +135,7 @@ class MOELayer(nn.Module):
         self,
         input: Tensor,  # noqa: A002
         gate_index: int = 0,
-        capacity_factor: float | None = None,
+        capacity_factor: int | float | None = None,
         top_k: int | None = None,
         a2a_ffn_overlap_degree: int | None = None,
         reserve_dims: int = 1,
@@ -224,7 +224,7 @@ class MOELayer(nn.Module):
         weight = next(self.experts.parameters(), None)
         return x.to(compute_dtype(x) if weight is None or torch.is_autocast_enabled(x.device.type) else weight.dtype)
 
-    def _capacity(self, factor: float, routing: Routing, inequivalent_tokens: bool) -> Capacity:
+    def _capacity(self, factor: int | float, routing: Routing, inequivalent_tokens: bool) -> Capacity:
         """Return which pairs are kept; a negative factor drops what -f does, so that nobody needs to be asked."""
         if factor == 0:
             return Dropless()

@@ -15,7 +15,7 @@ def gshard_loss(scores: Float[Tensor, "T E"], expert_ids: Int[Tensor, "T K"]) ->
 
 
 def load_importance_loss(
-    scores: Float[Tensor, "T E"], noisy_logits: Float[Tensor, "T K"], gate_noise: float
+    scores: Float[Tensor, "T E"], noisy_logits: Float[Tensor, "T K"], gate_noise: int | float
 ) -> Float[Tensor, ""]:
     """Return (CV²(importance) + CV²(load)) / 2 over the experts, CV = standard deviation over mean.
 

@@ -91,7 +91,7 @@ def plan_of(degree: int, sharded_count: int, world: int, *, overlap: int, two_le
     return Plan(gather=gather, chunks=max(c for c in CHUNKS if c <= overlap), two_level=two_level)
 
 
-def rows_per_expert(factor: float, *, tokens: int, choices: int, experts: int, alignment: int = 1) -> int:
+def rows_per_expert(factor: int | float, *, tokens: int, choices: int, experts: int, alignment: int = 1) -> int:
     """Return the capacity of a factor, rounded as Tutel rounds: k * int(|f| * ceil(T / E)), up to the alignment.
 
     >>> rows_per_expert(1.25, tokens=10, choices=2, experts=4), rows_per_expert(-1.0, tokens=9, choices=1, experts=2)

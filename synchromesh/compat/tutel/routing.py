@@ -75,7 +75,7 @@ def extract_critical(
     scores: Float[Tensor, "T E"],
     top_k: int,
     loss_fn: Callable[[Tensor, Tensor], Tensor] = gshard_loss,
-    capacity_factor: float = 1.0,
+    capacity_factor: int | float = 1.0,
     batch_prioritized_routing: bool = False,
     normalize_gate: bool = True,
     alignment: int = 1,
