@@ -60,7 +60,7 @@ class MOELayer(nn.Module):
         self,
         gate_type: str | dict[str, Any] | Sequence[dict[str, Any]],
         model_dim: int,
-        experts: dict[str, Any],
+        experts: dict[str, Any] | None = None,
         scan_expert_func: Callable[[str, nn.Parameter], Any] | None = None,
         result_func: Callable[[Tensor], Any] | None = None,
         group: ProcessGroup | None = None,
@@ -75,10 +75,10 @@ class MOELayer(nn.Module):
         **deprecated: Any,
     ) -> None:
         super().__init__()
-        _check_arguments(model_dim, experts, deprecated)
+        _check_arguments(model_dim, deprecated)
         switches, self._grid = read_switches(), parallel.grid_of(group)
         self.model_dim, self.world_size, self.skip_moe = model_dim, self._grid.size, switches.skip_moe
-        settings = dict(experts)
+        settings = _checked_experts(experts)
         number = settings.pop("count_per_node", 1)
         number = settings.pop("num_experts_per_device", number)
         self.num_global_experts = parallel.global_expert_count(number, self.world_size)
@@ -294,13 +294,16 @@ class MOELayer(nn.Module):
         return {**self.__dict__, "l_aux": None}  # it belongs to a graph, which a copy has no part in
 
 
-def _check_arguments(model_dim: int, experts: Any, deprecated: dict[str, Any]) -> None:
+def _checked_experts(experts: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a copy that may be changed."""
+    if experts is None:
+        raise ValueError("experts are None, wanted a dict such as {'type': 'ffn', 'hidden_size_per_expert': 4096}")
+    return dict(experts)
+
+
+def _check_arguments(model_dim: int, deprecated: dict[str, Any]) -> None:
     if model_dim % 2:
         raise ValueError(f"model_dim is {model_dim}, wanted an even number")
-    if not isinstance(experts, dict):
-        raise ValueError(
-            f"experts are {experts!r}, wanted a dict such as {{'type': 'ffn', 'hidden_size_per_expert': 4}}"
-        )
     if "pad_samples" in deprecated:
         warnings.warn("pad_samples has no meaning any more: samples are never padded", stacklevel=3)
     unknown = sorted(set(deprecated) - {"pad_samples"})
