@@ -103,10 +103,13 @@ def test_every_way_to_run_a_layer_gives_the_same_losses(world):
         groups += [
             [dataclasses.replace(SHARED, parallel=kind, kind=own) for kind in kinds] for own in ("ffn", "llama_ffn")
         ]
+    hellos = [hello for group in groups for hello in group]
+    losses = ranks_losses(hellos, 3) if world == 1 else run_ranks(ranks_losses, world, hellos, 3)[0]
+    found = iter(losses)
     for group in groups:
-        results = ranks_losses(group, 5) if world == 1 else run_ranks(ranks_losses, world, group, 5)[0]
-        for hello, losses in zip(group, results, strict=True):
-            assert_close(str(hello), torch.tensor(losses), torch.tensor(results[0]))
+        first, *others = (next(found) for _ in group)
+        for hello, own in zip(group[1:], others, strict=True):
+            assert_close(str(hello), torch.tensor(own), torch.tensor(first))
 
 
 def test_names_are_there():
@@ -271,9 +274,12 @@ def test_what_has_no_meaning_any_more_is_said():
         layer(pad_samples=True)
 
 
-def uneven(inequivalent):
+def uneven():
     """Ranks of different numbers of tokens: none, few, many; what each dropped, and whether gradients are all there."""
-    rank = dist.get_rank()
+    return [dropped_of(dist.get_rank(), inequivalent) for inequivalent in (False, True)]
+
+
+def dropped_of(rank, inequivalent):
     own = layer(experts={"num_experts_per_device": 1}, gate={"type": "top", "k": 1, "capacity_factor": 1.0})
     x = torch.zeros([0, 8, 32, 8][rank], D) + 1  # all tokens go to one expert
     lost = dropped(own, x.requires_grad_(), inequivalent_tokens=inequivalent)
@@ -282,8 +288,9 @@ def uneven(inequivalent):
 
 
 def test_uneven_ranks_do_not_hang():
-    assert run_ranks(uneven, 4, False) == [(0, True), (6, True), (24, True), (6, True)]
-    assert run_ranks(uneven, 4, True) == [(0, True), (0, True), (24, True), (0, True)]
+    without, agreed = zip(*run_ranks(uneven, 4), strict=True)
+    assert without == ((0, True), (6, True), (24, True), (6, True))
+    assert agreed == ((0, True), (0, True), (24, True), (0, True))
 
 
 def in_groups():
@@ -354,3 +361,29 @@ def test_auto_tries_plans_and_changes_nothing_else():
     for tried, last, degree in run_ranks(adapting, 2):
         assert tried > 1
         assert (last, degree) == ("g=1", 2)
+
+
+def frozen():
+    """Gradients of what is not frozen: a bias, or all experts, at every degree."""
+    rank, found = dist.get_rank(), []
+    own = layer(experts={"num_experts_per_device": -2})
+    x = torch.randn(9, D, generator=torch.Generator().manual_seed(rank))
+    for names in ([], ["batched_fc2_bias"], ["batched_fc1_w", "batched_fc2_w", "batched_fc1_bias", "batched_fc2_bias"]):
+        for name, p in own.get_parameter_iterator("local_experts"):
+            p.requires_grad_(name not in names)
+        for degree in own.valid_rs:
+            own.zero_grad()
+            start = x.clone().requires_grad_()
+            own(start, adaptive_r=degree).square().sum().backward()
+            grads = {"x": start.grad, **{name: p.grad for name, p in own.named_parameters() if p.grad is not None}}
+            assert len(grads) == 6 - len(names)
+            found.append({name: grad.numpy() for name, grad in grads.items()})
+    return found
+
+
+def test_frozen_parameters_leave_the_others_as_they_are():
+    for all_grads, *others in run_ranks(frozen, 2):
+        for grads in others:
+            for name, grad in grads.items():
+                if name != "gates.0.wg.weight":  # of one expert: nothing but rounding
+                    assert_close(name, torch.from_numpy(grad), torch.from_numpy(all_grads[name]))

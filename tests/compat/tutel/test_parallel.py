@@ -58,21 +58,18 @@ def test_alignment_is_shards_times_overlap():
 
 
 def grids():
+    """The job's grid, then a group's; at last the job's as it lies on nodes."""
     world = parallel.grid_of(None)
     half = [dist.new_group([0, 1]), dist.new_group([2, 3])][dist.get_rank() // 2]
     own = parallel.grid_of(half)
     assert parallel.grid_of(half) is own
     assert parallel.grid_of(dist.group.WORLD) is world
-    return world.size, world.rank, own.size, own.rank
-
-
-def grid_on_nodes():
     rank = dist.get_rank()
     os.environ.update(RANK=str(rank), WORLD_SIZE="4", LOCAL_RANK=str(rank % 2), LOCAL_WORLD_SIZE="2")
-    return parallel.grid_of(None).nodes
+    parallel._grid.cache_clear()
+    return world.size, world.rank, own.size, own.rank, parallel.grid_of(None).nodes
 
 
 def test_groups_are_grids():
     assert parallel.grid_of(None).size == 1
-    assert run_ranks(grids, 4) == [(4, 0, 2, 0), (4, 1, 2, 1), (4, 2, 2, 0), (4, 3, 2, 1)]
-    assert run_ranks(grid_on_nodes, 4) == [2] * 4
+    assert run_ranks(grids, 4) == [(4, 0, 2, 0, 2), (4, 1, 2, 1, 2), (4, 2, 2, 0, 2), (4, 3, 2, 1, 2)]

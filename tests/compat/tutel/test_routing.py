@@ -46,17 +46,17 @@ def test_queues_are_served_choice_by_choice(prioritized, k, factor, alignment):
     assert 0 < float(loss) < E
 
 
-def agreed(factor):
+def agreed():
     scores = scores_of(dist.get_rank(), tokens=8 + 8 * dist.get_rank())
-    own = int(extract_critical(scores, 2, capacity_factor=factor)[0][4])
-    largest = int(extract_critical(scores, 2, capacity_factor=factor, inequivalent_tokens=True)[0][4])
-    return own, largest, int(scores.topk(2).indices.flatten().bincount().max())
+    needed = extract_critical(scores, 2, capacity_factor=0)[0][4]
+    fixed = [extract_critical(scores, 2, inequivalent_tokens=asked)[0][4] for asked in (False, True)]
+    return fixed, needed, int(scores.topk(2).indices.flatten().bincount().max())
 
 
 def test_ranks_agree_on_what_is_needed_and_on_tokens_where_asked():
-    assert [(own, largest) for own, largest, _ in run_ranks(agreed, 2, 1.0)] == [(4, 8), (8, 8)]
-    results = run_ranks(agreed, 2, 0.0)
-    assert {own for own, _, _ in results} == {max(needed for _, _, needed in results)}
+    results = run_ranks(agreed, 2)
+    assert [fixed for fixed, _, _ in results] == [[4, 8], [8, 8]]
+    assert {needed for _, needed, _ in results} == {max(own for _, _, own in results)}
 
 
 def test_no_choice_is_one_absent_pair():
