@@ -76,38 +76,28 @@ class MOELayer(nn.Module):
     ) -> None:
         super().__init__()
         _check_arguments(model_dim, deprecated)
-        switches, self._grid = read_switches(), parallel.grid_of(group)
-        self.model_dim, self.world_size, self.skip_moe = model_dim, self._grid.size, switches.skip_moe
-        settings = _checked_experts(experts)
-        number = settings.pop("count_per_node", 1)
-        number = settings.pop("num_experts_per_device", number)
-        self.num_global_experts = parallel.global_expert_count(number, self.world_size)
-        self.register_buffer("_num_global_experts", torch.tensor(self.num_global_experts))
-        cut = Cut(self._grid.rank, self.world_size) if self.world_size > 1 else WHOLE
-        share = Share(model_dim, self.num_global_experts, cut)
-        self.num_local_experts, self.sharded_count = share.local_experts, share.sharded_count
-        self.valid_rs = parallel.valid_degrees(self.sharded_count)
+        switches, settings = read_switches(), _checked_experts(experts)
+        share = self._place(settings, model_dim, group)
+        self.model_dim, self.skip_moe, self.result_func = model_dim, switches.skip_moe, result_func
         self.adaptive_degree = parallel.degree_of(parallel_type, self.sharded_count)
         self.a2a_ffn_overlap_degree, self.use_2dh = _checked_overlap(a2a_ffn_overlap_degree), use_2dh
         self.is_postscore, self.normalize_gate, self.is_gshard_loss = is_postscore, normalize_gate, is_gshard_loss
         self.batch_prioritized_routing = batch_prioritized_routing or switches.prioritized
-        self.result_func = result_func
-        gates, own, *rest = [*(seeds or ()), None, None, None][:3]
-        if own is not None:
-            torch.manual_seed(own)
+        seed_gates, seed_experts, seed_after = (*(seeds or ()), None, None, None)[:3]
+        _seed(seed_experts)
         self.experts = build_experts(settings, share, skip=switches.skip_expert)
         self._mark(scan_expert_func)
         if not isinstance(self.experts, TutelExperts):
-            self._custom = CustomExperts(share, self._call_custom, getattr(self.experts, "output_dim", None))
+            output_dim = getattr(self.experts, "output_dim", None)
+            self._custom = CustomExperts(share, self._call_custom, output_dim)
         self.gates = build_gates(
             gate_type,
             model_dim=model_dim,
             num_experts=self.num_global_experts,
-            seed=gates,
+            seed=seed_gates,
             capacity_factor=switches.capacity_factor,
         )
-        if rest[0] is not None:
-            torch.manual_seed(rest[0])
+        _seed(seed_after)
         self.l_aux: Tensor | None = None
         self.dispatch_count: Tensor | None = None
         self.megablocks_size, self._reserved, self._returned = 0, (model_dim,), (model_dim,)
@@ -187,6 +177,20 @@ class MOELayer(nn.Module):
         """What the strategy runs: the experts, or what stands for the user's."""
         return self.experts if isinstance(self.experts, TutelExperts) else self._custom
 
+    def _place(self, settings: dict[str, Any], model_dim: int, group: ProcessGroup | None) -> Share:
+        """Count experts and ranks, and return what this rank holds; takes the number out of the settings."""
+        self._grid = parallel.grid_of(group)
+        self.world_size = self._grid.size
+        number = settings.pop("count_per_node", 1)
+        number = settings.pop("num_experts_per_device", number)
+        self.num_global_experts = parallel.global_expert_count(number, self.world_size)
+        self.register_buffer("_num_global_experts", torch.tensor(self.num_global_experts))
+        cut = Cut(self._grid.rank, self.world_size) if self.world_size > 1 else WHOLE
+        share = Share(model_dim, self.num_global_experts, cut)
+        self.num_local_experts, self.sharded_count = share.local_experts, share.sharded_count
+        self.valid_rs = parallel.valid_degrees(self.sharded_count)
+        return share
+
     def _mark(self, scan: Callable[[str, nn.Parameter], Any] | None) -> None:
         for name, parameter in self.experts.named_parameters():
             if scan is not None:
@@ -211,7 +215,8 @@ class MOELayer(nn.Module):
         """Return the tokens [T, D], in what the experts compute in."""
         if input.dim() < 2 or not 1 <= reserve_dims < input.dim():
             raise ValueError(
-                f"moe_layer got an input of {input.dim()} dims and reserve_dims={reserve_dims}, wanted more"
+                f"moe_layer got an input of {input.dim()} dims and reserve_dims={reserve_dims}, wanted at least one "
+                "dim of tokens before the reserved ones"
             )
         self._reserved = tuple(input.shape[input.dim() - reserve_dims :])
         if math.prod(self._reserved) != self.model_dim:
@@ -282,7 +287,7 @@ class MOELayer(nn.Module):
 
     def _call_custom(self, rows: Tensor) -> Tensor:
         """Call the user's experts on padded rows [L, C, D], with the layer as their ctx."""
-        out = self.experts(rows.view(*rows.shape[:2], *self._reserved), self)
+        out = self.experts(rows.reshape(*rows.shape[:2], *self._reserved), self)
         self._returned = tuple(out.shape[2:])
         return out.reshape(*out.shape[:2], -1)
 
@@ -309,6 +314,11 @@ def _check_arguments(model_dim: int, deprecated: dict[str, Any]) -> None:
     unknown = sorted(set(deprecated) - {"pad_samples"})
     if unknown:
         raise ValueError(f"moe_layer got the unknown arguments {unknown}: see MOELayer for those it knows")
+
+
+def _seed(seed: int | None) -> None:
+    if seed is not None:
+        torch.manual_seed(seed)
 
 
 def _checked_overlap(degree: int) -> int:
