@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from synchromesh.comm.grid import Grid
+from synchromesh.compat.tutel.communicate import groups
 from synchromesh.lattice import CHUNKS
 from synchromesh.types import Plan
 
@@ -15,17 +14,10 @@ ALIGNED_FROM = 256  # above it a capacity is a multiple of
 COARSE = 128
 
 
-@functools.lru_cache(maxsize=64)
-def _grid(group: ProcessGroup | None) -> Grid:
-    """Build one grid for all layers of a group, so that they share the groups inside of it."""
-    if group is None:
-        return Grid(None)
-    return Grid.from_environment() if group is dist.group.WORLD else Grid.from_group(group)
-
-
 def grid_of(group: ProcessGroup | None) -> Grid:
-    """Return the ranks of a group; of None, all of the job, or this process alone where there is no job."""
-    return _grid(dist.group.WORLD if group is None and dist.is_initialized() else group)
+    """Return the ranks of a group, one grid for all its layers; of None, all of the job, or this process alone."""
+    group = group or (dist.group.WORLD if dist.is_initialized() else None)
+    return Grid(None) if group is None else groups.grid_of(group)
 
 
 def global_expert_count(num_local_experts: int | float, world: int) -> int:
