@@ -12,7 +12,7 @@ Shape letters: B images, C D channels, H W rows and columns, G windows of a map,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -503,12 +503,12 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stem, found, name = key.rpartition(".attention.self.")
         part, _, kind = name.partition(".")
         if not found or part not in _JOINED:
-            ours[_rename(key, _RENAMED)] = tensor.view(-1) if key.endswith("mask_token") else tensor
+            ours[rename(key, _RENAMED)] = tensor.view(-1) if key.endswith("mask_token") else tensor
         elif kind == "bias":
-            ours[_rename(stem, _RENAMED) + f".attention.{part[0]}_bias"] = tensor
+            ours[rename(stem, _RENAMED) + f".attention.{part[0]}_bias"] = tensor
         elif part == "query":
             joined = torch.cat([state[f"{stem}.attention.self.{each}.weight"] for each in _JOINED])
-            ours[_rename(stem, _RENAMED) + ".attention.qkv.weight"] = joined
+            ours[rename(stem, _RENAMED) + ".attention.qkv.weight"] = joined
     return ours
 
 
@@ -522,7 +522,7 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     theirs: dict[str, Tensor] = {}
     for key, tensor in state.items():
         stem, _, name = key.rpartition(".attention.")
-        inner = _rename(stem, back) + ".attention.self."
+        inner = rename(stem, back) + ".attention.self."
         if name == "qkv.weight":
             theirs |= {f"{inner}{part}.weight": piece for part, piece in zip(_JOINED, tensor.chunk(3), strict=True)}
         elif name in ("q_bias", "v_bias"):
@@ -530,11 +530,16 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif name == "qkv.bias" or ".experts." in key:
             raise ValueError(f"transformers' Swinv2 has no place for {key}: only the true, dense SwinV2 maps to it")
         else:
-            theirs[_rename(key, back)] = tensor.view(1, 1, -1) if key.endswith("mask_token") else tensor
+            theirs[rename(key, back)] = tensor.view(1, 1, -1) if key.endswith("mask_token") else tensor
     return theirs
 
 
-def _rename(key: str, pairs: tuple[tuple[str, str], ...]) -> str:
+def rename(key: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """Replace parts of a tensor's name, one pair (old, new) after the other; ^ in a pair is the beginning of the name.
+
+    >>> rename("layers.0.attn.qkv", (("^layers.", "stages."), (".attn.", ".attention.")))
+    'stages.0.attention.qkv'
+    """
     key = "^" + key
     for old, new in pairs:
         key = key.replace(old, new)
