@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 
 from synchromesh.comm.grid import Grid, LostRankError, in_job, job_name, joined, restarted
-from synchromesh.commands.convert import run_convert
+from synchromesh.commands.convert import ConvertRequest, run_convert
 from synchromesh.commands.evaluate import EvalRequest, run_eval
 from synchromesh.commands.launch import launch
 from synchromesh.commands.plan import PlanRequest, run_plan
@@ -142,20 +142,6 @@ class PredictOptions:
     capacity: float | None = None
     nproc: int = 1
     sharing: Sharing = field(default_factory=Sharing)
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """Options of `convert`.
-
-    Attributes:
-        run: folder of a run, or of a checkpoint. file: to write, NAME.safetensors.
-        best: the checkpoint of the best evaluation, instead of the last epoch's.
-    """
-
-    run: tyro.conf.Positional[Path]
-    file: tyro.conf.Positional[Path]
-    best: bool = False
 
 
 @dataclass(frozen=True)
@@ -293,11 +279,13 @@ def _predict(given: list[str]) -> int:
 
 def _convert(given: list[str]) -> int:
     about = (
-        "Write the weights of a run as one safetensors file, under the names of the model's state dict.\n\n"
-        "  synchromesh convert runs/demo demo.safetensors"
+        "Write the weights of a run as one safetensors file, under the names of the model's state dict; or read and "
+        "write the files of the released Swin-MoE.\n\n"
+        "  synchromesh convert runs/demo demo.safetensors\n"
+        "  synchromesh convert ckpt_epoch_final.pth weights.safetensors --from-swin\n"
+        "  synchromesh convert runs/demo demo.pth --to-swin 8"
     )
-    options = _parse(ConvertOptions, given, prog="synchromesh convert", about=about)
-    return run_convert(options.run, options.file, best=options.best, console=OUT)
+    return run_convert(_parse(ConvertRequest, given, prog="synchromesh convert", about=about), console=OUT)
 
 
 def _first(grid: Grid, console: Console) -> Console:

@@ -1,33 +1,85 @@
-"""`synchromesh convert`: the weights of a run as one safetensors file, whatever ranks wrote them."""
+"""`synchromesh convert`: weights as one safetensors file, or as the files of the released Swin-MoE, and back."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
+import tyro
 from rich.console import Console
 from safetensors.torch import save_file
+from torch import Tensor
 
+from synchromesh.compat.swin import read_swin, save_swin
+from synchromesh.models.swin_v2 import SwinV2Classifier
 from synchromesh.training.durable import sync_file
 from synchromesh.training.errors import InputError
 from synchromesh.training.run_folder import load_trained
 
 
-def run_convert(run: Path, file: Path, *, best: bool, console: Console) -> int:
+@dataclass(frozen=True)
+class ConvertRequest:
+    """Options of `convert`.
+
+    Attributes:
+        source: folder of a run, or of a checkpoint. file: to write, NAME.safetensors.
+        best: the checkpoint of the best evaluation, instead of the last epoch's.
+        from_swin: the source is NAME.pth, whose files .rank0, .master and so on the released Swin-MoE wrote.
+        to_swin: write such files instead, FILE.rank0 and so on, for so many ranks.
+    """
+
+    source: tyro.conf.Positional[Path]
+    file: tyro.conf.Positional[Path]
+    best: bool = False
+    from_swin: bool = False
+    to_swin: int | None = None
+
+
+def run_convert(request: ConvertRequest, *, console: Console) -> int:
     """Write parameters and buffers, whole and under the names of the model's state dict; return the exit code.
 
     Raises:
-        InputError: no such run, or the file is there already.
+        InputError: there is nothing to read, or a file to write is there already.
     """
+    try:
+        return _to_swin(request, console) if request.to_swin is not None else _to_safetensors(request, console)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _to_safetensors(request: ConvertRequest, console: Console) -> int:
+    file = request.file
     if file.suffix != ".safetensors":
-        raise InputError(f"{file} does not end in .safetensors, the one format that is written")
+        raise InputError(f"{file} does not end in .safetensors, the one format that is written without --to-swin")
     if file.exists():
         raise InputError(f"{file} exists: remove it, or name another file")
-    trained = load_trained(run, best=best)
+    state, origin = _read(request)
     aside = file.with_name(file.name + ".part")
-    tensors = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(tensors, aside, metadata={"format": "pt"})
     sync_file(aside)
     aside.rename(file)
     numbers = sum(tensor.numel() for tensor in tensors.values())
-    console.print(f"{file}: {len(tensors)} tensors, {numbers:,} numbers, from {trained.checkpoint}", soft_wrap=True)
+    console.print(f"{file}: {len(tensors)} tensors, {numbers:,} numbers, from {origin}", soft_wrap=True)
+    return 0
+
+
+def _read(request: ConvertRequest) -> tuple[dict[str, Tensor], Path]:
+    if request.from_swin:
+        return read_swin(request.source), request.source
+    trained = load_trained(request.source, best=request.best)
+    return trained.model.state_dict(), trained.checkpoint
+
+
+def _to_swin(request: ConvertRequest, console: Console) -> int:
+    assert request.to_swin is not None
+    if request.from_swin or request.to_swin < 1:
+        raise InputError("got --to-swin with --from-swin, or without ranks; wanted a run, and --to-swin 1 or more")
+    trained = load_trained(request.source, best=request.best)
+    if not isinstance(trained.model, SwinV2Classifier):
+        raise InputError(
+            f"{request.source} holds a {type(trained.model).__name__}, wanted a SwinV2 to write as Swin-MoE"
+        )
+    files = save_swin(trained.model, request.file, ranks=request.to_swin)
+    console.print(f"{files[0]} and {len(files) - 1} more, from {trained.checkpoint}", soft_wrap=True)
     return 0
