@@ -389,7 +389,7 @@ class SwinV2(nn.Module):
         Experts and linear routers count as weights and biases; other modules of a custom factory keep their own.
         """
         for module in self.modules():
-            _reset(module, self.config.init_std)
+            reset(module, self.config.init_std)
         for module in self.modules():
             if isinstance(module, SwinBlock) and self.config.style.residual is post_norm:
                 nn.init.constant_(module.norm1.weight, self.config.branch_norm_init)
@@ -430,12 +430,12 @@ class SwinV2Classifier(nn.Module):
             raise ValueError(f"num_classes is {num_classes}, wanted an integer >= 1")
         self.backbone = SwinV2(config, ffn=ffn)
         self.head = nn.Linear(config.num_features, num_classes)
-        _reset(self.head, config.init_std)
+        reset(self.head, config.init_std)
 
     def reset_parameters(self) -> None:
         """Initialise backbone and head."""
         self.backbone.reset_parameters()
-        _reset(self.head, self.backbone.config.init_std)
+        reset(self.head, self.backbone.config.init_std)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
         return self.head(self.backbone(images).pooled)
@@ -450,7 +450,8 @@ def dense_ffn(config: SwinV2Config) -> FeedForwardFactory:
     return make
 
 
-def _reset(module: nn.Module, std: float) -> None:
+def reset(module: nn.Module, std: float) -> None:
+    """Initialise a module's own parameters as the release does; those of custom feed-forwards are left alone."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=std)
         if module.bias is not None:
