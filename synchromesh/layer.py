@@ -150,7 +150,7 @@ class MoE(nn.Module):
             routing = self.router(x_TD, choice.k)
         if not isinstance(routing, Routing):
             raise ValueError(f"the router returned {type(routing).__name__}, wanted synchromesh.Routing")
-        got, wanted = (len(routing.expert_ids), routing.num_experts), (len(x_TD), self.experts.num_experts)
+        got, wanted = (routing.expert_ids.shape[0], routing.num_experts), (x_TD.shape[0], self.experts.num_experts)
         if got != wanted:
             raise ValueError(f"the router returned a routing of {got[0]} tokens to {got[1]} experts, wanted {wanted}")
         return routing

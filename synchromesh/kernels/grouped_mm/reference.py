@@ -18,9 +18,9 @@ def grouped_mm(
     Groups may have any size. The tail of the output may hold anything, and what flows back into it reaches nobody.
     """
     sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
-    *groups, tail = rows.split([*sizes, len(rows) - sum(sizes)])
+    *groups, tail = rows.split([*sizes, rows.shape[0] - sum(sizes)])
     if bias is None:
         out = [group @ w for group, w in zip(groups, weight.unbind(), strict=True)]
     else:
         out = [torch.addmm(b, group, w) for group, w, b in zip(groups, weight.unbind(), bias.unbind(), strict=True)]
-    return torch.cat([*out, out[0].new_zeros(len(tail), weight.shape[2])])
+    return torch.cat([*out, out[0].new_zeros(tail.shape[0], weight.shape[2])])

@@ -16,7 +16,7 @@ def gather(x: Float[Tensor, "T D"], rowmap: RowMap) -> Float[Tensor, "R D"]:
     The tail may hold anything, and what flows back into it reaches nobody.
     """
     tokens = rowmap.pairs // rowmap.rows.shape[1]
-    return F.pad(x, (0, 0, 0, 1))[torch.where(tokens >= 0, tokens, len(x))]  # no pair: the zero row
+    return F.pad(x, (0, 0, 0, 1))[torch.where(tokens >= 0, tokens, x.shape[0])]  # no pair: the zero row
 
 
 def combine(buffer: Float[Tensor, "R D"], weights: Float[Tensor, "T K"], rowmap: RowMap) -> Float[Tensor, "T D"]:

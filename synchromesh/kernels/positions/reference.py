@@ -23,7 +23,7 @@ def positions(
     Returns:
         places (-1 where absent) and counts, both int64.
     """
-    order_T = torch.arange(len(expert_ids), device=expert_ids.device)
+    order_T = torch.arange(expert_ids.shape[0], device=expert_ids.device)
     if priority is not None:
         order_T = priority.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argsort(
             descending=True, stable=True
@@ -32,8 +32,6 @@ def positions(
     counts = ids.new_zeros(num_experts + 1).scatter_add(0, ids + 1, torch.ones_like(ids))  # absent pairs lead
     by_expert = ids.argsort(stable=True)
     first = (counts.cumsum(0) - counts)[ids[by_expert] + 1]
-    places = torch.empty_like(ids)
-    places[by_expert] = torch.arange(len(ids), device=ids.device) - first
-    places_TK = torch.empty_like(expert_ids)
-    places_TK[order_T] = places.masked_fill(ids < 0, -1).view(expert_ids.T.shape).T
-    return places_TK, counts[1:]
+    places = torch.empty_like(ids).scatter(0, by_expert, torch.arange(ids.shape[0], device=ids.device) - first)
+    places_TK = places.masked_fill(ids < 0, -1).view(expert_ids.T.shape).T
+    return torch.empty_like(expert_ids).index_copy(0, order_T, places_TK), counts[1:]

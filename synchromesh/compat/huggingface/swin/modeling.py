@@ -139,8 +139,8 @@ class SwinV2MoEForImageClassification(SwinV2MoEPreTrainedModel):
         loss = extra = None
         if labels is not None:
             loss = self.loss_function(labels, logits, self.config)
-            extra = aux_loss(self)
-            loss = loss + extra.to(loss)
+            extra = aux_loss(self) if self.training else None
+            loss = loss if extra is None else loss + extra.to(loss)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         maps = features.maps if wanted else None
         return SwinV2MoEImageClassifierOutput(loss=loss, logits=logits, hidden_states=maps, aux_loss=extra)  # pyright: ignore[reportArgumentType]

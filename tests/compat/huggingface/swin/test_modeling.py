@@ -106,6 +106,9 @@ def test_loss_and_gradients_are_those_of_our_classifier():
     for name, gradient in gradients(model).items():
         assert_close(name, gradient, wanted[name])
     assert float(aux_loss(model)) == 0  # read already
+    scored = model.eval()(x, labels=labels)
+    assert scored.aux_loss is None
+    assert_close("loss in evaluation", scored.loss, F.cross_entropy(model(x).logits, labels))
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
@@ -237,7 +240,7 @@ def test_detectors_and_segmenters_train_on_it(build):
         loss_of(model).backward()
         routers = {name: p for name, p in model.named_parameters() if ".router." in name}
         assert len(routers) == 2
-        # Three experts share 32 tokens unevenly; with one each, of weight one, the gradient of a router is that of the experts' loss alone.
+        # Three experts share 32 tokens unevenly; with weights of one, a router's gradient is their loss's alone.
         assert any(bool(router.grad.any()) for router in routers.values()) == carried
         before = [router.detach().clone() for router in routers.values()]
         optimizer.step()
