@@ -34,7 +34,8 @@ STORAGES = MappingProxyType(
         "BoolStorage": torch.bool,
     }
 )
-PLAIN = frozenset({"set", "frozenset", "complex", "bytearray", "slice", "range"})
+DTYPES = MappingProxyType({name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)})
+PLAIN = MappingProxyType({"set": set, "frozenset": frozenset, "complex": complex, "slice": slice})
 BROKEN = (
     pickle.UnpicklingError,
     ArithmeticError,
@@ -129,10 +130,8 @@ class _Unpickler(pickle.Unpickler):
         self._read: dict[str, torch.UntypedStorage] = {}
 
     def find_class(self, module: str, name: str, /) -> Any:
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
+        if module == "torch" and name in (STORAGES | DTYPES):
+            return STORAGES[name] if name in STORAGES else DTYPES[name]
         if (module, name) == ("torch", "Size"):
             return tuple
         if (module, name) == ("collections", "OrderedDict"):
@@ -142,7 +141,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch._utils" and name == "_rebuild_parameter":
             return lambda data, *_: data
         if module in ("builtins", "__builtin__") and name in PLAIN:
-            return getattr(__import__("builtins"), name)
+            return PLAIN[name]
         return type(name, (Inert,), {"origin": f"{module}.{name}"})
 
     def persistent_load(self, pid: Any, /) -> Any:

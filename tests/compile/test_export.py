@@ -99,7 +99,11 @@ def test_an_exported_swin_v2_moe_gives_the_eager_logits_for_any_batch(kind):
     capacity, style = STYLES[kind]
     experts = dataclasses.replace(DEMO_EXPERTS, capacity=capacity, blocks=((), (1,)))
     model = swin_v2_moe_demo(config=dataclasses.replace(DEMO, style=style, depths=(1, 2)), experts=experts).eval()
-    run = exported(model, torch.randn(2, 1, 32, 32), BATCH).module()
+    if style is SWIN_MOE:
+        model.backbone.stages[1].blocks[1].ffn.distribute(Local(kernels=REFERENCE))
+    program = exported(model, torch.randn(2, 1, 32, 32), BATCH)
+    assert ("synchromesh.fused_mlp_cpu.default" in foreign(program)) == (style is SWIN_V2)
+    run = program.module()
     for batch in (1, 5):
         images = torch.randn(batch, 1, 32, 32)
         assert_close(f"{batch} images", run(images), model(images))

@@ -1,5 +1,6 @@
 """SwinV2-MoE behind transformers' Auto classes: saved, loaded, made of dense checkpoints, trained inside detectors."""
 
+import copy
 import json
 from collections.abc import Callable
 
@@ -19,6 +20,9 @@ from transformers import (
     Swinv2Backbone,
     Swinv2Config,
     Swinv2ForImageClassification,
+    Swinv2Model,
+    Trainer,
+    TrainingArguments,
     UperNetConfig,
     UperNetForSemanticSegmentation,
 )
@@ -133,6 +137,9 @@ def test_experts_made_of_a_dense_backbone_give_its_first_maps():
     x = images(torch.float64)
     for got, wanted in zip(model(x).feature_maps, dense(x).feature_maps, strict=True):
         assert_close("map", got, wanted)
+    whole = randomised(Swinv2Model(config)).double().eval()
+    classifier = SwinV2MoEForImageClassification.from_dense(whole, num_experts=2, num_labels=3)
+    assert_close("pooled", classifier.backbone(x).pooled, whole(x).pooler_output)
 
 
 def test_weights_below_one_are_warned_of_and_foreign_fields_refused():
@@ -247,6 +254,46 @@ def test_detectors_and_segmenters_train_on_it(build):
         changed = [not torch.equal(old, new) for old, new in zip(before, routers.values(), strict=True)]
         assert any(changed) == carried
         assert (float(aux_loss(model).detach()) == 0) == carried
+
+
+def test_a_trainer_trains_saves_and_goes_on(tmp_path):
+    """Two steps of two accumulated batches: the loss of the experts is divided like the rest."""
+    model = SwinV2MoEForImageClassification(SwinV2MoEConfig(**SMALL, **MOE, router_aux_loss_coef=1.0))
+    plain = copy.deepcopy(model)
+    data = [{"pixel_values": torch.randn(3, 32, 32), "labels": number % 3} for number in range(8)]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        learning_rate=0.1,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        report_to=[],
+        use_cpu=True,
+        save_steps=2,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        train_sampling_strategy="sequential",
+    )
+    Trainer(model, arguments, train_dataset=data).train()
+    optimizer = torch.optim.SGD(plain.train().parameters(), lr=0.1)
+    for step in range(2):
+        for batch in range(2):
+            rows = data[4 * step + 2 * batch :][:2]
+            x, labels = (
+                torch.stack([row["pixel_values"] for row in rows]),
+                torch.tensor([row["labels"] for row in rows]),
+            )
+            loss = F.cross_entropy(plain(x).logits, labels) + aux_loss(plain)
+            (loss / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, wanted in plain.state_dict().items():
+        assert_close(name, model.state_dict()[name], wanted)
+    saved = AutoModelForImageClassification.from_pretrained(tmp_path / "checkpoint-2")
+    assert all(torch.equal(saved.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_recomputation_changes_no_gradient_and_counts_once():
