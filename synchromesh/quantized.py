@@ -57,8 +57,8 @@ class QuantizedExperts(Experts):
     def compute(
         self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " L"], weights: Mapping[str, Tensor], kernels: Kernels
     ) -> Float[Tensor, "R D"]:
-        rowmap = RowMap.of_rows(len(rows), ends)
-        return kernels.quantized_mlp(rows, rows.new_ones(len(rows), 1), rowmap, self._mlp(), self.activation)
+        rowmap = RowMap.of_rows(rows.shape[0], ends)
+        return kernels.quantized_mlp(rows, rows.new_ones(rows.shape[0], 1), rowmap, self._mlp(), self.activation)
 
     def fused(
         self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, weights: Mapping[str, Tensor], kernels: Kernels
