@@ -1,0 +1,78 @@
+"""An experts backend for transformers: `experts_implementation="synchromesh"`."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import transformers
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from synchromesh.capacity import Dropless
+from synchromesh.compat.huggingface.networks import network_of
+from synchromesh.kernels import kernels_for
+from synchromesh.types import Routing
+
+NAME = "synchromesh"
+
+
+def register() -> None:
+    """Make "synchromesh" a name that transformers knows, for experts and for expert parallelism.
+
+        model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="synchromesh")
+        model.set_experts_implementation("synchromesh")
+
+    Calling it again changes nothing.
+
+    Raises:
+        RuntimeError: this transformers has no registry of experts implementations.
+    """
+    registry = _registry()
+    registry.register(NAME, experts_forward)
+
+
+def experts_forward(
+    module: nn.Module,
+    hidden_states: Float[Tensor, "T D"],
+    top_k_index: Int[Tensor, "T K"],
+    top_k_weights: Float[Tensor, "T K"],
+) -> Float[Tensor, "T D"]:
+    """Compute y[t] = sum_k weights[t, k] * expert[ids[t, k]](x[t]) with the experts of a transformers module.
+
+    An id outside 0..E-1 is an absent pair and adds nothing: transformers marks so what other ranks compute.
+    """
+    kernels, network = kernels_for(hidden_states.device), network_of(module)
+    x = hidden_states.to(network.mlp.down.dtype)  # norms may leave float32 before bfloat16 weights
+    routing = given_routing(top_k_index, top_k_weights, module.num_experts)
+    rowmap = Dropless()(routing, _alone)
+    y = network.fused(x, routing.weights, rowmap, kernels)
+    if y is None:
+        rows = network.rows(kernels.gather(x, rowmap), rowmap.ends, kernels)
+        y = kernels.combine(rows, routing.weights, rowmap)
+    return y.to(hidden_states.dtype)
+
+
+def given_routing(ids: Int[Tensor, "T K"], weights: Float[Tensor, "T K"], num_experts: int) -> Routing:
+    """Return what a transformers router said as a `Routing`; it says nothing of scores."""
+    present = (ids >= 0) & (ids < num_experts)
+    scores = weights.new_zeros(()).expand(len(ids), num_experts)
+    return Routing(torch.where(present, ids, -1), weights, scores=scores, logits=scores)
+
+
+def _registry() -> Any:
+    if importlib.util.find_spec("transformers.integrations.moe") is not None:
+        from transformers.integrations import moe
+
+        registry = getattr(moe, "ALL_EXPERTS_FUNCTIONS", None)
+        if registry is not None:
+            return registry
+    raise RuntimeError(
+        f"transformers {transformers.__version__} has no registry of experts implementations "
+        "(transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS): install transformers>=5.0"
+    )
+
+
+def _alone(value: Tensor) -> Tensor:
+    return value

@@ -1,0 +1,172 @@
+"""What the experts of a transformers model compute, read off their module: weights where they lie, gate, activation.
+
+transformers' decorator says how a module keeps its weights: gated or not, with biases or not, [E, out, in] or
+transposed, the rows of gate before those of up or in turns with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from synchromesh.kernels import Kernels, MLPWeights
+from synchromesh.types import RowMap
+
+# What transformers calls its activations, and what they are to kernels.
+_PLAIN = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+_KNOWN: dict[type, Callable[[Tensor], Tensor]] = {type(ACT2FN[name]): plain for name, plain in _PLAIN.items()}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the decorator says of a module. The first releases said less, and meant these defaults."""
+
+    has_gate: bool = True
+    has_bias: bool = False
+    is_transposed: bool = False
+    is_concatenated: bool = True
+    has_post_expert_norm: bool = False
+
+    @staticmethod
+    def of(module: nn.Module) -> Form:
+        return Form(**{field.name: getattr(module, field.name, field.default) for field in dataclasses.fields(Form)})
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the weights, all with dim 0 = E: the first product's, the second's, then their biases."""
+        first = "gate_up_proj" if self.has_gate else "up_proj"
+        return [first, "down_proj"] + ([f"{first}_bias", "down_proj_bias"] if self.has_bias else [])
+
+    def halves(self, rows: Float[Tensor, "E O *D"]) -> tuple[Tensor, Tensor]:
+        """Return the rows of gate and of up, as views."""
+        if self.is_concatenated:
+            gate, up = rows.unflatten(1, (2, -1)).unbind(1)
+        else:
+            gate, up = rows.unflatten(1, (-1, 2)).unbind(2)
+        return gate, up
+
+    def joined(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Undo `halves`."""
+        return torch.stack([gate, up], 1 if self.is_concatenated else 2).flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class Network:
+    """The feed-forward networks of some experts of a module.
+
+    Attributes:
+        module: whose gate, activation and norm they have. mlp: their weights, as views.
+        opening: weights [E, D, 2F] and biases of gate and up in one, where they lie together.
+    """
+
+    module: nn.Module
+    mlp: MLPWeights
+    opening: tuple[Tensor, Tensor | None] | None = None
+
+    def fused(
+        self, x: Float[Tensor, "T D"], weights: Float[Tensor, "T K"], rowmap: RowMap, kernels: Kernels
+    ) -> Float[Tensor, "T D"] | None:
+        """Run tokens in one pass; None where there is none for such a network."""
+        activation = plain_activation(self.module)
+        if activation is None or not kernels.fuses(activation):
+            return None
+        return kernels.fused_mlp(x, weights, rowmap, self.mlp, activation)
+
+    def rows(self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " E"], kernels: Kernels) -> Float[Tensor, "R D"]:
+        """Run rows sorted by expert; the tail may hold anything, before and after."""
+        hidden = self._hidden(rows, ends, kernels)
+        out = kernels.grouped_mm(hidden, self.mlp.down, ends, self.mlp.down_bias)
+        if not Form.of(self.module).has_post_expert_norm:
+            return out
+        return self.module.post_expert_norm(_without_tail(out, ends))  # the gradient of a norm's own weight sums rows
+
+    def _hidden(self, rows: Tensor, ends: Tensor, kernels: Kernels) -> Tensor:
+        module, mlp = self.module, self.mlp
+        if mlp.gate is None:
+            return module.act_fn(self._safe(kernels.grouped_mm(rows, mlp.up.mT, ends, mlp.up_bias), ends))
+        if self.opening is not None:
+            weight, bias = self.opening
+            first = kernels.grouped_mm(rows, weight, ends, bias)
+        else:
+            up = kernels.grouped_mm(rows, mlp.up.mT, ends, mlp.up_bias)
+            gate = kernels.grouped_mm(rows, mlp.gate.mT, ends, mlp.gate_bias)
+            first = Form.of(module).joined(gate, up)
+        return module._apply_gate(self._safe(first, ends))
+
+    def _safe(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """Keep the tail from an activation with parameters, whose gradients sum over rows."""
+        act = getattr(self.module, "act_fn", None)
+        learns = isinstance(act, nn.Module) and any(True for _ in act.parameters())
+        return _without_tail(rows, ends) if learns else rows
+
+
+def network_of(module: nn.Module) -> Network:
+    """Return the network of a module that holds whole experts, without a copy of its weights.
+
+    Raises:
+        ValueError: it lacks a weight that the decorator promises.
+    """
+    return network_from(module, {name: getattr(module, name) for name in weight_names(module)})
+
+
+def network_from(module: nn.Module, weights: Mapping[str, Tensor]) -> Network:
+    """Return the network of weights laid out as those of a module."""
+    form = Form.of(module)
+    first, down, *biases = (weights[name] for name in form.names)
+    first_bias, down_bias = biases or (None, None)
+    opening, down = (first, down) if form.is_transposed else (first.mT, down.mT)
+    if not form.has_gate:
+        return Network(module, MLPWeights(opening.mT, down, up_bias=first_bias, down_bias=down_bias))
+    gate, up = form.halves(opening.mT)
+    gate_bias, up_bias = (None, None) if first_bias is None else form.halves(first_bias)
+    mlp = MLPWeights(up, down, gate, up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias)
+    return Network(module, mlp, (opening, first_bias))
+
+
+def weights_from(module: nn.Module, mlp: MLPWeights) -> dict[str, Tensor]:
+    """Return weights laid out as those of a module: undo `network_from`, with copies."""
+    form = Form.of(module)
+    first = mlp.up if mlp.gate is None else form.joined(mlp.gate, mlp.up)
+    weights = [first.mT, mlp.down] if form.is_transposed else [first, mlp.down.mT]
+    if mlp.up_bias is not None:
+        bias = mlp.up_bias if mlp.gate_bias is None else form.joined(mlp.gate_bias, mlp.up_bias)
+        weights += [bias, mlp.down_bias]
+    return {name: weight.contiguous() for name, weight in zip(form.names, weights, strict=True)}
+
+
+def weight_names(module: nn.Module) -> list[str]:
+    """Return the names of a module's weights. Raises ValueError where it lacks one."""
+    names = Form.of(module).names
+    missing = [name for name in names if not isinstance(getattr(module, name, None), Tensor)]
+    if missing:
+        raise ValueError(
+            f"{type(module).__name__} has no {', '.join(missing)}, wanted {', '.join(names)}, stacked by expert as in "
+            "transformers' own models; quantized experts keep the backend that transformers gives them"
+        )
+    return names
+
+
+def plain_activation(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """Return a of a network that computes (a(x gate^T) * (x up^T)) down, or a(x up^T) down; None if it does more."""
+    form, gate = Form.of(module), type(module)._apply_gate
+    if form.has_post_expert_norm or (form.has_gate and gate.__module__ != "transformers.integrations.moe"):
+        return None
+    return _KNOWN.get(type(module.act_fn), module.act_fn)
+
+
+def _without_tail(rows: Tensor, ends: Tensor) -> Tensor:
+    tail = torch.arange(len(rows), device=rows.device) >= ends[-1]
+    return rows.masked_fill(tail[:, None], 0)

@@ -1,0 +1,118 @@
+"""parallelize_experts: the experts of a transformers model on the ranks of a grid, by any plan."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from synchromesh.comm.grid import Grid
+from synchromesh.compat.huggingface.backend import NAME, given_routing
+from synchromesh.compat.huggingface.sharded import TransformersExperts
+from synchromesh.layer import MoE
+from synchromesh.parallel.sharded import Sharded
+from synchromesh.parallelize import distribute, expert_parameters
+from synchromesh.types import Routing
+
+
+class GivenRouting(nn.Module):
+    """A router whose decision was taken outside: by the model's own."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self._given: Routing | None = None
+
+    def give(self, routing: Routing) -> None:
+        """Say what the next forward returns."""
+        self._given = routing
+
+    def forward(self, x: Float[Tensor, "T D"], k: int | None = None) -> Routing:
+        given, self._given = self._given, None
+        assert given is not None, "a layer ran without the decision of its model's router"
+        return given
+
+
+def parallelize_experts(model: nn.Module, grid: Grid, *, strategy: Callable[[], Sharded] | None = None) -> list[str]:
+    """Spread the experts of a transformers model over the ranks of a grid, in place; return their modules' names.
+
+    Every rank keeps its equal part of each layer's experts and works on tokens of its own, any number, none included.
+    Do this once, before an optimizer is made. Expert gradients are those of the mean of the ranks' losses. All other
+    parameters stay as they are: average their gradients with torch's DDP or FSDP2, through `parallelize(model, grid)`,
+    accelerate, or a Trainer; DDP is told to leave the experts alone.
+
+    Args:
+        model: any model whose experts are of transformers >= 5.0, every rank having the same weights.
+        strategy: makes the strategy of each layer; None is `Adaptive(grid)`, which finds the best plans itself.
+
+    Raises:
+        ValueError: there are no experts, they are spread already, or cannot be cut over the grid.
+    """
+    found = dict(experts_modules(model))
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no experts module of transformers (gate_up_proj, down_proj)")
+    for name, module in found.items():
+        if NAME in module._modules:
+            raise ValueError(f"the experts of {name} are spread already")
+    for module in found.values():
+        attach(module, TransformersExperts(module))
+    distribute(model, grid, strategy=strategy)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(expert_parameters(model)))
+    return list(found)
+
+
+def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a model that transformers' decorator made experts of."""
+    for name, module in model.named_modules():
+        down = getattr(module, "down_proj", None)
+        if hasattr(module, "num_experts") and hasattr(module, "config") and isinstance(down, Tensor):
+            yield name, module
+
+
+def attach(module: nn.Module, experts: TransformersExperts) -> MoE:
+    """Let an experts module run through a layer of this library, its child."""
+    layer = MoE(GivenRouting(experts.num_experts), experts)
+    module.add_module(NAME, layer)
+    module.forward = functools.partial(run_layer, module)
+    return layer
+
+
+def run_layer(
+    module: nn.Module,
+    hidden_states: Float[Tensor, "T D"],
+    top_k_index: Int[Tensor, "T K"],
+    top_k_weights: Float[Tensor, "T K"],
+) -> Float[Tensor, "T D"]:
+    """Run the layer attached to an experts module."""
+    layer = module.get_submodule(NAME)
+    assert isinstance(layer, MoE)
+    assert isinstance(layer.router, GivenRouting)
+    weight = next(layer.experts.parameters())
+    same = torch.is_autocast_enabled(hidden_states.device.type)
+    layer.router.give(given_routing(top_k_index, top_k_weights, layer.experts.num_experts))
+    return layer(hidden_states if same else hidden_states.to(weight.dtype)).to(hidden_states.dtype)
+
+
+def full_state_dict(model: nn.Module, grid: Grid) -> dict[str, Tensor]:
+    """Return, on rank 0, the state dict of the model with all experts, on the CPU; elsewhere {}.
+
+        model.save_pretrained(folder, state_dict=full_state_dict(model, grid), is_main_process=grid.rank == 0)
+
+    All ranks of the grid call it together.
+    """
+    layers = {name: module.get_submodule(NAME) for name, module in model.named_modules() if NAME in module._modules}
+    own = set(expert_parameters(model))
+    full = {}
+    for key, tensor in model.state_dict().items():
+        if key not in own:
+            full[key] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+    for name, layer in layers.items():
+        experts = layer.get_submodule("experts")
+        assert isinstance(experts, TransformersExperts)
+        full |= {f"{name}.{key}": tensor.cpu() for key, tensor in experts.gathered(grid)}
+    return full if grid.rank == 0 else {}
