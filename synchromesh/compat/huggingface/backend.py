@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from synchromesh.adaptive import Adaptive
 from synchromesh.capacity import Dropless
+from synchromesh.comm.grid import Grid
 from synchromesh.compat.huggingface.networks import network_of
 from synchromesh.kernels import kernels_for
+from synchromesh.parallel.sharded import Sharded
 from synchromesh.types import Routing
 
 NAME = "synchromesh"
 
 
-def register() -> None:
+def register(*, strategy: Callable[[Grid], Sharded] = Adaptive) -> None:
     """Make "synchromesh" a name that transformers knows, for experts and for expert parallelism.
 
+        register()
         model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="synchromesh")
         model.set_experts_implementation("synchromesh")
+        config = DistributedConfig(fsdp_size=8, ep_size=8, ep_implementation="synchromesh")
 
-    Calling it again changes nothing.
+    Calling it again changes nothing but the strategy of models built from then on. Where transformers has no registry
+    of expert parallelism yet, `parallelize_experts` does the same from outside.
+
+    Args:
+        strategy: of the ranks of one layer's experts.
 
     Raises:
         RuntimeError: this transformers has no registry of experts implementations.
     """
-    registry = _registry()
-    registry.register(NAME, experts_forward)
+    _registry().register(NAME, experts_forward)
+    _widen_white_list()
+    if importlib.util.find_spec("transformers.distributed.expert_parallel") is not None and dist.is_available():
+        from synchromesh.compat.huggingface.expert_parallel import register_expert_parallelism
+
+        register_expert_parallelism(NAME, strategy)
 
 
 def experts_forward(
@@ -72,6 +89,22 @@ def _registry() -> Any:
         f"transformers {transformers.__version__} has no registry of experts implementations "
         "(transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS): install transformers>=5.0"
     )
+
+
+def _widen_white_list() -> None:
+    """Let a model take the name where transformers, up to 5.6, compares with a list instead of its registry."""
+    checked = PreTrainedModel.get_correct_experts_implementation
+    try:
+        checked(cast(PreTrainedModel, None), NAME)  # asks a model only whether it can run grouped_mm
+        return
+    except ValueError:
+        pass
+
+    @functools.wraps(checked)
+    def widened(self: PreTrainedModel, requested_experts: str | None) -> str:
+        return NAME if requested_experts == NAME else checked(self, requested_experts)
+
+    PreTrainedModel.get_correct_experts_implementation = widened
 
 
 def _alone(value: Tensor) -> Tensor:

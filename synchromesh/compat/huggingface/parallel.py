@@ -16,6 +16,7 @@ from synchromesh.compat.huggingface.backend import NAME, given_routing
 from synchromesh.compat.huggingface.sharded import TransformersExperts
 from synchromesh.layer import MoE
 from synchromesh.parallel.sharded import Sharded
+from synchromesh.parallel.strategy import Local, Strategy
 from synchromesh.parallelize import distribute, expert_parameters
 from synchromesh.types import Routing
 
@@ -60,7 +61,7 @@ def parallelize_experts(model: nn.Module, grid: Grid, *, strategy: Callable[[], 
         if NAME in module._modules:
             raise ValueError(f"the experts of {name} are spread already")
     for module in found.values():
-        attach(module, TransformersExperts(module))
+        module.forward = attached(module, TransformersExperts(module), Local())
     distribute(model, grid, strategy=strategy)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(expert_parameters(model)))
     return list(found)
@@ -74,12 +75,10 @@ def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def attach(module: nn.Module, experts: TransformersExperts) -> MoE:
-    """Let an experts module run through a layer of this library, its child."""
-    layer = MoE(GivenRouting(experts.num_experts), experts)
-    module.add_module(NAME, layer)
-    module.forward = functools.partial(run_layer, module)
-    return layer
+def attached(module: nn.Module, experts: TransformersExperts, strategy: Strategy) -> Callable[..., Tensor]:
+    """Give an experts module a layer of this library as a child; return what replaces the module's forward."""
+    module.add_module(NAME, MoE(GivenRouting(experts.num_experts), experts, strategy=strategy))
+    return functools.partial(run_layer, module)  # not a closure: a copied model runs its own layers
 
 
 def run_layer(

@@ -46,9 +46,8 @@ class TransformersExperts(Experts):
         super().__init__()
         self._owner = (module,)  # in a tuple: a child would be its own parent
         self._ranks = ranks
-        mlp = network_of(module).mlp
-        local, self.hidden, self.width = mlp.down.shape
-        self.num_experts = local * ranks
+        _, self.hidden, self.width = network_of(module).mlp.down.shape
+        self.num_experts = module.num_experts * ranks  # the module says how many it holds
 
     @property
     def module(self) -> nn.Module:
@@ -71,8 +70,8 @@ class TransformersExperts(Experts):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the experts' parameters; a model meets them in their module, not here."""
-        for name in self._names():
+        """Yield the experts' parameters; who walks through the modules of a model meets them in theirs alone."""
+        for name in self._names() if recurse else ():
             yield f"{prefix}.{name}" if prefix else name, getattr(self.module, name)
 
     def parts(self) -> dict[str, Tensor]:
