@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 import transformers
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from synchromesh.adaptive import Adaptive
 from synchromesh.capacity import Dropless
 from synchromesh.comm.grid import Grid
-from synchromesh.compat.huggingface.networks import network_of
+from synchromesh.compat.huggingface.networks import ExpertsModule, network_of
 from synchromesh.kernels import kernels_for
 from synchromesh.parallel.sharded import Sharded
 from synchromesh.types import Routing
@@ -51,7 +51,7 @@ def register(*, strategy: Callable[[Grid], Sharded] = Adaptive) -> None:
 
 
 def experts_forward(
-    module: nn.Module,
+    module: ExpertsModule,
     hidden_states: Float[Tensor, "T D"],
     top_k_index: Int[Tensor, "T K"],
     top_k_weights: Float[Tensor, "T K"],
@@ -95,13 +95,13 @@ def _widen_white_list() -> None:
     """Let a model take the name where transformers, up to 5.6, compares with a list instead of its registry."""
     checked = PreTrainedModel.get_correct_experts_implementation
     try:
-        checked(cast(PreTrainedModel, None), NAME)  # asks a model only whether it can run grouped_mm
+        checked(cast(Any, None), NAME)  # asks a model only whether it can run grouped_mm
         return
     except ValueError:
         pass
 
     @functools.wraps(checked)
-    def widened(self: PreTrainedModel, requested_experts: str | None) -> str:
+    def widened(self: Any, requested_experts: str | None) -> str:
         return NAME if requested_experts == NAME else checked(self, requested_experts)
 
     PreTrainedModel.get_correct_experts_implementation = widened

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from transformers.activations import ACT2FN
 
 from synchromesh.kernels import Kernels, MLPWeights
 from synchromesh.types import RowMap
+
+# An nn.Module with the attributes that transformers' decorator and its class give it, unknown to type checkers.
+ExpertsModule: TypeAlias = Any
 
 # What transformers calls its activations, and what they are to kernels.
 _PLAIN = {
@@ -41,8 +45,9 @@ class Form:
     has_post_expert_norm: bool = False
 
     @staticmethod
-    def of(module: nn.Module) -> Form:
-        return Form(**{field.name: getattr(module, field.name, field.default) for field in dataclasses.fields(Form)})
+    def of(module: ExpertsModule) -> Form:
+        fields = dataclasses.fields(Form)
+        return Form(*(bool(getattr(module, field.name, field.default)) for field in fields))
 
     @property
     def names(self) -> list[str]:
@@ -72,7 +77,7 @@ class Network:
         opening: weights [E, D, 2F] and biases of gate and up in one, where they lie together.
     """
 
-    module: nn.Module
+    module: ExpertsModule
     mlp: MLPWeights
     opening: tuple[Tensor, Tensor | None] | None = None
 
@@ -113,7 +118,7 @@ class Network:
         return _without_tail(rows, ends) if learns else rows
 
 
-def network_of(module: nn.Module) -> Network:
+def network_of(module: ExpertsModule) -> Network:
     """Return the network of a module that holds whole experts, without a copy of its weights.
 
     Raises:
@@ -122,7 +127,7 @@ def network_of(module: nn.Module) -> Network:
     return network_from(module, {name: getattr(module, name) for name in weight_names(module)})
 
 
-def network_from(module: nn.Module, weights: Mapping[str, Tensor]) -> Network:
+def network_from(module: ExpertsModule, weights: Mapping[str, Tensor]) -> Network:
     """Return the network of weights laid out as those of a module."""
     form = Form.of(module)
     first, down, *biases = (weights[name] for name in form.names)
@@ -136,7 +141,7 @@ def network_from(module: nn.Module, weights: Mapping[str, Tensor]) -> Network:
     return Network(module, mlp, (opening, first_bias))
 
 
-def weights_from(module: nn.Module, mlp: MLPWeights) -> dict[str, Tensor]:
+def weights_from(module: ExpertsModule, mlp: MLPWeights) -> dict[str, Tensor]:
     """Return weights laid out as those of a module: undo `network_from`, with copies."""
     form = Form.of(module)
     first = mlp.up if mlp.gate is None else form.joined(mlp.gate, mlp.up)
@@ -147,7 +152,7 @@ def weights_from(module: nn.Module, mlp: MLPWeights) -> dict[str, Tensor]:
     return {name: weight.contiguous() for name, weight in zip(form.names, weights, strict=True)}
 
 
-def weight_names(module: nn.Module) -> list[str]:
+def weight_names(module: ExpertsModule) -> list[str]:
     """Return the names of a module's weights. Raises ValueError where it lacks one."""
     names = Form.of(module).names
     missing = [name for name in names if not isinstance(getattr(module, name, None), Tensor)]
@@ -159,7 +164,7 @@ def weight_names(module: nn.Module) -> list[str]:
     return names
 
 
-def plain_activation(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def plain_activation(module: ExpertsModule) -> Callable[[Tensor], Tensor] | None:
     """Return a of a network that computes (a(x gate^T) * (x up^T)) down, or a(x up^T) down; None if it does more."""
     form, gate = Form.of(module), type(module)._apply_gate
     if form.has_post_expert_norm or (form.has_gate and gate.__module__ != "transformers.integrations.moe"):

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from synchromesh.comm.grid import Grid
 from synchromesh.compat.huggingface.networks import (
+    ExpertsModule,
     Form,
     Network,
     network_from,
@@ -42,7 +43,7 @@ class TransformersExperts(Experts):
 
     output_parts = frozenset({"down_bias", "down_proj_bias"})
 
-    def __init__(self, module: nn.Module, *, ranks: int = 1) -> None:
+    def __init__(self, module: ExpertsModule, *, ranks: int = 1) -> None:
         super().__init__()
         self._owner = (module,)  # in a tuple: a child would be its own parent
         self._ranks = ranks
@@ -50,7 +51,7 @@ class TransformersExperts(Experts):
         self.num_experts = module.num_experts * ranks  # the module says how many it holds
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> ExpertsModule:
         return self._owner[0]
 
     @property
@@ -154,7 +155,7 @@ class TransformersExperts(Experts):
                 _set(module, name, own.clone(memory_format=torch.contiguous_format), like=like)
 
 
-def _set(module: nn.Module, name: str, value: Tensor, *, like: nn.Parameter) -> None:
+def _set(module: ExpertsModule, name: str, value: Tensor, *, like: nn.Parameter) -> None:
     setattr(module, name, nn.Parameter(value, requires_grad=like.requires_grad))
 
 
