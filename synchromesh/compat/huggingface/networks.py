@@ -113,8 +113,7 @@ class Network:
 
     def _safe(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Keep the tail from an activation with parameters, whose gradients sum over rows."""
-        act = getattr(self.module, "act_fn", None)
-        learns = isinstance(act, nn.Module) and any(True for _ in act.parameters())
+        learns = any(True for child in self.module.children() for _ in child.parameters())
         return _without_tail(rows, ends) if learns else rows
 
 

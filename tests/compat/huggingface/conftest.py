@@ -53,7 +53,7 @@ def qwen3_vl_moe() -> hf.PreTrainedModel:
     rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
     vision = {
         "depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
-        "patch_size": 4, "spatial_merge_size": 2, "initializer_range": 0.02, "temporal_patch_size": 2, "num_position_embeddings": 16,
+        "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16,
         "deepstack_visual_indexes": [0],
     }  # fmt: skip
     special = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}

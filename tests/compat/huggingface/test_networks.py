@@ -82,7 +82,7 @@ def experts_of(form, *, act="silu", experts=E, gate=None):
 
 
 def interleaved_gate(self, gate_up):
-    return (gate_up[..., 1::2].clamp(-1, 1) + 1) * F.silu(gate_up[..., ::2].clamp(max=1.5))
+    return (gate_up[..., 1::2].clamp(-1, 1) + 1) * self.act_fn(gate_up[..., ::2].clamp(max=1.5))
 
 
 def one_expert(module, e, x, weights):
