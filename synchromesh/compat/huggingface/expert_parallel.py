@@ -37,7 +37,7 @@ def register_expert_parallelism(name: str, strategy: Callable[[Grid], Sharded]) 
             top_k_weights: Float[Tensor, "T K"],
         ) -> Float[Tensor, "T D"]:
             if self.tp_mesh.size() == 1:
-                return self._run(hidden_states, top_k_index, top_k_weights)
+                return self._run(hidden_states, top_k_index, top_k_weights).clone()  # FSDP2 hooks onto it: no view
             # These ranks hold the same tokens: each computes its slice of them, and all get the whole.
             slices = (_own_slice(tensor, self.tp_mesh) for tensor in (hidden_states, top_k_index, top_k_weights))
             y = self._run(*slices).contiguous()
