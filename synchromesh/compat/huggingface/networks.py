@@ -6,7 +6,6 @@ transposed, the rows of gate before those of up or in turns with them.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -46,8 +45,13 @@ class Form:
 
     @staticmethod
     def of(module: ExpertsModule) -> Form:
-        fields = dataclasses.fields(Form)
-        return Form(*(bool(getattr(module, field.name, field.default)) for field in fields))
+        return Form(
+            has_gate=getattr(module, "has_gate", True),
+            has_bias=getattr(module, "has_bias", False),
+            is_transposed=getattr(module, "is_transposed", False),
+            is_concatenated=getattr(module, "is_concatenated", True),
+            has_post_expert_norm=getattr(module, "has_post_expert_norm", False),
+        )
 
     @property
     def names(self) -> list[str]:
