@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -52,8 +53,11 @@ def parallelize_experts(model: nn.Module, grid: Grid, *, strategy: Callable[[], 
         strategy: makes the strategy of each layer; None is `Adaptive(grid)`, which finds the best plans itself.
 
     Raises:
-        ValueError: there are no experts, they are spread already, or cannot be cut over the grid.
+        ValueError: there are no experts, they are spread already, or cannot be cut over the grid; DDP or FSDP2 has the
+            model already.
     """
+    if isinstance(model, DistributedDataParallel | FSDPModule):
+        raise ValueError(f"got a model in {type(model).__name__}, wanted the model itself: spread its experts first")
     found = dict(experts_modules(model))
     if not found:
         raise ValueError(f"{type(model).__name__} has no experts module of transformers (gate_up_proj, down_proj)")

@@ -125,6 +125,8 @@ def refused(folder):
         parallelize_experts(torch.nn.Linear(2, 2), grid)
     with pytest.raises(ValueError, match="3 experts on 2 ranks"):
         parallelize_experts(load(folder), grid)
+    with pytest.raises(ValueError, match="got a model in DistributedDataParallel"):
+        parallelize_experts(torch.nn.parallel.DistributedDataParallel(load(folder)), grid)
 
 
 def all_of(cases):
