@@ -130,7 +130,9 @@ class StackedExperts(Experts):
     ) -> Float[Tensor, "R D"]:
         if self._fuses(kernels):  # keeps the pre-activations for backward, and not the hidden rows
             rowmap = RowMap.of_rows(rows.shape[0], ends)
-            return kernels.fused_mlp(rows, rows.new_ones(rows.shape[0], 1), rowmap, MLPWeights(**weights), self.activation)
+            return kernels.fused_mlp(
+                rows, rows.new_ones(rows.shape[0], 1), rowmap, MLPWeights(**weights), self.activation
+            )
         hidden_RF = kernels.grouped_mm(rows, weights["up"].mT, ends, weights.get("up_bias"))
         if "gate" in weights:
             gate_RF = kernels.grouped_mm(rows, weights["gate"].mT, ends, weights.get("gate_bias"))

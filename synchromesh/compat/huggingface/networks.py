@@ -92,7 +92,7 @@ class Network:
         activation = plain_activation(self.module)
         if activation is None or not kernels.fuses(activation):
             return None
-        return kernels.fused_mlp(x, weights, rowmap, self.mlp, activation)
+        return kernels.fused_mlp(x, weights, rowmap, self._joint(), activation)
 
     def rows(self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " E"], kernels: Kernels) -> Float[Tensor, "R D"]:
         """Run rows sorted by expert; the tail may hold anything, before and after."""
@@ -101,6 +101,13 @@ class Network:
         if not Form.of(self.module).has_post_expert_norm:
             return out
         return self.module.post_expert_norm(_without_tail(out, ends))  # the gradient of a norm's own weight sums rows
+
+    def _joint(self) -> MLPWeights:
+        """Return the weights with gate and up in one where they lie so: their gradient is then made in one, too."""
+        if self.opening is None or not Form.of(self.module).is_concatenated:
+            return self.mlp
+        weight, bias = self.opening
+        return MLPWeights(weight.mT, self.mlp.down, up_bias=bias, down_bias=self.mlp.down_bias)
 
     def _hidden(self, rows: Tensor, ends: Tensor, kernels: Kernels) -> Tensor:
         module, mlp = self.module, self.mlp

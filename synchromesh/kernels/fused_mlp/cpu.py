@@ -16,10 +16,10 @@ from torch import Tensor
 
 from synchromesh.kernels.activations import KNOWN, KnownActivation, known_name
 from synchromesh.kernels.autocast import autocast_alike
-from synchromesh.kernels.fused_mlp.op import Net, define, fields, pre_activations, run, wanted_shapes
+from synchromesh.kernels.fused_mlp.op import Net, define, fields, is_joint, pre_activations, run, wanted
 from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights, compose_mlp
-from synchromesh.kernels.grouped_mm.cpu import grouped_mm, row_ranges
-from synchromesh.kernels.memory import room, scratch
+from synchromesh.kernels.grouped_mm.cpu import grouped_mm, multiply, row_ranges
+from synchromesh.kernels.memory import room, room_like, scratch
 from synchromesh.kernels.permute.cpu import combine, gather, kept_pairs, sum_dtype
 from synchromesh.types import RowMap
 
@@ -54,13 +54,12 @@ def _forward(
     x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, activation: str, save: bool,
     *mlp: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    x, (tokens, scale), gated = x.contiguous(), kept_pairs(weights, pairs, ends, x.dtype), mlp[2] is not None
-    y = room(x.shape, scale.dtype).zero_()
-    shapes = pre_activations(pairs, mlp, save=save)
-    pre_up, pre_gate = (room(shape, x.dtype) for shape in shapes)
-    narrow, wide = (x.shape[1], x.dtype), (shapes[0][1], x.dtype)
-    block = min(BLOCK, len(tokens))
-    space = scratch(block, narrow, narrow, (x.shape[1], scale.dtype), wide, *([wide] * (0 if save else 1 + gated)))
+    x, (tokens, scale), joint = x.contiguous(), kept_pairs(weights, pairs, ends, x.dtype), is_joint(mlp)
+    y, net = room(x.shape, scale.dtype).zero_(), Net(*mlp)
+    pre_up, pre_gate = (room(shape, x.dtype) for shape in pre_activations(pairs, mlp, save=save))
+    narrow, wide = (x.shape[1], x.dtype), (net.down.shape[1], x.dtype)
+    opened = [] if save else [(net.up.shape[1], x.dtype), *([wide] if net.gate is not None else [])]
+    space = scratch(min(BLOCK, len(tokens)), narrow, narrow, (x.shape[1], scale.dtype), wide, *opened)
     for expert, own in _blocks(ends):
         net, at = _net(mlp, expert), tokens[own]
         own_rows, out, scaled, hidden, *hs = (part[: len(at)] for part in space)
@@ -69,7 +68,8 @@ def _forward(
         _product(own_rows, net.up.t(), net.up_bias, h_up)
         if net.gate is not None:
             _product(own_rows, net.gate.t(), net.gate_bias, h_gate)
-        _activate(KNOWN[activation], h_up, h_gate if gated else None, (hidden, hidden))
+        h = _apart(h_up, h_gate if net.gate is not None else None, joint=joint)
+        _activate(KNOWN[activation], *h, (hidden, hidden))
         _product(hidden, net.down, net.down_bias, out)
         y.index_add_(0, at, torch.mul(out, scale[own], out=scaled))
     return _narrowed(y, x.dtype), pre_up, pre_gate
@@ -81,16 +81,17 @@ def _backward(
     x, weights, pairs, _, ends, pre_up, pre_gate = saved
     x, grad, (tokens, scale) = x.contiguous(), grad.contiguous(), kept_pairs(weights, pairs, ends, x.dtype)
     d_x, d_scale = room(x.shape if needs[0] else (0,), scale.dtype).zero_(), torch.zeros_like(scale)
-    d_mlp = [room(shape, x.dtype) for shape in wanted_shapes(mlp, needs)]
-    wanted = [d if need else None for d, need in zip(d_mlp, needs[2:], strict=True)]
+    d_mlp, joint = wanted(mlp, needs, room_like), is_joint(mlp)
+    into = [d if need else None for d, need in zip(d_mlp, needs[2:], strict=True)]
     most = max((stop - start for start, stop in row_ranges(ends)), default=0)
-    space = _space(most, x, pre_up.shape[1], gated=pre_gate.shape[0] > 0)
+    space = _space(most, x, Net(*mlp).down.shape[1], gated=pre_gate.shape[0] > 0, joint=joint)
     for expert, (start, stop) in enumerate(row_ranges(ends)):
         own, net, own_space = slice(start, stop), _net(mlp, expert), _Space(*(part[: stop - start] for part in space))
-        at, s, pre = tokens[own], scale[own], (pre_up[own], None if net.gate is None else pre_gate[own])
+        at, s = tokens[own], scale[own]
+        pre = _apart(pre_up[own], None if net.gate is None else pre_gate[own], joint=joint)
         torch.index_select(x, 0, at, out=own_space.rows)
         torch.index_select(grad, 0, at, out=own_space.d_out)
-        d_pre, d_s = _expert_backward(net, _net(wanted, expert), KNOWN[activation], pre, s, own_space, learns=needs[1])
+        d_pre, d_s = _expert_backward(net, _net(into, expert), KNOWN[activation], pre, s, own_space, learns=needs[1])
         d_scale[own] = d_s
         if needs[0]:
             d_rows = _rows_gradient(net, *d_pre, own_space.d_rows)
@@ -101,7 +102,10 @@ def _backward(
 
 
 class _Space(NamedTuple):
-    """Where an expert's backward works. hidden is opened itself where nothing is gated."""
+    """Where an expert's backward works. hidden is opened itself where nothing is gated.
+
+    d_hidden and spare become the gradients of the pre-activations; of joint ones they are the halves of both.
+    """
 
     rows: Tensor
     d_out: Tensor
@@ -111,13 +115,18 @@ class _Space(NamedTuple):
     d_hidden: Tensor
     spare: Tensor
     hidden: Tensor
+    both: Tensor
 
 
-def _space(num_rows: int, x: Tensor, hidden: int, *, gated: bool) -> _Space:
-    narrow, wide = (x.shape[1], x.dtype), (hidden, x.dtype)
-    scaled = (x.shape[1], sum_dtype(x.dtype))
-    parts = scratch(num_rows, narrow, narrow, narrow, scaled, wide, wide, wide, *([wide] * gated))
-    return _Space(*parts, *([] if gated else [parts[4]]))
+def _space(num_rows: int, x: Tensor, hidden: int, *, gated: bool, joint: bool) -> _Space:
+    narrow, wide, none = (x.shape[1], x.dtype), (hidden, x.dtype), (0, x.dtype)
+    pair = [(2 * hidden, x.dtype), none, none] if joint else [none, wide, wide]
+    second = wide if gated or joint else none
+    parts = scratch(num_rows, narrow, narrow, narrow, (x.shape[1], sum_dtype(x.dtype)), wide, second, *pair)
+    rows, d_out, d_rows, scaled, opened, other, both, d_hidden, spare = parts
+    if joint:
+        spare, d_hidden = both.chunk(2, 1)
+    return _Space(rows, d_out, d_rows, scaled, opened, d_hidden, spare, other if gated or joint else opened, both)
 
 
 def _expert_backward(
@@ -143,6 +152,8 @@ def _expert_backward(
         d_s = d_s + torch.mul(space.d_out, net.down_bias, out=space.d_rows).sum(1, keepdim=True)
     _down_gradients(d_net, space.hidden, space.d_out, s)
     d_pre = _activate_backward(act, space, *pre)
+    if space.both.shape[1]:
+        d_pre = (space.both, None)
     _up_gradients(d_net, *d_pre, space.rows, s)
     return d_pre, d_s
 
@@ -155,6 +166,14 @@ def _blocks(ends: Tensor) -> Iterator[tuple[int, slice]]:
     for expert, (start, stop) in enumerate(row_ranges(ends)):
         for row in range(start, stop, BLOCK):
             yield expert, slice(row, min(row + BLOCK, stop))
+
+
+def _apart(up: Tensor, gate: Tensor | None, *, joint: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the pre-activations of up and of gate, which lies before the other where they are joint."""
+    if not joint:
+        return up, gate
+    gate, up = up.chunk(2, 1)
+    return up, gate
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -190,7 +209,7 @@ def _down_gradients(d_net: Net, hidden: Tensor, d_out: Tensor, s: Tensor) -> Non
     """Write the gradients of down and its bias; d_out is overwritten."""
     d_out.mul_(s.to(d_out.dtype))  # one pass; of mixed dtypes torch would make float32 copies
     if d_net.down is not None:
-        torch.mm(hidden.t(), d_out, out=d_net.down)
+        multiply(hidden.t(), d_out, d_net.down)
     if d_net.down_bias is not None:
         torch.sum(d_out, 0, out=d_net.down_bias)
 

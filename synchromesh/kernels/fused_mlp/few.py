@@ -31,26 +31,27 @@ def rows_of_few(
     """Return the output rows [R, D] of the experts, without combine weights, sorted by expert like any buffer.
 
     Args:
-        x: [T, D]. rows: [T, K], the row of each pair, or -1. ends: [E]. biases: of up, gate and down.
+        x: [T, D]. rows: [T, K], the row of each pair, or -1. ends: [E]. biases: of up, gate and down, contiguous.
+             up, down and gate: [E, F, D], any strides.
         scales: of up, gate and down, where these are 8-bit numbers: [E, F], [E, F], [E, D].
     """
     experts, hidden_width, width = up.shape
     hidden, out = x.new_empty(num_rows, hidden_width), x.new_empty(num_rows, width)
     up_bias, gate_bias, down_bias = biases
     up_scale, gate_scale, down_scale = scales
-    up, down, gate = up.contiguous(), down.contiguous(), None if gate is None else gate.contiguous()
+    other = up if gate is None else gate
     if not rows.numel():
         return out
     padded, choices = max(2, triton.next_power_of_2(experts)), rows.shape[1]
     _open_few[(rows.numel(), triton.cdiv(hidden_width, 32))](
-        x, rows, ends, up, up if gate is None else gate, given_or(up_bias, x), given_or(gate_bias, x),
-        given_or(up_scale, x), given_or(gate_scale, x), hidden, width, hidden_width, choices, experts,
+        x, rows, ends, up, other, given_or(up_bias, x), given_or(gate_bias, x), given_or(up_scale, x),
+        given_or(gate_scale, x), hidden, width, hidden_width, choices, experts, *up.stride(), *other.stride(),
         ACTIVATION=activation, GATED=gate is not None, UP_BIAS=up_bias is not None,
         GATE_BIAS=gate_bias is not None, SCALED=up_scale is not None, EXPERTS=padded, BF=32, BD=128,
     )  # fmt: skip
     _close_few[(rows.numel(), triton.cdiv(width, 64))](
         hidden, rows, ends, down, given_or(down_bias, x), given_or(down_scale, x), out, width, hidden_width, experts,
-        BIAS=down_bias is not None, SCALED=down_scale is not None, EXPERTS=padded, BF=64, BD=64,
+        *down.stride(), BIAS=down_bias is not None, SCALED=down_scale is not None, EXPERTS=padded, BF=64, BD=64,
     )  # fmt: skip
     return out
 
@@ -65,6 +66,7 @@ def _expert_of(row, ends, experts, EXPERTS: tl.constexpr):
 @triton.jit
 def _open_few(
     x, rows, ends, up, gate, up_bias, gate_bias, up_scale, gate_scale, hidden, width, hidden_width, choices, experts,
+    up_e, up_f, up_d, gate_e, gate_f, gate_d,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr,
     SCALED: tl.constexpr, EXPERTS: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -74,16 +76,16 @@ def _open_few(
         e = _expert_of(row, ends, experts, EXPERTS)
         f = tl.program_id(1) * BF + tl.arange(0, BF)
         inside = f < hidden_width
-        first = e * hidden_width * width
         h = tl.zeros((BF,), tl.float32)
         g = tl.zeros((BF,), tl.float32)
         for start in range(0, width, BD):
             d = start + tl.arange(0, BD)
             token = tl.load(x + (pair // choices) * width + d, mask=d < width, other=0.0).to(tl.float32)
-            at = first + f[:, None] * width + d[None, :]
             mask = inside[:, None] & (d < width)[None, :]
+            at = e * up_e + f[:, None] * up_f + d[None, :] * up_d
             h += tl.sum(tl.load(up + at, mask=mask, other=0.0).to(tl.float32) * token[None, :], 1)
             if GATED:
+                at = e * gate_e + f[:, None] * gate_f + d[None, :] * gate_d
                 g += tl.sum(tl.load(gate + at, mask=mask, other=0.0).to(tl.float32) * token[None, :], 1)
         if SCALED:
             h *= tl.load(up_scale + e * hidden_width + f, mask=inside, other=0.0)
@@ -102,7 +104,7 @@ def _open_few(
 
 @triton.jit
 def _close_few(
-    hidden, rows, ends, down, bias, scale, out, width, hidden_width, experts,
+    hidden, rows, ends, down, bias, scale, out, width, hidden_width, experts, down_e, down_f, down_d,
     BIAS: tl.constexpr, SCALED: tl.constexpr, EXPERTS: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     row = tl.load(rows + tl.program_id(0))
@@ -115,7 +117,8 @@ def _close_few(
             f = start + tl.arange(0, BF)
             h = tl.load(hidden + row * hidden_width + f, mask=f < hidden_width, other=0.0).to(tl.float32)
             mask = (f < hidden_width)[:, None] & inside[None, :]
-            w = tl.load(down + (e * hidden_width + f[:, None]) * width + d[None, :], mask=mask, other=0.0)
+            at = e * down_e + f[:, None] * down_f + d[None, :] * down_d
+            w = tl.load(down + at, mask=mask, other=0.0)
             total += tl.sum(w.to(tl.float32) * h[:, None], 0)
         if SCALED:
             total *= tl.load(scale + e * width + d, mask=inside, other=0.0)

@@ -33,6 +33,22 @@ def fields(mlp: MLPWeights) -> list[Tensor | None]:
     return [mlp.up, mlp.down, mlp.gate, mlp.up_bias, mlp.gate_bias, mlp.down_bias]
 
 
+def is_joint(mlp: Optionals) -> bool:
+    """Tell whether up holds gate too, its rows first."""
+    net = Net(*mlp)
+    return net.gate is None and net.up.shape[1] != net.down.shape[1]
+
+
+def apart(mlp: Optionals, *, joint: bool) -> Net:
+    """Return weights, or their gradients, with gate and up apart: views, where they were joint."""
+    net = Net(*mlp)
+    if not joint:
+        return net
+    gate, up = (None, None) if net.up is None else net.up.chunk(2, 1)
+    gate_bias, up_bias = (None, None) if net.up_bias is None else net.up_bias.chunk(2, 1)
+    return net._replace(up=up, gate=gate, up_bias=up_bias, gate_bias=gate_bias)
+
+
 def run(op: Any, x: Tensor, weights: Tensor, rowmap: RowMap, activation: str, mlp: Optionals) -> Tensor:
     """Run an op; where no gradient is wanted, nothing is kept."""
     learns = any(tensor is not None and tensor.requires_grad for tensor in (x, weights, *mlp))
@@ -83,15 +99,19 @@ def define(name: str, forward: Callable[..., Any], backward: Callable[..., Any],
 
 
 def pre_activations(pairs: Tensor, mlp: Optionals, *, save: bool) -> list[Sequence[Any]]:  # Any: sizes may be symbols
-    """Return the shapes of what is saved of up and of gate."""
+    """Return the shapes of what is saved of up and of gate; [R, 2 F] and nothing where they are joint."""
     net = Net(*mlp)
     rows = pairs.shape[0] if save else 0
     return [(rows, net.up.shape[1]), (0 if net.gate is None else rows, net.up.shape[1])]
 
 
-def wanted_shapes(mlp: Optionals, needs: list[bool]) -> list[Sequence[Any]]:
-    """Return the shape of each gradient that is needed, and no room for the others."""
-    return [tuple(part.shape) if need and part is not None else (0,) for part, need in zip(mlp, needs[2:], strict=True)]
+def wanted(mlp: Optionals, needs: list[bool], like: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Return room for each gradient that is needed, laid out as its parameter is, and an empty tensor for others."""
+    some = next(part for part in mlp if part is not None)
+    return [
+        like(part) if need and part is not None else some.new_empty(0)
+        for part, need in zip(mlp, needs[2:], strict=True)
+    ]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -115,5 +135,5 @@ def _fake_backward(
     grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, needs: list[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     x, weights, *_ = saved
-    d_mlp = [x.new_empty(shape) for shape in wanted_shapes(mlp, needs)]
+    d_mlp = wanted(mlp, needs, torch.empty_like)
     return x.new_empty(x.shape if needs[0] else (0,)), weights.new_empty(weights.shape), d_mlp

@@ -11,6 +11,7 @@ the activation is computed twice.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -23,7 +24,7 @@ from synchromesh.kernels.activations_triton import activated, derivative
 from synchromesh.kernels.autocast import autocast_alike
 from synchromesh.kernels.fused_mlp import reference
 from synchromesh.kernels.fused_mlp.few import is_few, rows_of_few
-from synchromesh.kernels.fused_mlp.op import Net, define, fields, pre_activations, run, wanted_shapes
+from synchromesh.kernels.fused_mlp.op import Net, apart, define, fields, is_joint, pre_activations, run, wanted
 from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights, compose_mlp
 from synchromesh.kernels.grouped_mm.tilings import Tilings, tilings_of
 from synchromesh.kernels.grouped_mm.triton import column_sums, grouped_mm, options, product, weight_gradient
@@ -68,8 +69,9 @@ def _forward(
     x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, activation: str, save: bool,
     *mlp: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    net, x, rows, tokens = Net(*mlp), x.contiguous(), rows.contiguous(), (pairs, rows.shape[1])
+    net, x, rows, tokens = _net(mlp), x.contiguous(), rows.contiguous(), (pairs, rows.shape[1])
     pre_up, pre_gate = (x.new_empty(shape) for shape in pre_activations(pairs, mlp, save=save))
+    pre = _pre(pre_up, pre_gate, joint=is_joint(mlp))
     if not save and is_few(len(pairs), len(ends)):
         biases = (net.up_bias, net.gate_bias, net.down_bias)
         out = rows_of_few(x, rows, ends, activation, net.up, net.down, net.gate, biases, len(pairs))
@@ -77,9 +79,24 @@ def _forward(
     hidden = x.new_empty(len(pairs), net.up.shape[1])
     tilings = _tilings(x, pairs, ends)
     tiles = tiles_of(ends, len(pairs), tilings.opening.rows)
-    _open(x, net, tiles, tilings.opening, tokens, activation, (pre_up, pre_gate) if save else None, hidden)
+    _open(x, net, tiles, tilings.opening, tokens, activation, pre if save else None, hidden)
     out = product(hidden, net.down, tiles, tilings.product, out=x.new_empty(len(pairs), x.shape[1]), bias=net.down_bias)
     return sum_rows(out, rows, weights.contiguous(), dtype=x.dtype), pre_up, pre_gate
+
+
+def _net(mlp: Sequence[Tensor | None]) -> Net:
+    """Return the weights with gate and up apart, biases as kernels read them."""
+    net = apart(mlp, joint=is_joint(mlp))
+    up_bias, gate_bias, down_bias = (None if b is None else b.contiguous() for b in net[3:])
+    return net._replace(up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias)
+
+
+def _pre(pre_up: Tensor, pre_gate: Tensor, *, joint: bool) -> tuple[Tensor, Tensor]:
+    """Return room [R, F] for each of the pre-activations, one after the other in pre_up's where they are joint."""
+    if not joint:
+        return pre_up, pre_gate
+    gate, up = pre_up.view(2, len(pre_up), pre_up.shape[1] // 2)
+    return up, gate
 
 
 def _tilings(x: Tensor, pairs: Tensor, ends: Tensor) -> Tilings:
@@ -111,25 +128,26 @@ def _open(
 def _backward(
     grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, needs: list[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    x, weights, pairs, rows, ends, *pre = saved
-    net, tokens, grad = Net(*mlp), (pairs, rows.shape[1]), grad.contiguous()
+    x, weights, pairs, rows, ends, *kept = saved
+    joint = is_joint(mlp)
+    net, pre, tokens, grad = _net(mlp), _pre(*kept, joint=joint), (pairs, rows.shape[1]), grad.contiguous()
     x, weights, rows = x.contiguous(), weights.contiguous(), rows.contiguous()
-    d_mlp = [x.new_empty(shape) for shape in wanted_shapes(mlp, needs)]
-    wanted = Net(*(d if d.numel() else None for d in d_mlp))
+    d_mlp = wanted(mlp, needs, torch.empty_like)
+    into = apart([d if d.numel() else None for d in d_mlp], joint=joint)
     tilings = _tilings(x, pairs, ends)
     tiles = tiles_of(ends, len(pairs), tilings.closing.rows)
     hidden, d_up, d_gate, partial = _close_backward(grad, weights, net, tiles, tilings.closing, tokens, activation, pre)
     d_weights = torch.zeros_like(weights)
     if needs[1] and len(pairs):
         _sum_weights(grad, weights, pairs, ends, net.down_bias, partial, out=d_weights)
-    for d, left, right in ((wanted.down, hidden, grad), (wanted.up, d_up, x), (wanted.gate, d_gate, x)):
+    for d, left, right in ((into.down, hidden, grad), (into.up, d_up, x), (into.gate, d_gate, x)):
         if d is not None:
             weight_gradient(left, right, ends, tilings.weights, out=d, tokens=tokens)
-    for d, sums in ((wanted.up_bias, d_up), (wanted.gate_bias, d_gate)):
+    for d, sums in ((into.up_bias, d_up), (into.gate_bias, d_gate)):
         if d is not None:
-            column_sums(sums, ends, out=d)
-    if wanted.down_bias is not None:
-        column_sums(grad, ends, out=wanted.down_bias, tokens=tokens, scale=weights)
+            d.copy_(column_sums(sums, ends, out=torch.empty_like(d, memory_format=torch.contiguous_format)))
+    if into.down_bias is not None:
+        column_sums(grad, ends, out=into.down_bias, tokens=tokens, scale=weights)
     if not needs[0]:
         return x.new_empty(0), d_weights, d_mlp
     second = None if net.gate is None else (d_gate, net.gate)
@@ -139,7 +157,7 @@ def _backward(
 
 def _close_backward(
     grad: Tensor, weights: Tensor, net: Net, tiles: Tiles, tiling: Tiling, tokens: tuple[Tensor, int],
-    activation: str, pre: list[Tensor],
+    activation: str, pre: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return A s, dpre' s of up and of gate, and <dA', A> in parts [tiles across, R]."""
     (pairs, choices), (pre_up, pre_gate) = tokens, pre

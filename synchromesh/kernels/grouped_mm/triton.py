@@ -63,8 +63,8 @@ def product(
     tiling = tiling.fitted(cols=width, depth=depth)
     across = triton.cdiv(width, tiling.cols)
     _product[(programs_of(out.device, len(tiles.expert) * across),)](
-        a, w, a2, w2, out if bias is None else bias, pairs, out, tiles.expert, tiles.first, tiles.stop, tiles.count,
-        depth, width, choices, *w.stride(), *w2.stride(),
+        a, w, a2, w2, out if bias is None else bias.contiguous(), pairs, out,
+        tiles.expert, tiles.first, tiles.stop, tiles.count, depth, width, choices, *w.stride(), *w2.stride(),
         GATHER=tokens is not None, BIAS=bias is not None, SECOND=second is not None,
         WHOLE=depth % tiling.depth == 0 and width % tiling.cols == 0, **options(a, tiling),
     )  # fmt: skip

@@ -209,3 +209,56 @@ def test_any_shape(tokens, choices, experts, capacity, kind):
     parts = parts_of(kind, experts, torch.float64, width=3, hidden=4)
     inputs = {"x": torch.randn(tokens, 3).double(), "weights": torch.rand(tokens, choices).double(), **parts}
     check(run(CPU, rowmap, F.gelu), run(REFERENCE, rowmap, F.gelu), inputs)
+
+
+JOINT = pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])
+
+
+def joint(kernels, rowmap, activation):
+    """The same networks from gate and up in one tensor and down turned, as other libraries keep them."""
+
+    def run(x, weights, opening, closing, opening_bias=None, down_bias=None):
+        mlp = MLPWeights(opening, closing.mT, up_bias=opening_bias, down_bias=down_bias)
+        return kernels.fused_mlp(x, weights, rowmap, mlp, activation)
+
+    return run
+
+
+def taken_apart(rowmap, activation):
+    """The reference of them, from its own views."""
+
+    def run(x, weights, opening, closing, opening_bias=None, down_bias=None):
+        gate, up = opening.chunk(2, 1)
+        biases = (
+            {} if opening_bias is None else dict(zip(("gate_bias", "up_bias"), opening_bias.chunk(2, 1), strict=True))
+        )
+        mlp = MLPWeights(up, closing.mT, gate, down_bias=down_bias, **biases)
+        return REFERENCE.fused_mlp(x, weights, rowmap, mlp, activation)
+
+    return run
+
+
+def joint_parts(bias, num_experts, dtype):
+    shapes = {"opening": (2 * HIDDEN, WIDTH), "closing": (WIDTH, HIDDEN)}
+    shapes |= {"opening_bias": (2 * HIDDEN,), "down_bias": (WIDTH,)} if bias else {}
+    return {name: (torch.randn(num_experts, *shape) / WIDTH**0.5).to(dtype) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in evil_cases() if len(case.expert_ids) < 99], ids=lambda case: case.name
+)
+@JOINT
+def test_gate_and_up_in_one_tensor(case: Case, bias):
+    rowmap, parts = case.rowmap(), joint_parts(bias, case.num_experts, torch.float64)
+    inputs = {"x": case.tokens(WIDTH, torch.float64), "weights": case.weights(torch.float64), **parts}
+    check(joint(CPU, rowmap, F.silu), taken_apart(rowmap, F.silu), inputs)
+    check(joint(CPU, rowmap, torch.sin), taken_apart(rowmap, torch.sin), inputs)
+    with torch.no_grad():
+        assert_close("y", joint(CPU, rowmap, F.silu)(**inputs), taken_apart(rowmap, F.silu)(**inputs))
+
+
+def test_gradients_lie_as_their_parameters_do():
+    rowmap, parts = row_map_of(zipf(40, 4, 2), 4), joint_parts(False, 4, torch.float32)
+    leaves = {name: part.requires_grad_() for name, part in parts.items()}
+    joint(CPU, rowmap, F.silu)(torch.randn(40, WIDTH), torch.rand(40, 2), **leaves).sum().backward()
+    assert all(leaf.grad.is_contiguous() for leaf in leaves.values())
