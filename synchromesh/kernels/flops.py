@@ -29,17 +29,20 @@ def _grouped_mm_backward(
 
 
 def _fused_mlp(*shapes: Any, **_: Any) -> int:
-    up, _down, gate, *_biases = shapes[-6:]
-    return (2 if gate is None else 3) * 2 * shapes[2][0] * up[1] * up[2]
+    return 2 * shapes[2][0] * sum(map(_numbers, shapes[-6:-3]))
 
 
 def _fused_mlp_backward(
     grad: Shape, saved: list[Shape], mlp: list[Shape | None], activation: str, needs: list[bool], **_: Any
 ) -> int:
-    up, _down, gate, *_biases = mlp
-    assert up is not None
-    products = 1 + (1 if gate is None else 2) * needs[0] + sum(needs[2:5])  # dA', d_x, and each matrix's own gradient
-    return products * 2 * saved[2][0] * up[1] * up[2]
+    up, down, gate, *_biases = map(_numbers, mlp)
+    own = sum(numbers for numbers, need in zip((up, down, gate), needs[2:5], strict=True) if need)
+    return 2 * saved[2][0] * (down + (up + gate) * needs[0] + own)  # dA', d_x, and each matrix's own gradient
+
+
+def _numbers(matrix: Shape | None) -> int:
+    """Return the numbers of one expert's matrix."""
+    return 0 if matrix is None else matrix[1] * matrix[2]
 
 
 def _register(device: str) -> None:

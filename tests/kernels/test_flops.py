@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from synchromesh import GatedMLPExperts, MLPExperts, MoE, TopKRouter
-from synchromesh.kernels import CPU, flops
+from synchromesh.kernels import CPU, MLPWeights, flops
+from synchromesh.testing.cases import row_map_of
 
 assert flops  # its import registers the formulas
 
@@ -33,3 +34,10 @@ def test_what_is_frozen_is_not_counted():
     assert counted(lambda: CPU.grouped_mm(rows, weight, ends).sum().backward()) == 2 * one
     weight.requires_grad_()
     assert counted(lambda: F.relu(CPU.grouped_mm(rows, weight, ends)).sum().backward()) == 3 * one
+
+
+def test_gate_and_up_in_one_tensor_are_counted_as_two():
+    rowmap = row_map_of(torch.randint(E, (T, K)), E)
+    x, weights = torch.randn(T, D, requires_grad=True), torch.rand(T, K)
+    mlp = MLPWeights(*(torch.randn(E, hidden, D, requires_grad=True) for hidden in (2 * H, H)))
+    assert counted(lambda: CPU.fused_mlp(x, weights, rowmap, mlp, F.silu).sum().backward()) == 3 * 6 * T * K * D * H
