@@ -35,7 +35,7 @@ def _fused_mlp(*shapes: Any, **_: Any) -> int:
 def _fused_mlp_backward(
     grad: Shape, saved: list[Shape], mlp: list[Shape | None], activation: str, needs: list[bool], **_: Any
 ) -> int:
-    up, down, gate, *_biases = map(_numbers, mlp)
+    up, down, gate = map(_numbers, mlp[:3])
     own = sum(numbers for numbers, need in zip((up, down, gate), needs[2:5], strict=True) if need)
     return 2 * saved[2][0] * (down + (up + gate) * needs[0] + own)  # dA', d_x, and each matrix's own gradient
 
