@@ -1,4 +1,4 @@
-"""fused_mlp on a CPU: expert by expert, so that its rows stay in cache from the gather to the weighted sum.
+"""fused_mlp on a CPU: block by block, so that rows stay in cache from the gather to the weighted sum.
 
 Saved for backward: x, the weights, the map and the pre-activations. With A the hidden rows, s the weight of each row
 and dA' = dy·downᵀ (s not applied): ds = <dA', A>, and s reaches every other gradient through rows of width D, never
@@ -23,12 +23,14 @@ from synchromesh.kernels.memory import room, room_like, scratch
 from synchromesh.kernels.permute.cpu import combine, gather, kept_pairs, sum_dtype
 from synchromesh.types import RowMap
 
-# Rows of an expert that go forward at a time: enough for a full-speed product, few enough for the last-level cache.
+# Rows that go forward at a time: enough for a full-speed product, few enough for the last-level cache.
 BLOCK = 512
 
 
-def _net(parts: Sequence[Tensor | None], expert: int) -> Net:
-    return Net(*(None if part is None else part[expert] for part in parts))
+def _nets(parts: Sequence[Tensor | None], num_experts: int) -> list[Net]:
+    """Return the parts of each expert."""
+    each = ([None] * num_experts if part is None else part.unbind(0) for part in parts)
+    return [Net(*own) for own in zip(*each, strict=True)]
 
 
 def fuses(activation: Activation) -> bool:
@@ -55,23 +57,26 @@ def _forward(
     *mlp: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x, (tokens, scale), joint = x.contiguous(), kept_pairs(weights, pairs, ends, x.dtype), is_joint(mlp)
-    y, net = room(x.shape, scale.dtype).zero_(), Net(*mlp)
+    y, net, nets = room(x.shape, scale.dtype).zero_(), Net(*mlp), _nets(mlp, len(ends))
     pre_up, pre_gate = (room(shape, x.dtype) for shape in pre_activations(pairs, mlp, save=save))
     narrow, wide = (x.shape[1], x.dtype), (net.down.shape[1], x.dtype)
     opened = [] if save else [(net.up.shape[1], x.dtype), *([wide] if net.gate is not None else [])]
     space = scratch(min(BLOCK, len(tokens)), narrow, narrow, (x.shape[1], scale.dtype), wide, *opened)
-    for expert, own in _blocks(ends):
-        net, at = _net(mlp, expert), tokens[own]
-        own_rows, out, scaled, hidden, *hs = (part[: len(at)] for part in space)
-        h_up, h_gate = (pre_up[own], pre_gate[own]) if save else (hs[0], hs[-1])
-        torch.index_select(x, 0, at, out=own_rows)
-        _product(own_rows, net.up.t(), net.up_bias, h_up)
-        if net.gate is not None:
-            _product(own_rows, net.gate.t(), net.gate_bias, h_gate)
-        h = _apart(h_up, h_gate if net.gate is not None else None, joint=joint)
+    for piece, members in _pieces(ends):
+        at = tokens[piece]
+        rows, out, scaled, hidden, *hs = (part[: len(at)] for part in space)
+        h_up, h_gate = (pre_up[piece], pre_gate[piece]) if save else (hs[0], hs[-1])
+        torch.index_select(x, 0, at, out=rows)
+        for expert, own in members:
+            net = nets[expert]
+            _product(rows[own], net.up.t(), net.up_bias, h_up[own])
+            if net.gate is not None:
+                _product(rows[own], net.gate.t(), net.gate_bias, h_gate[own])
+        h = _apart(h_up, None if mlp[2] is None else h_gate, joint=joint)
         _activate(KNOWN[activation], *h, (hidden, hidden))
-        _product(hidden, net.down, net.down_bias, out)
-        y.index_add_(0, at, torch.mul(out, scale[own], out=scaled))
+        for expert, own in members:
+            _product(hidden[own], nets[expert].down, nets[expert].down_bias, out[own])
+        y.index_add_(0, at, torch.mul(out, scale[piece], out=scaled))
     return _narrowed(y, x.dtype), pre_up, pre_gate
 
 
@@ -82,16 +87,17 @@ def _backward(
     x, grad, (tokens, scale) = x.contiguous(), grad.contiguous(), kept_pairs(weights, pairs, ends, x.dtype)
     d_x, d_scale = room(x.shape if needs[0] else (0,), scale.dtype).zero_(), torch.zeros_like(scale)
     d_mlp, joint = wanted(mlp, needs, room_like), is_joint(mlp)
-    into = [d if need else None for d, need in zip(d_mlp, needs[2:], strict=True)]
+    into = _nets([d if need else None for d, need in zip(d_mlp, needs[2:], strict=True)], len(ends))
+    nets = _nets(mlp, len(ends))
     most = max((stop - start for start, stop in row_ranges(ends)), default=0)
     space = _space(most, x, Net(*mlp).down.shape[1], gated=pre_gate.shape[0] > 0, joint=joint)
     for expert, (start, stop) in enumerate(row_ranges(ends)):
-        own, net, own_space = slice(start, stop), _net(mlp, expert), _Space(*(part[: stop - start] for part in space))
+        own, net, own_space = slice(start, stop), nets[expert], _Space(*(part[: stop - start] for part in space))
         at, s = tokens[own], scale[own]
         pre = _apart(pre_up[own], None if net.gate is None else pre_gate[own], joint=joint)
         torch.index_select(x, 0, at, out=own_space.rows)
         torch.index_select(grad, 0, at, out=own_space.d_out)
-        d_pre, d_s = _expert_backward(net, _net(into, expert), KNOWN[activation], pre, s, own_space, learns=needs[1])
+        d_pre, d_s = _expert_backward(net, into[expert], KNOWN[activation], pre, s, own_space, learns=needs[1])
         d_scale[own] = d_s
         if needs[0]:
             d_rows = _rows_gradient(net, *d_pre, own_space.d_rows)
@@ -161,11 +167,23 @@ def _expert_backward(
 _fused_mlp = define("cpu", _forward, _backward, device="cpu")
 
 
-def _blocks(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yield (expert, rows): none empty, none across experts, none longer than BLOCK."""
+def _pieces(ends: Tensor) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
+    """Yield rows, BLOCK at most, and the experts they belong to, each with its rows among them.
+
+    Experts of few rows share a piece; no expert is cut that fits into one.
+    """
+    first, members = 0, []
     for expert, (start, stop) in enumerate(row_ranges(ends)):
-        for row in range(start, stop, BLOCK):
-            yield expert, slice(row, min(row + BLOCK, stop))
+        if members and stop - first > BLOCK:
+            yield slice(first, start), members
+            first, members = start, []
+        while stop - first > BLOCK:
+            yield slice(first, first + BLOCK), [(expert, slice(0, BLOCK))]
+            start = first = first + BLOCK
+        if start < stop:
+            members.append((expert, slice(start - first, stop - first)))
+    if members:
+        yield slice(first, first + members[-1][1].stop), members
 
 
 def _apart(up: Tensor, gate: Tensor | None, *, joint: bool) -> tuple[Tensor, Tensor | None]:
