@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from synchromesh.experts import Cut, Experts, StackedExperts
 from synchromesh.kernels import Kernels, MLPWeights, QuantizedMLP, quantize
+from synchromesh.kernels.quantized_mlp.reference import LARGEST
 from synchromesh.types import Routing, RowMap
 
 
@@ -37,7 +39,7 @@ class QuantizedExperts(Experts):
         self.activation, self.cut = experts.activation, experts.cut
         mlp = quantize(MLPWeights(**{name: part.detach() for name, part in parts.items()}), dtype)
         for name, part in vars(mlp).items():
-            self.register_buffer(name, part)
+            self.register_buffer(name, part if part is None else part.clone())
 
     def parts(self) -> dict[str, Tensor]:
         return {}
@@ -64,6 +66,21 @@ class QuantizedExperts(Experts):
         self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, weights: Mapping[str, Tensor], kernels: Kernels
     ) -> Float[Tensor, "T D"]:
         return kernels.quantized_mlp(x, routing.weights, rowmap, self._mlp(), self.activation)
+
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state_dict: Mapping[str, Tensor], prefix: str, *others: Any
+    ) -> None:
+        """Refuse numbers of another kind, which would be cast: they mean nothing to these scales."""
+        for name, own in self.named_buffers():
+            given = state_dict.get(prefix + name, own)
+            if given.dtype != own.dtype and own.dtype in LARGEST:
+                *_, errors = others
+                errors.append(
+                    f"{prefix}{name} is {given.dtype}, wanted {own.dtype}: call quantize_experts with that dtype, or "
+                    "load the weights before they are quantized"
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedExperts:
         """Keep dtypes where a model is converted as a whole: numbers would widen, scales lose digits."""

@@ -282,7 +282,8 @@ class TokenRounding(Router):
     Args:
         router: the other one; its scores must lie in 0 .. 1. tile: tokens in a tile.
 
-    The Routing has one column per expert, with holes.
+    The Routing has one column per expert, with holes. A `BiasBalance` of the other router sees the rounded load, so it
+    balances to half a tile.
     """
 
     def __init__(self, router: nn.Module, *, tile: int = 128) -> None:
@@ -305,7 +306,9 @@ class TokenRounding(Router):
         rounded = (counts + self.tile // 2) // self.tile * self.tile
         rounded = torch.where(rounded > tokens, counts // self.tile * self.tile, rounded)
         rounded = torch.where(rounded == 0, counts, rounded)
-        first_TE = routing.scores.detach().nan_to_num(nan=-1.0) + 3.0 * chosen_TE  # the chosen ones before all others
+        # The chosen before all others; of the chosen first those whose gate is broken, so that their NaN is not lost.
+        scores_TE = routing.scores.detach()
+        first_TE = torch.where(scores_TE.isnan(), torch.where(chosen_TE, 9.0, -1.0), scores_TE + 3.0 * chosen_TE)
         order_TE = first_TE.argsort(dim=0, descending=True, stable=True)
         rank_TE = order_TE.argsort(dim=0)
         kept_TE = rank_TE < rounded

@@ -78,6 +78,26 @@ def test_they_save_load_and_copy():
     assert torch.equal(copy.deepcopy(other)(x), moe(x))
 
 
+def test_numbers_of_another_kind_are_refused_instead_of_cast():
+    moe, other = layer(), layer()
+    quantize_experts(moe, torch.int8)
+    quantize_experts(other, torch.float8_e4m3fn)
+    before = other.experts.up_scale.clone()
+    with pytest.raises(
+        RuntimeError, match=r"experts.up is torch.int8, wanted torch.float8_e4m3fn: call quantize_experts"
+    ):
+        other.load_state_dict(moe.state_dict())
+    assert torch.equal(other.experts.up_scale, before)
+
+
+def test_nothing_is_shared_with_the_experts_they_came_from():
+    experts = GatedMLPExperts(E, D, hidden=8, bias=True)
+    quantized = QuantizedExperts(experts)
+    with torch.no_grad():
+        experts.up_bias.fill_(9)
+    assert not (quantized.up_bias == 9).any()
+
+
 def split_over_ranks():
     grid = Grid.from_group(dist.group.WORLD)
     moe, x = layer(), torch.randn(20, D)

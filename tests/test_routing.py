@@ -250,6 +250,16 @@ def test_a_layer_learns_through_rounding_and_absent_pairs_stay_absent():
     assert not (rounded.expert_ids == 0).any()
 
 
+@pytest.mark.parametrize("scores", [Softmax(), Sigmoid()])
+def test_a_token_whose_gate_is_broken_is_not_rounded_away(scores):
+    x = torch.randn(20, D)
+    x[3] = torch.nan
+    routing = TokenRounding(TopKRouter(D, E, k=2, scores=scores), tile=8)(x)
+    kept = routing.expert_ids >= 0
+    assert (routing.weights[3].isnan() & kept[3]).any()
+    assert routing.weights[[0, 1, 2, *range(4, 20)]].isfinite().all()
+
+
 def test_a_tile_of_nothing_is_refused():
     with pytest.raises(ValueError, match="tile is 0"):
         TokenRounding(TopKRouter(D, E), tile=0)

@@ -64,6 +64,12 @@ def test_of_equal_scores_the_first_expert_comes_first():
     assert ids.tolist() == [[0, 1, 2]] * 2
 
 
+def test_no_expert_is_chosen_twice_whatever_the_bias():
+    bias = torch.tensor([float("-inf"), float("-inf"), 0, float("-inf")])
+    ids = TRITON.select(torch.randn(5, 4), 3, gate="sigmoid", bias=bias)[1]
+    assert all(len(set(row)) == 3 and row[0] == 2 for row in ids.tolist())
+
+
 def test_more_experts_than_registers_hold_and_float64_go_to_the_reference():
     for logits in (torch.randn(2, 4097), torch.randn(2, 8, dtype=torch.float64)):
         wanted = REFERENCE.select(logits, 2, gate="softmax")

@@ -89,6 +89,6 @@ def _quantized(matrix: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Te
     if not wide.isfinite().all():
         raise ValueError("got experts with infinite weights or NaN, wanted finite ones: load or train them anew")
     largest = wide.abs().amax(dim, keepdim=True)
-    scale = torch.where(largest > 0, largest, 1.0) / LARGEST[dtype]
+    scale = (torch.where(largest > 0, largest, 1.0) / LARGEST[dtype]).clamp(min=torch.finfo(torch.float32).tiny)
     numbers = wide / scale
     return (numbers.round() if dtype == torch.int8 else numbers).to(dtype), scale.squeeze(dim)

@@ -123,18 +123,18 @@ def _select(
     if BIASED:
         preference += tl.load(bias + e, mask=e < experts, other=0.0)[None, :]
     preference = tl.where(preference != preference, float("inf"), preference)  # as torch: NaN before all others
-    preference = tl.where(mask, preference, float("-inf"))
+    free = mask  # an expert is taken once, whatever its bias
     w = tl.zeros((BT, CHOICES), tl.float32)
     i = tl.zeros((BT, CHOICES), tl.int64)
     for k in range(K):
-        best = tl.max(preference, 1)
-        index = tl.min(tl.where(preference == best[:, None], e[None, :], BINS), 1)
+        best = tl.max(tl.where(free, preference, float("-inf")), 1)
+        index = tl.min(tl.where(free & (preference == best[:, None]), e[None, :], BINS), 1)
         taken = e[None, :] == index[:, None]
         of_it = tl.sum(tl.where(taken, x if GATE == "softmax_of_selected" else s, 0.0), 1)
         now = (c == k)[None, :]
         w = tl.where(now, of_it[:, None], w)
         i = tl.where(now, index[:, None].to(tl.int64), i)
-        preference = tl.where(taken, float("-inf"), preference)
+        free = free & (e[None, :] != index[:, None])
     chosen = (c < K)[None, :]
     if GATE == "softmax_of_selected":
         w = tl.where(chosen, w, float("-inf"))

@@ -40,6 +40,12 @@ def test_a_channel_of_zeros_stays_zero(dtype):
 
 
 @DTYPES
+def test_the_smallest_numbers_there_are_vanish_instead_of_overflowing(dtype):
+    mlp = MLPWeights(up=torch.full((1, 2, 2), 2e-45), down=torch.ones(1, 2, 2))
+    assert (quantize(mlp, dtype).dequantized(torch.float32).up.abs() <= 1e-37).all()
+
+
+@DTYPES
 def test_the_result_is_near_that_of_the_weights_it_came_from(dtype):
     mlp, rowmap = weights_of(hidden=64, width=48), row_map_of(zipf(40, 3, 2), 3)
     x, weights = torch.randn(40, 48), torch.rand(40, 2)
