@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from synchromesh.comm.grid import Grid
 from synchromesh.compat.huggingface.backend import NAME, given_routing
@@ -46,7 +48,9 @@ def parallelize_experts(model: nn.Module, grid: Grid, *, strategy: Callable[[], 
     Every rank keeps its equal part of each layer's experts and works on tokens of its own, any number, none included.
     Do this once, before an optimizer is made. Expert gradients are those of the mean of the ranks' losses. All other
     parameters stay as they are: average their gradients with torch's DDP or FSDP2, through `parallelize(model, grid)`,
-    accelerate, or a Trainer; DDP is told to leave the experts alone.
+    accelerate, or a Trainer; DDP is told to leave the experts alone. Clip with `clip_grad_norm(model, grid, ...)`:
+    torch's own, and a Trainer's `max_grad_norm` unless it is 0, take this rank's experts for all. `save_pretrained`
+    wants the `full_state_dict`.
 
     Args:
         model: any model whose experts are of transformers >= 5.0, every rank having the same weights.
@@ -68,7 +72,30 @@ def parallelize_experts(model: nn.Module, grid: Grid, *, strategy: Callable[[], 
         module.forward = attached(module, TransformersExperts(module), Local())
     distribute(model, grid, strategy=strategy)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(expert_parameters(model)))
+    if grid.size > 1 and isinstance(model, PreTrainedModel):
+        model.save_pretrained = functools.partial(save_whole, model)
     return list(found)
+
+
+def save_whole(
+    model: PreTrainedModel, *arguments: Any, state_dict: Mapping[str, Tensor] | None = None, **named: Any
+) -> None:
+    """Save a model whose experts are spread, as its own `save_pretrained` does, but never a part of them for the whole.
+
+    Raises:
+        ValueError: `state_dict` is missing, or holds this rank's part of the experts.
+    """
+    parts = [name for name, own in expert_parameters(model).items() if _is_part(name, own, state_dict)]
+    if state_dict is None or parts:
+        raise ValueError(
+            "got no state_dict, or this rank's part of the experts, to save; wanted all of them, from all ranks: call "
+            "save_pretrained(folder, state_dict=full_state_dict(model, grid), is_main_process=grid.rank == 0)"
+        )
+    type(model).save_pretrained(model, *arguments, state_dict=dict(state_dict), **named)
+
+
+def _is_part(name: str, own: Tensor, state: Mapping[str, Tensor] | None) -> bool:
+    return state is not None and name in state and state[name].shape == own.shape
 
 
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

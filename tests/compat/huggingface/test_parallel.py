@@ -112,6 +112,9 @@ def generate_and_save(folder, target):
     mask = torch.ones_like(prompt)
     got = model.generate(prompt, attention_mask=mask, **often)
     assert torch.equal(got, whole.generate(prompt, attention_mask=mask, **often))
+    for part in ({}, {"state_dict": model.state_dict()}):
+        with pytest.raises(ValueError, match="this rank's part of the experts, to save; wanted all of them"):
+            model.save_pretrained(target, **part)
     model.save_pretrained(target, state_dict=full_state_dict(model, grid), is_main_process=grid.rank == 0)
     dist.barrier()
     again = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float64, experts_implementation="eager")
