@@ -24,7 +24,9 @@ and `attn_mask` follow from the sizes and are neither read nor written: another 
 from __future__ import annotations
 
 import re
+import reprlib
 import warnings
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from synchromesh.compat.unpickle import load_inert
+from synchromesh.compat.unpickle import STORAGES, load_inert
 from synchromesh.experts import Experts
 from synchromesh.models.swin_v2 import SwinV2Classifier, rename
 
@@ -176,7 +178,8 @@ def _read(path: Path) -> _Stored:
     keys = {key: None for state in (*states, common) for key in state}  # in the order of the files
     shared: dict[str, Tensor] = {}
     found: dict[str, list[Tensor]] = {}
-    counts = {key.removesuffix(_COUNT): int((states[0] | common)[key]) for key in keys if key.endswith(_COUNT)}
+    whole = ChainMap(common, *states)
+    counts = {key.removesuffix(_COUNT): _count(key, whole[key], path) for key in keys if key.endswith(_COUNT)}
     for key in keys:
         name = rename(key, _RENAMED)
         if key.endswith((*_DERIVED, _COUNT)):
@@ -185,7 +188,7 @@ def _read(path: Path) -> _Stored:
         if ".ffn.experts." in name:
             found[name] = [state[key] for state in states if key in state] or [common[key]]
         else:
-            shared[name] = _turned(name, common[key] if key in common else states[0][key])
+            shared[name] = _turned(name, whole[key])
     experts = {name: _num_experts(name, shared, counts, path) for name in found}
     pieces = {name: _rows(name, found, experts[name], len(states), path) for name in found}
     return _Stored(shared, pieces, experts)
@@ -209,9 +212,36 @@ def _states(path: Path) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
 def _state(file: Path) -> dict[str, Tensor]:
     found = load_inert(file)
     state = found.get("model", found) if isinstance(found, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not state:
         raise ValueError(f"{file} holds no state dict, alone or under the key 'model'")
+    for key, value in state.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{file} has the key {reprlib.repr(key)} in its state dict, wanted names of tensors")
+        if not _is_plain(value):
+            origin = getattr(value, "origin", type(value).__name__)
+            got = f"{value.layout} tensor of {value.dtype}" if isinstance(value, Tensor) else origin
+            raise ValueError(
+                f"{file} holds no state dict of plain tensors: got {got} for {key!r}, wanted a dense tensor of "
+                "real numbers; save it as one where the file is trusted"
+            )
     return dict(state)
+
+
+def _is_plain(value: object) -> bool:
+    return (
+        type(value) in (Tensor, nn.Parameter)
+        and isinstance(value, Tensor)
+        and (value.layout, value.device.type, value.is_nested) == (torch.strided, "cpu", False)
+        and value.dtype in STORAGES.values()
+    )
+
+
+def _count(key: str, tensor: Tensor, path: Path) -> int:
+    try:
+        return int(tensor)
+    except (RuntimeError, ValueError, OverflowError) as error:  # several numbers, or none; NaN; infinity
+        shape = tuple(tensor.shape)
+        raise ValueError(f"{path}: {key!r} is no number of experts: shape {shape}, wanted one whole number") from error
 
 
 def _check_known(key: str, name: str, path: Path) -> None:
@@ -222,9 +252,10 @@ def _check_known(key: str, name: str, path: Path) -> None:
 
 def _turned(name: str, tensor: Tensor) -> Tensor:
     """Bring a cosine router's tensors into our shapes, or back."""
-    if name.endswith(".router.directions"):
+    if name.endswith(".router.directions") and tensor.dim() == 2:
         return tensor.t()
-    return tensor.view(() if tensor.dim() else (1,)) if name.endswith(".router.log_scale") else tensor
+    scale = name.endswith(".router.log_scale") and tensor.numel() == 1
+    return tensor.view(() if tensor.dim() else (1,)) if scale else tensor
 
 
 def _num_experts(name: str, shared: Mapping[str, Tensor], counts: Mapping[str, int], path: Path) -> int:
@@ -234,6 +265,8 @@ def _num_experts(name: str, shared: Mapping[str, Tensor], counts: Mapping[str, i
     )
     if gate is None:
         raise ValueError(f"{path} holds experts of {block} and no router: wanted {path.name}.master beside the ranks'")
+    if gate.dim() != 2 or not len(gate):
+        raise ValueError(f"{path}: the router of {block} has shape {tuple(gate.shape)}, wanted a row for each expert")
     said = counts.get(rename(block + ".", _BACK)[:-1], len(gate))
     if said != len(gate):
         raise ValueError(f"{path} says that {block} has {said} experts, its router has {len(gate)}")
@@ -245,11 +278,18 @@ def _rows(name: str, found: Mapping[str, list[Tensor]], experts: int, ranks: int
     bias = name.endswith("_bias")
     pieces = [piece.squeeze(1) if bias and piece.dim() == 3 else piece for piece in found[name]]
     output = name.endswith(".down_bias")
-    width = found[name.removesuffix("_bias")][0].shape[2]
+    matrix = found.get(name.removesuffix("_bias"), [])
+    if not matrix or matrix[0].dim() != 3:
+        got = f"of shape {tuple(matrix[0].shape)}" if matrix else "missing"
+        raise ValueError(f"{path}: {name.removesuffix('_bias')} is {got}, wanted [experts, hidden, width]")
+    if pieces[0].dim() != 3 - bias or len({piece.shape[1:] for piece in pieces}) > 1:
+        got = sorted({tuple(piece.shape) for piece in pieces})
+        raise ValueError(f"{path}: {name} has parts of shapes {got}, wanted {3 - bias} dims, equal beyond the first")
+    width = matrix[0].shape[2]
     if output and len(pieces) < ranks and not pieces[0].any():  # frozen, and so one rank's part of it is stored
         return [pieces[0].new_zeros(experts * width)]
     held, wanted = sum(len(piece) for piece in pieces), max(experts, ranks)  # a rank holds at least a part of one
-    if held != wanted:
+    if held != wanted or wanted % experts:
         raise ValueError(f"{path} holds {held} parts of {name} on {ranks} ranks, wanted {wanted} of {experts} experts")
     if output:  # its parts are padded to equal length
         return [torch.cat(pieces).view(experts, -1)[:, :width].flatten()]
@@ -268,7 +308,7 @@ def _experts(model: nn.Module) -> Iterator[tuple[str, Experts]]:
 
 
 def _fit_head(given: dict[str, Tensor], own: Mapping[str, Tensor], classes: Sequence[int] | None, path: Path) -> None:
-    heads = [name for name in ("head.weight", "head.bias") if name in given and name in own]
+    heads = [name for name in ("head.weight", "head.bias") if name in own and name in given and given[name].dim()]
     for name in heads:
         if classes is not None:
             if len(classes) != len(own[name]) or not all(0 <= row < len(given[name]) for row in classes):

@@ -98,15 +98,20 @@ def load_inert(path: Path) -> Any:
     Raises:
         ValueError: it is no such file, or damaged.
     """
+    zipped = is_zipfile(path)
     try:
-        if not is_zipfile(path):
+        if not zipped:
             return torch.load(path, map_location="cpu", weights_only=True)
         with ZipFile(path) as archive, _entry(archive, "data.pkl") as file:
             return _Unpickler(file, path, archive).load()
     except BROKEN as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        kind = "" if is_zipfile(path) else "; the format before torch 1.6 may hold tensors and containers only"
-        raise ValueError(f"{path} is not a whole checkpoint of torch: {said}{kind}") from error
+        if not zipped and not isinstance(error, OSError):  # torch's own words recommend to run what is in the file
+            said = (
+                "it is damaged, or has the format before torch 1.6 and holds objects besides tensors and containers: "
+                "convert it where it is trusted, with torch.save of its tensors alone"
+            )
+        raise ValueError(f"{path} is not a whole checkpoint of torch: {said}") from error
 
 
 def _entry(archive: ZipFile, name: str) -> Any:
@@ -147,7 +152,11 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any, /) -> Any:
         kind, dtype, key, _, _ = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError(f"it refers to {kind!r} of type {dtype}, wanted a storage of a known dtype")
+            got = getattr(dtype, "origin", dtype)
+            raise pickle.UnpicklingError(
+                f"it refers to {kind!r} of type {got}, wanted a storage that is one of {', '.join(STORAGES)}: "
+                "save its tensors in such a dtype where it is trusted"
+            )
         if key not in self._read:
             start, size = self._place(self._entries[f"data/{key}"])
             self._read[key] = self._map[start : start + size]  # pyright: ignore[reportArgumentType]

@@ -301,7 +301,7 @@ WRONG = {
     "the last rank's file is missing": (without("rank3"), "holds 3 parts of .* on 3 ranks, wanted 4 of 4 experts"),
     "the shared file is missing": (without("master"), "no router: wanted ckpt_epoch_final.pth.master"),
     "no state": (lambda path: torch.save([1], f"{path}.rank0"), "holds no state dict"),
-    "no tensors": (lambda path: torch.save({"model": {"a": 1}}, f"{path}.rank0"), "holds no state dict"),
+    "no tensors": (lambda path: torch.save({"model": {"a": 1}}, f"{path}.rank0"), "rank0 .*got int for 'a', wanted"),
     "tables of the first Swin": (
         lambda path: torch.save(
             {"model": {"layers.0.blocks.0.attn.relative_position_bias_table": torch.ones(49, 2)}}, f"{path}.master"
@@ -342,6 +342,45 @@ def test_the_number_of_experts_must_agree(tmp_path):
     torch.save(state, tmp_path / "file.pth")
     with pytest.raises(ValueError, match="has 8 experts, its router has 4"):
         read_swin(tmp_path / "file.pth")
+
+
+FC1, ROUTER = f"{LAYERS[0]}experts.batched_fc1_w", f"{LAYERS[0]}gates.0."
+DAMAGED = {
+    "a matrix is missing": ({FC1: None}, r"experts\.up is missing, wanted \[experts, hidden, width\]"),
+    "a matrix is flat": ({FC1: torch.ones(4)}, r"experts\.up is of shape \(4,\), wanted \[experts"),
+    "a bias is flat": ({FC1.replace("_w", "_bias"): torch.ones(4)}, r"up_bias has parts of shapes \[\(4,\)\]"),
+    "the router is flat": ({f"{ROUTER}wg.weight": torch.tensor(1.0)}, r"router of .* has shape \(\), wanted a row"),
+    "directions": ({f"{ROUTER}wg.weight": None, f"{ROUTER}sim_matrix": torch.ones(1, 2, 3)}, r"has shape \(1, 2, 3\)"),
+    "two temperatures": ({f"{ROUTER}temperature": torch.ones(2)}, "the model has no .*router.log_scale"),
+    "a head without rows": ({"head.bias": torch.tensor(1.0)}, r"head\.bias has shape \(\), wanted \(5,\)"),
+    "a number as a name": ({7: torch.ones(2)}, "has the key 7 in its state dict, wanted names"),
+    "two counts": ({f"{LAYERS[0]}_num_global_experts": torch.ones(2)}, r"'layers.*shape \(2,\), wanted one whole"),
+    "no count": ({f"{LAYERS[0]}_num_global_experts": torch.tensor(math.nan)}, "is no number of experts"),
+    "a sparse tensor": ({"norm.bias": torch.eye(2).to_sparse()}, "got .*sparse.* for 'norm.bias', wanted a dense"),
+    "complex numbers": ({"norm.bias": torch.ones(2) * 1j}, "complex.*(where the file is|where it is) trusted"),
+}
+
+
+@pytest.mark.parametrize("damaged", DAMAGED)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_files_are_refused_by_name(tmp_path, damaged, zipped):
+    changes, message = DAMAGED[damaged]
+    state = {name: value for name, value in (released_state() | changes).items() if value is not None}
+    torch.save(state, tmp_path / "file.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=rf"(?i)file\.pth.*{message}"):
+        load_swin(ours(), tmp_path / "file.pth")
+
+
+def test_parts_of_ranks_must_make_whole_experts_of_one_shape(tmp_path):
+    path = write_as_released(tmp_path, released_state(), 2)
+    state = torch.load(f"{path}.rank1", weights_only=True)["model"]
+    torch.save(state | {FC1: state[FC1][:, :3]}, f"{path}.rank1")
+    with pytest.raises(ValueError, match=r"parts of shapes \[\(2, 3, 16\), \(2, 64, 16\)\], wanted 3 dims, equal"):
+        read_swin(path)
+    for rank in range(6):
+        torch.save({name: tensor[:1] for name, tensor in state.items()}, f"{path}.rank{rank}")
+    with pytest.raises(ValueError, match=r"holds 6 parts of .* on 6 ranks, wanted"):
+        read_swin(path)
 
 
 @pytest.mark.parametrize("world", [1, 2, 8, 16])

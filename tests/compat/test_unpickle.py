@@ -159,8 +159,9 @@ def archive(tmp_path: Path, pickled: bytes, **how: object) -> Path:
 def test_a_hostile_file_in_the_old_format_is_refused_and_runs_nothing(tmp_path, hostile):
     mark = tmp_path / "mark"
     path = saved(tmp_path, {"config": HOSTILE[hostile](mark)}, _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match=r"before torch 1\.6"):
+    with pytest.raises(ValueError, match=r"before torch 1\.6 .* where it is trusted") as raised:
         load_inert(path)
+    assert "weights_only" not in str(raised.value)
     assert not mark.exists()
 
 
@@ -226,10 +227,19 @@ def test_a_pickle_changes_no_function_and_no_class_of_ours(tmp_path, called):
     assert not any(hasattr(ours, "mark") for ours in (_Unpickler._tensor, OrderedDict, tuple))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [(torch.complex64, "torch.ComplexFloatStorage"), (torch.float8_e4m3fn, "torch.storage.UntypedStorage")],
+)
+def test_a_tensor_of_another_dtype_is_refused_with_what_to_do(tmp_path, dtype, stored):
+    with pytest.raises(ValueError, match=f"of type {stored}, wanted .* FloatStorage, .*: save its tensors in such"):
+        load_inert(saved(tmp_path, {"w": torch.ones(2).to(dtype)}))
+
+
 def test_compressed_missing_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="compressed"):
         load_inert(archive(tmp_path, BROKEN["too long"], compression=zipfile.ZIP_DEFLATED))
-    with pytest.raises(ValueError, match="not a whole checkpoint"):
+    with pytest.raises(ValueError, match=r"not a whole checkpoint of torch: .*No such file"):
         load_inert(tmp_path / "absent.pth")
     (tmp_path / "text.pth").write_text("weights")
     with pytest.raises(ValueError, match="not a whole checkpoint"):

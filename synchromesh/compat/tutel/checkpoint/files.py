@@ -35,8 +35,10 @@ def read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        said = str(error).partition("\n")[0]
-        raise ValueError(f"cannot read {path}: not a file of tensors and plain containers alone ({said})") from error
+        raise ValueError(  # without torch's own words, which recommend to run what is in the file
+            f"cannot read {path}: it is damaged, or not a file of tensors and plain containers alone; "
+            "the released Swin-MoE files go through `synchromesh convert --from-swin`"
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, wanted a dict of tensors")
     return content
