@@ -101,8 +101,8 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, ImportError) as error:
         raise InputError(
-            f"{path} is damaged, or holds other objects than tensors and containers: convert it where you trust it, or, "
-            "if the released Swin-MoE wrote it, with `synchromesh convert --from-swin`"
+            f"{path} is damaged, or holds other objects than tensors and containers: convert it where you trust it, "
+            "or, if the released Swin-MoE wrote it, with `synchromesh convert --from-swin`"
         ) from error
     for key in ("model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
