@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from synchromesh.compat.tutel.install import install, refuse
+from synchromesh.compat.tutel.install import install, refusal
 
 __all__ = ["install"]
 
 
 def __getattr__(name: str) -> Any:
-    refuse(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(refusal(name) or f"module {__name__!r} has no attribute {name!r}", name=name)

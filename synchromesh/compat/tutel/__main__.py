@@ -17,6 +17,9 @@ def main(arguments: list[str]) -> None:
     Raises:
         SystemExit: no script is given, or there is no such file.
     """
+    if arguments[:1] in (["-h"], ["--help"]):
+        sys.stdout.write(USAGE)
+        return
     module = arguments[0] == "-m" if arguments[1:] else False
     if not module and (not arguments or not Path(arguments[0]).is_file()):
         sys.exit(f"there is no file {arguments[0]}\n{USAGE}" if arguments else USAGE)

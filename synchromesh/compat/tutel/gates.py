@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from synchromesh.compat.tutel.arguments import number
+
 OPTIONS = ("capacity_factor", "gate_noise")
 COLDEST = 0.01  # the least temperature of a cosine gate
 
@@ -107,13 +109,16 @@ def build_gates(
     """
     if isinstance(gate_type, str):
         gate_type = _of_a_name(gate_type)
+    listed = [gate_type] if isinstance(gate_type, dict) else gate_type
+    if not isinstance(listed, Sequence) or not listed or not all(isinstance(settings, dict) for settings in listed):
+        raise ValueError(
+            f"gate_type is {gate_type!r}, wanted a dict such as {{'type': 'top', 'k': 2}}, or some in a list"
+        )
     gates = nn.ModuleList()
-    for number, settings in enumerate([gate_type] if isinstance(gate_type, dict) else gate_type):
+    for index, settings in enumerate(listed):
         if seed is not None:
-            torch.manual_seed(seed + number)
+            torch.manual_seed(seed + index)
         gates.append(_build(dict(settings), model_dim, num_experts, capacity_factor))
-    if not len(gates):
-        raise ValueError("gate_type is an empty list, wanted a dict such as {'type': 'top', 'k': 2}, or a list of them")
     return gates
 
 
@@ -140,5 +145,5 @@ def _build(settings: dict[str, Any], model_dim: int, num_experts: int, capacity_
     if not hasattr(gate, "gate_noise"):
         gate.gate_noise = settings.get("gate_noise", 0.0)
     if not hasattr(gate, "capacity_factor"):
-        gate.capacity_factor = settings.get("capacity_factor", capacity_factor)
+        gate.capacity_factor = number("capacity_factor", settings.get("capacity_factor", capacity_factor))
     return gate

@@ -44,14 +44,9 @@ def install() -> None:
         importlib.import_module(f"tutel.{name}")
 
 
-def refuse(name: str) -> None:
-    """Raise for a part of Tutel that is left out.
-
-    Raises:
-        ImportError: it says what to take instead.
-    """
-    if name in LEFT_OUT:
-        raise ImportError(f"tutel.{name} is not part of {PACKAGE}: {LEFT_OUT[name]}", name=f"tutel.{name}")
+def refusal(name: str) -> str | None:
+    """Say what to take instead of a part of Tutel that is left out."""
+    return f"tutel.{name} is not part of {PACKAGE}: {LEFT_OUT[name]}" if name in LEFT_OUT else None
 
 
 class _Finder(MetaPathFinder, Loader):
@@ -60,10 +55,12 @@ class _Finder(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        root, _, name = fullname.partition(".")
-        if root != "tutel":
+        root, _, name = fullname.replace(PACKAGE, "tutel", 1).partition(".")
+        refused = refusal(name.partition(".")[0]) if root == "tutel" else None
+        if refused is not None:  # `from tutel import X` asks for X of this package
+            raise ImportError(refused, name=fullname)
+        if fullname.partition(".")[0] != "tutel":
             return None
-        refuse(name.partition(".")[0])
         return ModuleSpec(fullname, self, is_package=name == "impls")
 
     def exec_module(self, module: ModuleType) -> None:

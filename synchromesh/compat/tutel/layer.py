@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,14 @@ from torch.distributed import ProcessGroup
 from synchromesh.adaptive import Adaptive
 from synchromesh.capacity import Capacity, Dropless, FixedRows, batch_prioritized, token_order
 from synchromesh.compat.tutel import parallel
+from synchromesh.compat.tutel.arguments import number, whole_number
 from synchromesh.compat.tutel.environment import read_switches
 from synchromesh.compat.tutel.experts.build import build_experts
 from synchromesh.compat.tutel.experts.custom import CustomExperts
 from synchromesh.compat.tutel.experts.share import Share, TutelExperts
 from synchromesh.compat.tutel.gates import build_gates
 from synchromesh.compat.tutel.routing import agree_max, route, weights_at_the_entry
-from synchromesh.compat.tutel.state import adapt_state
+from synchromesh.compat.tutel.state import adapt_state, refusal
 from synchromesh.experts import WHOLE, Cut
 from synchromesh.parallel.sharded import Sharded
 from synchromesh.parallel.strategy import Local, Strategy, compute_dtype
@@ -152,16 +153,16 @@ class MOELayer(nn.Module):
             self._settle(adaptive_r)
         single = self.num_local_experts <= 1 or torch.is_grad_enabled() or self.world_size > 1
         self.megablocks_size = 0 if single else megablocks_size
-        x, gate = self._tokens(input, reserve_dims), cast(Any, self.gates[gate_index])
+        x, gate = self._tokens(input, reserve_dims), self._gate(gate_index)
         routing, l_aux = route(
             gate,
             x,
-            gate.top_k if top_k is None else top_k,
+            gate.top_k if top_k is None else whole_number("top_k", top_k),
             noisy=self.training,
             normalize=self.normalize_gate,
             gshard=self.is_gshard_loss,
         )
-        factor = gate.capacity_factor if capacity_factor is None else capacity_factor
+        factor = gate.capacity_factor if capacity_factor is None else number("capacity_factor", capacity_factor)
         capacity = self._capacity(factor, routing, inequivalent_tokens)
         y = self._run(x, routing, capacity)[:, : self._runner.output_dim]
         y = y.reshape(*input.shape[: input.dim() - reserve_dims], *self._returned).to(input.dtype)
@@ -181,9 +182,9 @@ class MOELayer(nn.Module):
         """Count experts and ranks, and return what this rank holds; takes the number out of the settings."""
         self._grid = parallel.grid_of(group)
         self.world_size = self._grid.size
-        number = settings.pop("count_per_node", 1)
-        number = settings.pop("num_experts_per_device", number)
-        self.num_global_experts = parallel.global_expert_count(number, self.world_size)
+        count = settings.pop("count_per_node", 1)
+        count = settings.pop("num_experts_per_device", count)
+        self.num_global_experts = parallel.global_expert_count(count, self.world_size)
         self.register_buffer("_num_global_experts", torch.tensor(self.num_global_experts))
         cut = Cut(self._grid.rank, self.world_size) if self.world_size > 1 else WHOLE
         share = Share(model_dim, self.num_global_experts, cut)
@@ -210,6 +211,12 @@ class MOELayer(nn.Module):
         self.adaptive_degree = parallel.check_degree(degree, self.sharded_count)
         if isinstance(self._strategy, Adaptive):
             self._strategy = Sharded(self._grid)
+
+    def _gate(self, index: int) -> Any:
+        gates = len(self.gates)
+        if whole_number("gate_index", index) not in range(-gates, gates):
+            raise ValueError(f"gate_index is {index}, wanted 0 to {gates - 1}: the layer has {gates} in its gate_type")
+        return self.gates[index]
 
     def _tokens(self, input: Tensor, reserve_dims: int) -> Tensor:  # noqa: A002
         """Return the tokens [T, D], in what the experts compute in."""
@@ -291,9 +298,14 @@ class MOELayer(nn.Module):
         self._returned = tuple(out.shape[2:])
         return out.reshape(*out.shape[:2], -1)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any, **options: Any) -> None:
-        adapt_state(state_dict, prefix, self.experts, self.num_global_experts)
-        super()._load_from_state_dict(state_dict, prefix, *arguments, **options)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        refused = refusal(state_dict, prefix, self.num_global_experts)
+        if refused is None:
+            adapt_state(state_dict, prefix, self.experts, self.num_global_experts)
+        else:  # load_state_dict raises at its end; until then it is given what the layer has, so that this stays
+            others[-1].append(refused)  # error_msgs
+            state_dict.update(self.state_dict(prefix=prefix, keep_vars=True))
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "l_aux": None}  # it belongs to a graph, which a copy has no part in
@@ -307,7 +319,7 @@ def _checked_experts(experts: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _check_arguments(model_dim: int, deprecated: dict[str, Any]) -> None:
-    if model_dim % 2:
+    if whole_number("model_dim", model_dim, "an even number") % 2:
         raise ValueError(f"model_dim is {model_dim}, wanted an even number")
     if "pad_samples" in deprecated:
         warnings.warn("pad_samples has no meaning any more: samples are never padded", stacklevel=3)

@@ -63,7 +63,7 @@ def check_degree(degree: int, sharded_count: int) -> int:
 def degree_of(parallel_type: str, sharded_count: int) -> int:
     """Return r of a parallel_type. Raises ValueError where it is unknown."""
     named = {"data": 1, "model": sharded_count, "auto": 1}
-    kind, _, number = parallel_type.partition(":")
+    kind, _, number = str(parallel_type).partition(":")
     if parallel_type in named:
         return named[parallel_type]
     if kind != "adaptive" or not number.strip().lstrip("-").isdecimal():

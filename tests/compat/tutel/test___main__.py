@@ -94,6 +94,12 @@ def test_tutels_own_programs_run():
     assert "--output_size" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("asked", ["-h", "--help"])
+def test_help_is_no_error(capsys, asked):
+    main([asked])
+    assert capsys.readouterr().out.startswith("usage: python -m synchromesh.compat.tutel SCRIPT")
+
+
 def test_without_a_script_nothing_runs():
     with pytest.raises(SystemExit, match=r"there is no file absent\.py\nusage:"):
         main(["absent.py"])

@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import io
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -267,6 +269,38 @@ def test_dictionaries_are_left_as_they_are():
 def test_wrong_use_is_refused(build, said):
     with pytest.raises(ValueError, match=said):
         build()
+
+
+WRONG = """
+import torch
+from synchromesh.compat.tutel.moe import moe_layer
+
+def layer(gate={"type": "top"}, dim=8, **options):
+    return moe_layer(gate, dim, {"type": "ffn", "num_experts_per_device": 2, "hidden_size_per_expert": 4}, **options)
+
+x = torch.randn(3, 8)
+for build, said in (
+    (lambda: layer()(x, gate_index=3), "gate_index is 3, wanted 0 to 0"),
+    (lambda: layer()(x, gate_index=0.0), "gate_index is 0.0, wanted a whole number"),
+    (lambda: layer()(x, top_k=2.0), "top_k is 2.0, wanted a whole number"),
+    (lambda: layer()(x, capacity_factor="a"), "capacity_factor is 'a', wanted a number"),
+    (lambda: layer(dim="8"), "model_dim is '8', wanted an even number"),
+    (lambda: layer(gate=None), "gate_type is None, wanted a dict"),
+    (lambda: layer(parallel_type=None), "parallel_type is None, wanted 'adaptive:r'"),
+):
+    try:
+        build()
+    except ValueError as error:
+        assert str(error).startswith(said), error
+    else:
+        raise AssertionError(said)
+"""
+
+
+def test_wrong_types_are_refused():
+    """In a process of its own, without the checks of types that tests run with."""
+    done = subprocess.run([sys.executable, "-c", WRONG], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_has_no_meaning_any_more_is_said():

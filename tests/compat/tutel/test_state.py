@@ -6,8 +6,9 @@ from synchromesh.compat.tutel.moe import moe_layer
 D, H, E = 8, 16, 3
 
 
-def layer(kind="ffn", experts=E):
-    return moe_layer({"type": "top"}, D, {"type": kind, "num_experts_per_device": experts, "hidden_size_per_expert": H})
+def layer(kind="ffn", experts=E, hidden=H):
+    settings = {"type": kind, "num_experts_per_device": experts, "hidden_size_per_expert": hidden}
+    return moe_layer({"type": "top"}, D, settings)
 
 
 def test_names_and_shapes_are_tutels():
@@ -44,19 +45,47 @@ def test_a_missing_bias_is_zero_and_a_missing_weight_an_error():
     with pytest.warns(UserWarning, match="no experts.batched_fc2_bias: it is taken for 0"):
         new.load_state_dict(state)
     assert (new.experts.batched_fc2_bias == 0).all()
+    before = copy_of(other := layer())
     del state["experts.batched_fc1_w"]
-    with (
-        pytest.warns(UserWarning, match="taken for 0"),
-        pytest.raises(RuntimeError, match=r"Missing key.*batched_fc1_w"),
-    ):
-        new.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"Missing key.*batched_fc1_w.*batched_fc2_bias"):
+        other.load_state_dict(state)
+    assert torch.equal(other.experts.batched_fc2_bias, before["experts.batched_fc2_bias"])
 
 
-def test_what_does_not_fit_is_refused_and_loses_nothing():
+def copy_of(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("taken", [(), ("1._num_global_experts",), ("1.experts.batched_fc1_w",)])
+def test_a_partial_load_changes_nothing_else(taken):
+    model = torch.nn.Sequential(torch.nn.Linear(D, D), layer())
+    before, other = copy_of(model), torch.nn.Sequential(torch.nn.Linear(D, D), layer()).state_dict()
+    part = {name: other[name] for name in ("0.weight", *taken)}
+    found = model.load_state_dict(part, strict=False)
+    assert set(found.missing_keys) == before.keys() - part.keys()
+    assert all(torch.equal(value, {**before, **part}[name]) for name, value in model.state_dict().items())
+
+
+def test_a_bias_keeps_its_numbers_where_the_weights_do_not_fit():
+    model, other = layer(), layer(hidden=2 * H).state_dict()
+    before = copy_of(model)
+    del other["experts.batched_fc2_bias"]
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict(other, strict=False)
+    assert torch.equal(model.experts.batched_fc2_bias, before["experts.batched_fc2_bias"])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+def test_what_does_not_fit_is_refused_and_loses_nothing(strict, assign):
     new = layer()
-    before = {name: value.clone() for name, value in new.state_dict().items()}
-    with pytest.raises(ValueError, match="holds 6 experts, wanted 3: bring it to this number of ranks"):
-        torch.nn.Sequential(new).load_state_dict(torch.nn.Sequential(layer(experts=6)).state_dict())
+    before, parameters = copy_of(new), list(new.parameters())
+    with pytest.raises(RuntimeError, match="holds 6 experts, wanted 3: bring it to this number of ranks") as error:
+        torch.nn.Sequential(new).load_state_dict(
+            torch.nn.Sequential(layer(experts=6)).state_dict(), strict=strict, assign=assign
+        )
+    assert "issing" not in str(error.value)
+    assert all(one is other for one, other in zip(new.parameters(), parameters, strict=True))
     turned = layer().state_dict()
     turned = {name: value.mT.clone() if name.endswith("_w") else value for name, value in turned.items()}
     with pytest.raises(RuntimeError, match=r"size mismatch for experts.batched_fc1_w"):

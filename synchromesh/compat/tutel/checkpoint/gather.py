@@ -31,7 +31,7 @@ def gather(options: argparse.Namespace) -> list[Path]:
                 first.update(content)
             yield files.inside(content, options.namespace, path)
 
-    whole = reshard.gather(states(), options.default_num_global_experts)
+    whole = reshard.gather(states(), options.default_num_global_experts, options.default_model_dim)
     return files.write_all([(Path(options.output), files.with_inside(first, options.namespace, whole))])
 
 
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--inputs", required=True, metavar="NAME", help="the ranks' files, with {rank} and {size}")
     parser.add_argument("--input_size", type=int, required=True, metavar="W", help="how many ranks there were")
     parser.add_argument("--output", required=True, metavar="FILE", help="the one file to write")
+    parser.add_argument("--default_model_dim", type=int, metavar="D", help="of layers whose gates do not say it")
     files.run(parser, gather)
 
 

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COUNT = "_num_global_experts"
+from synchromesh.compat.tutel.state import COUNT, new_format
+
 State = Mapping[str, Any]
+GATE = r"gates\.\d+\.(wg|cosine_projector)\.weight"  # what ends in model_dim
 
 
 def expert_counts(state: State, default: int | None = None) -> dict[str, int]:
@@ -46,12 +48,15 @@ def expert_counts(state: State, default: int | None = None) -> dict[str, int]:
     return counts
 
 
-def gather(states: Iterable[State], default_num_experts: int | None = None) -> dict[str, Any]:
+def gather(
+    states: Iterable[State], default_num_experts: int | None = None, default_model_dim: int | None = None
+) -> dict[str, Any]:
     """Join the state dicts of all ranks to that of one process; what is not of experts is the first rank's.
 
     Args:
         states: one of each rank, in order; they are read once, and only experts are kept of all.
         default_num_experts: of layers of old versions, which do not say it.
+        default_model_dim: of layers with gates of the user's own alone, which do not say it.
 
     Raises:
         ValueError: ranks and experts do not divide, tensors do not fit, or there is no MoE layer.
@@ -68,8 +73,8 @@ def gather(states: Iterable[State], default_num_experts: int | None = None) -> d
         for key, own in parts.items():
             if key not in state:
                 raise ValueError(f"rank {rank} has no {key}, which rank 0 has")
-            own.append(_new_format(key, state[key]))
-    return whole | {key: _join(key, parts.pop(key), count, whole) for key, count in layers.items()}
+            own.append(new_format(key, state[key]))
+    return whole | {key: _join(key, parts.pop(key), count, whole, default_model_dim) for key, count in layers.items()}
 
 
 def scatter(state: State, ranks: int, default_num_experts: int | None = None) -> Iterator[dict[str, Any]]:
@@ -80,7 +85,7 @@ def scatter(state: State, ranks: int, default_num_experts: int | None = None) ->
     """
     counts = expert_counts(state, default_num_experts)
     layers = _experts(state, counts)
-    cut = {key: _cut(key, _new_format(key, state[key]), count, ranks) for key, count in layers.items()}
+    cut = {key: _cut(key, new_format(key, state[key]), count, ranks) for key, count in layers.items()}
     numbers = {prefix + COUNT: torch.tensor(count) for prefix, count in counts.items()}
     for rank in range(ranks):  # a part gets memory of its own: a file holds all that a view shows a part of
         yield {**state, **numbers, **{key: parts[rank].clone() for key, parts in cut.items()}}
@@ -94,19 +99,21 @@ def _experts(state: State, counts: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
-def _new_format(key: str, tensor: Tensor) -> Tensor:
-    """Drop the dim of length 1 that old versions gave the biases, [L, 1, H]."""
-    return tensor.squeeze(1) if key.endswith("_bias") and tensor.ndim == 3 else tensor
-
-
-def _width(key: str, state: State, filled: int) -> int:
+def _width(key: str, state: State, filled: int, shards: int, default_model_dim: int | None) -> int:
     """Return the length of dim 1 of a whole tensor that may have been filled up to this length."""
     prefix, _, name = key.rpartition("experts.")
     if name == "batched_fc2_bias" and prefix + "experts.batched_fc2_w" in state:
         return state[prefix + "experts.batched_fc2_w"].shape[-1]
-    if name.startswith("W_fc") and prefix + "gates.0.wg.weight" in state:
-        return filled - filled % state[prefix + "gates.0.wg.weight"].shape[-1]
-    return filled
+    if not name.startswith("W_fc") or shards == 1:
+        return filled
+    gates = (entry for entry in state if re.fullmatch(re.escape(prefix) + GATE, entry))
+    model_dim = next((state[entry].shape[-1] for entry in gates), default_model_dim)
+    if not model_dim:
+        raise ValueError(
+            f"{key} may be filled up with zeros, as {shards} ranks share an expert, and no gate of its layer is 'top' or "
+            "'cosine_top' and says model_dim, of which a whole one is a multiple: say it with --default_model_dim"
+        )
+    return filled - filled % model_dim
 
 
 def _shards(key: str, experts: int, ranks: int) -> int:
@@ -116,14 +123,15 @@ def _shards(key: str, experts: int, ranks: int) -> int:
     return max(1, ranks // experts)
 
 
-def _join(key: str, parts: list[Tensor], experts: int, state: State) -> Tensor:
+def _join(key: str, parts: list[Tensor], experts: int, state: State, default_model_dim: int | None) -> Tensor:
     ranks, first = len(parts), parts[0]
     shards, local = _shards(key, experts, ranks), max(1, experts // ranks)
     if len({part.shape for part in parts}) > 1:
         raise ValueError(f"{key} differs in shape between ranks: {sorted({tuple(part.shape) for part in parts})}")
     if first.ndim < 2:
-        return _join(key, [_by_expert(key, part, local) for part in parts], experts, state).flatten()
-    width = _width(key, state, first.shape[1] * shards)
+        parts = [_by_expert(key, part, local) for part in parts]
+        return _join(key, parts, experts, state, default_model_dim).flatten()
+    width = _width(key, state, first.shape[1] * shards, shards, default_model_dim)
     if first.shape[0] != local or first.shape[1] != -(-width // shards):
         raise ValueError(
             f"{key} has shape {tuple(first.shape)} on each of {ranks} ranks, wanted {local} in dim 0"

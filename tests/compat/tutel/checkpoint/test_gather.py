@@ -45,7 +45,19 @@ def test_four_files_become_one_and_then_two(tmp_path, monkeypatch, capsys):
 
 def test_the_module_is_a_program():
     command = [sys.executable, "-m", "synchromesh.compat.tutel.checkpoint.gather", "--help"]
-    assert "--default_num_global_experts" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "--default_num_global_experts" in said
+    assert "--default_model_dim" in said
+
+
+def test_a_width_that_no_gate_says_is_an_argument(tmp_path, monkeypatch):
+    numbers = torch.arange(15.0)  # of 3 x 5, and one of filling
+    for rank, part in enumerate(torch.cat([numbers, torch.zeros(1)]).chunk(2)):
+        state = {"_num_global_experts": torch.tensor(1), "experts.W_fc1": part}
+        torch.save(state, tmp_path / f"{rank}.ckpt")
+    inputs, one = ["--inputs", tmp_path / "{rank}.ckpt", "--input_size", 2], tmp_path / "one.ckpt"
+    run(monkeypatch, gather, *inputs, "--output", one, "--default_model_dim", 3)
+    assert torch.equal(torch.load(one, weights_only=True)["experts.W_fc1"], numbers)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,22 @@ def test_flat_tensors_of_gated_experts_are_cut_expert_by_expert(ranks, hidden):
     assert torch.equal(gather(parts)["experts.W_fc1"], numbers)
 
 
+@pytest.mark.parametrize("gate", ["gates.1.wg.weight", "gates.0.cosine_projector.weight"])
+def test_any_gate_says_what_filling_is(gate):
+    numbers = torch.rand(E * 18)
+    state = {"_num_global_experts": torch.tensor(E), gate: torch.rand(5, 6), "experts.W_fc1": numbers}
+    assert torch.equal(gather(scatter(state, 16))["experts.W_fc1"], numbers)
+
+
+def test_where_no_gate_says_it_the_user_must():
+    numbers = torch.rand(E * 18)
+    state = {"_num_global_experts": torch.tensor(E), "gates.0.own.weight": torch.rand(E, 6), "experts.W_fc1": numbers}
+    assert torch.equal(gather(scatter(state, 4))["experts.W_fc1"], numbers)
+    with pytest.raises(ValueError, match="4 ranks share an expert, and no gate .* with --default_model_dim"):
+        gather(scatter(state, 16))
+    assert torch.equal(gather(scatter(state, 16), default_model_dim=6)["experts.W_fc1"], numbers)
+
+
 def test_layers_with_different_numbers_of_experts_are_kept_apart():
     state = {**whole("a."), **{key: v for key, v in whole("b.").items() if "b." in key}}
     state["b._num_global_experts"] = torch.tensor(2)
