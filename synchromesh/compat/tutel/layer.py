@@ -298,14 +298,14 @@ class MOELayer(nn.Module):
         self._returned = tuple(out.shape[2:])
         return out.reshape(*out.shape[:2], -1)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any, **options: Any) -> None:
         refused = refusal(state_dict, prefix, self.num_global_experts)
         if refused is None:
             adapt_state(state_dict, prefix, self.experts, self.num_global_experts)
         else:  # load_state_dict raises at its end; until then it is given what the layer has, so that this stays
-            others[-1].append(refused)  # error_msgs
+            [*arguments, *options.values()][-1].append(refused)  # error_msgs
             state_dict.update(self.state_dict(prefix=prefix, keep_vars=True))
-        super()._load_from_state_dict(state_dict, prefix, *others)
+        super()._load_from_state_dict(state_dict, prefix, *arguments, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "l_aux": None}  # it belongs to a graph, which a copy has no part in

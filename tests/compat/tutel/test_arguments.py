@@ -18,5 +18,5 @@ def test_what_is_no_int_is_refused(given):
 
 @pytest.mark.parametrize("given", ["2", None, [1.0]])
 def test_what_is_no_number_is_refused(given):
-    with pytest.raises(ValueError, match="^factor is .*, wanted a number$"):
+    with pytest.raises(ValueError, match=r"^factor is .*, wanted a number$"):
         number("factor", given)

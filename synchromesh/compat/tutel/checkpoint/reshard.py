@@ -110,8 +110,8 @@ def _width(key: str, state: State, filled: int, shards: int, default_model_dim: 
     model_dim = next((state[entry].shape[-1] for entry in gates), default_model_dim)
     if not model_dim:
         raise ValueError(
-            f"{key} may be filled up with zeros, as {shards} ranks share an expert, and no gate of its layer is 'top' or "
-            "'cosine_top' and says model_dim, of which a whole one is a multiple: say it with --default_model_dim"
+            f"{key} may be filled up with zeros, as {shards} ranks share an expert, and no gate of its layer is 'top' "
+            "or 'cosine_top' and says model_dim, of which a whole one is a multiple: say it with --default_model_dim"
         )
     return filled - filled % model_dim
 

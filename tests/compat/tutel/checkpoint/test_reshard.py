@@ -109,7 +109,7 @@ def test_where_no_gate_says_it_the_user_must():
     numbers = torch.rand(E * 18)
     state = {"_num_global_experts": torch.tensor(E), "gates.0.own.weight": torch.rand(E, 6), "experts.W_fc1": numbers}
     assert torch.equal(gather(scatter(state, 4))["experts.W_fc1"], numbers)
-    with pytest.raises(ValueError, match="4 ranks share an expert, and no gate .* with --default_model_dim"):
+    with pytest.raises(ValueError, match=r"4 ranks share an expert, and no gate .* with --default_model_dim"):
         gather(scatter(state, 16))
     assert torch.equal(gather(scatter(state, 16), default_model_dim=6)["experts.W_fc1"], numbers)
 
