@@ -36,7 +36,7 @@ STORAGES = MappingProxyType(
 )
 DTYPES = MappingProxyType({name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)})
 PLAIN = MappingProxyType({"set": set, "frozenset": frozenset, "complex": complex, "slice": slice})
-BROKEN = (
+BROKEN = (  # what damaged bytes make pickle, zipfile and torch raise
     pickle.UnpicklingError,
     ArithmeticError,
     AttributeError,
@@ -44,7 +44,6 @@ BROKEN = (
     EOFError,
     LookupError,
     MemoryError,
-    NotImplementedError,
     OSError,
     RecursionError,
     RuntimeError,

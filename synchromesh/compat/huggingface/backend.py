@@ -20,6 +20,7 @@ from synchromesh.comm.grid import Grid
 from synchromesh.compat.huggingface.networks import ExpertsModule, network_of
 from synchromesh.kernels import kernels_for
 from synchromesh.parallel.sharded import Sharded
+from synchromesh.parallel.strategy import Local
 from synchromesh.types import Routing
 
 NAME = "synchromesh"
@@ -63,7 +64,7 @@ def experts_forward(
     kernels, network = kernels_for(hidden_states.device), network_of(module)
     x = hidden_states.to(network.mlp.down.dtype)  # norms may leave float32 before bfloat16 weights
     routing = given_routing(top_k_index, top_k_weights, module.num_experts)
-    rowmap = Dropless()(routing, _alone)
+    rowmap = Dropless()(routing, Local().agree_max)
     y = network.fused(x, routing.weights, rowmap, kernels)
     if y is None:
         rows = network.rows(kernels.gather(x, rowmap), rowmap.ends, kernels)
@@ -105,7 +106,3 @@ def _widen_white_list() -> None:
         return NAME if requested_experts == NAME else checked(self, requested_experts)
 
     PreTrainedModel.get_correct_experts_implementation = widened
-
-
-def _alone(value: Tensor) -> Tensor:
-    return value

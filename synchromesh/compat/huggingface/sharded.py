@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from synchromesh.comm.grid import Grid
 from synchromesh.compat.huggingface.networks import (
@@ -80,7 +77,7 @@ class TransformersExperts(Experts):
         own = {name: getattr(self.module, name) for name in self._names()}
         if self.in_shards:
             return {name: parameter.flatten(0, 1) for name, parameter in own.items()}
-        return own if self._ranks == 1 else {name: _Summed.apply(w, self._ranks) for name, w in own.items()}
+        return own if self._ranks == 1 else {name: _summed(w, self._ranks) for name, w in own.items()}
 
     def hold(self, cut: Cut) -> None:
         if self._ranks > 1:
@@ -166,15 +163,9 @@ def _all_parts(part: Tensor, grid: Grid) -> Tensor:
     return torch.cat(whole)
 
 
-class _Summed(Function):
-    """A parameter whose gradient, a mean over ranks, is to be their sum."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor, ranks: int) -> Tensor:
-        ctx.ranks = ranks
-        return parameter.view_as(parameter)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad * ctx.ranks, None
+def _summed(parameter: Tensor, ranks: int) -> Tensor:
+    """See a parameter whose gradient, a mean over ranks, is to be their sum."""
+    seen = parameter.view_as(parameter)
+    if seen.requires_grad:
+        seen.register_hook(lambda grad: grad * ranks)
+    return seen

@@ -7,7 +7,7 @@ import pytest
 from synchromesh.compat.tutel.numa import nodes_of_cpus
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux says so")
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux says so")  # of which CPUs to use
 def test_only_usable_cpus_count(tmp_path, monkeypatch):
     for node, cpus in ((0, (0, 1)), (1, (2, 10)), (2, (4,))):
         for cpu in cpus:

@@ -58,7 +58,7 @@ def test_names_of_ranks(tmp_path, caplog):
 
 def test_a_process_is_kept_on_a_node(monkeypatch):
     if not hasattr(os, "sched_setaffinity"):
-        pytest.skip("this system has no affinity")
+        pytest.skip("this system has no affinity")  # macOS; Linux runs it
     kept = []
     monkeypatch.setattr(system, "nodes_of_cpus", lambda: {0: {0, 1}, 3: {2, 3}})
     monkeypatch.setattr(os, "sched_setaffinity", lambda process, cpus: kept.append((process, cpus)))
