@@ -204,8 +204,12 @@ def _job_store() -> Any:
     return dist.distributed_c10d._get_default_store()  # torch has no public way to the store it was given
 
 
+# What gloo says of a lost rank: with the path of its source, or with nothing but one of these.
+_LOST = ("gloo", "Application timeout", "Connection closed", "Socket closed", "Timed out waiting")
+
+
 def _of_a_collective(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed" in str(error)
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST)
 
 
 # What torchrun says, and the same in SLURM's words.

@@ -1,6 +1,7 @@
 """A link that is cut ends the ranks on both sides with an error. Nodes are network namespaces, which need root."""
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +27,27 @@ try:
 except LostRankError as error:
     print("lost:", error, flush=True)
     import os
+    os._exit(5)
+"""
+LATE = """
+import os, sys, time
+from datetime import timedelta
+import torch, torch.distributed as dist
+from synchromesh.comm.grid import LostRankError, joined
+try:
+    with joined(timeout=timedelta(seconds=2)) as grid:
+        if grid.rank == 1:
+            os.kill(os.getpid(), 19)
+        flights = [dist.all_reduce(torch.ones(1000), async_op=True) for _ in range(3)]
+        said = []
+        for flight in flights:
+            try:
+                flight.wait()
+            except RuntimeError as error:
+                said.append(error)
+        raise said[-1]
+except LostRankError as error:
+    print("lost:", error, flush=True)
     os._exit(5)
 """
 NODES = ("smcut0", "smcut1")
@@ -81,6 +103,26 @@ def test_a_cut_link_is_an_error_on_both_sides_and_not_a_hang(nodes):
     assert [rank.returncode for rank in ranks] == [5, 5]
     assert "ranks [1] do not answer" in said[0]  # the first rank keeps the store
     assert "is the network cut?" in said[1]
+
+
+def test_a_rank_that_stops_under_several_exchanges_is_named_by_the_last_one_too() -> None:
+    """After its first time-out gloo closes the pair, and words what waited behind it in another way."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    job = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = []
+    for rank in range(2):
+        environment = os.environ | {
+            name: str(value) for name, value in (job | {"RANK": rank, "LOCAL_RANK": rank}).items()
+        }
+        ranks.append(subprocess.Popen([sys.executable, "-c", LATE], env=environment, stdout=subprocess.PIPE, text=True))
+    try:
+        said = ranks[0].communicate(timeout=60)[0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert "ranks [1] do not answer (Application timeout caused pair closure)" in said
 
 
 def test_a_heart_that_is_stopped_leaves_no_thread_behind() -> None:

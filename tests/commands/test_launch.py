@@ -1,5 +1,6 @@
 """Training on several ranks: what one dies of, the others end of, and nothing is lost."""
 
+import contextlib
 import json
 import os
 import signal
@@ -133,9 +134,10 @@ def test_a_stopped_rank_is_named_within_the_timeout(options: list[str], tmp_path
     started, said = time.monotonic(), ["\n"]
     while said[-1] and "do not answer" not in said[-1] and time.monotonic() - started < 60:
         said.append(process.stderr.readline())
-    os.kill(stopped, signal.SIGKILL)
-    finish(process, good=False)
-    assert "ranks [1] do not answer" in said[-1], "".join(said)
+    with contextlib.suppress(ProcessLookupError):  # the launcher was there first
+        os.kill(stopped, signal.SIGKILL)
+    said.append(finish(process, good=False))
+    assert any("ranks [1] do not answer" in line for line in said), "".join(said)
 
 
 def test_evaluation_and_prediction_on_ranks_equal_those_of_one_process(
