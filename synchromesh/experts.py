@@ -86,6 +86,12 @@ class Experts(nn.Module, ABC):
     ) -> Float[Tensor, "T D"] | None:
         """Gather, compute and sum in one pass, where tokens and weights are all here; None if there is no such pass."""
 
+    def direct(
+        self, x: Float[Tensor, "T D"], routing: Routing, weights: Mapping[str, Tensor], kernels: Kernels
+    ) -> Float[Tensor, "T D"] | None:
+        """Run tokens without a map of rows, dropping none; None where that is not faster, or a gradient is wanted."""
+        return None
+
 
 class StackedExperts(Experts):
     """Experts of one shape, whose parameters are stacked: hidden rows `[E F D]`, their biases `[E F]`, output `[E D]`.
@@ -148,6 +154,19 @@ class StackedExperts(Experts):
         if not self._fuses(kernels):
             return None
         return kernels.fused_mlp(x, routing.weights, rowmap, MLPWeights(**weights), self.activation)
+
+    def direct(
+        self, x: Float[Tensor, "T D"], routing: Routing, weights: Mapping[str, Tensor], kernels: Kernels
+    ) -> Float[Tensor, "T D"] | None:
+        ids = routing.expert_ids
+        drops = self.training and self.dropout > 0
+        if (
+            drops
+            or torch.is_grad_enabled()
+            or not kernels.prefers_direct(ids.numel(), len(weights["up"]), self.activation)
+        ):
+            return None
+        return kernels.direct_mlp(x, routing.weights, ids, MLPWeights(**weights), self.activation)
 
     def _fuses(self, kernels: Kernels) -> bool:
         """Tell whether there is a fused kernel for these experts; none has a place for dropout."""

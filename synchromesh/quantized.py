@@ -67,6 +67,14 @@ class QuantizedExperts(Experts):
     ) -> Float[Tensor, "T D"]:
         return kernels.quantized_mlp(x, routing.weights, rowmap, self._mlp(), self.activation)
 
+    def direct(
+        self, x: Float[Tensor, "T D"], routing: Routing, weights: Mapping[str, Tensor], kernels: Kernels
+    ) -> Float[Tensor, "T D"] | None:
+        ids = routing.expert_ids
+        if torch.is_grad_enabled() or not kernels.prefers_direct(ids.numel(), len(self.up), self.activation):
+            return None
+        return kernels.direct_mlp(x, routing.weights, ids, self._mlp(), self.activation)
+
     def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state_dict: Mapping[str, Tensor], prefix: str, *others: Any
     ) -> None:

@@ -2,6 +2,7 @@ import copy
 import io
 import math
 import pickle
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from synchromesh import (
     FixedCapacity,
     GatedMLPExperts,
     LoadBalance,
+    Local,
     MLPExperts,
     ModuleExperts,
     MoE,
@@ -26,6 +28,8 @@ from synchromesh import (
     aux_loss,
     batch_prioritized,
     load_stats,
+    quantize_experts,
+    record_load,
     routing_options,
 )
 from synchromesh.testing.compare import assert_close
@@ -183,6 +187,27 @@ def test_a_nan_gate_makes_nan_and_no_crash():
     with torch.no_grad():
         moe.router.weight[1, 0] = math.nan
     assert moe(torch.randn(5, D)).isnan().all()
+
+
+@pytest.mark.parametrize("eight_bits", [False, True], ids=["as they are", "8 bits"])
+@pytest.mark.parametrize("experts", [MLPExperts, GatedMLPExperts])
+def test_few_tokens_in_inference_get_what_they_get_in_training(experts, eight_bits):
+    """They go without a map of rows, unless somebody drops or watches."""
+    moe = MoE(TopKRouter(D, E, k=2), experts(E, D, hidden=F_), shared=nn.Linear(D, D))
+    if eight_bits:
+        quantize_experts(moe)
+    x = torch.randn(9, D)
+    x[3] = math.nan
+    wanted = moe(x)
+    for run in (torch.no_grad(), torch.inference_mode()):
+        with run, patch.object(Local, "run", side_effect=AssertionError("a map was made")):
+            assert_close("y", moe(x), wanted)
+            assert moe(x[:0]).shape == (0, D)
+    with torch.no_grad(), patch.object(Local, "direct", side_effect=AssertionError("pairs were kept")):
+        assert_close("y", moe(x, capacity=FixedCapacity(4.0)), wanted)
+        with record_load(moe) as loads:
+            assert_close("y", moe(x), wanted)
+    assert int(loads[""].tokens_per_expert.sum()) == 18
 
 
 def test_any_leading_dims_are_tokens():

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from synchromesh.kernels.direct_mlp import cpu as direct_mlp_cpu
+from synchromesh.kernels.direct_mlp import reference as direct_mlp_reference
 from synchromesh.kernels.fused_mlp import cpu as fused_mlp_cpu
 from synchromesh.kernels.fused_mlp import reference as fused_mlp_reference
 from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights
@@ -38,6 +40,8 @@ class Kernels:
         fused_mlp: (x, weights, rowmap, mlp, activation) -> y, for any activation.
         fuses: tells whether fused_mlp runs an activation inside its fused kernel; others it composes from the pieces.
         quantized_mlp: as fused_mlp, with a QuantizedMLP.
+        direct_mlp: (x, weights, expert_ids, mlp, activation) -> y, of MLPWeights or QuantizedMLP, without gradient.
+        prefers_direct: (pairs, experts, activation) -> whether direct_mlp is faster, where no gradient is wanted.
     """
 
     select: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -48,12 +52,18 @@ class Kernels:
     fused_mlp: Callable[..., Tensor]
     fuses: Callable[[Activation], bool]
     quantized_mlp: Callable[..., Tensor]
+    direct_mlp: Callable[..., Tensor]
+    prefers_direct: Callable[[int, int, Activation], bool]
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def _fuses_nothing(activation: Activation) -> bool:
+    return False
+
+
+def _never(num_pairs: int, num_experts: int, activation: Activation) -> bool:
     return False
 
 
@@ -66,6 +76,8 @@ REFERENCE = Kernels(
     fused_mlp=fused_mlp_reference.fused_mlp,
     fuses=_fuses_nothing,
     quantized_mlp=quantized_mlp_reference.quantized_mlp,
+    direct_mlp=direct_mlp_reference.direct_mlp,
+    prefers_direct=_never,
 )
 CPU = Kernels(
     select=select_reference.select,
@@ -76,6 +88,8 @@ CPU = Kernels(
     fused_mlp=fused_mlp_cpu.fused_mlp,
     fuses=fused_mlp_cpu.fuses,
     quantized_mlp=quantized_mlp_cpu.quantized_mlp,
+    direct_mlp=direct_mlp_cpu.direct_mlp,
+    prefers_direct=direct_mlp_cpu.prefers_direct,
 )
 
 

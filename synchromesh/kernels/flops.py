@@ -40,6 +40,10 @@ def _fused_mlp_backward(
     return 2 * saved[2][0] * (down + (up + gate) * needs[0] + own)  # dA', d_x, and each matrix's own gradient
 
 
+def _direct_mlp(x: Shape, weights: Shape, expert_ids: Shape, activation: str, mlp: list[Shape | None], **_: Any) -> int:
+    return 2 * expert_ids[0] * expert_ids[1] * sum(map(_numbers, mlp[:3]))
+
+
 def _numbers(matrix: Shape | None) -> int:
     """Return the numbers of one expert's matrix."""
     return 0 if matrix is None else matrix[1] * matrix[2]
@@ -51,6 +55,7 @@ def _register(device: str) -> None:
         "grouped_mm_backward": _grouped_mm_backward,
         "fused_mlp": _fused_mlp,
         "fused_mlp_backward": _fused_mlp_backward,
+        "direct_mlp": _direct_mlp,
     }
     for name, formula in formulas.items():
         register_flop_formula(getattr(torch.ops.synchromesh, f"{name}_{device}"))(formula)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from synchromesh.kernels import Kernels
+from synchromesh.kernels.direct_mlp import triton as direct_mlp
 from synchromesh.kernels.fused_mlp import triton as fused_mlp
 from synchromesh.kernels.grouped_mm import triton as grouped_mm
 from synchromesh.kernels.permute import triton as permute
@@ -19,4 +20,6 @@ TRITON = Kernels(
     fused_mlp=fused_mlp.fused_mlp,
     fuses=fused_mlp.fuses,
     quantized_mlp=quantized_mlp.quantized_mlp,
+    direct_mlp=direct_mlp.direct_mlp,
+    prefers_direct=direct_mlp.prefers_direct,
 )

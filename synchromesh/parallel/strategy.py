@@ -49,6 +49,10 @@ class Strategy(ABC):
     ) -> Float[Tensor, "T D"]:
         """Compute y[t] = sum_k weights[t, k] * expert[ids[t, k]](x[t]) over the kept pairs."""
 
+    def direct(self, x: Float[Tensor, "T D"], routing: Routing, experts: Experts) -> Float[Tensor, "T D"] | None:
+        """Compute y of all pairs without a map of rows; None where `run` is the way."""
+        return None
+
     @abstractmethod
     def agree_max(self, value: Tensor) -> Tensor:
         """Return the maximum over ranks, without gradient."""
@@ -88,17 +92,23 @@ class Local(Strategy):
     def run(
         self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, experts: Experts, plan: Plan
     ) -> Float[Tensor, "T D"]:
-        kernels = self.kernels or kernels_for(x.device)
-        dtype = compute_dtype(x)
-        x = x.to(dtype)
-        whole = {name: part.unflatten(0, (experts.num_experts, -1)).to(dtype) for name, part in experts.parts().items()}
-        return compute_here(x, routing, rowmap, experts, whole, kernels)
+        kernels, x = self.kernels or kernels_for(x.device), x.to(compute_dtype(x))
+        return compute_here(x, routing, rowmap, experts, _whole(experts, x.dtype), kernels)
+
+    def direct(self, x: Float[Tensor, "T D"], routing: Routing, experts: Experts) -> Float[Tensor, "T D"] | None:
+        kernels, x = self.kernels or kernels_for(x.device), x.to(compute_dtype(x))
+        return experts.direct(x, routing, _whole(experts, x.dtype), kernels)
 
     def agree_max(self, value: Tensor) -> Tensor:
         return value
 
     def agree_sum(self, value: Tensor) -> Tensor:
         return value
+
+
+def _whole(experts: Experts, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the parts seen with dim 0 = E, in the dtype they are computed in."""
+    return {name: part.unflatten(0, (experts.num_experts, -1)).to(dtype) for name, part in experts.parts().items()}
 
 
 def compute_here(

@@ -102,6 +102,7 @@ def recorded(arch, dtype, *, gated, width=512, hidden=1024, tokens=512):
             TRITON.combine(TRITON.grouped_mm(out, mlp.down, rowmap.ends), weights, rowmap).sum().backward()
             with torch.no_grad():
                 TRITON.fused_mlp(x[:8], weights[:8], row_map_of(ids[:8], 4), mlp, F.silu)
+                TRITON.direct_mlp(x[:8], weights[:8], ids[:8], mlp, F.silu)
             for gate in ("softmax", "sigmoid", "softmax_of_selected"):
                 logits = torch.ones(tokens, 128, requires_grad=True)
                 scores, _, chosen = TRITON.select(logits, 8, gate=gate, normalize=True, bias=torch.ones(128))
@@ -184,7 +185,9 @@ def test_numbers_of_8_bits_for_few_tokens(arch, numbers, tmp_path):
     launch = functools.partialmethod(lambda kernel, *args, **kwargs: recorder.run(kernel, *args, **kwargs))
     with patch.object(triton.JITFunction, "run", launch):
         ids, x = zipf(8, 16, 2), torch.ones(8, 512, dtype=torch.bfloat16)
-        TRITON.quantized_mlp(x, torch.ones(8, 2), row_map_of(ids, 16), quantize(mlp, numbers), F.silu)
+        narrow = quantize(mlp, numbers)
+        TRITON.quantized_mlp(x, torch.ones(8, 2), row_map_of(ids, 16), narrow, F.silu)
+        TRITON.direct_mlp(x, torch.ones(8, 2), ids, narrow, F.silu)
     assert {"_open_few", "_close_few"} <= check(arch, recorder, tmp_path, narrow=True)
 
 

@@ -41,3 +41,9 @@ def test_gate_and_up_in_one_tensor_are_counted_as_two():
     x, weights = torch.randn(T, D, requires_grad=True), torch.rand(T, K)
     mlp = MLPWeights(*(torch.randn(E, hidden, D, requires_grad=True) for hidden in (2 * H, H)))
     assert counted(lambda: CPU.fused_mlp(x, weights, rowmap, mlp, F.silu).sum().backward()) == 3 * 6 * T * K * D * H
+
+
+@torch.no_grad()
+def test_few_tokens_in_inference_are_counted_too():
+    layer, x = MoE(TopKRouter(D, E, k=K), GatedMLPExperts(E, D, hidden=H)), torch.randn(3, D)
+    assert counted(lambda: layer(x)) == 6 * 3 * K * D * H

@@ -94,6 +94,17 @@ class Network:
             return None
         return kernels.fused_mlp(x, weights, rowmap, self._joint(), activation)
 
+    def direct(
+        self, x: Float[Tensor, "T D"], weights: Float[Tensor, "T K"], expert_ids: Int[Tensor, "T K"], kernels: Kernels
+    ) -> Float[Tensor, "T D"] | None:
+        """Run few tokens without a map of rows; None where that is not the way."""
+        activation = plain_activation(self.module)
+        if activation is None or torch.is_grad_enabled():
+            return None
+        if not kernels.prefers_direct(expert_ids.numel(), len(self.mlp.up), activation):
+            return None
+        return kernels.direct_mlp(x, weights, expert_ids, self._joint(), activation)
+
     def rows(self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " E"], kernels: Kernels) -> Float[Tensor, "R D"]:
         """Run rows sorted by expert; the tail may hold anything, before and after."""
         hidden = self._hidden(rows, ends, kernels)

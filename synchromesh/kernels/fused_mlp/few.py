@@ -24,15 +24,16 @@ def is_few(num_rows: int, num_experts: int) -> bool:
 
 
 def rows_of_few(
-    x: Tensor, rows: Tensor, ends: Tensor, activation: str, up: Tensor, down: Tensor, gate: Tensor | None,
+    x: Tensor, places: Tensor, ends: Tensor | None, activation: str, up: Tensor, down: Tensor, gate: Tensor | None,
     biases: tuple[Tensor | None, Tensor | None, Tensor | None], num_rows: int, *,
     scales: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
 ) -> Tensor:  # fmt: skip
-    """Return the output rows [R, D] of the experts, without combine weights, sorted by expert like any buffer.
+    """Return the output rows [R, D] of the experts, without combine weights.
 
     Args:
-        x: [T, D]. rows: [T, K], the row of each pair, or -1. ends: [E]. biases: of up, gate and down, contiguous.
-             up, down and gate: [E, F, D], any strides.
+        x: [T, D]. places: [T, K], with ends [E] the row of each pair, sorted by expert, or -1; without ends the expert
+            of each pair, whose row then is its own number. biases: of up, gate and down, contiguous.
+            up, down and gate: [E, F, D], any strides.
         scales: of up, gate and down, where these are 8-bit numbers: [E, F], [E, F], [E, D].
     """
     experts, hidden_width, width = up.shape
@@ -40,40 +41,47 @@ def rows_of_few(
     up_bias, gate_bias, down_bias = biases
     up_scale, gate_scale, down_scale = scales
     other = up if gate is None else gate
-    if not rows.numel():
+    if not places.numel():
         return out
-    padded, choices = max(2, triton.next_power_of_2(experts)), rows.shape[1]
-    _open_few[(rows.numel(), triton.cdiv(hidden_width, 32))](
-        x, rows, ends, up, other, given_or(up_bias, x), given_or(gate_bias, x), given_or(up_scale, x),
+    choices, lookup = places.shape[1], {"MAPPED": ends is not None, "EXPERTS": max(2, triton.next_power_of_2(experts))}
+    ends = given_or(ends, places)
+    _open_few[(places.numel(), triton.cdiv(hidden_width, 32))](
+        x, places, ends, up, other, given_or(up_bias, x), given_or(gate_bias, x), given_or(up_scale, x),
         given_or(gate_scale, x), hidden, width, hidden_width, choices, experts, *up.stride(), *other.stride(),
         ACTIVATION=activation, GATED=gate is not None, UP_BIAS=up_bias is not None,
-        GATE_BIAS=gate_bias is not None, SCALED=up_scale is not None, EXPERTS=padded, BF=32, BD=128,
+        GATE_BIAS=gate_bias is not None, SCALED=up_scale is not None, BF=32, BD=128, **lookup,
     )  # fmt: skip
-    _close_few[(rows.numel(), triton.cdiv(width, 64))](
-        hidden, rows, ends, down, given_or(down_bias, x), given_or(down_scale, x), out, width, hidden_width, experts,
-        *down.stride(), BIAS=down_bias is not None, SCALED=down_scale is not None, EXPERTS=padded, BF=64, BD=64,
+    _close_few[(places.numel(), triton.cdiv(width, 64))](
+        hidden, places, ends, down, given_or(down_bias, x), given_or(down_scale, x), out, width, hidden_width, experts,
+        *down.stride(), BIAS=down_bias is not None, SCALED=down_scale is not None, BF=64, BD=64, **lookup,
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def _expert_of(row, ends, experts, EXPERTS: tl.constexpr):
-    e = tl.arange(0, EXPERTS)
-    end = tl.load(ends + e, mask=e < experts, other=2147483647)
-    return tl.sum((end <= row).to(tl.int64), 0)
+def _row_and_expert(pair, places, ends, experts, MAPPED: tl.constexpr, EXPERTS: tl.constexpr):
+    """Return the row of a pair, -1 where it is absent or dropped, and its expert."""
+    if MAPPED:
+        row = tl.load(places + pair)
+        e = tl.arange(0, EXPERTS)
+        end = tl.load(ends + e, mask=e < experts, other=2147483647)
+        expert = tl.sum((end <= row).to(tl.int64), 0)
+    else:
+        expert = tl.load(places + pair)
+        row = tl.where((expert >= 0) & (expert < experts), pair, -1)
+    return row, expert
 
 
 @triton.jit
 def _open_few(
-    x, rows, ends, up, gate, up_bias, gate_bias, up_scale, gate_scale, hidden, width, hidden_width, choices, experts,
+    x, places, ends, up, gate, up_bias, gate_bias, up_scale, gate_scale, hidden, width, hidden_width, choices, experts,
     up_e, up_f, up_d, gate_e, gate_f, gate_d,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr,
-    SCALED: tl.constexpr, EXPERTS: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
+    SCALED: tl.constexpr, MAPPED: tl.constexpr, EXPERTS: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows + pair)
+    row, e = _row_and_expert(pair, places, ends, experts, MAPPED, EXPERTS)
     if row >= 0:
-        e = _expert_of(row, ends, experts, EXPERTS)
         f = tl.program_id(1) * BF + tl.arange(0, BF)
         inside = f < hidden_width
         h = tl.zeros((BF,), tl.float32)
@@ -104,12 +112,12 @@ def _open_few(
 
 @triton.jit
 def _close_few(
-    hidden, rows, ends, down, bias, scale, out, width, hidden_width, experts, down_e, down_f, down_d,
-    BIAS: tl.constexpr, SCALED: tl.constexpr, EXPERTS: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
+    hidden, places, ends, down, bias, scale, out, width, hidden_width, experts, down_e, down_f, down_d,
+    BIAS: tl.constexpr, SCALED: tl.constexpr, MAPPED: tl.constexpr, EXPERTS: tl.constexpr,
+    BF: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    row = tl.load(rows + tl.program_id(0))
+    row, e = _row_and_expert(tl.program_id(0).to(tl.int64), places, ends, experts, MAPPED, EXPERTS)
     if row >= 0:
-        e = _expert_of(row, ends, experts, EXPERTS)
         d = tl.program_id(1) * BD + tl.arange(0, BD)
         inside = d < width
         total = tl.zeros((BD,), tl.float32)

@@ -31,14 +31,19 @@ def combine(buffer: Float[Tensor, "R D"], weights: Float[Tensor, "T K"], rowmap:
     return _combine(buffer, weights, rowmap.pairs, rowmap.rows)
 
 
-def sum_rows(buffer: Tensor, rows: Tensor, weights: Tensor | None, *, dtype: torch.dtype) -> Tensor:
-    """Return [T, D]: the sum over k of weights[t, k] · buffer[rows[t, k]], without weights where they are None."""
+def sum_rows(
+    buffer: Tensor, rows: Tensor, weights: Tensor | None, *, dtype: torch.dtype, experts: int | None = None
+) -> Tensor:
+    """Return [T, D]: the sum over k of weights[t, k] · buffer[rows[t, k]], without weights where they are None.
+
+    Given the number of experts, rows are the expert of each pair instead, and buffer [T * K, D] has a row for each.
+    """
     y = torch.empty(rows.shape[0], buffer.shape[1], dtype=dtype, device=buffer.device)
     if y.numel():
         wide = _width(y)
         _sum_rows[(len(y), triton.cdiv(y.shape[1], wide))](
             buffer, rows, rows if weights is None else weights, y, y.shape[1], rows.shape[1],
-            WEIGHTED=weights is not None, BD=wide,
+            experts or 0, WEIGHTED=weights is not None, MAPPED=experts is None, BD=wide,
         )  # fmt: skip
     return y
 
@@ -147,12 +152,16 @@ def _copy_rows(x, pairs, out, width, choices, BD: tl.constexpr):
 
 
 @triton.jit
-def _sum_rows(buffer, rows, weights, y, width, choices, WEIGHTED: tl.constexpr, BD: tl.constexpr):
+def _sum_rows(
+    buffer, rows, weights, y, width, choices, experts, WEIGHTED: tl.constexpr, MAPPED: tl.constexpr, BD: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     total = tl.zeros((BD,), tl.float32)
     for k in range(choices):
         row = tl.load(rows + token * choices + k)
+        if not MAPPED:
+            row = tl.where((row >= 0) & (row < experts), token * choices + k, -1)
         if row >= 0:
             part = tl.load(buffer + row * width + d, mask=d < width, other=0.0).to(tl.float32)
             if WEIGHTED:

@@ -23,13 +23,13 @@ def quantized_mlp(
     x: Float[Tensor, "T D"], weights: Float[Tensor, "T K"], rowmap: RowMap, mlp: QuantizedMLP, activation: Activation
 ) -> Float[Tensor, "T D"]:
     """Compute the reference's y."""
-    few = is_few(len(rowmap.pairs), len(rowmap.ends)) and x.dtype != torch.float64 and _widens(mlp.up)
+    few = is_few(len(rowmap.pairs), len(rowmap.ends)) and x.dtype != torch.float64 and widens(mlp.up)
     if few and serves(x, weights, mlp, activation):
         return run(_quantized_mlp, x, weights, rowmap, mlp, activation)
     return reference.quantized_mlp(x, weights, rowmap, mlp, activation, fused_mlp=fused_mlp)
 
 
-def _widens(matrix: Tensor) -> bool:
+def widens(matrix: Tensor) -> bool:
     """Tell whether the device has an instruction for these numbers: float8_e4m3fn came with sm_89."""
     if matrix.dtype == torch.int8 or not matrix.is_cuda:
         return True
