@@ -157,32 +157,39 @@ class _TwoLevelRoute(Route):
     def there(self, rows: Tensor) -> InFlight:
         aligned = transpose_segments(rows, self.sent)  # by place, then by node
         inside = all_to_all(aligned, self.levels.inside, self.midway.sum(1).tolist(), self.sent.sum(0).tolist())
-        return _Relayed(inside, self, back=False)
+        return Relayed(inside, self, back=False)
 
     def back(self, rows: Tensor) -> InFlight:
         by_member = transpose_segments(rows, self.received.T)
         across = all_to_all(by_member, self.levels.across, self.midway.sum(0).tolist(), self.by_node.sum(1).tolist())
-        return _Relayed(across, self, back=True)
+        return Relayed(across, self, back=True)
 
-    def second_level(self, rows: Tensor, *, back: bool) -> Tensor:
-        """Send on what came through the first level."""
+    def second_level(self, rows: Tensor, *, back: bool) -> InFlight:
+        """Start to send on what came through the first level."""
         if back:
             aligned = transpose_segments(rows, self.midway.T)  # by place, then by node
             sizes = self.sent.sum(0).tolist(), self.midway.sum(1).tolist()
-            return transpose_segments(all_to_all(aligned, self.levels.inside, *sizes).wait(), self.sent.T)
+            return Reordered(all_to_all(aligned, self.levels.inside, *sizes), self.sent.T)
         aligned = transpose_segments(rows, self.midway)  # by node, then by place
         sizes = self.by_node.sum(1).tolist(), self.midway.sum(0).tolist()
-        return transpose_segments(all_to_all(aligned, self.levels.across, *sizes).wait(), self.received)
+        return Reordered(all_to_all(aligned, self.levels.across, *sizes), self.received)
 
 
-class _Relayed:
-    """Rows on the first level; the second begins when they are waited for."""
+class Relayed:
+    """Rows on the first level; the second begins when they are sent on, at the latest when they are waited for."""
 
     def __init__(self, first: InFlight, route: _TwoLevelRoute, *, back: bool) -> None:
         self._first, self._route, self._back = first, route, back
+        self._second: InFlight | None = None
+
+    def send_on(self) -> InFlight:
+        """Wait for the first level and start the second, once; return it."""
+        if self._second is None:
+            self._second = self._route.second_level(self._first.wait(), back=self._back)
+        return self._second
 
     def wait(self) -> Tensor:
-        return self._route.second_level(self._first.wait(), back=self._back)
+        return self.send_on().wait()
 
 
 class Reordered:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from synchromesh.comm.all_to_all import Route
+from synchromesh.comm.all_to_all import Relayed, Route
 from synchromesh.comm.collectives import InFlight
 from synchromesh.parallel.waiting import Waiting
 from synchromesh.parallel.wire import Wire
@@ -25,11 +25,16 @@ class Exchange:
     Args:
         route: who gets how many. there: towards the experts; else back to where the tokens are.
         wire: how rows are written for the way. waiting: adds up the time until they arrive.
+
+    Attributes:
+        ahead: the piece that arrives at its experts after this one. On two levels it is sent on from the first to the
+            second before they compute with this one, so that it crosses the network under their compute.
     """
 
     def __init__(self, route: Route, wire: Wire, waiting: Waiting, *, there: bool) -> None:
         self._route, self._wire, self._waiting, self._there = route, wire, waiting, there
         self._flight: InFlight | None = None
+        self.ahead: Exchange | None = None
 
     def start(self, rows: Tensor) -> Tensor:
         """Send rows; return the token that `finish` wants."""
@@ -46,11 +51,19 @@ class Exchange:
         self._dtype = rows.dtype
         self._flight = send(self._wire.write(rows))
 
-    def end(self) -> Tensor:
+    def end(self, *, forward: bool) -> Tensor:
         """Wait, and hold nothing any more."""
         assert self._flight is not None, "an exchange was finished before it was started"
         flight, self._flight = self._flight, None
-        return self._wire.read(self._waiting.for_(flight), self._dtype)
+        rows = self._waiting.during(flight.wait)
+        if self._there == forward and self.ahead is not None:
+            self.ahead.send_on()
+        return self._wire.read(rows, self._dtype)
+
+    def send_on(self) -> None:
+        """Start the second level, where there is one."""
+        if isinstance(self._flight, Relayed):
+            self._waiting.during(self._flight.send_on)
 
 
 class _Start(Function):
@@ -63,14 +76,14 @@ class _Start(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, token: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.exchange.end(), None
+        return ctx.exchange.end(forward=False), None
 
 
 class _Finish(Function):
     @staticmethod
     def forward(ctx: Any, token: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
-        return exchange.end()
+        return exchange.end(forward=True)
 
     @staticmethod
     @once_differentiable

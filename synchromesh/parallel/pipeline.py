@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -91,12 +92,17 @@ def exchange_and_compute(
     `weights` is called once the rows are on their way, and waits for what the experts compute with.
     """
     *pieces, _ = rows.split([*traffic.sizes, len(rows) - sum(traffic.sizes)])
-    going = [Exchange(route, wire, waiting, there=True) for route in traffic.routes]
+    going, coming = (
+        [Exchange(route, wire, waiting, there=there) for route in traffic.routes] for there in (True, False)
+    )
+    for first, second in pairwise(going):
+        first.ahead = second
+    for first, second in pairwise(reversed(coming)):  # gradients go there in the other order
+        first.ahead = second
     tokens = [exchange.start(piece) for exchange, piece in zip(going, pieces, strict=True)]
-    ready, coming = weights(), []
-    for exchange, token, route, ends in zip(going, tokens, traffic.routes, traffic.ends, strict=True):
-        out = experts.compute(exchange.finish(token), ends, ready, traffic.kernels)
-        back = Exchange(route, wire, waiting, there=False)
-        coming.append((back, back.start(out)))
-    returned = [exchange.finish(token) for exchange, token in coming]
+    ready, sent_back = weights(), []
+    for there, token, ends, back in zip(going, tokens, traffic.ends, coming, strict=True):
+        out = experts.compute(there.finish(token), ends, ready, traffic.kernels)
+        sent_back.append(back.start(out))
+    returned = [back.finish(token) for back, token in zip(coming, sent_back, strict=True)]
     return returned[0] if len(returned) == 1 else torch.cat(returned)

@@ -81,7 +81,7 @@ class Pool:
 
     def end(self) -> list[Tensor]:
         flights, self._flights = self._flights, []
-        return [self._waiting.for_(flight) for flight in flights]
+        return [self._waiting.during(flight.wait) for flight in flights]
 
     def anew(self, number: int) -> Tensor:
         """Return a part as gathered in this backward."""

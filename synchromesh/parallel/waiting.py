@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
-from synchromesh.comm.collectives import InFlight
+Result = TypeVar("Result")
 
 
 class Waiting:
@@ -19,10 +20,10 @@ class Waiting:
     def __init__(self) -> None:
         self._seconds = 0.0
 
-    def for_(self, flight: InFlight) -> Tensor:
-        """Return what arrives."""
+    def during(self, wait: Callable[[], Result]) -> Result:
+        """Return what is waited for."""
         start = time.perf_counter()
-        result = flight.wait()
+        result = wait()
         self._seconds += time.perf_counter() - start
         return result
 

@@ -92,11 +92,11 @@ def test_skew_is_evened_out_by_pooling():
 
 def test_thousands_of_plans_are_judged_in_a_second():
     plans = legal(RANKS, WORK)
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(20):
         for plan in plans:
             step_seconds(WORK, plan, RANKS, A100)
-    assert 20 * len(plans) / (time.perf_counter() - start) > 1000  # with every argument's type checked, as in tests
+    assert 20 * len(plans) / (time.process_time() - start) > 1000  # with every argument's type checked, as in tests
 
 
 def test_a_short_list_holds_unlike_plans_and_the_best():
