@@ -43,12 +43,13 @@ def layer_bytes(work: Workload, plan: Plan, ranks: Ranks) -> Bytes:
     element, sent = work.dtype.itemsize, traffic(work, plan, ranks)
     own = sum(work.parts_per_expert) * work.experts / ranks.size
     pooled = own * plan.gather * element if plan.gather > 1 else 0.0
-    copies = row_copies(ranks.size, work.experts, plan)
+    shards = row_copies(ranks.size, work.experts, plan)
     tokens, pairs = work.rows * work.width, kept_pairs(work)
     if sent.there:
-        hidden = sent.rows * work.hidden / copies
+        hidden = sent.rows * work.hidden / shards
         kept = 2 * sent.rows * work.width + (work.matrices - 1) * hidden
-        buffers = 2 * sent.rows * work.width
+        copies = 2 + 4 * plan.two_level + 2 * (plan.chunks > 1)  # a level aligns, sends, receives; pieces are joined
+        buffers = copies * sent.rows * work.width
     else:
         kept = tokens + pairs * work.hidden * (work.matrices - 1)
         buffers = pairs * (work.hidden + work.width)
