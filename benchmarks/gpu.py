@@ -1,15 +1,17 @@
 """The Triton kernels on one GPU: checked against float64, timed beside other ways to the same numbers, tuned.
 
-    python benchmarks/gpu.py                             # check every kernel, then time the fused one
+    python benchmarks/gpu.py                             # check every kernel, capture steps, time the fused kernel
     python benchmarks/gpu.py --part tune                 # try block sizes
     TRITON_INTERPRET=1 python benchmarks/gpu.py --tiny   # without a GPU, in Triton's interpreter
 
 check: every kernel against the reference in float64 on the same inputs; fresh memory is NaN. Where one fails no speed
-is measured. time: contestants get one fixed routing and are first compared with each other; rounds are interleaved,
-times are medians of CUDA events around eager calls: launches are included, the L2 cache is not flushed. The limit is a
-bf16 product of two [8192, 8192] matrices in the same rounds. Peak memory is above what was there before, gradients
-included; saved bytes are x and what else is kept for backward, without weights. tune: tilings that Triton refuses are
-written down with its reason. Each record is appended to the output as soon as it is known.
+is measured. graphs: whole steps, forward alone and with backward and AdamW, are captured as CUDA graphs, replayed on
+new inputs, compared with eager steps and timed beside them. time: contestants get one fixed routing and are first
+compared with each other; rounds are interleaved, times are medians of CUDA events around eager calls: launches are
+included, the L2 cache is not flushed. The limit is a bf16 product of two [8192, 8192] matrices in the same rounds. Peak
+memory is above what was there before, gradients included; saved bytes are x and what else is kept for backward, without
+weights. tune: tilings that Triton refuses are written down with its reason. Each record is appended to the output as
+soon as it is known.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import tyro
+from gpu_graphs import graphs_part
 from gpu_problem import (
     RIVALS,
     ROUTINGS,
@@ -250,6 +253,8 @@ def main(args: Args) -> int:
         torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
         print("Speeds in the interpreter mean nothing.")
     if "check" in args.part and not check_part(session):
+        return 1
+    if "graphs" in args.part and not graphs_part(session):
         return 1
     if "time" in args.part:
         time_part(session)

@@ -31,7 +31,7 @@ class Args:
         commit: where git does not know. out: default results/gpu.jsonl, or a temporary file if tiny.
     """
 
-    part: tuple[Literal["check", "time", "tune"], ...] = ("check", "time")
+    part: tuple[Literal["check", "graphs", "time", "tune"], ...] = ("check", "graphs", "time")
     shapes: tuple[int, ...] = ()
     tiny: bool = False
     seconds: float = 1.0

@@ -106,7 +106,7 @@ class OverRanks(Loss):
 
 def _agreed(agree_sum: AgreeSum, routing: Routing, *sums: Tensor) -> list[Tensor]:
     """Return the number of tokens, at least 1, and some sums over them, of all ranks: agreed in one message."""
-    tokens = sums[0].new_tensor([len(routing.expert_ids)])
+    tokens = sums[0].new_full((1,), len(routing.expert_ids))  # filled on the device: nothing is sent there
     total, *agreed = agree_sum(torch.cat([tokens, *sums])).split([1, *(len(one) for one in sums)])
     return [total[0].clamp(min=1), *agreed]
 

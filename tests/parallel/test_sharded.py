@@ -1,6 +1,5 @@
 """What a plan sends, keeps and reads, counted."""
 
-import sys
 from unittest.mock import patch
 
 import pytest
@@ -31,6 +30,7 @@ from synchromesh.parallel.layout import Layout
 from synchromesh.testing.cases import EvenRouter
 from synchromesh.testing.compare import relative_rms
 from synchromesh.testing.distributed import run_ranks
+from synchromesh.testing.reads import HostReads
 from synchromesh.types import Workload
 
 D, F, T = 8, 16, 24
@@ -172,27 +172,9 @@ def host_reads(plan):
     layer = layer_on(grid)
     capacity = FixedCapacity(1.0, tokens=T)
     run(layer, plan, capacity=capacity)
-    reads = []
-
-    def counting(name):
-        original = getattr(torch.Tensor, name)
-
-        def read(self, *args, **kwargs):
-            file = sys._getframe(1).f_code.co_filename
-            if "synchromesh" in file and "kernels" not in file:
-                reads.append(f"{name} in {file}:{sys._getframe(1).f_lineno}")
-            return original(self, *args, **kwargs)
-
-        return patch.object(torch.Tensor, name, read)
-
-    names = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
-    patches = [counting(name) for name in names]
-    for one in patches:
-        one.start()
-    run(layer, plan, capacity=capacity)
-    for one in patches:
-        one.stop()
-    return reads
+    with HostReads() as reads:
+        run(layer, plan, capacity=capacity)
+    return [one for one in reads.found if "/kernels/" not in one]
 
 
 def test_an_even_wire_reads_nothing_on_the_host():

@@ -1,0 +1,60 @@
+"""The steps that are captured as CUDA graphs, in the interpreter: they read nothing on the host, and are right."""
+
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from triton.runtime.interpreter import GridExecutor
+
+from synchromesh import Local
+from synchromesh.kernels import REFERENCE
+from synchromesh.kernels.gpu import TRITON
+from synchromesh.testing.compare import assert_close
+from synchromesh.testing.reads import HostReads
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    for module in ("routing", "capacity"):  # a CPU's would be taken
+        monkeypatch.setattr(f"synchromesh.{module}.kernels_for", lambda device: TRITON)
+    import gpu_graphs
+
+    return gpu_graphs
+
+
+def noted(step):
+    """Run a step; return its results, what it read between its launches, and these. A launch interpreted reads all."""
+    launch, launches = GridExecutor.__call__, []
+    with HostReads() as reads:
+
+        def aside(executor, *args, **kwargs):
+            launches.append(executor.fn.__name__)
+            with reads.aside():
+                return launch(executor, *args, **kwargs)
+
+        with patch.object(GridExecutor, "__call__", aside):
+            results = step()
+    return results, reads.found, set(launches)
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["forward", "step"])
+@pytest.mark.parametrize("name", ["capacity 1.25", "dropless"])
+def test_a_step_reads_nothing_on_the_host_and_is_right(graphs, trains, name):
+    for shape in graphs.TINY:
+        step = graphs.step_of(shape, graphs.CAPACITIES[name], "cpu", trains=trains)
+        plain = graphs.twin(step)
+        plain.layer.strategy = Local(kernels=REFERENCE)
+        got, found, launches = noted(step)
+        assert found == []
+        assert {"_select", "_count_block", "_place_block", "_sum_rows"} < launches
+        for part, wanted in plain().items():
+            assert_close(part, got[part], wanted)
+
+
+def test_replays_on_new_inputs_are_right(graphs):
+    step = graphs.step_of(graphs.TINY[1], graphs.CAPACITIES["capacity 1.25"], "cpu", trains=True)
+    error, _ = graphs.worst(step)
+    assert error == 0
