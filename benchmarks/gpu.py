@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py                             # check every kernel, capture steps, time the fused kernel
     python benchmarks/gpu.py --part tune                 # try block sizes
+    python benchmarks/gpu.py --part choose --minutes 20  # where torch's own grouped_mm is faster, it runs from then on
     TRITON_INTERPRET=1 python benchmarks/gpu.py --tiny   # without a GPU, in Triton's interpreter
 
 check: every kernel against the reference in float64 on the same inputs; fresh memory is NaN. Where one fails no speed
@@ -10,8 +11,9 @@ new inputs, compared with eager steps and timed beside them. time: contestants g
 compared with each other; rounds are interleaved, times are medians of CUDA events around eager calls: launches are
 included, the L2 cache is not flushed. The limit is a bf16 product of two [8192, 8192] matrices in the same rounds. Peak
 memory is above what was there before, gradients included; saved bytes are x and what else is kept for backward, without
-weights. tune: tilings that Triton refuses are written down with its reason. Each record is appended to the output as
-soon as it is known.
+weights. tune: tilings that Triton refuses are written down with its reason. choose: both ways to a product are compared
+and then timed over loads and sizes; the table goes into the package. Each record is appended to the output as soon as
+it is known.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ import itertools
 import sys
 from collections.abc import Callable
 from concurrent.futures import as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import tyro
+from gpu_choice import choose_part
 from gpu_graphs import graphs_part
 from gpu_problem import (
     RIVALS,
@@ -52,6 +55,7 @@ from torch import Tensor
 from synchromesh.capacity import Dropless
 from synchromesh.kernels import REFERENCE, Kernels, MLPWeights
 from synchromesh.kernels.gpu import TRITON
+from synchromesh.kernels.grouped_mm import native
 from synchromesh.kernels.tiles import interpreted
 from synchromesh.testing.cases import Case, evil_cases, zipf
 from synchromesh.testing.compare import TOLERANCE, relative_rms
@@ -65,6 +69,7 @@ KERNELS = [
     *[("fused_mlp", "gated", "silu"), ("fused_mlp", "gated", "relu"), ("fused_mlp", "gated_biased", "gelu")],
     *[("grouped_mm", "plain", ""), ("grouped_mm", "biased", ""), ("gather", "plain", ""), ("combine", "plain", "")],
 ]
+TORCHS = [("torch's grouped_mm", "plain", ""), ("torch's grouped_mm", "biased", "")]  # in bfloat16 alone
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ def probe(task: Task, case: Case, sizes: tuple[int, int], rowmap: RowMap) -> tup
     if task.kernel == "combine":
         return lambda k, **given: k.combine(**given, rowmap=rowmap), {"buffer": buffer, "weights": weights}
     mlp = parts(experts, *sizes)
-    if task.kernel == "grouped_mm":
+    if task.kernel.endswith("grouped_mm"):
         given = {"rows": buffer, "weight": mlp["up"].mT.contiguous(), **({"bias": mlp["up_bias"]} if biased else {})}
         return lambda k, **given: k.grouped_mm(**given, ends=rowmap.ends)[:kept], given
     mlp = {n: t for n, t in mlp.items() if ("gated" in task.kind or "gate" not in n) and (biased or "bias" not in n)}
@@ -132,7 +137,8 @@ def errors(task: Task, case: Case, sizes: tuple[int, int], device: str) -> dict[
     run, inputs = probe(task, case, sizes, rowmap)
     narrow = {name: tensor.to(device, task.dtype if real else tensor.dtype) for name, tensor in inputs.items()}
     wide = {name: tensor.double() if real else tensor for name, tensor in narrow.items()}
-    got, wanted = (outcome(partial(run, k), given, task.dtype) for k, given in ((TRITON, narrow), (REFERENCE, wide)))
+    own = replace(TRITON, grouped_mm=native.grouped_mm) if task.kernel == "torch's grouped_mm" else TRITON
+    got, wanted = (outcome(partial(run, k), given, task.dtype) for k, given in ((own, narrow), (REFERENCE, wide)))
     strange = [name for name in wanted if (got[name].dtype, got[name].shape) != (task.dtype, wanted[name].shape)]
     assert not strange, f"dtype or shape of {strange} in {case.name}"
     return {name: relative_rms(got[name], wanted[name]) for name in wanted}
@@ -144,7 +150,8 @@ def checked(task: Task, device: str, tiny: bool) -> list[Record]:
     truncates = 2 if interpreted() and task.dtype == torch.bfloat16 else 1  # where a GPU rounds
     limit, shapes = truncates * TOLERANCE.get(task.dtype, 0.0), TINY if tiny else MEDIUM
     cases = [(Case(str(s), zipf(s.tokens, s.experts, s.choices), s.experts), (s.width, s.hidden)) for s in shapes]
-    cases += [(case, (10, 37)) for case in evil_cases() if len(case.expert_ids) < 1000 or not tiny]
+    sizes = (16, 40) if task.kernel == "torch's grouped_mm" else (10, 37)  # it takes multiples of 8 alone
+    cases += [(case, sizes) for case in evil_cases() if len(case.expert_ids) < 1000 or not tiny]
     records = []
     with poisoned_memory():
         for case, sizes in cases:
@@ -158,6 +165,7 @@ def check_part(session: Session) -> bool:
     """Check every kernel, show what fails, tell whether nothing does. A task that breaks down fails as a whole."""
     table, count = Table("kernel", "kind", "activation", "dtype", "case", "error", title="failures"), 0
     tasks = [Task(*each, dtype) for each in KERNELS for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    tasks += [Task(*each, torch.bfloat16) for each in TORCHS]
     tasks += [Task("positions", kind, "", torch.int64) for kind in ("plain", "prioritized")]
     with session.workers() as workers:
         futures = {workers.submit(checked, task, session.device, session.args.tiny): task for task in tasks}
@@ -260,6 +268,8 @@ def main(args: Args) -> int:
         time_part(session)
     if "tune" in args.part:
         tune_part(session)
+    if "choose" in args.part and not choose_part(session):
+        return 1
     if session.late():
         print(f"{args.minutes} minutes are over: the rest was left out, choose it with --shapes or --part.")
     return 0

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from gpu_problem import TINY, Shape, timed
+from gpu_problem import Shape, timed
 from gpu_session import Record, Session
 from rich.console import Console
 from rich.table import Table
@@ -40,6 +40,7 @@ WARM_UPS = 3  # steps that compile kernels and make the optimizer's state, befor
 REPLAYS = 3  # on new inputs each
 DECODE = [Shape(tokens, 4096, 1536, 128, 8) for tokens in (1, 8, 64)]
 TRAIN = [Shape(8192, 2048, 1024, 64, 8), Shape(4608, 1024, 4096, 32, 1, False)]
+SMALL = [Shape(10, 24, 40, 3, 2), Shape(10, 16, 24, 2, 1, False)]  # for the interpreter
 CAPACITIES: dict[str, Capacity] = {"capacity 1.25": FixedCapacity(1.25), "dropless": Dropless()}
 
 
@@ -174,7 +175,7 @@ def graphs_part(session: Session) -> bool:
     """Capture every step, show the times, tell whether all replays were right."""
     table, right = Table("T D F E K", "capacity", "pass", "passed", "error", "eager, ms", "replayed, ms"), True
     steps = [(shape, False) for shape in DECODE] + [(shape, True) for shape in TRAIN]
-    steps = [(TINY[1], False), (TINY[1], True)] if session.args.tiny else steps
+    steps = [(SMALL[0], False), (SMALL[1], True)] if session.args.tiny else steps
     for shape, trains in steps:
         for name, capacity in CAPACITIES.items():
             about = {

@@ -29,9 +29,10 @@ class Args:
         shapes: indices, to be timed. seconds: of timing for each figure. minutes: nothing new begins after them.
         workers: processes that compile; one for each task, so that one that breaks its GPU context spoils no other.
         commit: where git does not know. out: default results/gpu.jsonl, or a temporary file if tiny.
+        table: where choices go; default the package's own, or beside `out` if tiny.
     """
 
-    part: tuple[Literal["check", "graphs", "time", "tune"], ...] = ("check", "graphs", "time")
+    part: tuple[Literal["check", "graphs", "time", "tune", "choose"], ...] = ("check", "graphs", "time")
     shapes: tuple[int, ...] = ()
     tiny: bool = False
     seconds: float = 1.0
@@ -39,6 +40,7 @@ class Args:
     workers: int = 32
     commit: str = ""
     out: Path | None = None
+    table: Path | None = None
 
 
 @dataclass(frozen=True)

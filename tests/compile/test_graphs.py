@@ -34,6 +34,8 @@ from synchromesh import (
     batch_prioritized,
 )  # fmt: skip
 from synchromesh.kernels.gpu import TRITON
+from synchromesh.kernels.grouped_mm import native
+from synchromesh.kernels.grouped_mm.choice import Cell, Choices, Kind, Measurement
 from synchromesh.testing.reads import HostReads
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -106,6 +108,15 @@ def test_a_step_leaves_nothing_to_the_host(graphs, launched, name):
     assert {"_count_block", "_place_block", "_product", "_weight_gradient", "_sum_rows"} <= launched
 
 
+@pytest.mark.parametrize("name", ["plain experts", "an unknown activation"])
+def test_a_step_leaves_nothing_to_the_host_where_torch_multiplies(graphs, launched, monkeypatch, name):
+    cells = tuple(Cell(kind, "bfloat16", E, T // E, D, F, 2e-3, 1e-3) for kind in Kind)
+    table = Choices((Measurement("meta", "no device", "2.13.0", "3.6.0", "abc", "2026-01-01T00:00:00Z", cells),))
+    monkeypatch.setattr(native, "shipped", lambda: table)
+    assert reads_of(graphs, LAYERS[name]()) == []
+    assert ("_product" in launched, "_sum_rows" in launched) == (False, True)
+
+
 def test_inference_of_few_tokens_leaves_nothing_to_the_host(graphs, launched):
     layer = LAYERS["fixed capacity"]().to("meta")
     step = graphs.Step(layer, None, *(torch.empty(5, D, device="meta") for _ in range(2)))
@@ -124,7 +135,7 @@ def test_what_does_read_is_found_out(graphs, launched):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("trains", [False, True], ids=["forward", "step"])
 def test_replays_give_what_eager_steps_give(graphs, trains):
-    for shape in graphs.TINY:
+    for shape in graphs.SMALL:
         for capacity in graphs.CAPACITIES.values():
             step = graphs.step_of(shape, capacity, "cuda", trains=trains)
             error, _ = graphs.worst(step)

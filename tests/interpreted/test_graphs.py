@@ -1,5 +1,6 @@
 """The steps that are captured as CUDA graphs, in the interpreter: they read nothing on the host, and are right."""
 
+import json
 from pathlib import Path
 from unittest.mock import patch
 
@@ -43,7 +44,7 @@ def noted(step):
 @pytest.mark.parametrize("trains", [False, True], ids=["forward", "step"])
 @pytest.mark.parametrize("name", ["capacity 1.25", "dropless"])
 def test_a_step_reads_nothing_on_the_host_and_is_right(graphs, trains, name):
-    for shape in graphs.TINY:
+    for shape in graphs.SMALL:
         step = graphs.step_of(shape, graphs.CAPACITIES[name], "cpu", trains=trains)
         plain = graphs.twin(step)
         plain.layer.strategy = Local(kernels=REFERENCE)
@@ -54,7 +55,12 @@ def test_a_step_reads_nothing_on_the_host_and_is_right(graphs, trains, name):
             assert_close(part, got[part], wanted)
 
 
-def test_replays_on_new_inputs_are_right(graphs):
-    step = graphs.step_of(graphs.TINY[1], graphs.CAPACITIES["capacity 1.25"], "cpu", trains=True)
-    error, _ = graphs.worst(step)
-    assert error == 0
+def test_the_benchmark_captures_and_compares_them(graphs, monkeypatch, tmp_path):
+    from gpu_session import Args, session_of
+
+    monkeypatch.delitem(graphs.CAPACITIES, "dropless")
+    session = session_of(Args(part=("graphs",), tiny=True, commit="abc", out=tmp_path / "records.jsonl"))
+    assert graphs.graphs_part(session)
+    records = [json.loads(line) for line in session.out.read_text().splitlines()]
+    assert [record["pass"] for record in records] == ["forward", "step"]
+    assert all(record["passed"] and set(record["seconds"]) == {"eager", "replayed"} for record in records)

@@ -27,7 +27,14 @@ from synchromesh.kernels.fused_mlp.few import is_few, rows_of_few
 from synchromesh.kernels.fused_mlp.op import Net, apart, define, fields, is_joint, pre_activations, run, wanted
 from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights, compose_mlp
 from synchromesh.kernels.grouped_mm.tilings import Tilings, tilings_of
-from synchromesh.kernels.grouped_mm.triton import column_sums, grouped_mm, options, product, weight_gradient
+from synchromesh.kernels.grouped_mm.triton import (
+    column_sums,
+    faster_product,
+    grouped_mm,
+    options,
+    product,
+    weight_gradient,
+)
 from synchromesh.kernels.launch import given_or, on_its_device
 from synchromesh.kernels.permute.triton import combine, gather, sum_rows
 from synchromesh.kernels.tiles import (
@@ -80,7 +87,7 @@ def _forward(
     tilings = _tilings(x, pairs, ends)
     tiles = tiles_of(ends, len(pairs), tilings.opening.rows)
     _open(x, net, tiles, tilings.opening, tokens, activation, pre if save else None, hidden)
-    out = product(hidden, net.down, tiles, tilings.product, out=x.new_empty(len(pairs), x.shape[1]), bias=net.down_bias)
+    out = faster_product(hidden, net.down, ends, tiles, tilings.product, bias=net.down_bias)
     return sum_rows(out, rows, weights.contiguous(), dtype=x.dtype), pre_up, pre_gate
 
 
@@ -150,8 +157,11 @@ def _backward(
         column_sums(grad, ends, out=into.down_bias, tokens=tokens, scale=weights)
     if not needs[0]:
         return x.new_empty(0), d_weights, d_mlp
-    second = None if net.gate is None else (d_gate, net.gate)
-    d_rows = product(d_up, net.up, tiles, tilings.product, out=x.new_empty(len(pairs), x.shape[1]), second=second)
+    if net.gate is None:
+        d_rows = faster_product(d_up, net.up, ends, tiles, tilings.product)
+    else:
+        d_rows = x.new_empty(len(pairs), x.shape[1])
+        product(d_up, net.up, tiles, tilings.product, out=d_rows, second=(d_gate, net.gate))
     return sum_rows(d_rows, rows, None, dtype=x.dtype), d_weights, d_mlp
 
 

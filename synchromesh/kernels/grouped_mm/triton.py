@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from synchromesh.kernels.autocast import autocast_alike
-from synchromesh.kernels.grouped_mm import op, reference
+from synchromesh.kernels.grouped_mm import native, op, reference
+from synchromesh.kernels.grouped_mm.choice import Kind
 from synchromesh.kernels.grouped_mm.tilings import GROUP, tilings_of
 from synchromesh.kernels.launch import on_its_device
 from synchromesh.kernels.tiles import (
@@ -204,11 +205,33 @@ def _column_sums(
     tl.store(out + e.to(tl.int64) * wide + n, total.to(out.dtype.element_ty), mask=n < wide)
 
 
-@on_its_device
-def _forward(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
+def faster_product(
+    a: Tensor, w: Tensor, ends: Tensor, tiles: Tiles, tiling: Tiling, *, bias: Tensor | None = None
+) -> Tensor:
+    """Return a[r] · w[e] + bias[e] by `product`, or by torch's own where that was measured to be faster."""
+    if native.is_faster(Kind.PRODUCT, a, w.shape):
+        return native.product(a, w, ends, bias=bias)
+    return product(a, w, tiles, tiling, out=a.new_empty(len(a), w.shape[2]), bias=bias)
+
+
+def tiled_product(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return rows[r] · weight[e] + bias[e] by the kernels above."""
     out = rows.new_empty(rows.shape[0], weight.shape[2])
     tiling = tilings_of(rows.dtype, rows.device, rows_per_expert=len(rows) // max(1, len(ends))).product
     return product(rows.contiguous(), weight, tiles_of(ends, len(rows), tiling.rows), tiling, out=out, bias=bias)
+
+
+def tiled_gradient(rows: Tensor, grad: Tensor, ends: Tensor, *, like: Tensor) -> Tensor:
+    """Return the gradient of a matrix laid out as `like` [E, I, O] by the kernels above."""
+    tilings = tilings_of(grad.dtype, grad.device, rows_per_expert=len(grad) // max(1, len(ends)))
+    return weight_gradient(rows.contiguous(), grad, ends, tilings.weights, out=torch.empty_like(like))
+
+
+@on_its_device
+def _forward(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
+    if native.is_faster(Kind.PRODUCT, rows, weight.shape):
+        return native.product(rows, weight, ends, bias=bias)
+    return tiled_product(rows, weight, ends, bias)
 
 
 @on_its_device
@@ -216,15 +239,17 @@ def _backward(
     grad: Tensor, rows: Tensor | None, weight: Tensor, ends: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, (experts, width, out) = grad.contiguous(), weight.shape
-    d_rows = grad.new_zeros(grad.shape[0], width) if needs[0] else grad.new_empty(0)  # nothing flows into the tail
-    d_weight = torch.empty_like(weight) if needs[1] else grad.new_empty(0)
+    d_rows, d_weight = grad.new_empty(0), grad.new_empty(0)
     d_bias = grad.new_empty((experts, out) if needs[2] else (0,))
-    tilings = tilings_of(grad.dtype, grad.device, rows_per_expert=len(grad) // max(1, len(ends)))
-    if needs[0]:
-        tiles = tiles_of(ends, len(grad), tilings.product.rows)
-        product(grad, weight.mT, tiles, tilings.product, out=d_rows)
+    if needs[0] and native.is_faster(Kind.PRODUCT, grad, weight.mT.shape):
+        d_rows = native.rows_gradient(grad, weight, ends)
+    elif needs[0]:
+        tiling = tilings_of(grad.dtype, grad.device, rows_per_expert=len(grad) // max(1, len(ends))).product
+        d_rows = grad.new_zeros(grad.shape[0], width)  # nothing flows into the tail
+        product(grad, weight.mT, tiles_of(ends, len(grad), tiling.rows), tiling, out=d_rows)
     if rows is not None:
-        weight_gradient(rows.contiguous(), grad, ends, tilings.weights, out=d_weight)
+        torchs = native.is_faster(Kind.WEIGHTS, grad, weight.shape)
+        d_weight = (native.weight_gradient if torchs else tiled_gradient)(rows.contiguous(), grad, ends, like=weight)
     if needs[2]:
         column_sums(grad, ends, out=d_bias)
     return d_rows, d_weight, d_bias

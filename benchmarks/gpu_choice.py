@@ -1,0 +1,113 @@
+"""Which products torch's own grouped_mm computes faster: what `benchmarks/gpu.py --part choose` measures.
+
+The table goes to synchromesh/kernels/grouped_mm/measured.json, in place of what was measured on this architecture
+before; from then on the kernels choose by it. Where torch reads ends on the host it is never chosen, and not measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from gpu_problem import timed
+from gpu_session import Session
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import synchromesh.kernels.grouped_mm as family
+from synchromesh.kernels.grouped_mm import native
+from synchromesh.kernels.grouped_mm.choice import FILE, Cell, Choices, Kind, Measurement, architecture_of
+from synchromesh.kernels.grouped_mm.triton import tiled_gradient, tiled_product
+from synchromesh.kernels.tiles import interpreted
+from synchromesh.testing.compare import TOLERANCE, relative_rms
+
+ROWS = (16, 64, 256, 1024, 4096)
+SIDES = (512, 1024, 2048, 4096, 8192)
+MOST_ROWS, MOST_EXPERTS = 65536, 64
+Product = Callable[[], list[Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A cell that is not measured yet; its fields are those of `Cell`."""
+
+    kind: Kind
+    experts: int
+    rows_per_expert: int
+    depth: int
+    width: int
+
+
+def grid(*, tiny: bool) -> Iterator[Asked]:
+    """Return what to measure: loads of an expert by sides of its matrix, up to 8 times as long as they are wide."""
+    if tiny:
+        yield from (Asked(kind, 2, 16, 32, 64) for kind in Kind)
+        return
+    for kind, rows, depth, width in itertools.product(Kind, ROWS, SIDES, SIDES):
+        if max(depth, width) <= 8 * min(depth, width):
+            yield Asked(kind, min(MOST_EXPERTS, MOST_ROWS // rows), rows, depth, width)
+
+
+def ways(asked: Asked, device: str) -> dict[str, Product]:
+    """Return both ways to a product. A matrix lies in memory as up does, and then as down does: both count."""
+    torch.manual_seed(0)
+    shape, rows = (asked.experts, asked.depth, asked.width), asked.experts * asked.rows_per_expert
+    left, right = (torch.randn(rows, size, device=device).bfloat16() for size in shape[1:])
+    down = torch.randn(shape, device=device).bfloat16().div_(asked.depth**0.5)
+    ends = torch.arange(1, asked.experts + 1, device=device, dtype=torch.int32) * asked.rows_per_expert
+    layouts = (down.mT.contiguous().mT, down)
+    if asked.kind is Kind.PRODUCT:
+        each = {"triton": tiled_product, "torch": native.product}
+        return {name: lambda way=way: [way(left, w, ends) for w in layouts] for name, way in each.items()}
+    each = {"triton": tiled_gradient, "torch": native.weight_gradient}
+    return {name: lambda way=way: [way(left, right, ends, like=w) for w in layouts] for name, way in each.items()}
+
+
+def measured(asked: Asked, session: Session) -> Cell | str:
+    """Return a cell, or why there is none: results that differ have no times."""
+    runs = ways(asked, session.device)
+    error = max(map(relative_rms, runs["torch"](), runs["triton"]()))
+    if error > TOLERANCE[torch.bfloat16] * (2 if interpreted() else 1):
+        return f"the results differ by {error:.3g}"
+    seconds = timed(runs, session.args.seconds)
+    return Cell(dtype="bfloat16", **{**dataclasses.asdict(asked), "kind": asked.kind}, **seconds)
+
+
+def choose_part(session: Session) -> bool:
+    """Measure every cell, write the table, show it; tell whether all results agreed."""
+    device, cells, differing = torch.device(session.device), [], []
+    rows = torch.empty(1, 8, device=device, dtype=torch.bfloat16)
+    if not native.takes(rows, (1, 8, 8)):
+        print(f"On {session.about['device']} torch's grouped_mm reads on the host: nothing to choose.")
+        return True
+    table = Table("kind", "experts", "rows each", "depth", "width", "Triton, ms", "torch, ms", "faster")
+    for asked in grid(tiny=session.args.tiny):
+        if session.late():
+            break
+        cell = measured(asked, session)
+        if isinstance(cell, str):
+            differing.append(asked)
+            print(asked, cell)
+            continue
+        cells.append(cell)
+        record = dataclasses.asdict(cell) | {"kind": cell.kind.value, "faster": cell.faster.value}
+        session.write("choose", record)
+        about = (record[name] for name in ("kind", "experts", "rows_per_expert", "depth", "width"))
+        table.add_row(*map(str, about), *(f"{1e3 * s:.3f}" for s in (cell.triton, cell.torch)), cell.faster.value)
+    Console(width=160).print(table)
+    print("->", save(cells, session, architecture_of(device)))
+    return not differing
+
+
+def save(cells: list[Cell], session: Session, architecture: str) -> Path:
+    """Write the cells into the table, in place of others of their architecture; to the records' folder if tiny."""
+    shipped = Path(family.__path__[0]) / FILE
+    path = session.args.table or (session.out.with_name(FILE) if session.args.tiny else shipped)
+    before = Choices.from_json(path.read_text()) if path.exists() else Choices()
+    about = {name: session.about[name] for name in ("device", "torch", "triton", "commit", "started")}
+    path.write_text(before.with_measurement(Measurement(architecture, cells=tuple(cells), **about)).to_json())
+    return path

@@ -1,0 +1,142 @@
+"""grouped_mm by torch's own, torch.nn.functional.grouped_mm: bfloat16, widths that are multiples of 8.
+
+On sm_90 and sm_100 it reads ends on the device; elsewhere torch copies them to the host. It leaves the tail of its rows
+as it was, and on some GPUs the gradients of experts without rows too: both are written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from synchromesh.kernels.autocast import autocast_alike
+from synchromesh.kernels.grouped_mm import op, reference
+from synchromesh.kernels.grouped_mm.choice import Kind, Way, architecture_of, shipped
+
+ALIGNED = 8  # numbers of bfloat16 in 16 bytes
+MOST_EXPERTS = 1023  # groups of one call
+
+
+def grouped_mm(
+    rows: Float[Tensor, "R I"],
+    weight: Float[Tensor, "E I O"],
+    ends: Int[Tensor, " E"],
+    bias: Float[Tensor, "E O"] | None = None,
+) -> Float[Tensor, "R O"]:
+    """Multiply each expert's rows by its matrix and add its bias; what torch does not take goes to the reference.
+
+    Raises ValueError where rows, weight and bias are not of one dtype.
+    """
+    rows, (weight_, bias_) = autocast_alike(rows, [weight, bias])
+    assert weight_ is not None
+    if not _fits(rows.dtype, *weight_.shape):
+        return reference.grouped_mm(rows, weight_, ends, bias_)
+    return _grouped_mm(rows, weight_, ends, bias_)
+
+
+def takes(rows: Tensor, shape: Sequence[int]) -> bool:
+    """Tell whether torch multiplies such rows for matrices of a shape [E, I, O] without a read of ends on the host.
+
+    It does so on sm_90 and sm_100. On a CPU ends lie on the host, there it takes all that fits.
+    """
+    on_device = not rows.is_cuda or (torch.version.hip is None and _capability(rows.device) in (9, 10))
+    return on_device and _fits(rows.dtype, *shape)
+
+
+def is_faster(kind: Kind, rows: Tensor, shape: Sequence[int]) -> bool:
+    """Tell whether torch takes these rows, and multiplies them faster by the shipped measurements."""
+    if not takes(rows, shape):
+        return False
+    experts, depth, width = shape
+    sizes = {"rows_per_expert": len(rows) // experts, "depth": depth, "width": width}
+    return shipped().faster(kind, architecture_of(rows.device), dtype=rows.dtype, **sizes) is Way.TORCH
+
+
+def product(a: Tensor, w: Tensor, ends: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """Return a[r] · w[e] + bias[e] for the rows of each expert, [R, O]; the tail may hold anything.
+
+    Args:
+        a: [R, I]. w: [E, I, O], any strides.
+    """
+    if not len(a):
+        return a.new_empty(0, w.shape[2])
+    out = F.grouped_mm(_aligned(a.contiguous()), _aligned(_laid_out(w)), offs=ends)
+    return out if bias is None else out.add_(bias[_owner(len(a), ends)])
+
+
+def weight_gradient(left: Tensor, right: Tensor, ends: Tensor, *, like: Tensor) -> Tensor:
+    """Return the sum over an expert's rows of left[r]ᵀ · right[r], laid out as `like` [E, M, N] is.
+
+    Args:
+        left: [R, M]. right: [R, N]. Both contiguous.
+    """
+    if not len(left):
+        return torch.zeros_like(like)
+    turned = like.mT.is_contiguous() and not like.is_contiguous()
+    high, wide = (right, left) if turned else (left, right)
+    out = F.grouped_mm(_aligned(high).t(), _aligned(wide), offs=ends)
+    out.masked_fill_((ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None], 0)
+    if turned or like.is_contiguous():
+        return out.mT if turned else out
+    return torch.empty_like(like).copy_(out)
+
+
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def _fits(dtype: torch.dtype, experts: int, depth: int, width: int) -> bool:
+    whole = depth % ALIGNED == 0 and width % ALIGNED == 0
+    return dtype == torch.bfloat16 and whole and min(depth, width) > 0 and 0 < experts <= MOST_EXPERTS
+
+
+def _laid_out(w: Tensor) -> Tensor:
+    """Return w with one of its last two dims contiguous and the step of the other aligned."""
+    _, depth, width = w.shape
+    for (along, across), size in ((w.stride()[:0:-1], width), (w.stride()[1:], depth)):
+        if along == 1 and across >= size and across % ALIGNED == 0 and w.stride(0) % ALIGNED == 0:
+            return w
+    return w.contiguous()
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _owner(num_rows: int, ends: Tensor) -> Tensor:
+    """Return the expert of each row; in the tail the last."""
+    number = torch.arange(num_rows, dtype=ends.dtype, device=ends.device)
+    return torch.searchsorted(ends, number, right=True).clamp_(max=len(ends) - 1)
+
+
+def _forward(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
+    return product(rows, weight, ends, bias=bias)
+
+
+def _backward(
+    grad: Tensor, rows: Tensor | None, weight: Tensor, ends: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad = grad.contiguous()
+    d_rows, d_weight, d_bias = (grad.new_empty(0) for _ in needs)
+    if needs[0]:
+        d_rows = rows_gradient(grad, weight, ends)
+    if rows is not None:
+        d_weight = weight_gradient(rows.contiguous(), grad, ends, like=weight)
+    if needs[2]:  # a product with ones adds in one order, an index_add in any
+        ones, like = grad.new_ones(len(grad), ALIGNED), grad.new_empty(len(ends), ALIGNED, grad.shape[1])
+        d_bias = weight_gradient(ones, grad, ends, like=like)[:, 0].contiguous()
+    return d_rows, d_weight, d_bias
+
+
+def rows_gradient(grad: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Return the gradient of the rows of a product with weight [E, I, O]: [R, I], zero in the tail."""
+    d_rows = product(grad, weight.mT, ends)
+    tail = torch.arange(len(grad), device=ends.device) >= ends[-1:]
+    return d_rows.masked_fill_(tail[:, None], 0)
+
+
+_grouped_mm = op.define("native", _forward, _backward, device=None)

@@ -1,0 +1,104 @@
+"""Products choose between Triton's kernels and torch's own grouped_mm by a table: both ways, the same numbers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from synchromesh.kernels import REFERENCE, MLPWeights
+from synchromesh.kernels.gpu import TRITON
+from synchromesh.kernels.grouped_mm import native
+from synchromesh.kernels.grouped_mm.choice import Cell, Choices, Kind, Measurement
+from synchromesh.testing.cases import row_map_of, zipf
+from synchromesh.testing.compare import check
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+T, D, HIDDEN, E = 40, 16, 24, 5
+
+
+def table(faster):
+    """Say of the products below that torch is faster for these kinds."""
+    cells = tuple(Cell(k, "bfloat16", E, 16, 16, 24, 2e-3, 1e-3 if k in faster else 3e-3) for k in Kind)
+    return Choices((Measurement("cpu", "a CPU", "2.13.0", "3.6.0", "abc", "2026-01-01T00:00:00Z", cells),))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The shapes that torch's grouped_mm is called with."""
+    made, multiply = [], F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", lambda a, b, *, offs: made.append(b.dim()) or multiply(a, b, offs=offs))
+    return made
+
+
+FASTER = pytest.mark.parametrize("faster", [[], [Kind.PRODUCT], [Kind.WEIGHTS], list(Kind)], ids=str)
+
+
+@FASTER
+def test_grouped_mm(monkeypatch, calls, faster):
+    monkeypatch.setattr(native, "shipped", lambda: table(faster))
+    rowmap = row_map_of(zipf(T, E, 2), E, capacity=20)
+    ends, kept = rowmap.ends, int(rowmap.ends[-1])
+    inputs = {"rows": torch.randn(len(rowmap.pairs), D), "weight": torch.randn(E, D, HIDDEN) / 4}
+    inputs["bias"] = torch.randn(E, HIDDEN)
+    inputs = {name: tensor.bfloat16() for name, tensor in inputs.items()}
+    check(
+        lambda rows, weight, bias: TRITON.grouped_mm(rows, weight, ends, bias)[:kept],
+        lambda rows, weight, bias: REFERENCE.grouped_mm(rows, weight, ends, bias)[:kept],
+        inputs,
+    )
+    assert calls == [3] * 2 * (Kind.PRODUCT in faster) + [2] * (Kind.WEIGHTS in faster)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@FASTER
+def test_products_of_fused_mlp(monkeypatch, calls, faster, gated):
+    """The closing product, and backward's to the tokens where there is no gate; others gather, or add two products."""
+    monkeypatch.setattr(native, "shipped", lambda: table(faster))
+    rowmap = row_map_of(zipf(T, E, 2), E, capacity=20)
+    names = ("up", "down", "gate") if gated else ("up", "down")
+    inputs = {name: torch.randn(E, HIDDEN, D) / 4 for name in names} | {"down_bias": torch.randn(E, D)}
+    inputs |= {"x": torch.randn(T, D), "weights": torch.rand(T, 2)}
+    inputs = {name: tensor.bfloat16() for name, tensor in inputs.items()}
+
+    def run(kernels):
+        return lambda x, weights, **mlp: kernels.fused_mlp(x, weights, rowmap, MLPWeights(**mlp), F.silu)
+
+    check(run(TRITON), run(REFERENCE), inputs)
+    assert calls == [3] * (1 if gated else 2) * (Kind.PRODUCT in faster)
+
+
+def test_float32_stays_with_triton(monkeypatch, calls):
+    monkeypatch.setattr(native, "shipped", lambda: table(list(Kind)))
+    TRITON.grouped_mm(torch.randn(32, D), torch.randn(2, D, HIDDEN), torch.tensor([16, 32], dtype=torch.int32))
+    assert calls == []
+
+
+def test_the_benchmark_writes_a_table_that_the_kernels_read(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import gpu_choice
+    from gpu_session import Args, session_of
+
+    old = Choices((Measurement("sm_90", "a GPU", "2.13.0", "3.6.0", "abc", "2026-01-01T00:00:00Z", ()),))
+    path = tmp_path / "table.json"
+    path.write_text(old.to_json())
+    session = session_of(Args(part=("choose",), tiny=True, commit="abc", out=tmp_path / "records.jsonl", table=path))
+    assert gpu_choice.choose_part(session)
+    kept, made = Choices.from_json(path.read_text()).measurements
+    assert (kept, made.architecture, made.commit) == (old.measurements[0], "cpu", "abc")
+    assert [cell.kind for cell in made.cells] == list(Kind)
+    assert len([json.loads(line) for line in session.out.read_text().splitlines()]) == len(made.cells)
+
+
+def test_the_benchmark_keeps_no_time_of_a_wrong_product(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import gpu_choice
+    from gpu_session import Args, session_of
+
+    right = native.product
+    monkeypatch.setattr(native, "product", lambda *args: right(*args) * 1.1)
+    session = session_of(Args(tiny=True, out=tmp_path / "records.jsonl"))
+    assert not gpu_choice.choose_part(session)
+    (made,) = Choices.from_json((tmp_path / "measured.json").read_text()).measurements
+    assert [cell.kind for cell in made.cells] == [Kind.WEIGHTS]
