@@ -47,7 +47,7 @@ def grid(*, tiny: bool) -> Iterator[Asked]:
     if tiny:
         yield from (Asked(kind, 2, 16, 32, 64) for kind in Kind)
         return
-    for kind, rows, depth, width in itertools.product(Kind, ROWS, SIDES, SIDES):
+    for rows, depth, width, kind in itertools.product(ROWS, SIDES, SIDES, Kind):
         if max(depth, width) <= 8 * min(depth, width):
             yield Asked(kind, min(MOST_EXPERTS, MOST_ROWS // rows), rows, depth, width)
 
