@@ -117,13 +117,15 @@ def test_a_step_leaves_nothing_to_the_host_where_torch_multiplies(graphs, launch
     assert ("_product" in launched, "_sum_rows" in launched) == (False, True)
 
 
-def test_inference_of_few_tokens_leaves_nothing_to_the_host(graphs, launched):
-    layer = LAYERS["fixed capacity"]().to("meta")
+@pytest.mark.parametrize("name", ["fixed capacity", "dropless"])
+def test_inference_of_few_tokens_leaves_nothing_to_the_host(graphs, launched, name):
+    layer = LAYERS[name]().to("meta").eval()
     step = graphs.Step(layer, None, *(torch.empty(5, D, device="meta") for _ in range(2)))
     with HostReads() as reads:
         step()
     assert reads.found == []
     assert {"_open_few", "_close_few"} <= launched
+    assert "_open_rows" not in launched
 
 
 def test_what_does_read_is_found_out(graphs, launched):
