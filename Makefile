@@ -16,11 +16,13 @@ $(READY): pyproject.toml
 demo: $(READY)
 	$(BIN)/synchromesh train demo --run runs/demo
 
+# Two tests at a time, each on one thread: most wait for processes that they start.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+
 test: $(READY)
-	$(BIN)/python -m pytest --jaxtyping-packages=synchromesh,beartype.beartype --ignore=tests/compile --ignore=tests/interpreted tests \
-		$(PYTEST_ARGS)
-	$(BIN)/python -m pytest tests/compile $(PYTEST_ARGS)
-	$(BIN)/python -m pytest tests/interpreted $(PYTEST_ARGS)
+	$(TEST) --jaxtyping-packages=synchromesh,beartype.beartype --ignore=tests/compile --ignore=tests/interpreted tests $(PYTEST_ARGS)
+	$(TEST) tests/compile $(PYTEST_ARGS)
+	$(TEST) tests/interpreted $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

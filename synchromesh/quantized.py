@@ -71,7 +71,7 @@ class QuantizedExperts(Experts):
         self, x: Float[Tensor, "T D"], routing: Routing, weights: Mapping[str, Tensor], kernels: Kernels
     ) -> Float[Tensor, "T D"] | None:
         ids = routing.expert_ids
-        if torch.is_grad_enabled() or not kernels.prefers_direct(ids.numel(), len(self.up), self.activation):
+        if torch.is_grad_enabled() or not kernels.prefers_direct(ids.numel(), len(self._mlp().up), self.activation):
             return None
         return kernels.direct_mlp(x, routing.weights, ids, self._mlp(), self.activation)
 
