@@ -43,7 +43,7 @@ class LoadBalance(Loss):
     def __call__(self, routing: Routing, agree_sum: AgreeSum) -> Float[Tensor, ""]:
         leading = self.choices if routing.mean_choices is None else None  # columns without order all count
         counts = routing.tokens_per_expert(leading).to(routing.scores.dtype)
-        tokens, scores, counts = _agreed(agree_sum, routing, routing.scores.sum(dim=0), counts)
+        tokens, scores, counts = _agreed(agree_sum, routing, routing.scores_per_expert(), counts)
         return self.weight * routing.num_experts * (scores / tokens * counts / counts.sum().clamp(min=1)).sum()
 
 

@@ -351,9 +351,9 @@ def _selected(
     used = logits if noisy is None else noisy
     if limit is None:
         select = kernels_for(logits.device).select
-        scores, ids, weights = select(used, k, gate=kind.gate, normalize=kind.normalize, bias=bias)
-    else:
-        scores = scores_of(used, kind.gate)
-        ids = limit.mask(scores if bias is None else scores + bias).topk(k, dim=1).indices
-        weights = weights_of(used, scores, ids, gate=kind.gate, normalize=kind.normalize)
+        scores, ids, weights, *sums = select(used, k, gate=kind.gate, normalize=kind.normalize, bias=bias)
+        return Routing(ids, weights, scores, logits, noisy, std).with_sums(*sums)
+    scores = scores_of(used, kind.gate)
+    ids = limit.mask(scores if bias is None else scores + bias).topk(k, dim=1).indices
+    weights = weights_of(used, scores, ids, gate=kind.gate, normalize=kind.normalize)
     return Routing(ids, weights, scores, logits, noisy, std)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -31,6 +31,8 @@ class Routing:
         max_pairs: static bound on the number of present pairs; None means T * K.
         mean_choices: choices per token that a capacity is computed from, where the columns are not choices in order of
             preference; None means K, and that they are.
+        score_sums, choice_counts: what `with_sums` was given, None where nobody added up yet. Read them through
+            `scores_per_expert` and `tokens_per_expert`.
     """
 
     expert_ids: Int[Tensor, "T K"]
@@ -41,6 +43,21 @@ class Routing:
     noise_std: float | None = None
     max_pairs: int | None = None
     mean_choices: int | None = None
+    # No arguments of __init__: dataclasses.replace, whose result may hold other pairs or scores, then forgets them.
+    score_sums: Float[Tensor, " E"] | None = field(default=None, init=False)
+    choice_counts: Int[Tensor, "2 E"] | None = field(default=None, init=False)
+
+    def with_sums(self, score_sums: Float[Tensor, " E"], choice_counts: Int[Tensor, "2 E"]) -> Routing:
+        """Return this routing with sums over its tokens that a kernel has made on its way.
+
+        Args:
+            score_sums: of the scores of each expert; gradients flow through it.
+            choice_counts: tokens of which each expert is the first choice, and of which it is any.
+        """
+        known = dataclasses.replace(self)
+        object.__setattr__(known, "score_sums", score_sums)
+        object.__setattr__(known, "choice_counts", choice_counts)
+        return known
 
     @property
     def num_experts(self) -> int:
@@ -52,10 +69,21 @@ class Routing:
         return self.expert_ids.shape[1] if self.mean_choices is None else self.mean_choices
 
     def tokens_per_expert(self, choices: int | None = None) -> Int[Tensor, " E"]:
-        """Count the present pairs of each expert, in the first `choices` columns or in all."""
+        """Count the present pairs of each expert, in the first `choices` columns or in all.
+
+        The result may be a view of this routing: do not write to it.
+        """
+        if self.choice_counts is not None and (choices is None or choices >= self.expert_ids.shape[1]):
+            return self.choice_counts[1]
+        if self.choice_counts is not None and choices == 1:
+            return self.choice_counts[0]
         slots = self.expert_ids[:, :choices].flatten() + 1  # slot 0 takes the absent pairs
         counts = slots.new_zeros(self.num_experts + 1)
         return counts.scatter_add_(0, slots, torch.ones_like(slots))[1:]
+
+    def scores_per_expert(self) -> Float[Tensor, " E"]:
+        """Return the sum of the scores of each expert over the tokens."""
+        return self.scores.sum(dim=0) if self.score_sums is None else self.score_sums
 
 
 @dataclass(frozen=True)

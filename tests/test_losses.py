@@ -1,7 +1,9 @@
+import dataclasses
+
 import pytest
 import torch
 
-from synchromesh import CosineRouter, ImportanceLoad, LoadBalance, Sigmoid, TopKRouter, ZLoss
+from synchromesh import CosineRouter, ImportanceLoad, LoadBalance, Sigmoid, Softmax, TopKRouter, ZLoss
 from synchromesh.testing.compare import assert_close
 from synchromesh.types import Routing
 
@@ -31,6 +33,35 @@ def test_load_balance_counts_by_hand():
     routing = TopKRouter(D, E, k=2)(torch.randn(T, D))
     fraction = torch.bincount(routing.expert_ids[:, 0], minlength=E) / T
     assert_close("loss", LoadBalance(0.5)(routing, local), 0.5 * E * (routing.scores.mean(0) * fraction).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [0, 1, T])
+@pytest.mark.parametrize("choices", [1, 2, None])
+def test_load_balance_is_the_same_with_sums_that_the_router_made_and_without(dtype, tokens, choices):
+    x = torch.randn(tokens, D)
+    for router in (
+        TopKRouter(D, E, k=3, scores=Softmax(dtype=dtype)),
+        TopKRouter(D, E, k=1, scores=Sigmoid(dtype=dtype), noise=1.0),
+        CosineRouter(D, E, k=2, scores=Softmax(after_selection=True, dtype=dtype)),
+    ):
+        routing = router(x)
+        assert routing.score_sums is not None
+        without = dataclasses.replace(routing)
+        assert without.score_sums is None
+        values = [LoadBalance(0.5, choices=choices)(one, local) for one in (routing, without)]
+        assert_close("loss", *values)
+        gradients = [torch.autograd.grad(value, list(router.parameters()), retain_graph=True) for value in values]
+        for got, wanted in zip(*gradients, strict=True):
+            assert_close("gradient", got, wanted)
+
+
+@pytest.mark.parametrize("scores", [Softmax(), Sigmoid()])
+def test_a_broken_gate_breaks_the_loss_of_balance_with_sums_as_without(scores):
+    x = torch.randn(T, D)
+    x[3] = torch.nan
+    routing = TopKRouter(D, E, k=2, scores=scores)(x)
+    assert all(LoadBalance(0.5)(one, local).isnan() for one in (routing, dataclasses.replace(routing)))
 
 
 def test_importance_load_against_a_drawn_estimate_of_the_load():

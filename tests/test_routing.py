@@ -250,6 +250,30 @@ def test_a_layer_learns_through_rounding_and_absent_pairs_stay_absent():
     assert not (rounded.expert_ids == 0).any()
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_no_routing_carries_sums_of_another(broken):
+    """What a router says of its experts' load and scores is what a count of its pairs and scores gives."""
+
+    class Fewer(TopKRouter):
+        def forward(self, x, k=None):
+            routing = super().forward(x, k)
+            return dataclasses.replace(routing, expert_ids=torch.where(routing.expert_ids == 0, -1, routing.expert_ids))
+
+    x = torch.randn(50, D)
+    x[7] = torch.nan if broken else 0.0
+    plain = TopKRouter(D, E, k=3, balance=BiasBalance(E))
+    plain.balance.steps += torch.arange(E) * 300
+    routers = [plain, Fewer(D, E, k=2), TokenRounding(plain, tile=8), TokenRounding(Fewer(D, E), tile=8).eval()]
+    routers += [TopKRouter(D, E, k=2, noise=1.0, limit=NodeLimit(groups=3, selected=2)), ExpertChoiceRouter(D, E)]
+    routers += [CosineRouter(D, E, k=E, noise=1.0), TopKRouter(D, E, scores=Sigmoid(dtype=torch.float64))]
+    for router in routers:
+        routing = router(x)
+        for choices in (None, 1, 2):
+            ids = routing.expert_ids[:, :choices]
+            assert routing.tokens_per_expert(choices).tolist() == [int((ids == e).sum()) for e in range(E)]
+        assert_close("sums", routing.scores_per_expert(), routing.scores.sum(0))
+
+
 @pytest.mark.parametrize("scores", [Softmax(), Sigmoid()])
 def test_a_token_whose_gate_is_broken_is_not_rounded_away(scores):
     x = torch.randn(20, D)

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -17,6 +18,21 @@ def test_absent_pairs_are_not_counted():
     values = routing([[0, -1], [2, 0], [-1, -1]])
     assert values.tokens_per_expert().tolist() == [2, 0, 1]
     assert values.tokens_per_expert(1).tolist() == [1, 0, 1]
+
+
+def test_known_sums_are_read_where_they_answer_and_forgotten_with_what_they_were_of():
+    values = routing([[0, 1, 2], [2, 0, 1]])
+    known = values.with_sums(torch.tensor([7.0, 8.0, 9.0]), torch.tensor([[10, 11, 12], [13, 14, 15]]))
+    assert known.scores_per_expert().tolist() == [7, 8, 9]
+    assert known.tokens_per_expert(1).tolist() == [10, 11, 12]
+    assert [known.tokens_per_expert(k).tolist() for k in (None, 3, 4)] == [[13, 14, 15]] * 3
+    assert known.tokens_per_expert(2).tolist() == values.tokens_per_expert(2).tolist() == [2, 1, 1]
+    leaves, tree = pytree.tree_flatten(known)
+    changed = dataclasses.replace(known, expert_ids=known.expert_ids[:, :1]), pytree.tree_unflatten(leaves, tree)
+    for one in (values, *changed):
+        assert one.score_sums is None
+        assert one.choice_counts is None
+    assert changed[0].tokens_per_expert().tolist() == [1, 0, 1]
 
 
 def test_every_value_shows_its_tensors_to_wrappers():

@@ -24,6 +24,7 @@ from synchromesh.kernels.quantized_mlp import cpu as quantized_mlp_cpu
 from synchromesh.kernels.quantized_mlp import reference as quantized_mlp_reference
 from synchromesh.kernels.quantized_mlp.reference import QuantizedMLP, quantize
 from synchromesh.kernels.select import reference as select_reference
+from synchromesh.kernels.select.reference import Selection
 
 __all__ = ["CPU", "REFERENCE", "Activation", "Kernels", "MLPWeights", "QuantizedMLP", "kernels_for", "quantize"]
 
@@ -33,7 +34,7 @@ class Kernels:
     """One implementation of every kernel family; two of them make an A/B test.
 
     Attributes:
-        select: (logits, k, gate=, normalize=, bias=) -> scores, expert_ids, weights.
+        select: (logits, k, gate=, normalize=, bias=) -> scores, expert_ids, weights, score_sums, choice_counts.
         positions: (expert_ids, num_experts, priority=None) -> places, counts.
         gather: (x, rowmap) -> rows. combine: (buffer, weights, rowmap) -> y.
         grouped_mm: (rows, weight, ends, bias=None) -> rows.
@@ -44,7 +45,7 @@ class Kernels:
         prefers_direct: (pairs, experts, activation) -> whether direct_mlp is faster, where no gradient is wanted.
     """
 
-    select: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    select: Callable[..., Selection]
     positions: Callable[..., tuple[Tensor, Tensor]]
     gather: Callable[..., Tensor]
     combine: Callable[..., Tensor]

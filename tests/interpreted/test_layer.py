@@ -5,13 +5,30 @@ import copy
 import pytest
 import torch
 
-from synchromesh import FixedCapacity, GatedMLPExperts, Local, MLPExperts, MoE, TopKRouter
+from synchromesh import (
+    FixedCapacity,
+    GatedMLPExperts,
+    LoadBalance,
+    Local,
+    MLPExperts,
+    MoE,
+    TopKRouter,
+    aux_loss,
+    capacity,
+    load_stats,
+    routing,
+)
 from synchromesh.kernels.gpu import TRITON
 from synchromesh.testing.compare import assert_close
 
 D, E = 16, 4
 LAYERS = {
-    "dropless": lambda: MoE(TopKRouter(D, E, k=2), GatedMLPExperts(E, D, hidden=40), strategy=Local(kernels=TRITON)),
+    "dropless": lambda: MoE(
+        TopKRouter(D, E, k=2),
+        GatedMLPExperts(E, D, hidden=40),
+        losses=(LoadBalance(0.1),),
+        strategy=Local(kernels=TRITON),
+    ),
     "capacity, unfused": lambda: MoE(
         TopKRouter(D, E, k=2),
         MLPExperts(E, D, hidden=40, activation=torch.tanh),
@@ -25,16 +42,23 @@ def step(run, layer, x):
     layer.zero_grad()
     x = x.clone().requires_grad_()
     y = run(x)
-    y.square().mean().backward()
-    return {"y": y, "x": x.grad, **{name: p.grad.clone() for name, p in layer.named_parameters()}}
+    (y.square().mean() + aux_loss(layer)).backward()
+    return {
+        "y": y,
+        "x": x.grad,
+        "load": load_stats(layer)[""].tokens_per_expert,
+        **{name: p.grad.clone() for name, p in layer.named_parameters()},
+    }
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_gives_the_same_as_on_the_cpus_kernels_and_compiles_to_one_graph(name):
+def test_a_layer_gives_the_same_as_on_the_cpus_kernels_and_compiles_to_one_graph(name, monkeypatch):
     layer, x = LAYERS[name](), torch.randn(50, D)
     plain = copy.deepcopy(layer)
     plain.strategy = Local()
     wanted = step(plain, plain, x)
+    for module in (routing, capacity):
+        monkeypatch.setattr(module, "kernels_for", lambda device: TRITON)
     for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
         for part, got in step(run, layer, x).items():
             assert_close(part, got, wanted[part])

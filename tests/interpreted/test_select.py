@@ -7,21 +7,46 @@ from hypothesis import strategies as st
 
 from synchromesh.kernels import REFERENCE
 from synchromesh.kernels.gpu import TRITON
-from synchromesh.kernels.select.reference import GATES
+from synchromesh.kernels.select import triton as select_triton
+from synchromesh.kernels.select.reference import GATES, counts_of
+from synchromesh.losses import LoadBalance
+from synchromesh.testing.cases import evil_cases
 from synchromesh.testing.compare import assert_close
+from synchromesh.types import Routing
 
 
-def compare(logits, k, *, by=(True, True), **options):
-    """Scores, ids, weights and the gradient, of a loss of scores or weights or both, equal the reference's."""
-    d_scores, d_weights, found = torch.randn(logits.shape), torch.randn(len(logits), k), []
-    for kernels in (TRITON, REFERENCE):
-        own = logits.clone().requires_grad_()
-        scores, ids, weights = kernels.select(own, k, **options)
-        known = weights.nan_to_num() if not logits.isfinite().all() else weights
-        ((scores * d_scores).nan_to_num().sum() * by[0] + (known * d_weights).sum() * by[1]).backward()
-        found.append((scores, ids, weights, own.grad))
-    for name, got, wanted in zip(("scores", "ids", "weights", "gradient"), *found, strict=True):
-        assert_close(name, got, wanted)
+NAMES = ("scores", "ids", "weights", "sums", "counts")
+
+
+def selected(kernels, logits, k, *, of=("scores", "weights", "sums"), **options):
+    """Return all that select does, and the gradient that flows through some of it."""
+    own, generator = logits.clone().requires_grad_(), torch.Generator().manual_seed(1)
+    results = dict(zip(NAMES, kernels.select(own, k, **options), strict=True))
+    gradients = [torch.randn(results[name].shape, generator=generator) for name in of]
+    gradient = torch.autograd.grad([results[name] for name in of], own, gradients)[0]
+    return {**results, "gradient": gradient}
+
+
+def compare(logits, k, **options):
+    """Everything equals the reference's; of tokens with a broken gate, their share of the sums."""
+    got, wanted = (selected(kernels, logits, k, **options) for kernels in (TRITON, REFERENCE))
+    whole = logits.isfinite().all(1)
+    assert_close("sums", got["sums"], wanted["sums"])
+    assert torch.equal(got["counts"], counts_of(got["ids"], logits.shape[1]))
+    if whole.all():
+        assert_close("counts", got["counts"], wanted["counts"])
+    for name in ("scores", "ids", "weights", "gradient"):
+        assert_close(name, got[name][whole], wanted[name][whole])
+
+
+def logits_of(case):
+    """Let a case's experts be chosen in its order, where it has that many, and break the gate of its NaN tokens."""
+    ids = case.expert_ids
+    logits = torch.randn(len(ids), case.num_experts, generator=torch.Generator().manual_seed(2))
+    for k in range(ids.shape[1]):
+        logits.scatter_add_(1, ids[:, k : k + 1].clamp(min=0), torch.full((len(ids), 1), 4.0 * ids.shape[1] - k))
+    logits[list(case.nan_tokens)] = math.nan
+    return logits
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -33,16 +58,49 @@ def test_scores_choices_weights_and_gradients(gate, normalize, tokens, experts, 
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("by", [(True, False), (False, True)], ids=["scores", "weights"])
-def test_gradients_of_one_of_them(gate, by):
-    logits = torch.randn(20, 6)
-    d, found = torch.randn(20, 6 if by[0] else 2), []
-    for kernels in (TRITON, REFERENCE):
-        own = logits.clone().requires_grad_()
-        scores, _, weights = kernels.select(own, 2, gate=gate, normalize=True)
-        ((scores if by[0] else weights) * d).sum().backward()
-        found.append(own.grad)
-    assert_close("gradient", *found)
+@pytest.mark.parametrize(
+    "of", [("scores",), ("weights",), ("sums",), ("scores", "sums"), ("weights", "sums")], ids="+".join
+)
+def test_gradients_of_some_of_them(gate, of):
+    compare(torch.randn(20, 6), 2, of=of, gate=gate, normalize=True)
+
+
+@pytest.mark.parametrize("case", evil_cases(), ids=lambda case: case.name)
+def test_every_case(case):
+    logits, k = logits_of(case), min(case.expert_ids.shape[1], case.num_experts)
+    for gate in GATES:
+        compare(logits, k, gate=gate, normalize=True)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("programs", [1, 2, 5, 9])
+def test_programs_that_take_several_blocks_and_the_same_bits_twice(gate, programs, monkeypatch):
+    monkeypatch.setattr(select_triton, "PROGRAMS", programs)
+    monkeypatch.setattr(select_triton, "ROWS", 2)
+    logits = torch.randn(9 * 64 - 10, 20)
+    monkeypatch.setattr(select_triton, "NUMBERS", 64 * 32)
+    compare(logits, 3, gate=gate, normalize=True)
+    one, two = (selected(TRITON, logits, 3, gate=gate) for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_loss_of_balance_sends_back_a_number_per_expert_and_keeps_no_more_for_it(monkeypatch):
+    """Kept are scores, ids and weights, as without the loss, and numbers per expert."""
+    sent, op, tokens, experts, k = [], select_triton._select_backward_op, 70, 8, 2
+
+    def spy(scores, ids, weights, gradients, *rest):
+        sent.extend(gradients)
+        return op(scores, ids, weights, gradients, *rest)
+
+    monkeypatch.setattr(select_triton, "_select_backward_op", spy)
+    kept = {}
+    logits = torch.randn(tokens, experts, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        scores, ids, weights, *sums = TRITON.select(logits, k, gate="softmax")
+        LoadBalance(0.01)(Routing(ids, weights, scores, logits).with_sums(*sums), lambda value: value).backward()
+    assert sent[:2] == [None, None]
+    assert sent[2].shape == (experts,)
+    assert sum(t.numel() for t in kept.values()) <= tokens * (experts + 2 * k) + 10 * experts
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -53,7 +111,10 @@ def test_a_token_without_finite_logits_has_no_weight_and_no_other_token_notices(
     logits[1, 3] = broken
     got = TRITON.select(logits, 2, gate=gate, normalize=True)
     others = [0, 2, 3, 4, 5]
-    assert all(torch.equal(a[others], b[others]) for a, b in zip(got, wanted, strict=True))
+    assert all(torch.equal(a[others], b[others]) for a, b in zip(got[:3], wanted[:3], strict=True))
+    of_reference = REFERENCE.select(logits, 2, gate=gate, normalize=True)[3]
+    assert torch.equal(got[3].isnan(), of_reference.isnan())
+    assert torch.equal(got[4], counts_of(got[1], 5))
     assert got[2][1].isnan().all()
     assert len(set(got[1][1].tolist())) == 2
     assert 0 <= int(got[1][1].min()) <= int(got[1][1].max()) < 5

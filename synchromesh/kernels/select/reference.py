@@ -1,8 +1,9 @@
-"""select: the logits of a gate to scores, chosen experts and their weights."""
+"""select: the logits of a gate to scores, chosen experts and their weights, and what balance asks of all tokens."""
 
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -10,20 +11,29 @@ from torch import Tensor
 
 # Names are what the custom ops carry. The last one's weights are the softmax of the selected logits alone.
 GATES = ("softmax", "sigmoid", "softmax_of_selected")
+# scores, ids, weights; and over all tokens the sums of scores and the counts of choices.
+Selection: TypeAlias = tuple[
+    Float[Tensor, "T E"], Int[Tensor, "T K"], Float[Tensor, "T K"], Float[Tensor, " E"], Int[Tensor, "2 E"]
+]
 
 
 def select(
     logits: Float[Tensor, "T E"], k: int, *, gate: str, normalize: bool = False, bias: Float[Tensor, " E"] | None = None
-) -> tuple[Float[Tensor, "T E"], Int[Tensor, "T K"], Float[Tensor, "T K"]]:
-    """Return scores, the k experts of highest score (+ bias) in falling order, and their weights.
+) -> Selection:
+    """Return scores, the k experts of highest score (+ bias) in falling order, their weights, and two sums over tokens.
 
     Args:
         gate: one of GATES. normalize: divide the weights of a token by their sum, where k > 1.
         bias: decides who is selected, never the weights.
+
+    Returns:
+        scores [T E], ids [T K], weights [T K], sums of the scores [E], and counts [2 E] of the tokens of which an
+        expert is the first choice, and of which it is any.
     """
     scores = scores_of(logits, gate)
     ids = (scores if bias is None else scores + bias).topk(k, dim=1).indices
-    return scores, ids, weights_of(logits, scores, ids, gate=gate, normalize=normalize)
+    weights = weights_of(logits, scores, ids, gate=gate, normalize=normalize)
+    return scores, ids, weights, scores.sum(dim=0), counts_of(ids, scores.shape[1])
 
 
 def scores_of(logits: Float[Tensor, "T E"], gate: str) -> Float[Tensor, "T E"]:
@@ -39,3 +49,9 @@ def weights_of(
     if normalize and gate != "softmax_of_selected" and ids.shape[1] > 1:
         weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
     return weights.masked_fill(~logits.isfinite().all(dim=1, keepdim=True), math.nan)
+
+
+def counts_of(ids: Int[Tensor, "T K"], num_experts: int) -> Int[Tensor, "2 E"]:
+    """Count the tokens of which each expert is the first choice, and of which it is any."""
+    by_choice_KE = ids.new_zeros(ids.shape[1], num_experts).scatter_add(1, ids.T, torch.ones_like(ids.T))
+    return torch.stack([by_choice_KE[0], by_choice_KE.sum(dim=0)])

@@ -1,4 +1,8 @@
-"""select on a GPU: a block of tokens with all their experts in registers, forward and backward in one kernel each."""
+"""select on a GPU: a block of tokens with all their experts in registers, forward and backward in one kernel each.
+
+A program adds up scores and choices of its blocks, a second kernel adds up the programs in their order. The gradient of
+the sums of scores is E numbers, which the backward adds to the gradient of every token's scores.
+"""
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # Kernels are typed as Triton sees them, not as they are launched.
@@ -9,20 +13,23 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from synchromesh.kernels.launch import given_or, on_its_device
 from synchromesh.kernels.select import reference
+from synchromesh.kernels.select.reference import Selection
 
 MOST_EXPERTS, MOST_CHOICES = 4096, 128  # whose numbers fit into registers
 NUMBERS = 2048  # of a block
+PROGRAMS = 512  # at most: enough to fill a GPU, and few to add up; more blocks are taken one after the other
+COLUMNS, ROWS = 32, 64  # of the parts that are added up at once
 
 
 def select(
     logits: Float[Tensor, "T E"], k: int, *, gate: str, normalize: bool = False, bias: Float[Tensor, " E"] | None = None
-) -> tuple[Float[Tensor, "T E"], Int[Tensor, "T K"], Float[Tensor, "T K"]]:
-    """Compute the reference's scores, ids and weights; of equal scores the first expert's comes first."""
+) -> Selection:
+    """Compute what the reference does; of equal scores the first expert's comes first."""
     if logits.dtype != torch.float32 or logits.shape[1] > MOST_EXPERTS or k > MOST_CHOICES:
         return reference.select(logits, k, gate=gate, normalize=normalize, bias=bias)
     return _select_op(logits, bias, k, gate, normalize and k > 1 and gate != "softmax_of_selected")
@@ -31,48 +38,61 @@ def select(
 @torch.library.custom_op(
     "synchromesh::select_triton",
     mutates_args=(),
-    schema="(Tensor logits, Tensor? bias, int k, str gate, bool normalize) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor logits, Tensor? bias, int k, str gate, bool normalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 @on_its_device
-def _select_op(
-    logits: Tensor, bias: Tensor | None, k: int, gate: str, normalize: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _select_op(logits: Tensor, bias: Tensor | None, k: int, gate: str, normalize: bool) -> Selection:
     logits = logits.contiguous()
-    scores, ids, weights = _results(logits, k)
-    if len(logits):
-        grid, sizes = _shape(logits, k)
-        _select[grid](
-            logits, given_or(bias, logits), scores, ids, weights, *logits.shape,
-            GATE=gate, NORMALIZE=normalize, BIASED=bias is not None, **sizes,
-        )  # fmt: skip
-    return scores, ids, weights
+    results, experts = _results(logits, k), logits.shape[1]
+    *of_tokens, sums, counts = results
+    if not len(logits):
+        sums.zero_()
+        counts.zero_()
+        return results
+    (blocks,), sizes = _shape(logits, k)
+    turns = triton.cdiv(blocks, PROGRAMS)
+    programs = triton.cdiv(blocks, turns)
+    part_sums, part_counts = sums, counts
+    if programs > 1:
+        part_sums = sums.new_empty(programs, experts)
+        part_counts = counts.new_empty(programs, 2, experts, dtype=torch.int32)
+    _select[(programs,)](
+        logits, given_or(bias, logits), *of_tokens, part_sums, part_counts, *logits.shape, turns,
+        GATE=gate, NORMALIZE=normalize, BIASED=bias is not None, **sizes,
+    )  # fmt: skip
+    if programs > 1:
+        _add_programs[(triton.cdiv(experts, COLUMNS),)](
+            part_sums, part_counts, sums, counts, programs, experts, ROWS=ROWS, COLUMNS=COLUMNS
+        )
+    return results
 
 
 @torch.library.custom_op(
     "synchromesh::select_backward_triton",
     mutates_args=(),
-    schema="(Tensor scores, Tensor ids, Tensor weights, Tensor? d_scores, Tensor? d_weights, str gate, bool normalize)"
-    " -> Tensor",
+    schema="(Tensor scores, Tensor ids, Tensor weights, Tensor?[] gradients, str gate, bool normalize) -> Tensor",
 )
 @on_its_device
 def _select_backward_op(
-    scores: Tensor, ids: Tensor, weights: Tensor, d_scores: Tensor | None, d_weights: Tensor | None, gate: str,
-    normalize: bool,
-) -> Tensor:  # fmt: skip
+    scores: Tensor, ids: Tensor, weights: Tensor, gradients: list[Tensor | None], gate: str, normalize: bool
+) -> Tensor:
+    """Return the gradient of the logits; gradients are those of scores, weights and sums."""
     d_logits = torch.empty_like(scores)
     if len(scores):
         grid, sizes = _shape(scores, ids.shape[1])
-        d_scores, d_weights = (None if d is None else d.contiguous() for d in (d_scores, d_weights))
+        d_scores, d_weights, d_sums = given = [None if d is None else d.contiguous() for d in gradients]
         _select_backward[grid](
-            scores, ids, weights, given_or(d_scores, scores), given_or(d_weights, scores), d_logits, *scores.shape,
-            GATE=gate, NORMALIZE=normalize, BY_SCORES=d_scores is not None, BY_WEIGHTS=d_weights is not None, **sizes,
+            scores, ids, weights, *(given_or(d, scores) for d in given), d_logits, *scores.shape,
+            GATE=gate, NORMALIZE=normalize, BY_SCORES=d_scores is not None, BY_WEIGHTS=d_weights is not None,
+            BY_SUMS=d_sums is not None, **sizes,
         )  # fmt: skip
     return d_logits
 
 
-def _results(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = logits.shape[0]
-    return logits.new_empty(logits.shape), logits.new_empty(tokens, k, dtype=torch.int64), logits.new_empty(tokens, k)
+def _results(logits: Tensor, k: int) -> Selection:
+    tokens, experts = logits.shape
+    ids, counts = (logits.new_empty(shape, dtype=torch.int64) for shape in ((tokens, k), (2, experts)))
+    return logits.new_empty(tokens, experts), ids, logits.new_empty(tokens, k), logits.new_empty(experts), counts
 
 
 def _shape(logits: Tensor, k: int) -> tuple[tuple[Any], dict[str, Any]]:
@@ -82,18 +102,20 @@ def _shape(logits: Tensor, k: int) -> tuple[tuple[Any], dict[str, Any]]:
     return (-(-len(logits) // block),), sizes
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Selection) -> None:
     *_, ctx.gate, ctx.normalize = inputs
-    ctx.mark_non_differentiable(output[1])
+    scores, ids, weights, _, counts = output
+    ctx.mark_non_differentiable(ids, counts)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output)
+    ctx.save_for_backward(scores, ids, weights)
 
 
-def _gradients(ctx: Any, d_scores: Tensor | None, _: None, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
-    if d_scores is None and d_weights is None:
+def _gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    d_scores, _, d_weights, d_sums, _ = gradients
+    given = [d_scores, d_weights, d_sums]
+    if all(d is None for d in given):
         return (None,) * 5
-    d_logits = _select_backward_op(*ctx.saved_tensors, d_scores, d_weights, ctx.gate, ctx.normalize)
-    return d_logits, None, None, None, None
+    return _select_backward_op(*ctx.saved_tensors, given, ctx.gate, ctx.normalize), None, None, None, None
 
 
 _select_op.register_fake(lambda logits, bias, k, gate, normalize: _results(logits, k))
@@ -103,56 +125,97 @@ _select_op.register_autograd(_gradients, setup_context=_setup)
 
 @triton.jit
 def _select(
-    logits, bias, scores, ids, weights, tokens, experts,
+    logits, bias, scores, ids, weights, part_sums, part_counts, tokens, experts, turns,
     GATE: tl.constexpr, NORMALIZE: tl.constexpr, BIASED: tl.constexpr,
     K: tl.constexpr, CHOICES: tl.constexpr, BINS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     e, c = tl.arange(0, BINS), tl.arange(0, CHOICES)
-    mask = (t < tokens)[:, None] & (e < experts)[None, :]
-    at = t[:, None] * experts + e[None, :]
-    x = tl.load(logits + at, mask=mask, other=float("-inf"))
-    broken = tl.sum((mask & ((x - x) != 0.0)).to(tl.int32), 1) > 0  # infinite, or NaN
-    if GATE == "sigmoid":
-        s = tl.sigmoid(x)
-    else:
-        z = tl.exp(x - tl.max(x, 1)[:, None])
-        s = z / tl.sum(z, 1)[:, None]
-    tl.store(scores + at, s, mask=mask)
-    preference = s
+    extra = tl.zeros((BINS,), tl.float32)
     if BIASED:
-        preference += tl.load(bias + e, mask=e < experts, other=0.0)[None, :]
-    preference = tl.where(preference != preference, float("inf"), preference)  # as torch: NaN before all others
-    free = mask  # an expert is taken once, whatever its bias
+        extra = tl.load(bias + e, mask=e < experts, other=0.0)
+    sums = tl.zeros((BINS,), tl.float32)
+    firsts, all_choices = tl.zeros((BINS,), tl.int32), tl.zeros((BINS,), tl.int32)
+    for turn in range(turns):
+        t = (tl.program_id(0).to(tl.int64) * turns + turn) * BT + tl.arange(0, BT)
+        mask = (t < tokens)[:, None] & (e < experts)[None, :]
+        at = t[:, None] * experts + e[None, :]
+        x = tl.load(logits + at, mask=mask, other=float("-inf"))
+        broken = tl.sum((mask & ((x - x) != 0.0)).to(tl.int32), 1) > 0  # infinite, or NaN
+        if GATE == "sigmoid":
+            s = tl.sigmoid(x)
+        else:
+            z = tl.exp(x - tl.max(x, 1)[:, None])
+            s = z / tl.sum(z, 1)[:, None]
+        tl.store(scores + at, s, mask=mask)
+        sums += tl.sum(tl.where(mask, s, 0.0), 0)
+        preference = s
+        if BIASED:
+            preference += extra[None, :]
+        preference = tl.where(preference != preference, float("inf"), preference)  # as torch: NaN before all others
+        values = x if GATE == "softmax_of_selected" else s
+        w, i, first, free = _choose(preference, values, mask, K, CHOICES, BINS, BT)
+        firsts += tl.sum((e[None, :] == first[:, None]).to(tl.int32), 0)  # BINS, where there is no token
+        all_choices += tl.sum(mask.to(tl.int32) - free.to(tl.int32), 0)
+        chosen = (c < K)[None, :]
+        if GATE == "softmax_of_selected":
+            w = tl.where(chosen, w, float("-inf"))
+            w = tl.exp(w - tl.max(w, 1)[:, None])
+            w = w / tl.sum(w, 1)[:, None]
+        if NORMALIZE:
+            w = w / tl.maximum(tl.sum(w, 1), 1.1754943508222875e-38)[:, None]
+        w = tl.where(broken[:, None], float("nan"), w)
+        to = t[:, None] * K + c[None, :]
+        own = (t < tokens)[:, None] & chosen
+        tl.store(weights + to, w, mask=own)
+        tl.store(ids + to, i, mask=own)
+    part = tl.program_id(0) * experts + e  # of at most PROGRAMS * MOST_EXPERTS
+    tl.store(part_sums + part, sums, mask=e < experts)
+    part = part + tl.program_id(0) * experts
+    tl.store(part_counts + part, firsts, mask=e < experts)
+    tl.store(part_counts + part + experts, all_choices, mask=e < experts)
+
+
+@triton.jit
+def _choose(preference, values, free, K: tl.constexpr, CHOICES: tl.constexpr, BINS: tl.constexpr, BT: tl.constexpr):
+    """Return each token's values and indices of its K best, the index of the best (BINS: none), and who is left."""
+    e, c = tl.arange(0, BINS), tl.arange(0, CHOICES)
+    first = tl.zeros((BT,), tl.int32)
     w = tl.zeros((BT, CHOICES), tl.float32)
     i = tl.zeros((BT, CHOICES), tl.int64)
     for k in range(K):
         best = tl.max(tl.where(free, preference, float("-inf")), 1)
         index = tl.min(tl.where(free & (preference == best[:, None]), e[None, :], BINS), 1)
         taken = e[None, :] == index[:, None]
-        of_it = tl.sum(tl.where(taken, x if GATE == "softmax_of_selected" else s, 0.0), 1)
         now = (c == k)[None, :]
-        w = tl.where(now, of_it[:, None], w)
+        w = tl.where(now, tl.sum(tl.where(taken, values, 0.0), 1)[:, None], w)
         i = tl.where(now, index[:, None].to(tl.int64), i)
-        free = free & (e[None, :] != index[:, None])
-    chosen = (c < K)[None, :]
-    if GATE == "softmax_of_selected":
-        w = tl.where(chosen, w, float("-inf"))
-        w = tl.exp(w - tl.max(w, 1)[:, None])
-        w = w / tl.sum(w, 1)[:, None]
-    if NORMALIZE:
-        w = w / tl.maximum(tl.sum(w, 1), 1.1754943508222875e-38)[:, None]
-    w = tl.where(broken[:, None], float("nan"), w)
-    to = t[:, None] * K + c[None, :]
-    own = (t < tokens)[:, None] & chosen
-    tl.store(weights + to, w, mask=own)
-    tl.store(ids + to, i, mask=own)
+        first = tl.where(k == 0, index, first)
+        free = free & (e[None, :] != index[:, None])  # an expert is taken once, whatever its bias
+    return w, i, first, free
+
+
+@triton.jit
+def _add_programs(part_sums, part_counts, sums, counts, programs, experts, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    e = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    firsts, all_choices = tl.zeros((ROWS, COLUMNS), tl.int32), tl.zeros((ROWS, COLUMNS), tl.int32)
+    for start in range(0, programs, ROWS):
+        p = start + tl.arange(0, ROWS)
+        mask = (p < programs)[:, None] & (e < experts)[None, :]
+        total += tl.load(part_sums + p[:, None] * experts + e[None, :], mask=mask, other=0.0)
+        at = p[:, None] * (2 * experts) + e[None, :]
+        firsts += tl.load(part_counts + at, mask=mask, other=0)
+        all_choices += tl.load(part_counts + at + experts, mask=mask, other=0)
+    tl.store(sums + e, tl.sum(total, 0), mask=e < experts)
+    tl.store(counts + e, tl.sum(firsts, 0), mask=e < experts)
+    tl.store(counts + experts + e, tl.sum(all_choices, 0), mask=e < experts)
 
 
 @triton.jit
 def _select_backward(
-    scores, ids, weights, d_scores, d_weights, d_logits, tokens, experts,
-    GATE: tl.constexpr, NORMALIZE: tl.constexpr, BY_SCORES: tl.constexpr, BY_WEIGHTS: tl.constexpr,
+    scores, ids, weights, d_scores, d_weights, d_sums, d_logits, tokens, experts,
+    GATE: tl.constexpr, NORMALIZE: tl.constexpr,
+    BY_SCORES: tl.constexpr, BY_WEIGHTS: tl.constexpr, BY_SUMS: tl.constexpr,
     K: tl.constexpr, CHOICES: tl.constexpr, BINS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
@@ -163,6 +226,8 @@ def _select_backward(
     d = tl.zeros((BT, BINS), tl.float32)
     if BY_SCORES:
         d += tl.load(d_scores + at, mask=mask, other=0.0)
+    if BY_SUMS:
+        d += tl.load(d_sums + e, mask=e < experts, other=0.0)[None, :]
     d_chosen = tl.zeros((BT, BINS), tl.float32)
     if BY_WEIGHTS:
         of = t[:, None] * K + c[None, :]
