@@ -22,6 +22,7 @@ from synchromesh.kernels.fused_mlp import triton as fused
 from synchromesh.kernels.gpu import TRITON
 from synchromesh.kernels.grouped_mm import tilings
 from synchromesh.kernels.grouped_mm import triton as grouped
+from synchromesh.kernels.select.reference import GATES
 from synchromesh.kernels.select.triton import PROGRAMS
 from synchromesh.testing.cases import row_map_of, zipf
 
@@ -104,13 +105,11 @@ def recorded(arch, dtype, *, gated, width=512, hidden=1024, tokens=512):
             with torch.no_grad():
                 TRITON.fused_mlp(x[:8], weights[:8], row_map_of(ids[:8], 4), mlp, F.silu)
                 TRITON.direct_mlp(x[:8], weights[:8], ids[:8], mlp, F.silu)
-            for gate in ("softmax", "sigmoid", "softmax_of_selected"):
-                for number in (8, tokens, 16 * PROGRAMS + 1):  # one program, one block for each, and several
-                    logits = torch.ones(number, 128, requires_grad=True)
-                    scores, _, chosen, sums, _ = TRITON.select(
-                        logits, 8, gate=gate, normalize=True, bias=torch.ones(128)
-                    )
-                    (scores.sum() + chosen.sum() + sums.sum()).backward()
+            turns = [(gate, number) for gate in GATES for number in (tokens, 16 * PROGRAMS)]  # one, and more
+            for gate, number in [*turns, ("softmax", 8)]:
+                logits = torch.ones(number, 128, requires_grad=True)
+                scores, _, chosen, sums, _ = TRITON.select(logits, 8, gate=gate, normalize=True, bias=torch.ones(128))
+                (scores.sum() + chosen.sum() + sums.sum()).backward()
             for priority in (None, torch.ones(tokens)):
                 TRITON.positions(ids, 4, priority)
         finally:

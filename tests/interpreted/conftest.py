@@ -15,6 +15,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Triton 3.6 turns arrays of one number into numbers as numpy no longer likes it; a GPU's NaN makes no warning."""
     config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim:DeprecationWarning")
     config.addinivalue_line("filterwarnings", "ignore:invalid value encountered in:RuntimeWarning")
+    config.addinivalue_line("filterwarnings", "ignore:All-NaN slice encountered:RuntimeWarning")
 
 
 @pytest.fixture(autouse=True)

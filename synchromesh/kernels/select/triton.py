@@ -21,7 +21,7 @@ from synchromesh.kernels.select import reference
 from synchromesh.kernels.select.reference import Selection
 
 MOST_EXPERTS, MOST_CHOICES = 4096, 128  # whose numbers fit into registers
-NUMBERS = 2048  # of a block
+NUMBERS = 1024  # of a block
 PROGRAMS = 512  # at most: enough to fill a GPU, and few to add up; more blocks are taken one after the other
 COLUMNS, ROWS = 32, 64  # of the parts that are added up at once
 
@@ -99,6 +99,7 @@ def _shape(logits: Tensor, k: int) -> tuple[tuple[Any], dict[str, Any]]:
     bins = max(2, triton.next_power_of_2(logits.shape[1]))
     block = max(1, min(64, NUMBERS // bins))
     sizes = {"K": k, "CHOICES": max(2, triton.next_power_of_2(k)), "BINS": bins, "BT": block}
+    sizes["num_warps"] = 8 if bins > NUMBERS else 4
     return (-(-len(logits) // block),), sizes
 
 
@@ -129,24 +130,25 @@ def _select(
     GATE: tl.constexpr, NORMALIZE: tl.constexpr, BIASED: tl.constexpr,
     K: tl.constexpr, CHOICES: tl.constexpr, BINS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    e, c = tl.arange(0, BINS), tl.arange(0, CHOICES)
+    r, e, c = tl.arange(0, BT), tl.arange(0, BINS), tl.arange(0, CHOICES)
+    at, to = r[:, None] * experts + e[None, :], r[:, None] * K + c[None, :]
     extra = tl.zeros((BINS,), tl.float32)
     if BIASED:
         extra = tl.load(bias + e, mask=e < experts, other=0.0)
     sums = tl.zeros((BINS,), tl.float32)
     firsts, all_choices = tl.zeros((BINS,), tl.int32), tl.zeros((BINS,), tl.int32)
     for turn in range(turns):
-        t = (tl.program_id(0).to(tl.int64) * turns + turn) * BT + tl.arange(0, BT)
-        mask = (t < tokens)[:, None] & (e < experts)[None, :]
-        at = t[:, None] * experts + e[None, :]
-        x = tl.load(logits + at, mask=mask, other=float("-inf"))
+        before = (tl.program_id(0).to(tl.int64) * turns + turn) * BT
+        inside = r < tokens - before
+        mask = inside[:, None] & (e < experts)[None, :]
+        x = tl.load(logits + before * experts + at, mask=mask, other=float("-inf"))
         broken = tl.sum((mask & ((x - x) != 0.0)).to(tl.int32), 1) > 0  # infinite, or NaN
         if GATE == "sigmoid":
             s = tl.sigmoid(x)
         else:
             z = tl.exp(x - tl.max(x, 1)[:, None])
             s = z / tl.sum(z, 1)[:, None]
-        tl.store(scores + at, s, mask=mask)
+        tl.store(scores + before * experts + at, s, mask=mask)
         sums += tl.sum(tl.where(mask, s, 0.0), 0)
         preference = s
         if BIASED:
@@ -164,10 +166,9 @@ def _select(
         if NORMALIZE:
             w = w / tl.maximum(tl.sum(w, 1), 1.1754943508222875e-38)[:, None]
         w = tl.where(broken[:, None], float("nan"), w)
-        to = t[:, None] * K + c[None, :]
-        own = (t < tokens)[:, None] & chosen
-        tl.store(weights + to, w, mask=own)
-        tl.store(ids + to, i, mask=own)
+        own = inside[:, None] & chosen
+        tl.store(weights + before * K + to, w, mask=own)
+        tl.store(ids + before * K + to, i, mask=own)
     part = tl.program_id(0) * experts + e  # of at most PROGRAMS * MOST_EXPERTS
     tl.store(part_sums + part, sums, mask=e < experts)
     part = part + tl.program_id(0) * experts
@@ -181,14 +182,14 @@ def _choose(preference, values, free, K: tl.constexpr, CHOICES: tl.constexpr, BI
     e, c = tl.arange(0, BINS), tl.arange(0, CHOICES)
     first = tl.zeros((BT,), tl.int32)
     w = tl.zeros((BT, CHOICES), tl.float32)
-    i = tl.zeros((BT, CHOICES), tl.int64)
+    i = tl.zeros((BT, CHOICES), tl.int32)
     for k in range(K):
         best = tl.max(tl.where(free, preference, float("-inf")), 1)
         index = tl.min(tl.where(free & (preference == best[:, None]), e[None, :], BINS), 1)
         taken = e[None, :] == index[:, None]
         now = (c == k)[None, :]
         w = tl.where(now, tl.sum(tl.where(taken, values, 0.0), 1)[:, None], w)
-        i = tl.where(now, index[:, None].to(tl.int64), i)
+        i = tl.where(now, index[:, None], i)
         first = tl.where(k == 0, index, first)
         free = free & (e[None, :] != index[:, None])  # an expert is taken once, whatever its bias
     return w, i, first, free
