@@ -23,7 +23,7 @@ from synchromesh.kernels.gpu import TRITON
 from synchromesh.kernels.grouped_mm import tilings
 from synchromesh.kernels.grouped_mm import triton as grouped
 from synchromesh.kernels.select.reference import GATES
-from synchromesh.kernels.select.triton import PROGRAMS
+from synchromesh.kernels.select.triton import MOST_EXPERTS, PROGRAMS
 from synchromesh.testing.cases import row_map_of, zipf
 
 TARGETS = {
@@ -173,6 +173,15 @@ def test_tilings_for_few_rows(arch, tokens, tmp_path):
     heights = {dict(one.constants)["BM"] for one in recorder.launches if one.kernel == "_open_rows"}
     assert heights == {{16: 16, 48: 32, 112: 64}[tokens]}
     check(arch, recorder, tmp_path, narrow=True, only=PRODUCTS - {"_weight_gradient"})
+
+
+@ARCHITECTURES
+def test_choices_among_the_most_experts(arch, tmp_path):
+    recorder, logits = Recorder(), torch.ones(PROGRAMS + 1, MOST_EXPERTS, requires_grad=True)
+    launch = functools.partialmethod(lambda kernel, *args, **kwargs: recorder.run(kernel, *args, **kwargs))
+    with patch.object(triton.JITFunction, "run", launch):
+        TRITON.select(logits, 8, gate="softmax", normalize=True)[2].sum().backward()
+    assert {"_select", "_select_backward"} <= check(arch, recorder, tmp_path, narrow=True)
 
 
 # sm_80 and gfx942 have no instruction that widens float8_e4m3fn: quantized_mlp dequantizes there.
