@@ -182,7 +182,7 @@ class TopKRouter(Router):
             logits = F.linear(x.to(self.scores.dtype), self.weight.to(self.scores.dtype))
             noise = self.noise if self.training else 0.0
             bias = None if self.balance is None else self.balance.bias
-            return _selected(logits, k, self.scores, noise=noise, bias=bias, limit=self.limit)
+            return _selected(logits, k, self.scores, noise=noise, bias=bias, limit=self.limit, sums=self.training)
 
 
 class CosineRouter(Router):
@@ -233,7 +233,8 @@ class CosineRouter(Router):
             projected = F.linear(x.to(dtype), self.projector.weight.to(dtype), self.projector.bias.to(dtype))
             cosine = F.normalize(projected, dim=1) @ F.normalize(self.directions.to(dtype), dim=1).T
             logits = cosine * self.log_scale.to(dtype).clamp(max=-math.log(self.floor)).exp()
-            return _selected(logits, k, self.scores, noise=self.noise if self.training else 0.0)
+            noise = self.noise if self.training else 0.0
+            return _selected(logits, k, self.scores, noise=noise, sums=self.training)
 
 
 class ExpertChoiceRouter(Router):
@@ -345,14 +346,17 @@ def _selected(
     noise: float,
     bias: Float[Tensor, " E"] | None = None,
     limit: NodeLimit | None = None,
+    sums: bool,
 ) -> Routing:
+    """Select by these logits; sums: whether a loss or statistics will ask for them, as in training."""
     std = noise / logits.shape[1] if noise > 0 else None
     noisy = None if std is None else logits + std * torch.randn_like(logits)
     used = logits if noisy is None else noisy
     if limit is None:
         select = kernels_for(logits.device).select
-        scores, ids, weights, *sums = select(used, k, gate=kind.gate, normalize=kind.normalize, bias=bias)
-        return Routing(ids, weights, scores, logits, noisy, std).with_sums(*sums)
+        made = select(used, k, gate=kind.gate, normalize=kind.normalize, bias=bias, sums=sums)
+        scores, ids, weights, score_sums, choice_counts = made
+        return Routing(ids, weights, scores, logits, noisy, std).with_sums(score_sums, choice_counts)
     scores = scores_of(used, kind.gate)
     ids = limit.mask(scores if bias is None else scores + bias).topk(k, dim=1).indices
     weights = weights_of(used, scores, ids, gate=kind.gate, normalize=kind.normalize)

@@ -31,8 +31,8 @@ class Routing:
         max_pairs: static bound on the number of present pairs; None means T * K.
         mean_choices: choices per token that a capacity is computed from, where the columns are not choices in order of
             preference; None means K, and that they are.
-        score_sums, choice_counts: what `with_sums` was given, None where nobody added up yet. Read them through
-            `scores_per_expert` and `tokens_per_expert`.
+        score_sums, choice_counts: what `with_sums` was given, else None. Read them through `scores_per_expert` and
+            `tokens_per_expert`.
     """
 
     expert_ids: Int[Tensor, "T K"]
@@ -47,8 +47,8 @@ class Routing:
     score_sums: Float[Tensor, " E"] | None = field(default=None, init=False)
     choice_counts: Int[Tensor, "2 E"] | None = field(default=None, init=False)
 
-    def with_sums(self, score_sums: Float[Tensor, " E"], choice_counts: Int[Tensor, "2 E"]) -> Routing:
-        """Return this routing with sums over its tokens that a kernel has made on its way.
+    def with_sums(self, score_sums: Float[Tensor, " E"] | None, choice_counts: Int[Tensor, "2 E"] | None) -> Routing:
+        """Return this routing with sums over its tokens that a kernel has made on its way; None is counted when asked.
 
         Args:
             score_sums: of the scores of each expert; gradients flow through it.

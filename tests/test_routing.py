@@ -272,6 +272,9 @@ def test_no_routing_carries_sums_of_another(broken):
             ids = routing.expert_ids[:, :choices]
             assert routing.tokens_per_expert(choices).tolist() == [int((ids == e).sum()) for e in range(E)]
         assert_close("sums", routing.scores_per_expert(), routing.scores.sum(0))
+    for router in (plain, CosineRouter(D, E)):  # sums are made where somebody will ask for them
+        assert router.train()(x).score_sums is not None
+        assert router.eval()(x).score_sums is None
 
 
 @pytest.mark.parametrize("scores", [Softmax(), Sigmoid()])

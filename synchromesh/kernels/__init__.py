@@ -34,7 +34,7 @@ class Kernels:
     """One implementation of every kernel family; two of them make an A/B test.
 
     Attributes:
-        select: (logits, k, gate=, normalize=, bias=) -> scores, expert_ids, weights, score_sums, choice_counts.
+        select: (logits, k, gate=, normalize=, bias=, sums=) -> scores, expert_ids, weights, score_sums, choice_counts.
         positions: (expert_ids, num_experts, priority=None) -> places, counts.
         gather: (x, rowmap) -> rows. combine: (buffer, weights, rowmap) -> y.
         grouped_mm: (rows, weight, ends, bias=None) -> rows.

@@ -105,6 +105,7 @@ def recorded(arch, dtype, *, gated, width=512, hidden=1024, tokens=512):
             with torch.no_grad():
                 TRITON.fused_mlp(x[:8], weights[:8], row_map_of(ids[:8], 4), mlp, F.silu)
                 TRITON.direct_mlp(x[:8], weights[:8], ids[:8], mlp, F.silu)
+                TRITON.select(torch.ones(8, 128), 8, gate="softmax", normalize=True, sums=False)
             turns = [(gate, number) for gate in GATES for number in (tokens, 16 * PROGRAMS)]  # one, and more
             for gate, number in [*turns, ("softmax", 8)]:
                 logits = torch.ones(number, 128, requires_grad=True)

@@ -81,6 +81,18 @@ def test_programs_that_take_several_blocks_and_the_same_bits_twice(programs, mon
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.parametrize("tokens", [0, 3, 70])
+def test_without_sums_the_rest_is_the_same_to_the_bit(tokens):
+    found = []
+    for sums in (True, False):
+        logits = torch.randn(tokens, 20, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        results = TRITON.select(logits, 3, gate="softmax", normalize=True, sums=sums)
+        torch.autograd.backward(results[::2][:2], [torch.ones_like(one) for one in results[::2][:2]])
+        found.append((*results[:3], logits.grad))
+    assert results[3:] == (None, None)
+    assert all(map(torch.equal, *found))
+
+
 def test_a_loss_of_balance_sends_back_a_number_per_expert_and_keeps_no_more_for_it(monkeypatch):
     """Kept are scores, ids and weights, as without the loss, and numbers per expert."""
     sent, op, tokens, experts, k = [], select_triton._select_backward_op, 70, 8, 2

@@ -11,20 +11,31 @@ from torch import Tensor
 
 # Names are what the custom ops carry. The last one's weights are the softmax of the selected logits alone.
 GATES = ("softmax", "sigmoid", "softmax_of_selected")
-# scores, ids, weights; and over all tokens the sums of scores and the counts of choices.
+# scores, ids, weights; and over all tokens the sums of scores and the counts of choices, or None.
 Selection: TypeAlias = tuple[
-    Float[Tensor, "T E"], Int[Tensor, "T K"], Float[Tensor, "T K"], Float[Tensor, " E"], Int[Tensor, "2 E"]
+    Float[Tensor, "T E"],
+    Int[Tensor, "T K"],
+    Float[Tensor, "T K"],
+    Float[Tensor, " E"] | None,
+    Int[Tensor, "2 E"] | None,
 ]
 
 
 def select(
-    logits: Float[Tensor, "T E"], k: int, *, gate: str, normalize: bool = False, bias: Float[Tensor, " E"] | None = None
+    logits: Float[Tensor, "T E"],
+    k: int,
+    *,
+    gate: str,
+    normalize: bool = False,
+    bias: Float[Tensor, " E"] | None = None,
+    sums: bool = True,
 ) -> Selection:
     """Return scores, the k experts of highest score (+ bias) in falling order, their weights, and two sums over tokens.
 
     Args:
         gate: one of GATES. normalize: divide the weights of a token by their sum, where k > 1.
         bias: decides who is selected, never the weights.
+        sums: whether the last two are wanted; else they are None.
 
     Returns:
         scores [T E], ids [T K], weights [T K], sums of the scores [E], and counts [2 E] of the tokens of which an
@@ -33,6 +44,8 @@ def select(
     scores = scores_of(logits, gate)
     ids = (scores if bias is None else scores + bias).topk(k, dim=1).indices
     weights = weights_of(logits, scores, ids, gate=gate, normalize=normalize)
+    if not sums:
+        return scores, ids, weights, None, None
     return scores, ids, weights, scores.sum(dim=0), counts_of(ids, scores.shape[1])
 
 

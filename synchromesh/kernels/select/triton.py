@@ -8,7 +8,7 @@ the sums of scores is E numbers, which the backward adds to the gradient of ever
 # Kernels are typed as Triton sees them, not as they are launched.
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import triton
@@ -24,46 +24,54 @@ MOST_EXPERTS, MOST_CHOICES = 4096, 128  # whose numbers fit into registers
 NUMBERS = 1024  # of a block
 PROGRAMS = 512  # at most: enough to fill a GPU, and few to add up; more blocks are taken one after the other
 COLUMNS, ROWS = 32, 64  # of the parts that are added up at once
+Results: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def select(
-    logits: Float[Tensor, "T E"], k: int, *, gate: str, normalize: bool = False, bias: Float[Tensor, " E"] | None = None
+    logits: Float[Tensor, "T E"],
+    k: int,
+    *,
+    gate: str,
+    normalize: bool = False,
+    bias: Float[Tensor, " E"] | None = None,
+    sums: bool = True,
 ) -> Selection:
     """Compute what the reference does; of equal scores the first expert's comes first."""
     if logits.dtype != torch.float32 or logits.shape[1] > MOST_EXPERTS or k > MOST_CHOICES:
-        return reference.select(logits, k, gate=gate, normalize=normalize, bias=bias)
-    return _select_op(logits, bias, k, gate, normalize and k > 1 and gate != "softmax_of_selected")
+        return reference.select(logits, k, gate=gate, normalize=normalize, bias=bias, sums=sums)
+    normalize = normalize and k > 1 and gate != "softmax_of_selected"
+    scores, ids, weights, added, counted = _select_op(logits, bias, k, gate, normalize, sums)
+    return (scores, ids, weights, added, counted) if sums else (scores, ids, weights, None, None)
 
 
 @torch.library.custom_op(
     "synchromesh::select_triton",
     mutates_args=(),
-    schema="(Tensor logits, Tensor? bias, int k, str gate, bool normalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor logits, Tensor? bias, int k, str gate, bool normalize, bool sums)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 @on_its_device
-def _select_op(logits: Tensor, bias: Tensor | None, k: int, gate: str, normalize: bool) -> Selection:
+def _select_op(logits: Tensor, bias: Tensor | None, k: int, gate: str, normalize: bool, sums: bool) -> Results:
     logits = logits.contiguous()
-    results, experts = _results(logits, k), logits.shape[1]
-    *of_tokens, sums, counts = results
+    results, experts = _results(logits, k, sums), logits.shape[1]
+    *of_tokens, added, counted = results
     if not len(logits):
-        sums.zero_()
-        counts.zero_()
+        added.zero_()
+        counted.zero_()
         return results
     (blocks,), sizes = _shape(logits, k)
-    turns = triton.cdiv(blocks, PROGRAMS)
+    turns = triton.cdiv(blocks, PROGRAMS) if sums else 1
     programs = triton.cdiv(blocks, turns)
-    part_sums, part_counts = sums, counts
-    if programs > 1:
-        part_sums = sums.new_empty(programs, experts)
-        part_counts = counts.new_empty(programs, 2, experts, dtype=torch.int32)
+    parts = [added, counted]
+    if sums and programs > 1:
+        parts = [added.new_empty(programs, experts), counted.new_empty(programs, 2, experts, dtype=torch.int32)]
     _select[(programs,)](
-        logits, given_or(bias, logits), *of_tokens, part_sums, part_counts, *logits.shape, turns,
-        GATE=gate, NORMALIZE=normalize, BIASED=bias is not None, **sizes,
+        logits, given_or(bias, logits), *of_tokens, *parts, *logits.shape, turns,
+        GATE=gate, NORMALIZE=normalize, BIASED=bias is not None, SUMS=sums, **sizes,
     )  # fmt: skip
-    if programs > 1:
-        _add_programs[(triton.cdiv(experts, COLUMNS),)](
-            part_sums, part_counts, sums, counts, programs, experts, ROWS=ROWS, COLUMNS=COLUMNS
-        )
+    if sums and programs > 1:
+        grid = (triton.cdiv(experts, COLUMNS),)
+        _add_programs[grid](*parts, added, counted, programs, experts, ROWS=ROWS, COLUMNS=COLUMNS)
     return results
 
 
@@ -89,22 +97,24 @@ def _select_backward_op(
     return d_logits
 
 
-def _results(logits: Tensor, k: int) -> Selection:
+def _results(logits: Tensor, k: int, sums: bool) -> Results:
+    """Return room for what select makes; sums that nobody wants are of no expert."""
     tokens, experts = logits.shape
-    ids, counts = (logits.new_empty(shape, dtype=torch.int64) for shape in ((tokens, k), (2, experts)))
-    return logits.new_empty(tokens, experts), ids, logits.new_empty(tokens, k), logits.new_empty(experts), counts
+    summed = experts if sums else 0
+    ids, counts = (logits.new_empty(shape, dtype=torch.int64) for shape in ((tokens, k), (2, summed)))
+    return logits.new_empty(tokens, experts), ids, logits.new_empty(tokens, k), logits.new_empty(summed), counts
 
 
 def _shape(logits: Tensor, k: int) -> tuple[tuple[Any], dict[str, Any]]:
     bins = max(2, triton.next_power_of_2(logits.shape[1]))
     block = max(1, min(64, NUMBERS // bins))
     sizes = {"K": k, "CHOICES": max(2, triton.next_power_of_2(k)), "BINS": bins, "BT": block}
-    sizes["num_warps"] = 8 if bins > NUMBERS else 4
+    sizes["num_warps"] = 8 if bins >= NUMBERS else 4
     return (-(-len(logits) // block),), sizes
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Selection) -> None:
-    *_, ctx.gate, ctx.normalize = inputs
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    *_, ctx.gate, ctx.normalize, _sums = inputs
     scores, ids, weights, _, counts = output
     ctx.mark_non_differentiable(ids, counts)
     ctx.set_materialize_grads(False)
@@ -115,11 +125,11 @@ def _gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]
     d_scores, _, d_weights, d_sums, _ = gradients
     given = [d_scores, d_weights, d_sums]
     if all(d is None for d in given):
-        return (None,) * 5
-    return _select_backward_op(*ctx.saved_tensors, given, ctx.gate, ctx.normalize), None, None, None, None
+        return (None,) * 6
+    return _select_backward_op(*ctx.saved_tensors, given, ctx.gate, ctx.normalize), *(None,) * 5
 
 
-_select_op.register_fake(lambda logits, bias, k, gate, normalize: _results(logits, k))
+_select_op.register_fake(lambda logits, bias, k, gate, normalize, sums: _results(logits, k, sums))
 _select_backward_op.register_fake(lambda scores, *_: scores.new_empty(scores.shape))
 _select_op.register_autograd(_gradients, setup_context=_setup)
 
@@ -127,7 +137,7 @@ _select_op.register_autograd(_gradients, setup_context=_setup)
 @triton.jit
 def _select(
     logits, bias, scores, ids, weights, part_sums, part_counts, tokens, experts, turns,
-    GATE: tl.constexpr, NORMALIZE: tl.constexpr, BIASED: tl.constexpr,
+    GATE: tl.constexpr, NORMALIZE: tl.constexpr, BIASED: tl.constexpr, SUMS: tl.constexpr,
     K: tl.constexpr, CHOICES: tl.constexpr, BINS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     r, e, c = tl.arange(0, BT), tl.arange(0, BINS), tl.arange(0, CHOICES)
@@ -149,15 +159,17 @@ def _select(
             z = tl.exp(x - tl.max(x, 1)[:, None])
             s = z / tl.sum(z, 1)[:, None]
         tl.store(scores + before * experts + at, s, mask=mask)
-        sums += tl.sum(tl.where(mask, s, 0.0), 0)
+        if SUMS:
+            sums += tl.sum(tl.where(mask, s, 0.0), 0)
         preference = s
         if BIASED:
             preference += extra[None, :]
         preference = tl.where(preference != preference, float("inf"), preference)  # as torch: NaN before all others
         values = x if GATE == "softmax_of_selected" else s
         w, i, first, free = _choose(preference, values, mask, K, CHOICES, BINS, BT)
-        firsts += tl.sum((e[None, :] == first[:, None]).to(tl.int32), 0)  # BINS, where there is no token
-        all_choices += tl.sum(mask.to(tl.int32) - free.to(tl.int32), 0)
+        if SUMS:
+            firsts += tl.sum((e[None, :] == first[:, None]).to(tl.int32), 0)  # BINS, where there is no token
+            all_choices += tl.sum(mask.to(tl.int32) - free.to(tl.int32), 0)
         chosen = (c < K)[None, :]
         if GATE == "softmax_of_selected":
             w = tl.where(chosen, w, float("-inf"))
@@ -169,11 +181,11 @@ def _select(
         own = inside[:, None] & chosen
         tl.store(weights + before * K + to, w, mask=own)
         tl.store(ids + before * K + to, i, mask=own)
-    part = tl.program_id(0) * experts + e  # of at most PROGRAMS * MOST_EXPERTS
-    tl.store(part_sums + part, sums, mask=e < experts)
-    part = part + tl.program_id(0) * experts
-    tl.store(part_counts + part, firsts, mask=e < experts)
-    tl.store(part_counts + part + experts, all_choices, mask=e < experts)
+    if SUMS:
+        part = tl.program_id(0) * experts  # of at most PROGRAMS * MOST_EXPERTS
+        tl.store(part_sums + part + e, sums, mask=e < experts)
+        tl.store(part_counts + 2 * part + e, firsts, mask=e < experts)
+        tl.store(part_counts + 2 * part + experts + e, all_choices, mask=e < experts)
 
 
 @triton.jit

@@ -52,3 +52,4 @@ def test_sums_of_scores_and_counts_of_first_and_of_all_choices(k, tokens, dtype)
     scores, ids, _, sums, counts = SELECT(torch.randn(tokens, 6, dtype=dtype), k, gate="sigmoid")
     assert_close("sums", sums, torch.stack([scores[:, e].sum() for e in range(6)]))
     assert counts.tolist() == [[int((ids[:, :n] == e).sum()) for e in range(6)] for n in (1, k)]
+    assert SELECT(scores, k, gate="sigmoid", sums=False)[3:] == (None, None)
