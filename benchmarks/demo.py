@@ -2,6 +2,7 @@
 
     python benchmarks/demo.py --seeds 0 1 2             train all, one line each in benchmarks/results/demo.jsonl
     python benchmarks/demo.py --seeds 0 --models moe    one of them
+    python benchmarks/demo.py --products float8         with experts that multiply 8-bit numbers: the losses must agree
     python benchmarks/demo.py --seeds                   only print mean and spread of what is there
 
 Each model is trained alone, by the recipe and the code of `synchromesh train demo`; a test holds that code.
@@ -27,50 +28,60 @@ from rich.table import Table
 
 from synchromesh.commands.train import train
 from synchromesh.recipes.demo import demo
-from synchromesh.training.architecture import SwinMoE
+from synchromesh.training.architecture import Factors, SwinMoE
 from synchromesh.training.config import TrainConfig
 
 RESULTS = Path(__file__).parent / "results" / "demo.jsonl"
 FIGURES = ("test_accuracy", "train_seconds", "images_per_second", "dead_experts")
-ABOUT = ("parameters", "active_parameters", "epochs", "test_images", "test_load", "threads", "torch", "python")
+ABOUT = ("test_loss", "parameters", "active_parameters", "epochs", "test_images", "test_load", "threads", "torch", "python")
 
 
 @dataclass(frozen=True)
 class Args:
     """What to train.
 
-    seeds: one run each. models: which of the two. tile: token rounding of the MoE, 0 for none. out: file to append to.
+    seeds: one run each. models: which of the two. tile: token rounding of the MoE, 0 for none. products: what its
+    experts multiply. out: file to append to.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
     models: tuple[Literal["moe", "dense"], ...] = ("moe", "dense")
     tile: int = 0
+    products: Factors = Factors.THEMSELVES
     out: Path = RESULTS
 
 
-def alone(model: str, seed: int, tile: int) -> TrainConfig:
+def alone(model: str, seed: int, args: Args) -> TrainConfig:
     """Return the demo's recipe for one of its two models."""
     config = dataclasses.replace(demo(), seed=seed)
     if model == "dense":
         assert config.twin is not None
         config = dataclasses.replace(config, model=config.twin)
     elif isinstance(config.model, SwinMoE):
-        experts = dataclasses.replace(config.model.experts, tile=tile)
+        experts = dataclasses.replace(config.model.experts, tile=args.tile, products=args.products)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, experts=experts))
     return dataclasses.replace(config, twin=None)
 
 
-def measure(model: str, seed: int, tile: int, console: Console) -> dict[str, Any]:
+def measure(model: str, seed: int, args: Args, console: Console) -> dict[str, Any]:
     """Train one model from scratch and return its line."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        code = train(alone(model, seed, tile), run, resume=False, console=console)
+        code = train(alone(model, seed, args), run, resume=False, console=console)
         if code != 0:
             raise RuntimeError(f"the run of {model}, seed {seed}, ended with exit code {code}")
         summary = json.loads((run / "summary.json").read_text())
     figures = {name: summary[name] for name in (*FIGURES, *ABOUT)}
-    name = model if tile == 0 or model == "dense" else f"{model}, tile {tile}"
-    return {"benchmark": "demo", "model": name, "seed": seed, **figures, **machine()}
+    return {"benchmark": "demo", "model": name_of(model, args), "seed": seed, **figures, **machine()}
+
+
+def name_of(model: str, args: Args) -> str:
+    """Return the model's name in the results: what is not the recipe's own is in it."""
+    if model == "dense":
+        return model
+    tile = [f"tile {args.tile}"] if args.tile else []
+    products = [] if args.products is Factors.THEMSELVES else [args.products.value]
+    return ", ".join([model, *tile, *products])
 
 
 def machine() -> dict[str, Any]:
@@ -104,7 +115,7 @@ def main(args: Args) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         for model in args.models:
-            line = measure(model, seed, args.tile, console)
+            line = measure(model, seed, args, console)
             with args.out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
     if args.out.is_file():
@@ -112,4 +123,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, config=(tyro.conf.EnumChoicesFromValues,)))

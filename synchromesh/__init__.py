@@ -3,7 +3,8 @@
 from synchromesh.adaptive import Adaptive, Council
 from synchromesh.capacity import Capacity, Dropless, FixedCapacity, NeededCapacity, batch_prioritized, token_order
 from synchromesh.comm.grid import Grid
-from synchromesh.experts import Experts, GatedMLPExperts, MLPExperts, ModuleExperts
+from synchromesh.experts import Experts, GatedMLPExperts, MLPExperts, ModuleExperts, set_products
+from synchromesh.kernels import Float8Products, MXFloat8Products
 from synchromesh.layer import MoE, routing_options
 from synchromesh.losses import ImportanceLoad, LoadBalance, Loss, OverRanks, ZLoss
 from synchromesh.parallel.sharded import Sharded
@@ -54,6 +55,7 @@ __all__ = [
     "Experts",
     "FixedCapacity",
     "Float8",
+    "Float8Products",
     "GatedMLPExperts",
     "Grid",
     "ImportanceLoad",
@@ -62,6 +64,7 @@ __all__ = [
     "Local",
     "Loss",
     "MLPExperts",
+    "MXFloat8Products",
     "MoE",
     "ModuleExperts",
     "NeededCapacity",
@@ -94,6 +97,7 @@ __all__ = [
     "record_load",
     "replace_ffn",
     "routing_options",
+    "set_products",
     "split_by_kind",
     "token_mean_loss",
     "token_order",

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from synchromesh.kernels import Kernels, MLPWeights
+from synchromesh.kernels import Kernels, MLPWeights, Products
 from synchromesh.types import Routing, RowMap
 
 Activation = Callable[[Tensor], Tensor]
@@ -97,11 +98,16 @@ class StackedExperts(Experts):
     """Experts of one shape, whose parameters are stacked: hidden rows `[E F D]`, their biases `[E F]`, output `[E D]`.
 
     A cut holds `[E/n F D]` or, where it is smaller than an expert, `[1 F*E/n D]`.
+
+    Attributes:
+        products: which 8-bit numbers are multiplied, in forward and for the gradient of the rows; None, as at first,
+            multiplies rows and weights themselves. `set_products` sets it.
     """
 
     hidden: int
     activation: Activation
     dropout: float
+    products: Products | None = None
     output_parts = frozenset({"down_bias"})
 
     def parts(self) -> dict[str, Tensor]:
@@ -139,14 +145,15 @@ class StackedExperts(Experts):
             return kernels.fused_mlp(
                 rows, rows.new_ones(rows.shape[0], 1), rowmap, MLPWeights(**weights), self.activation
             )
-        hidden_RF = kernels.grouped_mm(rows, weights["up"].mT, ends, weights.get("up_bias"))
+        multiply = kernels.grouped_mm if self.products is None else partial(kernels.scaled_mm, products=self.products)
+        hidden_RF = multiply(rows, weights["up"].mT, ends, weights.get("up_bias"))
         if "gate" in weights:
-            gate_RF = kernels.grouped_mm(rows, weights["gate"].mT, ends, weights.get("gate_bias"))
+            gate_RF = multiply(rows, weights["gate"].mT, ends, weights.get("gate_bias"))
             hidden_RF = self.activation(gate_RF) * hidden_RF
         else:
             hidden_RF = self.activation(hidden_RF)
         hidden_RF = F.dropout(hidden_RF, self.dropout, self.training)
-        return kernels.grouped_mm(hidden_RF, weights["down"], ends, weights.get("down_bias"))
+        return multiply(hidden_RF, weights["down"], ends, weights.get("down_bias"))
 
     def fused(
         self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, weights: Mapping[str, Tensor], kernels: Kernels
@@ -169,8 +176,8 @@ class StackedExperts(Experts):
         return kernels.direct_mlp(x, routing.weights, ids, MLPWeights(**weights), self.activation)
 
     def _fuses(self, kernels: Kernels) -> bool:
-        """Tell whether there is a fused kernel for these experts; none has a place for dropout."""
-        return kernels.fuses(self.activation) and not (self.training and self.dropout > 0)
+        """Tell whether there is a fused kernel for these experts; none has a place for dropout or 8-bit products."""
+        return self.products is None and kernels.fuses(self.activation) and not (self.training and self.dropout > 0)
 
     def _check_cut(self, cut: Cut) -> None:
         if self.num_experts % cut.count and cut.count % self.num_experts:
@@ -300,6 +307,30 @@ class ModuleExperts(Experts):
         self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, weights: Mapping[str, Tensor], kernels: Kernels
     ) -> None:
         return None
+
+
+def set_products(model: nn.Module, products: Products | None) -> list[str]:
+    """Let the experts of every MoE layer multiply 8-bit numbers, in training too; None undoes it. Return their names.
+
+    Parameters, gradients and optimizer stay as they are. Output and gradients are a few per cent off.
+
+    Args:
+        model: any model with `MLPExperts` or `GatedMLPExperts` in it, or such experts. products: `Float8Products()` or
+            `MXFloat8Products()`.
+
+    Raises:
+        ValueError: there are none.
+
+    >>> from synchromesh.kernels import Float8Products
+    >>> set_products(nn.Sequential(MLPExperts(4, 8, hidden=16)), Float8Products())
+    ['0']
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(module, StackedExperts)}
+    if not found:
+        raise ValueError(f"set_products found no MLPExperts or GatedMLPExperts in {type(model).__name__}")
+    for experts in found.values():
+        experts.products = products
+    return list(found)
 
 
 def _check_sizes(num_experts: int, width: int, hidden: int, dropout: float) -> None:

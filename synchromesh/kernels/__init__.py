@@ -23,10 +23,25 @@ from synchromesh.kernels.positions import reference as positions_reference
 from synchromesh.kernels.quantized_mlp import cpu as quantized_mlp_cpu
 from synchromesh.kernels.quantized_mlp import reference as quantized_mlp_reference
 from synchromesh.kernels.quantized_mlp.reference import QuantizedMLP, quantize
+from synchromesh.kernels.scaled_mm import cpu as scaled_mm_cpu
+from synchromesh.kernels.scaled_mm import reference as scaled_mm_reference
+from synchromesh.kernels.scaled_mm.reference import Float8Products, MXFloat8Products, Products
 from synchromesh.kernels.select import reference as select_reference
 from synchromesh.kernels.select.reference import Selection
 
-__all__ = ["CPU", "REFERENCE", "Activation", "Kernels", "MLPWeights", "QuantizedMLP", "kernels_for", "quantize"]
+__all__ = [
+    "CPU",
+    "REFERENCE",
+    "Activation",
+    "Float8Products",
+    "Kernels",
+    "MLPWeights",
+    "MXFloat8Products",
+    "Products",
+    "QuantizedMLP",
+    "kernels_for",
+    "quantize",
+]
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,7 @@ class Kernels:
         positions: (expert_ids, num_experts, priority=None) -> places, counts.
         gather: (x, rowmap) -> rows. combine: (buffer, weights, rowmap) -> y.
         grouped_mm: (rows, weight, ends, bias=None) -> rows.
+        scaled_mm: as grouped_mm, with products=, which 8-bit numbers are multiplied.
         fused_mlp: (x, weights, rowmap, mlp, activation) -> y, for any activation.
         fuses: tells whether fused_mlp runs an activation inside its fused kernel; others it composes from the pieces.
         quantized_mlp: as fused_mlp, with a QuantizedMLP.
@@ -50,6 +66,7 @@ class Kernels:
     gather: Callable[..., Tensor]
     combine: Callable[..., Tensor]
     grouped_mm: Callable[..., Tensor]
+    scaled_mm: Callable[..., Tensor]
     fused_mlp: Callable[..., Tensor]
     fuses: Callable[[Activation], bool]
     quantized_mlp: Callable[..., Tensor]
@@ -74,6 +91,7 @@ REFERENCE = Kernels(
     gather=permute_reference.gather,
     combine=permute_reference.combine,
     grouped_mm=grouped_mm_reference.grouped_mm,
+    scaled_mm=scaled_mm_reference.scaled_mm,
     fused_mlp=fused_mlp_reference.fused_mlp,
     fuses=_fuses_nothing,
     quantized_mlp=quantized_mlp_reference.quantized_mlp,
@@ -86,6 +104,7 @@ CPU = Kernels(
     gather=permute_cpu.gather,
     combine=permute_cpu.combine,
     grouped_mm=grouped_mm_cpu.grouped_mm,
+    scaled_mm=scaled_mm_cpu.scaled_mm,
     fused_mlp=fused_mlp_cpu.fused_mlp,
     fuses=fused_mlp_cpu.fuses,
     quantized_mlp=quantized_mlp_cpu.quantized_mlp,

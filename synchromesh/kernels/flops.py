@@ -51,8 +51,8 @@ def _numbers(matrix: Shape | None) -> int:
 
 def _register(device: str) -> None:
     formulas = {
-        "grouped_mm": _grouped_mm,
-        "grouped_mm_backward": _grouped_mm_backward,
+        **{f"grouped_mm{kind}": _grouped_mm for kind in ("", "_float8", "_mxfloat8")},
+        **{f"grouped_mm_backward{kind}": _grouped_mm_backward for kind in ("", "_float8", "_mxfloat8")},
         "fused_mlp": _fused_mlp,
         "fused_mlp_backward": _fused_mlp_backward,
         "direct_mlp": _direct_mlp,

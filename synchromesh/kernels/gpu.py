@@ -9,6 +9,7 @@ from synchromesh.kernels.grouped_mm import triton as grouped_mm
 from synchromesh.kernels.permute import triton as permute
 from synchromesh.kernels.positions import triton as positions
 from synchromesh.kernels.quantized_mlp import triton as quantized_mlp
+from synchromesh.kernels.scaled_mm import triton as scaled_mm
 from synchromesh.kernels.select import triton as select
 
 TRITON = Kernels(
@@ -17,6 +18,7 @@ TRITON = Kernels(
     gather=permute.gather,
     combine=permute.combine,
     grouped_mm=grouped_mm.grouped_mm,
+    scaled_mm=scaled_mm.scaled_mm,
     fused_mlp=fused_mlp.fused_mlp,
     fuses=fused_mlp.fuses,
     quantized_mlp=quantized_mlp.quantized_mlp,

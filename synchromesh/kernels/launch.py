@@ -14,9 +14,9 @@ def on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
     """Run an op with the device of its first tensor as the current one: Triton launches there."""
 
     @functools.wraps(op)
-    def run(*args: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
         with torch.cuda.device_of(args[0]):
-            return op(*args)
+            return op(*args, **kwargs)
 
     return run
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from synchromesh.capacity import Capacity, Dropless, FixedCapacity, batch_prioritized
 from synchromesh.experts import MLPExperts
+from synchromesh.kernels import Products
 from synchromesh.layer import MoE
 from synchromesh.losses import ImportanceLoad, LoadBalance, Loss
 from synchromesh.models.swin_v2 import (
@@ -67,6 +68,7 @@ class ExpertsConfig:
         router: makes a router from (width, num_experts, k).
         dropout: on the activated hidden rows of experts.
         down_bias: whether feed-forwards, experts or not, have an output bias; the released ones keep it at zero.
+        products: which 8-bit numbers the experts multiply; None for rows and weights themselves.
     """
 
     num_experts: int = 32
@@ -77,6 +79,7 @@ class ExpertsConfig:
     losses: tuple[Loss, ...] = field(default_factory=lambda: (ImportanceLoad(0.01),))
     dropout: float = 0.1
     down_bias: bool = False
+    products: Products | None = None
 
 
 # block
@@ -106,12 +109,12 @@ def moe_ffn(config: SwinV2Config, experts: ExpertsConfig) -> FeedForwardFactory:
         hidden = int(config.mlp_ratio * width)
         if block not in experts.blocks[stage]:
             return FeedForward(width, hidden, down_bias=experts.down_bias, dropout=config.dropout)
-        return MoE(
-            experts.router(width, experts.num_experts, experts.k),
-            MLPExperts(experts.num_experts, width, hidden=hidden, down_bias=experts.down_bias, dropout=experts.dropout),
-            capacity=experts.capacity,
-            losses=experts.losses,
+        router = experts.router(width, experts.num_experts, experts.k)
+        own = MLPExperts(
+            experts.num_experts, width, hidden=hidden, down_bias=experts.down_bias, dropout=experts.dropout
         )
+        own.products = experts.products
+        return MoE(router, own, capacity=experts.capacity, losses=experts.losses)
 
     return make
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import final
 
 from torch import nn
 
 from synchromesh.capacity import Capacity, Dropless, FixedCapacity, batch_prioritized, token_order
+from synchromesh.kernels import Float8Products, MXFloat8Products, Products
 from synchromesh.layer import MoE
 from synchromesh.losses import ImportanceLoad, LoadBalance, OverRanks
 from synchromesh.models.swin_v2 import SWIN_V2, SwinV2Classifier, SwinV2Config
@@ -70,6 +72,18 @@ class Swin:
         )
 
 
+class Factors(Enum):
+    """What products are made of."""
+
+    THEMSELVES = "themselves"
+    FLOAT8 = "float8"
+    MXFLOAT8 = "mxfloat8"
+
+    def chosen(self) -> Products | None:
+        """Return what experts take."""
+        return {Factors.FLOAT8: Float8Products(), Factors.MXFLOAT8: MXFloat8Products()}.get(self)
+
+
 @dataclass(frozen=True)
 class ExpertLayers:
     """The MoE layers of a model.
@@ -85,6 +99,7 @@ class ExpertLayers:
         loss: keeps the load even.
         bias_rate: balance by a bias of the selection that moves at this rate; 0 for none. Linear router only.
         tile: give each expert a multiple of this many tokens while training (token rounding); 0 for whatever it gets.
+        products: what the experts multiply: rows and weights themselves, or 8-bit numbers of one kind or the other.
         dropout: in the experts.
         down_bias: whether feed-forwards, experts or not, have an output bias.
     """
@@ -99,6 +114,7 @@ class ExpertLayers:
     loss: LoadBalance | ImportanceLoad | None = field(default_factory=lambda: ImportanceLoad(0.01))
     bias_rate: float = 0.0
     tile: int = 0
+    products: Factors = Factors.THEMSELVES
     dropout: float = 0.0
     down_bias: bool = True
 
@@ -113,6 +129,7 @@ class ExpertLayers:
             losses=() if self.loss is None else (OverRanks(self.loss),),  # of the batch, whatever the ranks
             dropout=self.dropout,
             down_bias=self.down_bias,
+            products=self.products.chosen(),
         )
 
     def _capacity(self) -> Capacity:

@@ -46,7 +46,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> N
         torch.addmm(bias, a, b, out=out)
 
 
-def _forward(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
+def forward(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
     out = room((rows.shape[0], weight.shape[2]), rows.dtype)
     for expert, (start, stop) in enumerate(row_ranges(ends)):
         if stop > start:
@@ -54,7 +54,7 @@ def _forward(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) ->
     return out
 
 
-def _backward(
+def backward(
     grad: Tensor, rows: Tensor | None, weight: Tensor, ends: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad = grad.contiguous()
@@ -75,4 +75,4 @@ def _backward(
     return d_rows, d_weight, d_bias
 
 
-_grouped_mm = op.define("cpu", _forward, _backward, device="cpu")
+_grouped_mm = op.define("cpu", forward, backward, device="cpu")

@@ -57,6 +57,9 @@ _CDNA3 = Tilings(
     Tiling(128, 128, 32, 4, 2), Tiling(128, 128, 32, 4, 2), Tiling(128, 64, 32, 4, 2), Tiling(128, 128, 32, 4, 2)
 )
 NARROW = {"sm_80": _AMPERE, "sm_90": _HOPPER, "sm_100": _HOPPER, "sm_120": _AMPERE, "gfx942": _CDNA3}  # 16-bit numbers
+_EIGHT_HOPPER = Tilings(*[Tiling(128, 128, 128, 8, 3)] * 4)
+_EIGHT_ADA = Tilings(*[Tiling(128, 128, 64, 8, 3)] * 4)
+EIGHT = {"sm_80": _EIGHT_ADA, "sm_90": _EIGHT_HOPPER, "sm_100": _EIGHT_HOPPER, "sm_120": _EIGHT_ADA}  # 8-bit numbers
 WIDE = Tilings(*[Tiling(64, 64, 16, 8, 2)] * 4)  # float32
 INTERPRETED = Tilings(*[Tiling(32, 32, 32, 4, 1)] * 4)  # on a CPU, block by block
 
@@ -69,8 +72,9 @@ def tilings_of(dtype: torch.dtype, device: torch.device, *, rows_per_expert: int
 
 
 def tilings_for(architecture: str, dtype: torch.dtype, rows_per_expert: int) -> Tilings:
-    """Return the tilings of one of the architectures in NARROW."""
-    return (WIDE if dtype == torch.float32 else NARROW[architecture]).lowered(rows_per_expert)
+    """Return the tilings of one of the architectures in NARROW; of 8-bit numbers those of products alone count."""
+    table = EIGHT if dtype.itemsize == 1 else NARROW
+    return (WIDE if dtype == torch.float32 else table[architecture]).lowered(rows_per_expert)
 
 
 def _architecture(device: torch.device) -> str:

@@ -235,7 +235,7 @@ def _forward(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) ->
 
 
 @on_its_device
-def _backward(
+def backward(
     grad: Tensor, rows: Tensor | None, weight: Tensor, ends: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, (experts, width, out) = grad.contiguous(), weight.shape
@@ -255,4 +255,4 @@ def _backward(
     return d_rows, d_weight, d_bias
 
 
-_grouped_mm = op.define("triton", _forward, _backward, device=None)
+_grouped_mm = op.define("triton", _forward, backward, device=None)
