@@ -33,7 +33,17 @@ from synchromesh.training.config import TrainConfig
 
 RESULTS = Path(__file__).parent / "results" / "demo.jsonl"
 FIGURES = ("test_accuracy", "train_seconds", "images_per_second", "dead_experts")
-ABOUT = ("test_loss", "parameters", "active_parameters", "epochs", "test_images", "test_load", "threads", "torch", "python")
+ABOUT = (
+    "test_loss",
+    "parameters",
+    "active_parameters",
+    "epochs",
+    "test_images",
+    "test_load",
+    "threads",
+    "torch",
+    "python",
+)
 
 
 @dataclass(frozen=True)

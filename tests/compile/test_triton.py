@@ -17,27 +17,36 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from synchromesh.kernels import MLPWeights, quantize
+from synchromesh.kernels import Float8Products, MLPWeights, MXFloat8Products, quantize
 from synchromesh.kernels.fused_mlp import triton as fused
 from synchromesh.kernels.gpu import TRITON
 from synchromesh.kernels.grouped_mm import tilings
 from synchromesh.kernels.grouped_mm import triton as grouped
+from synchromesh.kernels.scaled_mm import triton as scaled
 from synchromesh.kernels.select.reference import GATES
 from synchromesh.kernels.select.triton import MOST_EXPERTS, PROGRAMS
 from synchromesh.testing.cases import row_map_of, zipf
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 MATRIX_UNIT = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "sm_120": "mma.sync", "gfx942": "v_mfma"}
-SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB that a program may have
+SHARED = {
+    "sm_80": 163,
+    "sm_89": 99,
+    "sm_90": 227,
+    "sm_100": 227,
+    "sm_120": 99,
+    "gfx942": 64,
+}  # KiB that a program may have
 NAMES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv",
-    torch.int64: "i64", torch.int32: "i32", torch.int8: "i8",
+    torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8",
 }  # fmt: skip
 PRODUCTS = {"_product", "_open_rows", "_close_rows_backward", "_weight_gradient"}
 
@@ -153,7 +162,8 @@ def check(arch, recorder, folder, *, narrow, only=None):
     return {launch.kernel for launch in launches}
 
 
-ARCHITECTURES = pytest.mark.parametrize("arch", list(TARGETS))
+TILED = [arch for arch in TARGETS if arch != "sm_89"]  # it takes sm_80's tilings, and has 8-bit products besides
+ARCHITECTURES = pytest.mark.parametrize("arch", TILED)
 EVERY = {
     "_map_tiles", "_count_block", "_place_block", "_copy_rows", "_sum_rows", "_spread_rows", "_column_sums",
     "_sum_parts", "_open_few", "_close_few", "_select", "_add_programs", "_select_backward",
@@ -186,7 +196,7 @@ def test_choices_among_the_most_experts(arch, tmp_path):
 
 
 # sm_80 and gfx942 have no instruction that widens float8_e4m3fn: quantized_mlp dequantizes there.
-EIGHT_BITS = [(arch, torch.int8) for arch in TARGETS] + [
+EIGHT_BITS = [(arch, torch.int8) for arch in TILED] + [
     (arch, torch.float8_e4m3fn) for arch in ("sm_90", "sm_100", "sm_120")
 ]
 
@@ -213,3 +223,61 @@ def test_float32(arch, tmp_path):
 def test_widths_that_no_block_divides(arch, tmp_path):
     recorder = recorded(arch, torch.float16, gated=True, width=200, hidden=328)
     check(arch, recorder, tmp_path, narrow=True, only=PRODUCTS)
+
+
+FLOAT8, MXFLOAT8 = Float8Products(), MXFloat8Products()
+OWN_PRODUCTS = [
+    ("sm_89", FLOAT8, "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3"),
+    ("sm_90", FLOAT8, "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"),
+    ("sm_100", FLOAT8, "tcgen05.mma.cta_group::1.kind::f8f6f4"),
+    ("sm_120", FLOAT8, "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3"),
+    ("sm_100", MXFLOAT8, "tcgen05.mma.cta_group::1.kind::mxf8f6f4.block_scale"),
+    ("sm_120", MXFLOAT8, "mma.sync.aligned.m16n8k32.row.col.kind::mxf8f6f4.block_scale"),
+]
+
+
+def recorded_scaled(arch, products, *, own, tokens=512, width=512, hidden=1024):
+    """Return the launches of a forward and a backward of scaled_mm, on a device with or without such products."""
+    recorder = Recorder()
+
+    def known(dtype, device, *, rows_per_expert):
+        return tilings.tilings_for("sm_80" if arch == "sm_89" else arch, dtype, rows_per_expert)
+
+    launch = functools.partialmethod(lambda kernel, *args, **kwargs: recorder.run(kernel, *args, **kwargs))
+    rows, weight, bias = (
+        torch.ones(*shape, dtype=torch.bfloat16, requires_grad=True)
+        for shape in ((2 * tokens, width), (4, hidden, width), (4, hidden))
+    )
+    with (
+        patch.object(triton.JITFunction, "run", launch),
+        patch.object(grouped, "tilings_of", known),
+        patch.object(scaled, "tilings_of", known),
+        patch.object(scaled, "multiplies", lambda products, device: own),
+    ):
+        ends = row_map_of(zipf(tokens, 4, 2), 4).ends
+        TRITON.scaled_mm(rows, weight.mT, ends, bias, products=products).sum().backward()
+    return recorder
+
+
+@pytest.mark.parametrize(("arch", "products", "unit"), OWN_PRODUCTS, ids=str)
+def test_8_bit_numbers_are_multiplied_as_such(arch, products, unit, tmp_path):
+    recorder = recorded_scaled(arch, products, own=True)
+    only = {"_narrow", "_scaled_product"}
+    assert check(arch, recorder, tmp_path, narrow=False, only=only) == only
+    for launch in (one for one in recorder.launches if one.kernel == "_scaled_product"):
+        assert unit in compiled(recorder, launch, TARGETS[arch]).asm["ptx"]
+
+
+@pytest.mark.parametrize(("arch", "products"), [("sm_90", FLOAT8), ("sm_100", MXFLOAT8)], ids=str)
+@pytest.mark.parametrize("sizes", [(16, 512, 1024), (112, 512, 1024), (512, 200, 328)], ids=str)
+def test_8_bit_numbers_of_few_rows_and_of_odd_widths(arch, products, sizes, tmp_path):
+    tokens, width, hidden = sizes
+    recorder = recorded_scaled(arch, products, own=True, tokens=tokens, width=width, hidden=hidden)
+    check(arch, recorder, tmp_path, narrow=False, only={"_scaled_product"})
+
+
+@pytest.mark.parametrize(("arch", "products"), [("sm_80", MXFLOAT8), ("sm_90", MXFLOAT8), ("gfx942", FLOAT8)], ids=str)
+def test_8_bit_numbers_are_widened_where_there_is_no_unit_for_them(arch, products, tmp_path):
+    recorder = recorded_scaled(arch, products, own=False)
+    only = {"_narrow", "_product"}
+    assert check(arch, recorder, tmp_path, narrow=True, only=only) == only

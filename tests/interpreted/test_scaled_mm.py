@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from unittest.mock import patch
 
 import pytest
@@ -30,11 +31,10 @@ def inputs_of(ends, num_rows, shape, dtype, *, bias=True):
     return {name: tensor.to(dtype) for name, tensor in inputs.items()}
 
 
-def kept(kernels, ends, products, *, transposed=False):
-    """Multiply, and look at what lies before the tail."""
+def kept(kernels, ends, products):
+    """Multiply, and look at what lies before the tail. Backward reads the weights along their other dimension."""
 
     def multiply(rows, weight, bias=None):
-        weight = weight.transpose(1, 2).contiguous().transpose(1, 2) if transposed else weight
         return kernels.scaled_mm(rows, weight, ends, bias, products=products)[: int(ends[-1])]
 
     return multiply
@@ -51,21 +51,17 @@ def test_output_and_every_gradient(case: Case, products):
 @KINDS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("wide", [False, True], ids=["narrow", "widened"])
-def test_every_dtype_both_layouts_and_devices_without_8_bit_products(dtype, products, wide):
-    ends = torch.tensor([3, 3, 40, 57], dtype=torch.int32)
-    inputs = inputs_of(ends, 60, (4, 70, 40), dtype)
-    for transposed in (False, True):
-        wanted = kept(REFERENCE, ends, products)
-        if wide:
-            with NOT_ITS_OWN:
-                check(kept(TRITON, ends, products, transposed=transposed), wanted, inputs)
-        else:
-            check(kept(TRITON, ends, products, transposed=transposed), wanted, inputs)
+def test_every_dtype_and_devices_without_8_bit_products(dtype, products, wide):
+    ends = torch.tensor([3, 3, 38], dtype=torch.int32)
+    inputs = inputs_of(ends, 40, (3, 70, 40), dtype)
+    run, wanted = kept(TRITON, ends, products), kept(REFERENCE, ends, products)
+    with NOT_ITS_OWN if wide else nullcontext():
+        check(run, wanted, inputs)
 
 
 @KINDS
-@settings(deadline=None, max_examples=10)
-@given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=5), tail=st.integers(0, 3), width=st.integers(1, 140))
+@settings(deadline=None, max_examples=5)
+@given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=3), tail=st.integers(0, 3), width=st.integers(1, 140))
 def test_any_shape(products, sizes, tail, width):
     ends = torch.tensor(sizes).cumsum(0).int()
     inputs = inputs_of(ends, sum(sizes) + tail, (len(sizes), width, 37), torch.float32)
@@ -95,7 +91,8 @@ def test_a_broken_token_breaks_its_own_row_only(products):
     inputs = inputs_of(ends, 9, (2, 70, 40), torch.float32)
     rows = inputs["rows"].clone()
     rows[2, 5] = float("inf")
-    for run in (kept(TRITON, ends, products), NOT_ITS_OWN(kept(TRITON, ends, products))):
+    own = kept(TRITON, ends, products)
+    for run in (own, NOT_ITS_OWN(own)):
         wanted, got = run(**inputs), run(rows, inputs["weight"], inputs["bias"])
         assert got[2].isnan().all()
         others = torch.arange(9) != 2
@@ -103,6 +100,6 @@ def test_a_broken_token_breaks_its_own_row_only(products):
 
 
 def test_two_dtypes_are_refused():
+    rows, weight, ends = torch.randn(2, 3).bfloat16(), torch.randn(1, 3, 4), torch.tensor([2], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"input of torch\.bfloat16 .* torch\.float32"):
-        rows, weight = torch.randn(2, 3).bfloat16(), torch.randn(1, 3, 4)
-        TRITON.scaled_mm(rows, weight, torch.tensor([2], dtype=torch.int32), products=Float8Products())
+        TRITON.scaled_mm(rows, weight, ends, products=Float8Products())

@@ -1,7 +1,7 @@
 """scaled_mm on a GPU: one kernel rounds a factor to 8-bit numbers and their scales, another multiplies these.
 
-Where the matrix units know the numbers they multiply them: e4m3 from sm_89 on, blocks with scales on sm_100. Elsewhere,
-on AMD's too (the e4m3 of gfx942 is another format), the same numbers are widened to bfloat16, which holds them exactly.
+Matrix units that know the numbers multiply them: e4m3 from sm_89 on, blocks with scales from sm_100 on. Elsewhere, on
+AMD's too (the e4m3 of gfx942 is another format), the same numbers are widened to bfloat16, which holds them exactly.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -26,6 +26,7 @@ from synchromesh.kernels.scaled_mm import reference
 from synchromesh.kernels.scaled_mm.reference import Float8Products, MXFloat8Products, Products
 from synchromesh.kernels.tiles import interpreted, programs_of, swizzled, tile_rows, tiles_of
 
+FIRST = {Float8Products: (8, 9), MXFloat8Products: (10, 0)}  # compute capability that multiplies them
 PADDED = 64  # the summed dimension to a multiple of this, so that no step of a product is cut short
 
 
@@ -55,13 +56,10 @@ def multiplies(products: Products, device: torch.device) -> bool:
         return True
     if torch.version.hip is not None:
         return False
-    capability = torch.cuda.get_device_capability(device)
-    return capability >= (8, 9) if isinstance(products, Float8Products) else capability[0] == 10
+    return torch.cuda.get_device_capability(device) >= FIRST[type(products)]
 
 
-def narrowed(
-    x: Tensor, products: Products, *, wide: bool, ends: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def narrowed(x: Tensor, products: Products, *, wide: bool, ends: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Round x [E, N, K] along K, whatever its strides.
 
     Args:
@@ -99,7 +97,7 @@ def scaled_product(
     tiles = tiles_of(ends, len(out), tiling.rows)
     if left.dtype == torch.bfloat16:
         return grouped.product(left[0], right.mT, tiles, tiling, out=out, bias=bias)
-    tiling = tiling.fitted(cols=width, depth=depth)
+    tiling = tiling.fitted(cols=tiling.cols, depth=depth)  # columns past the last cost no mask
     _scaled_product[(programs_of(out.device, len(tiles.expert) * triton.cdiv(width, tiling.cols)),)](
         left, left_scale, right, right_scale, out if bias is None else bias.contiguous(), out,
         tiles.expert, tiles.first, tiles.stop, tiles.count, depth, width, BIAS=bias is not None,

@@ -92,6 +92,6 @@ def test_autocast_reaches_the_kernel(products):
 
 @KINDS
 def test_two_dtypes_are_refused(products):
+    rows, weight, ends = torch.randn(2, 3).bfloat16(), torch.randn(1, 3, 4), torch.tensor([2], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"input of torch\.bfloat16 .* torch\.float32"):
-        rows, weight = torch.randn(2, 3).bfloat16(), torch.randn(1, 3, 4)
-        CPU.scaled_mm(rows, weight, torch.tensor([2], dtype=torch.int32), products=products)
+        CPU.scaled_mm(rows, weight, ends, products=products)
