@@ -2,10 +2,19 @@ import pytest
 import torch
 from torch import nn
 
-from synchromesh import GatedMLPExperts, MLPExperts, ModuleExperts
+from synchromesh import (
+    Float8Products,
+    GatedMLPExperts,
+    MLPExperts,
+    ModuleExperts,
+    MoE,
+    MXFloat8Products,
+    TopKRouter,
+    set_products,
+)
 from synchromesh.experts import Experts
 from synchromesh.kernels import REFERENCE
-from synchromesh.testing.compare import assert_close
+from synchromesh.testing.compare import assert_close, relative_rms
 
 E, D, F = 3, 6, 8
 ENDS = torch.tensor([4, 4, 9], dtype=torch.int32)
@@ -97,3 +106,50 @@ def test_modules_keep_their_own_parameters_and_move_whole():
 def test_sizes_without_meaning_are_refused(build):
     with pytest.raises(ValueError, match="wanted"):
         build()
+
+
+PRODUCTS = pytest.mark.parametrize("products", [Float8Products(), MXFloat8Products()], ids=["float8", "mxfloat8"])
+
+
+@PRODUCTS
+@pytest.mark.parametrize("experts", [MLPExperts, GatedMLPExperts])
+def test_a_layer_with_8_bit_products_is_a_few_percent_off_in_output_and_every_gradient(experts, products):
+    layer = MoE(TopKRouter(48, E, k=2), experts(E, 48, hidden=96))
+    x, found = torch.randn(60, 48), []
+    for chosen in (None, products, None):
+        assert set_products(layer, chosen) == ["experts"]
+        layer.zero_grad()
+        own = x.clone().requires_grad_()
+        y = layer(own)
+        (y - x.sin()).square().mean().backward()
+        found.append({"y": y, "x": own.grad} | {name: p.grad for name, p in layer.named_parameters()})
+    for name, wanted in found[0].items():
+        assert 1e-3 < relative_rms(found[1][name], wanted) < 0.12, name
+        assert torch.equal(found[2][name], wanted)
+
+
+def losses_of_training(products):
+    torch.manual_seed(0)
+    layer = MoE(TopKRouter(16, 4, k=2), MLPExperts(4, 16, hidden=64))
+    set_products(layer, products)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=3e-3)
+    x, losses = torch.randn(256, 16), []
+    for _ in range(100):
+        loss = (layer(x) - (2 * x).sin()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_a_layer_learns_with_8_bit_products_as_it_does_without():
+    plain, float8, mxfloat8 = (losses_of_training(p) for p in (None, Float8Products(), MXFloat8Products()))
+    assert plain[-1] < 0.25 * plain[0]
+    assert float8[-1] == pytest.approx(plain[-1], rel=0.05)
+    assert mxfloat8[-1] == pytest.approx(plain[-1], rel=0.05)
+
+
+def test_8_bit_products_of_experts_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="found no MLPExperts"):
+        set_products(ModuleExperts([nn.Linear(D, D)]), Float8Products())

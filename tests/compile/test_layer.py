@@ -12,10 +12,12 @@ from synchromesh import (
     BiasBalance,
     ExpertChoiceRouter,
     FixedCapacity,
+    Float8Products,
     GatedMLPExperts,
     LoadBalance,
     MLPExperts,
     MoE,
+    MXFloat8Products,
     NeededCapacity,
     TopKRouter,
     ZLoss,
@@ -23,6 +25,7 @@ from synchromesh import (
     batch_prioritized,
     load_stats,
     quantize_experts,
+    set_products,
 )
 from synchromesh.record import UNREAD_LIMIT
 from synchromesh.testing.compare import assert_close
@@ -129,6 +132,16 @@ def test_autocast_inside_and_evaluation_compile_too():
     moe.eval()
     with torch.no_grad():
         assert_close("evaluation", compiled(x), moe(x))
+
+
+@pytest.mark.parametrize("products", [Float8Products(), MXFloat8Products()], ids=str)
+def test_products_of_8_bit_numbers_compile_too(products):
+    moe, x = dropless(), torch.randn(24, D)
+    set_products(moe, products)
+    wanted = step(moe, moe, x)
+    got = step(torch.compile(moe, fullgraph=True, backend="aot_eager"), moe, x)
+    for name, value in wanted.items():
+        assert_close(name, got[name], value)
 
 
 @pytest.mark.parametrize("numbers", [torch.int8, torch.float8_e4m3fn], ids=str)

@@ -7,6 +7,7 @@ import torch
 
 from synchromesh import (
     FixedCapacity,
+    Float8Products,
     GatedMLPExperts,
     LoadBalance,
     Local,
@@ -17,6 +18,7 @@ from synchromesh import (
     capacity,
     load_stats,
     routing,
+    set_products,
 )
 from synchromesh.kernels.gpu import TRITON
 from synchromesh.testing.compare import assert_close
@@ -36,6 +38,15 @@ LAYERS = {
         strategy=Local(kernels=TRITON),
     ),
 }
+
+
+def narrow() -> MoE:
+    layer = LAYERS["dropless"]()
+    set_products(layer, Float8Products())
+    return layer
+
+
+LAYERS["products of 8-bit numbers"] = narrow
 
 
 def step(run, layer, x):

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from synchromesh import GatedMLPExperts, MLPExperts, MoE, TopKRouter
+from synchromesh import Float8Products, GatedMLPExperts, MLPExperts, MoE, MXFloat8Products, TopKRouter, set_products
 from synchromesh.kernels import CPU, MLPWeights, flops
 from synchromesh.testing.cases import row_map_of
 
@@ -34,6 +34,13 @@ def test_what_is_frozen_is_not_counted():
     assert counted(lambda: CPU.grouped_mm(rows, weight, ends).sum().backward()) == 2 * one
     weight.requires_grad_()
     assert counted(lambda: F.relu(CPU.grouped_mm(rows, weight, ends)).sum().backward()) == 3 * one
+
+
+@pytest.mark.parametrize("products", [Float8Products(), MXFloat8Products()], ids=str)
+def test_products_of_8_bit_numbers_are_counted_as_any(products):
+    layer, x = MoE(TopKRouter(D, E, k=K), MLPExperts(E, D, hidden=H)), torch.randn(T, D, requires_grad=True)
+    set_products(layer, products)
+    assert counted(lambda: layer(x).sum().backward()) == 3 * 4 * T * K * D * H
 
 
 def test_gate_and_up_in_one_tensor_are_counted_as_two():

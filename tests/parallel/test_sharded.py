@@ -13,15 +13,18 @@ from synchromesh import (
     Dropless,
     FixedCapacity,
     Float8,
+    Float8Products,
     Grid,
     MLPExperts,
     ModuleExperts,
     MoE,
+    MXFloat8Products,
     Plan,
     Sharded,
     TopKRouter,
     load_stats,
     parallelize,
+    set_products,
 )
 from synchromesh.comm import collectives
 from synchromesh.kernels import REFERENCE
@@ -212,6 +215,34 @@ def errors_of_float8():
 def test_an_eight_bit_wire_is_off_by_a_few_percent_at_most():
     for error in run_ranks(errors_of_float8, 2):
         assert 0 < max(error) < 0.06
+
+
+def errors_of_products(experts, k, products):
+    """Compare plans with the one that moves no token, whose experts are whole."""
+    layer = layer_on(Grid.from_group(dist.group.WORLD), experts, TopKRouter(D, experts, k=k))
+    set_products(layer, products)
+    torch.manual_seed(dist.get_rank())
+    x, found = torch.randn(T, D), []
+    for plan in (Plan(gather=2), Plan(), Plan(chunks=2), Plan(ragged=False)):
+        layer.zero_grad()
+        capacity = FixedCapacity(float(experts), tokens=T)
+        x_grad = run(layer, plan, x.clone().requires_grad_(), capacity=capacity)
+        with torch.no_grad():
+            y = layer(x, plan=plan, capacity=capacity)
+        found.append([y, x_grad, *(p.grad.clone() for p in layer.parameters())])
+    return [max(map(relative_rms, one, found[0])) for one in found[1:]]
+
+
+def errors_of_all_products():
+    both = (Float8Products(), MXFloat8Products())
+    return [max(max(errors_of_products(*sizes, p)) for p in both) for sizes in ((4, 2), (1, 1))]
+
+
+def test_products_of_8_bit_numbers_are_the_same_under_every_plan():
+    """A shard of an expert may have other scales, all powers of two: that moves numbers far below the largest only."""
+    for whole, shards in run_ranks(errors_of_all_products, 2):
+        assert whole < 1e-5
+        assert shards < 1e-3
 
 
 def bytes_of_autocast():

@@ -92,7 +92,8 @@ class _ScaledProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, weight, ends, bias = ctx.saved_tensors
         d_rows = grouped_mm(rounded(grad, 1, ctx.products), rounded(weight, 2, ctx.products).mT, ends).to(rows.dtype)
-        own = [None if part is None else part.detach().requires_grad_() for part in (weight, bias)]
+        own = [part.detach().requires_grad_() for part in (weight, bias) if part is not None]
         with torch.enable_grad():
-            grouped_mm(rows.detach(), own[0], ends, own[1]).backward(grad)
-        return d_rows, own[0].grad, None, None if own[1] is None else own[1].grad, None
+            y = grouped_mm(rows.detach(), own[0], ends, *own[1:])
+        d_weight, *d_bias = torch.autograd.grad(y, own, grad)
+        return d_rows, d_weight, None, d_bias[0] if d_bias else None, None

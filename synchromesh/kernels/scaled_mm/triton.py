@@ -121,17 +121,17 @@ def _narrow(
     k = tl.arange(0, BK)[None, :]
     at = x + e * x_e + n.to(tl.int64)[:, None] * x_n
     row = e * high + n
+    top = tl.zeros((BN,), tl.int32)
     if BLOCK == 0:
-        top = tl.zeros((BN,), tl.int32)
         for done in range(0, depth, BK):
             v = tl.load(at + (done + k) * x_k, mask=own & (done + k < depth), other=0.0)
             top = tl.maximum(top, tl.max(magnitude(v), 1))
-        exponent = exponent_of(top)
-        tl.store(scales + row, exponent.to(tl.uint8), mask=n < stop)
-        exponents = exponent[:, None]
+        tl.store(scales + row, exponent_of(top).to(tl.uint8), mask=n < stop)
     for done in range(0, padded, BK):
         v = tl.load(at + (done + k) * x_k, mask=own & (done + k < depth), other=0.0).to(tl.float32)
-        if BLOCK > 0:
+        if BLOCK == 0:
+            exponents = exponent_of(top)[:, None]
+        else:
             exponent = exponent_of(tl.max(tl.reshape(magnitude(v), (BN, BK // BLOCK, BLOCK)), 2))
             block = (done // BLOCK + tl.arange(0, BK // BLOCK))[None, :]
             tl.store(scales + row[:, None] * (padded // BLOCK) + block, exponent.to(tl.uint8), mask=own)
