@@ -32,6 +32,7 @@ from synchromesh.training.architecture import Factors, SwinMoE
 from synchromesh.training.config import TrainConfig
 
 RESULTS = Path(__file__).parent / "results" / "demo.jsonl"
+SETTINGS = (tyro.conf.EnumChoicesFromValues,)
 FIGURES = ("test_accuracy", "train_seconds", "images_per_second", "dead_experts")
 ABOUT = (
     "test_loss",
@@ -133,4 +134,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, config=(tyro.conf.EnumChoicesFromValues,)))
+    main(tyro.cli(Args, config=SETTINGS))
