@@ -53,7 +53,7 @@ from rich.table import Table
 from torch import Tensor
 
 from synchromesh.capacity import Dropless
-from synchromesh.kernels import REFERENCE, Kernels, MLPWeights
+from synchromesh.kernels import REFERENCE, Float8Products, Kernels, MLPWeights, MXFloat8Products
 from synchromesh.kernels.gpu import TRITON
 from synchromesh.kernels.grouped_mm import native
 from synchromesh.kernels.tiles import interpreted
@@ -68,6 +68,7 @@ KERNELS = [
     *[("fused_mlp", "plain", "gelu"), ("fused_mlp", "plain", "silu"), ("fused_mlp", "biased", "relu")],
     *[("fused_mlp", "gated", "silu"), ("fused_mlp", "gated", "relu"), ("fused_mlp", "gated_biased", "gelu")],
     *[("grouped_mm", "plain", ""), ("grouped_mm", "biased", ""), ("gather", "plain", ""), ("combine", "plain", "")],
+    *[("scaled_mm", "float8 biased", ""), ("scaled_mm", "mxfloat8 biased", "")],
 ]
 TORCHS = [("torch's grouped_mm", "plain", ""), ("torch's grouped_mm", "biased", "")]  # in bfloat16 alone
 
@@ -103,6 +104,10 @@ def probe(task: Task, case: Case, sizes: tuple[int, int], rowmap: RowMap) -> tup
     if task.kernel.endswith("grouped_mm"):
         given = {"rows": buffer, "weight": mlp["up"].mT.contiguous(), **({"bias": mlp["up_bias"]} if biased else {})}
         return lambda k, **given: k.grouped_mm(**given, ends=rowmap.ends)[:kept], given
+    if task.kernel == "scaled_mm":
+        products = MXFloat8Products() if "mx" in task.kind else Float8Products()
+        given = {"rows": buffer, "weight": mlp["up"].mT, "bias": mlp["up_bias"]}
+        return lambda k, **given: k.scaled_mm(**given, ends=rowmap.ends, products=products)[:kept], given
     mlp = {n: t for n, t in mlp.items() if ("gated" in task.kind or "gate" not in n) and (biased or "bias" not in n)}
 
     def layer(k: Kernels, x: Tensor, weights: Tensor, **mlp: Tensor) -> Tensor:

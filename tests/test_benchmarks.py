@@ -21,10 +21,10 @@ def test_the_benchmark_of_transformers_experts_runs(tmp_path):
     assert all(set(r["seconds"]) == {"eager", "batched_mm", "grouped_mm", "synchromesh"} for r in records)
 
 
-def test_the_demo_of_8_bit_products_is_the_recipe_with_such_experts_under_a_name_of_its_own():
+def test_the_demo_of_8_bit_products_is_the_recipe_with_such_experts_under_a_name_of_its_own(monkeypatch):
     spec = importlib.util.spec_from_file_location("demo", BENCHMARKS / "demo.py")
     demo = importlib.util.module_from_spec(spec)
-    sys.modules["demo"] = demo  # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, "demo", demo)  # dataclasses look their module up
     spec.loader.exec_module(demo)
     args = tyro.cli(demo.Args, args=["--products", "float8", "--tile", "64"], config=demo.SETTINGS)
     config, plain = demo.alone("moe", 0, args), demo.alone("moe", 0, demo.Args())

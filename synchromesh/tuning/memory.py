@@ -38,7 +38,8 @@ def layer_bytes(work: Workload, plan: Plan, ranks: Ranks) -> Bytes:
     """Return the bytes of a legal plan.
 
     Kept for backward are the tokens; of an exchange the rows as they arrived and as they came back; of each expert
-    pass the hidden rows before the activation.
+    pass the hidden rows before the activation. Experts that do not run fused (dropout, an activation of their own,
+    8-bit products) keep the activated hidden rows too, and where tokens stay their gathered rows: not counted.
     """
     element, sent = work.dtype.itemsize, traffic(work, plan, ranks)
     own = sum(work.parts_per_expert) * work.experts / ranks.size

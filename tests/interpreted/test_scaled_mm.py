@@ -20,9 +20,9 @@ NOT_ITS_OWN = patch.object(scaled, "multiplies", lambda products, device: False)
 
 
 def inputs_of(ends, num_rows, shape, dtype, *, bias=True):
-    """Rows with a NaN tail, of very different sizes, some zero; weights of unit output."""
+    """Rows with a NaN tail, of numbers so different that blocks want scales of their own, some zero."""
     num_experts, width, out = shape
-    rows = torch.randn(num_rows, width) * 10.0 ** torch.randint(-3, 3, (num_rows, 1))
+    rows = torch.randn(num_rows, width) * 10.0 ** torch.randint(-5, 2, (num_rows, width))
     rows[::5] = 0
     rows[int(ends[-1]) :] = float("nan")
     inputs = {"rows": rows, "weight": torch.randn(num_experts, width, out) / width**0.5}
@@ -70,7 +70,7 @@ def test_any_shape(products, sizes, tail, width):
 
 @KINDS
 def test_the_numbers_are_the_references_bit_by_bit(products):
-    x = torch.randn(3, 40, 100) * 10.0 ** torch.randint(-30, 30, (3, 40, 1))
+    x = torch.randn(3, 40, 100) * 10.0 ** (torch.randint(-25, 25, (3, 40, 1)) + torch.randint(-5, 5, (3, 40, 100)))
     x[0, 1], x[1, 2, 3], x[2, 3, 50] = 0, float("nan"), float("inf")
     x[0, 4] = torch.linspace(-448, 448, 100)
     x[0, 5] = torch.arange(100) * 2.0**-10  # every step of the smallest numbers, and ties between them

@@ -10,9 +10,9 @@ KINDS = pytest.mark.parametrize("products", [Float8Products(), MXFloat8Products(
 
 
 def inputs_of(ends, num_rows, shape, dtype):
-    """Rows with a NaN tail, of very different sizes, some zero; weights of unit output."""
+    """Rows with a NaN tail, of numbers so different that blocks want scales of their own, some zero."""
     num_experts, width, out = shape
-    rows = torch.randn(num_rows, width) * 10.0 ** torch.randint(-3, 3, (num_rows, 1))
+    rows = torch.randn(num_rows, width) * 10.0 ** torch.randint(-5, 2, (num_rows, width))
     rows[::5] = 0
     rows[int(ends[-1]) :] = float("nan")
     weight = torch.randn(num_experts, width, out) / width**0.5

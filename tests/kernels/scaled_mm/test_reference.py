@@ -29,7 +29,7 @@ def run(multiply, inputs, **kwargs):
 @KINDS
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 100])
 def test_numbers_are_the_nearest_of_their_block(products, size):
-    x = torch.randn(5, size) * 10.0 ** torch.randint(-9, 9, (5, 1))
+    x = torch.randn(5, size) * 10.0 ** torch.randint(-9, 9, (5, size))
     block = products.block or size
     for row, got in zip(x, rounded(x, 1, products), strict=True):
         for at in range(0, size, block):
@@ -79,6 +79,12 @@ def test_backward_rounds_the_gradient_and_the_weights_along_what_it_sums_over(pr
     wanted = rounded(grad, 1, products)[20:50] @ rounded(weight[2].detach(), 1, products).mT
     assert torch.equal(d_rows[20:50], wanted)
     assert not d_rows[50:].any()
+
+
+def test_blocks_keep_the_digits_of_small_numbers_beside_large_ones():
+    x = torch.randn(4, 64) * 10.0 ** torch.tensor([6, 0]).repeat_interleave(32)
+    assert not rounded(x, 1, Float8Products())[:, 32:].any()
+    assert relative_rms(rounded(x, 1, MXFloat8Products())[:, 32:], x[:, 32:]) < 0.03
 
 
 @KINDS
