@@ -99,6 +99,20 @@ def test_a_broken_token_breaks_its_own_row_only(products):
         assert torch.equal(got[others], wanted[others])
 
 
+CUDA = {(8, 0): "", (8, 9): "f", (9, 0): "f", (10, 0): "fm", (12, 0): "fm"}  # capability: kinds with units
+GPUS = [*((capability, None, wanted) for capability, wanted in CUDA.items()), ((9, 4), "6.4", "")]
+
+
+@pytest.mark.parametrize(("capability", "hip", "wanted"), GPUS, ids=str)
+def test_numbers_that_a_gpu_has_no_units_for_are_widened(capability, hip, wanted):
+    with (
+        patch.object(torch.cuda, "get_device_capability", lambda device: capability),
+        patch.object(torch.version, "hip", hip),
+    ):
+        kinds = {"f": Float8Products(), "m": MXFloat8Products()}
+        assert {name for name, kind in kinds.items() if scaled.multiplies(kind, torch.device("cuda"))} == set(wanted)
+
+
 def test_two_dtypes_are_refused():
     rows, weight, ends = torch.randn(2, 3).bfloat16(), torch.randn(1, 3, 4), torch.tensor([2], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"input of torch\.bfloat16 .* torch\.float32"):
