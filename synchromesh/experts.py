@@ -169,6 +169,7 @@ class StackedExperts(Experts):
         drops = self.training and self.dropout > 0
         if (
             drops
+            or self.products is not None
             or torch.is_grad_enabled()
             or not kernels.prefers_direct(ids.numel(), len(weights["up"]), self.activation)
         ):

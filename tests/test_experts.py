@@ -153,3 +153,11 @@ def test_a_layer_learns_with_8_bit_products_as_it_does_without():
 def test_8_bit_products_of_experts_that_are_none_are_refused():
     with pytest.raises(ValueError, match="found no MLPExperts"):
         set_products(ModuleExperts([nn.Linear(D, D)]), Float8Products())
+
+
+@torch.no_grad()
+def test_few_tokens_in_inference_are_multiplied_by_8_bit_numbers_too():
+    layer, x = MoE(TopKRouter(48, 64, k=2), MLPExperts(64, 48, hidden=96)).eval(), torch.randn(3, 48)
+    set_products(layer, Float8Products())
+    many = layer(torch.cat([x, torch.randn(600, 48)]))[:3]
+    assert_close("y", layer(x), many)
