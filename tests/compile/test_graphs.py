@@ -18,6 +18,7 @@ from synchromesh import (
     Dropless,
     ExpertChoiceRouter,
     FixedCapacity,
+    Float8Products,
     GatedMLPExperts,
     ImportanceLoad,
     LoadBalance,
@@ -25,6 +26,7 @@ from synchromesh import (
     MLPExperts,
     ModuleExperts,
     MoE,
+    MXFloat8Products,
     NeededCapacity,
     OverRanks,
     Sigmoid,
@@ -32,6 +34,7 @@ from synchromesh import (
     TopKRouter,
     ZLoss,
     batch_prioritized,
+    set_products,
 )  # fmt: skip
 from synchromesh.kernels.gpu import TRITON
 from synchromesh.kernels.grouped_mm import native
@@ -115,6 +118,14 @@ def test_a_step_leaves_nothing_to_the_host_where_torch_multiplies(graphs, launch
     monkeypatch.setattr(native, "shipped", lambda: table)
     assert reads_of(graphs, LAYERS[name]()) == []
     assert ("_product" in launched, "_sum_rows" in launched) == (False, True)
+
+
+@pytest.mark.parametrize("products", [Float8Products(), MXFloat8Products()], ids=str)
+def test_a_step_of_8_bit_products_leaves_nothing_to_the_host(graphs, launched, products):
+    layer = LAYERS["fixed capacity"]()
+    set_products(layer, products)
+    assert reads_of(graphs, layer) == []
+    assert {"_narrow", "_scaled_product", "_weight_gradient"} <= launched
 
 
 @pytest.mark.parametrize("name", ["fixed capacity", "dropless"])
