@@ -124,7 +124,9 @@ def _print(console: Console, trained: Trained, found: Evaluation) -> None:
     text = Text.assemble(f"{trained.checkpoint}\n", score, f" of {found.images:,} images, {numbers}")
     console.print(text, soft_wrap=True)
     if found.bad:
-        console.print(f"{len(found.bad)} unreadable images left out, such as: {found.bad[0]}", style="yellow")
+        console.print(
+            f"{len(found.bad)} unreadable images left out, such as: {found.bad[0]}", style="yellow", soft_wrap=True
+        )
     table = Table("class", "images", "accuracy", title="hardest classes first", title_justify="left")
     rows = [
         (int(right) / max(1, int(count)), int(count), name)

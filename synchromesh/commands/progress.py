@@ -65,7 +65,7 @@ class RunProgress:
         if event.kind == "step":
             self._loss = event.line["loss"]
         elif event.kind == "note":
-            self._console.print(Text(event.text, style="yellow"))
+            self._console.print(Text(event.text, style="yellow"), soft_wrap=True)
         elif event.kind == "train":
             self._train = event.line
             if not self._console.is_terminal and time.monotonic() - self._printed_at > PLAIN_SECONDS:

@@ -81,7 +81,7 @@ def train(
     on_all(grid, lambda: _check(config, images, grid))
     if resume and on_first(grid, lambda: read_summary(folder)) is not None:
         on_first(grid, lambda: prepare_folder(folder, config, resume=True, job=job))
-        console.print(f"{folder} is finished; nothing is left to do")
+        console.print(f"{folder} is finished; nothing is left to do", soft_wrap=True)
         _closing_table(console, read_summary(folder) or {}, folder)
         return 0
     note = on_first(grid, lambda: prepare_folder(folder, config, resume=resume, job=job))
@@ -93,7 +93,9 @@ def train(
             summary = _train_all(_Run(config, folder, images, stop, console, grid))
         except StoppedError as stopped:
             name = signal.Signals(stopped.signal).name
-            console.print(f"{name}: saved after step {stopped.step}. The same command with --resume continues.")
+            console.print(
+                f"{name}: saved after step {stopped.step}. The same command with --resume continues.", soft_wrap=True
+            )
             return 128 + stopped.signal
         except NonFiniteError as error:
             kept = folder / CHECKPOINTS
