@@ -99,7 +99,10 @@ def choose_part(session: Session) -> bool:
         about = (record[name] for name in ("kind", "experts", "rows_per_expert", "depth", "width"))
         table.add_row(*map(str, about), *(f"{1e3 * s:.3f}" for s in (cell.triton, cell.torch)), cell.faster.value)
     Console(width=160).print(table)
-    print("->", save(cells, session, architecture_of(device)))
+    if session.late() or not cells:
+        print("The table is left as it was: time was over before all was measured, or results differ.")
+    else:
+        print("->", save(cells, session, architecture_of(device)))
     return not differing
 
 

@@ -31,8 +31,8 @@ class Routing:
         max_pairs: static bound on the number of present pairs; None means T * K.
         mean_choices: choices per token that a capacity is computed from, where the columns are not choices in order of
             preference; None means K, and that they are.
-        score_sums, choice_counts: what `with_sums` was given, else None. Read them through `scores_per_expert` and
-            `tokens_per_expert`.
+        score_sums, choice_counts: what `with_sums` was given, else None; read them through `scores_per_expert` and
+            `tokens_per_expert`. They are sums over the tensors above, which are therefore not to be written to.
     """
 
     expert_ids: Int[Tensor, "T K"]

@@ -210,6 +210,17 @@ def test_few_tokens_in_inference_get_what_they_get_in_training(experts, eight_bi
     assert int(loads[""].tokens_per_expert.sum()) == 18
 
 
+def test_autocast_casts_weights_once_in_inference_of_many_tokens() -> None:
+    moe, x = MoE(TopKRouter(D, E, k=2), MLPExperts(E, D, hidden=F_)), torch.randn(600, D)
+    casts = []
+    for direct in (Local.direct, lambda *_: None):
+        profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        with patch.object(Local, "direct", direct), torch.no_grad(), torch.autocast("cpu", torch.bfloat16), profile:
+            moe(x)
+        casts.append(sum(event.count for event in profile.key_averages() if event.key == "aten::_to_copy"))
+    assert casts[0] == casts[1]
+
+
 def test_any_leading_dims_are_tokens():
     moe = MoE(TopKRouter(D, E), MLPExperts(E, D, hidden=F_))
     x = torch.randn(2, 3, 5, D)

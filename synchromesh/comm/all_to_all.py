@@ -179,17 +179,18 @@ class Relayed:
     """Rows on the first level; the second begins when they are sent on, at the latest when they are waited for."""
 
     def __init__(self, first: InFlight, route: _TwoLevelRoute, *, back: bool) -> None:
-        self._first, self._route, self._back = first, route, back
-        self._second: InFlight | None = None
+        self._flight, self._route, self._back = first, route, back
+        self._sent_on = False
 
-    def send_on(self) -> InFlight:
-        """Wait for the first level and start the second, once; return it."""
-        if self._second is None:
-            self._second = self._route.second_level(self._first.wait(), back=self._back)
-        return self._second
+    def send_on(self) -> None:
+        """Wait for the first level and start the second, once; of the first nothing is kept."""
+        if not self._sent_on:
+            self._flight = self._route.second_level(self._flight.wait(), back=self._back)
+            self._sent_on = True
 
     def wait(self) -> Tensor:
-        return self.send_on().wait()
+        self.send_on()
+        return self._flight.wait()
 
 
 class Reordered:

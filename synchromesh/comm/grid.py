@@ -180,7 +180,7 @@ def joined(*, timeout: timedelta = TIMEOUT) -> Iterator[Grid]:
         if not _of_a_collective(error):
             raise
         lost, silent = True, heart.silent()
-        named = "another rank has left the job"
+        named = "another rank has left the job, or was late"
         if silent is None:
             named = "the job's store does not answer either; is the network cut?"
         elif silent:
@@ -204,8 +204,8 @@ def _job_store() -> Any:
     return dist.distributed_c10d._get_default_store()  # torch has no public way to the store it was given
 
 
-# What gloo says of a lost rank: with the path of its source, or with nothing but one of these.
-_LOST = ("gloo", "Application timeout", "Connection closed", "Socket closed", "Timed out waiting")
+# What gloo says of a lost rank: with the path of its source, or nothing but this.
+_LOST = ("gloo", "Application timeout caused pair closure", "Connection closed by peer")
 
 
 def _of_a_collective(error: RuntimeError) -> bool:

@@ -92,12 +92,13 @@ class Local(Strategy):
     def run(
         self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, experts: Experts, plan: Plan
     ) -> Float[Tensor, "T D"]:
-        kernels, x = self.kernels or kernels_for(x.device), x.to(compute_dtype(x))
-        return compute_here(x, routing, rowmap, experts, _whole(experts, x.dtype), kernels)
+        kernels, dtype = self.kernels or kernels_for(x.device), compute_dtype(x)
+        whole = {name: part.to(dtype) for name, part in _whole(experts).items()}
+        return compute_here(x.to(dtype), routing, rowmap, experts, whole, kernels)
 
     def direct(self, x: Float[Tensor, "T D"], routing: Routing, experts: Experts) -> Float[Tensor, "T D"] | None:
-        kernels, x = self.kernels or kernels_for(x.device), x.to(compute_dtype(x))
-        return experts.direct(x, routing, _whole(experts, x.dtype), kernels)
+        kernels = self.kernels or kernels_for(x.device)
+        return experts.direct(x, routing, _whole(experts), kernels)  # which casts only what it runs
 
     def agree_max(self, value: Tensor) -> Tensor:
         return value
@@ -106,9 +107,9 @@ class Local(Strategy):
         return value
 
 
-def _whole(experts: Experts, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the parts seen with dim 0 = E, in the dtype they are computed in."""
-    return {name: part.unflatten(0, (experts.num_experts, -1)).to(dtype) for name, part in experts.parts().items()}
+def _whole(experts: Experts) -> dict[str, Tensor]:
+    """Return the parts seen with dim 0 = E."""
+    return {name: part.unflatten(0, (experts.num_experts, -1)) for name, part in experts.parts().items()}
 
 
 def compute_here(

@@ -63,10 +63,10 @@ def experts_forward(
     """
     kernels, network = kernels_for(hidden_states.device), network_of(module)
     x = hidden_states.to(network.mlp.down.dtype)  # norms may leave float32 before bfloat16 weights
-    y = network.direct(x, top_k_weights, top_k_index, kernels)
+    routing = given_routing(top_k_index, top_k_weights, module.num_experts)
+    y = network.direct(x, routing, kernels)
     if y is not None:
         return y.to(hidden_states.dtype)
-    routing = given_routing(top_k_index, top_k_weights, module.num_experts)
     rowmap = Dropless()(routing, Local().agree_max)
     y = network.fused(x, routing.weights, rowmap, kernels)
     if y is None:

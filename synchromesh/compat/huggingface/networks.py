@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from synchromesh.kernels import Kernels, MLPWeights
-from synchromesh.types import RowMap
+from synchromesh.types import Routing, RowMap
 
 # An nn.Module with the attributes that transformers' decorator and its class give it, unknown to type checkers.
 ExpertsModule: TypeAlias = Any
@@ -94,16 +94,17 @@ class Network:
             return None
         return kernels.fused_mlp(x, weights, rowmap, self._joint(), activation)
 
-    def direct(
-        self, x: Float[Tensor, "T D"], weights: Float[Tensor, "T K"], expert_ids: Int[Tensor, "T K"], kernels: Kernels
-    ) -> Float[Tensor, "T D"] | None:
-        """Run few tokens without a map of rows; None where that is not the way."""
-        activation = plain_activation(self.module)
-        if activation is None or torch.is_grad_enabled():
+    def direct(self, x: Float[Tensor, "T D"], routing: Routing, kernels: Kernels) -> Float[Tensor, "T D"] | None:
+        """Run few tokens without a map of rows; None where that is not the way, as in training.
+
+        A reentrant checkpoint runs without gradients what it computes again with them: both must go one way.
+        """
+        activation, ids = plain_activation(self.module), routing.expert_ids
+        if activation is None or self.module.training or torch.is_grad_enabled():
             return None
-        if not kernels.prefers_direct(expert_ids.numel(), len(self.mlp.up), activation):
+        if not kernels.prefers_direct(ids.numel(), len(self.mlp.up), activation):
             return None
-        return kernels.direct_mlp(x, weights, expert_ids, self._joint(), activation)
+        return kernels.direct_mlp(x, routing.weights, ids, self._joint(), activation)
 
     def rows(self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " E"], kernels: Kernels) -> Float[Tensor, "R D"]:
         """Run rows sorted by expert; the tail may hold anything, before and after."""

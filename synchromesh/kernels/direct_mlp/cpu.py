@@ -10,17 +10,21 @@ from torch import Tensor
 
 from synchromesh.kernels.activations import KNOWN, known_name
 from synchromesh.kernels.direct_mlp.op import Parts, define, run
-from synchromesh.kernels.direct_mlp.reference import MOST
 from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights
 from synchromesh.kernels.permute.cpu import sum_dtype
+from synchromesh.kernels.positions.cpu import check_range
 from synchromesh.kernels.quantized_mlp.reference import QuantizedMLP
 
+MOST = 512  # pairs
 ALIGNED = 16  # bytes: what torch's grouped_mm wants of every stride
 
 
 def prefers_direct(num_pairs: int, num_experts: int, activation: Activation) -> bool:
-    """Tell whether `direct_mlp` is the faster way for so few pairs, and knows the activation."""
-    return num_pairs <= MOST and known_name(activation) is not None
+    """Tell whether `direct_mlp` is the faster way for so few pairs, and knows the activation.
+
+    Never in a program that is exported: it would be one for few tokens only.
+    """
+    return not torch.compiler.is_exporting() and num_pairs <= MOST and known_name(activation) is not None
 
 
 def direct_mlp(
@@ -30,7 +34,10 @@ def direct_mlp(
     mlp: MLPWeights | QuantizedMLP,
     activation: Activation,
 ) -> Float[Tensor, "T D"]:
-    """Compute the reference's y. Raises ValueError where x and the expert weights are not of one dtype."""
+    """Compute the reference's y.
+
+    Raises ValueError for an id outside of -1 .. E-1, and where x and the expert weights are not of one dtype.
+    """
     return run(_direct_mlp, x, weights, expert_ids, mlp, activation)
 
 
@@ -55,6 +62,7 @@ def _forward(x: Tensor, weights: Tensor, expert_ids: Tensor, activation: str, ml
 
 def _sorted(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the present pairs by expert, the expert of each, and where each expert's pairs end."""
+    check_range(expert_ids, num_experts)
     ids = expert_ids.reshape(-1).numpy()
     order = ids.argsort(kind="stable")
     ids = ids[order]

@@ -9,8 +9,6 @@ from torch import Tensor
 from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights
 from synchromesh.kernels.quantized_mlp.reference import QuantizedMLP
 
-MOST = 512  # pairs
-
 
 def direct_mlp(
     x: Float[Tensor, "T D"],
@@ -19,7 +17,7 @@ def direct_mlp(
     mlp: MLPWeights | QuantizedMLP,
     activation: Activation,
 ) -> Float[Tensor, "T D"]:
-    """Compute y[t] = Σ_k weights[t, k] · mlp[expert_ids[t, k]](x[t]); ids outside of 0 .. E-1 are absent pairs."""
+    """Compute y[t] = Σ_k weights[t, k] · mlp[expert_ids[t, k]](x[t]); an id of -1 is an absent pair."""
     mlp = (mlp.dequantized(x.dtype) if isinstance(mlp, QuantizedMLP) else mlp).apart()
     present_TK = (expert_ids >= 0) & (expert_ids < len(mlp.up))
     ids_TK = expert_ids.where(present_TK, 0)

@@ -22,7 +22,7 @@ def positions(
     schema="(Tensor expert_ids, int num_experts, Tensor? priority) -> (Tensor, Tensor)",
 )
 def _positions(expert_ids: Tensor, num_experts: int, priority: Tensor | None) -> tuple[Tensor, Tensor]:
-    _check_range(expert_ids, num_experts)
+    check_range(expert_ids, num_experts)
     order_T = np.arange(len(expert_ids))
     if priority is not None:
         known = priority.detach().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
@@ -48,7 +48,8 @@ def _shortest_type(num_experts: int) -> type[np.unsignedinteger]:
     return np.uint8 if num_experts < 256 else np.uint16 if num_experts < 65536 else np.uint64
 
 
-def _check_range(expert_ids: Tensor, num_experts: int) -> None:
+def check_range(expert_ids: Tensor, num_experts: int) -> None:
+    """Raise ValueError for an id outside of -1 .. E-1."""
     if expert_ids.numel() == 0:
         return
     low, high = (int(bound) for bound in expert_ids.aminmax())

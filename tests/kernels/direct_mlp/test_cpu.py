@@ -62,13 +62,16 @@ def test_weights_that_are_kept_transposed_give_the_same():
     assert_close("y", *(CPU.direct_mlp(x, weights, ids, each, F.relu) for each in (turned, mlp)))
 
 
-def test_ids_of_other_ranks_and_experts_that_are_not_in_use_are_not_read():
+def test_experts_that_are_not_in_use_are_not_read_and_ids_of_none_are_refused():
     mlp = mlp_of("gated_biased", 4, torch.float32, width=16, hidden=32)
     broken = dataclasses.replace(mlp, up=mlp.up.index_fill(0, torch.tensor([2]), torch.nan))
-    ids, x, weights = torch.tensor([[0, 4], [3, -1], [9, -5]]), torch.randn(3, 16), torch.rand(3, 2)
+    ids, x, weights = torch.tensor([[0, 1], [3, -1], [-1, -1]]), torch.randn(3, 16), torch.rand(3, 2)
     y = CPU.direct_mlp(x, weights, ids, broken, F.gelu)
     assert_close("y", y, REFERENCE.direct_mlp(x, weights, ids, mlp, F.gelu))
     assert torch.equal(y[2], torch.zeros(16))
+    for wrong in (4, -2):
+        with pytest.raises(ValueError, match=f"got expert id {wrong}, wanted 0 .. 3"):
+            CPU.direct_mlp(x, weights, ids.where(ids != 3, wrong), mlp, F.gelu)
 
 
 def test_autocast_chooses_the_dtype_and_mixed_ones_are_refused():
