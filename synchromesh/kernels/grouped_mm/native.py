@@ -52,7 +52,10 @@ def is_faster(kind: Kind, rows: Tensor, shape: Sequence[int]) -> bool:
     if not takes(rows, shape):
         return False
     experts, depth, width = shape
-    sizes = {"rows_per_expert": len(rows) // experts, "depth": depth, "width": width}
+    each = 1 << max(
+        0, (len(rows) // experts).bit_length() - 1
+    )  # rows of ragged exchanges are of another number in every step
+    sizes = {"rows_per_expert": each, "depth": depth, "width": width}
     return shipped().faster(kind, architecture_of(rows.device), dtype=rows.dtype, **sizes) is Way.TORCH
 
 
