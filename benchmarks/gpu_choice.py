@@ -99,18 +99,22 @@ def choose_part(session: Session) -> bool:
         about = (record[name] for name in ("kind", "experts", "rows_per_expert", "depth", "width"))
         table.add_row(*map(str, about), *(f"{1e3 * s:.3f}" for s in (cell.triton, cell.torch)), cell.faster.value)
     Console(width=160).print(table)
-    if session.late() or not cells:
-        print("The table is left as it was: time was over before all was measured, or results differ.")
-    else:
-        print("->", save(cells, session, architecture_of(device)))
+    print("->", save(cells, session, architecture_of(device)))
     return not differing
 
 
 def save(cells: list[Cell], session: Session, architecture: str) -> Path:
-    """Write the cells into the table, in place of others of their architecture; to the records' folder if tiny."""
+    """Write the cells into the table, to the records' folder if tiny, in place of those of their architecture.
+
+    A run that measured fewer than there are, because its time was over, leaves the table as it was.
+    """
     shipped = Path(family.__path__[0]) / FILE
     path = session.args.table or (session.out.with_name(FILE) if session.args.tiny else shipped)
     before = Choices.from_json(path.read_text()) if path.exists() else Choices()
+    known = [cell for one in before.measurements if one.architecture == architecture for cell in one.cells]
+    if not cells or len(cells) < len(known):
+        print(f"{len(cells)} cells were measured, {len(known)} are known: the table stays as it was.")
+        return path
     about = {name: session.about[name] for name in ("device", "torch", "triton", "commit", "started")}
     path.write_text(before.with_measurement(Measurement(architecture, cells=tuple(cells), **about)).to_json())
     return path

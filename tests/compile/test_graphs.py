@@ -141,7 +141,7 @@ def test_inference_of_few_tokens_leaves_nothing_to_the_host(graphs, launched, na
 
 def test_what_does_read_is_found_out(graphs, launched):
     experts = ModuleExperts([torch.nn.Linear(D, D) for _ in range(E)])
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+    with pytest.raises(RuntimeError, match="meta"):
         reads_of(graphs, layer_of(TopKRouter(D, E), Dropless(), experts=experts))
 
 

@@ -91,6 +91,22 @@ def test_the_benchmark_writes_a_table_that_the_kernels_read(monkeypatch, tmp_pat
     assert len([json.loads(line) for line in session.out.read_text().splitlines()]) == len(made.cells)
 
 
+@pytest.mark.parametrize("minutes", [0, 9])
+def test_a_run_of_fewer_cells_leaves_the_table_alone(monkeypatch, tmp_path, minutes):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import gpu_choice
+    from gpu_session import Args, session_of
+
+    cells = tuple(Cell(Kind.PRODUCT, "bfloat16", 2, rows, 32, 64, 1.0, 2.0) for rows in (16, 32, 64))
+    old = Choices((Measurement("cpu", "a CPU", "2.13.0", "3.6.0", "abc", "2026-01-01T00:00:00Z", cells),))
+    path = tmp_path / "table.json"
+    path.write_text(old.to_json())
+    out = tmp_path / "records.jsonl"
+    session = session_of(Args(part=("choose",), tiny=True, minutes=minutes, commit="abc", out=out, table=path))
+    assert gpu_choice.choose_part(session)
+    assert Choices.from_json(path.read_text()) == old
+
+
 def test_the_benchmark_keeps_no_time_of_a_wrong_product(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import gpu_choice
