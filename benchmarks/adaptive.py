@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synchromesh import Adaptive, Capacity, Dropless, FixedCapacity, Grid, MLPExperts, MoE, Plan, Sharded, TopKRouter
-from synchromesh.tuning.cluster import load_profile
+from synchromesh.planning.cluster import load_profile
 
 RESULTS = Path(__file__).parent / "results" / "adaptive.jsonl"
 PROFILE = Path(__file__).parent / "results" / "profiles" / "emulated_2x_500mbit.json"

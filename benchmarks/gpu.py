@@ -52,11 +52,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from synchromesh.capacity import Dropless
 from synchromesh.kernels import REFERENCE, Float8Products, Kernels, MLPWeights, MXFloat8Products
 from synchromesh.kernels.gpu import TRITON
 from synchromesh.kernels.grouped_mm import native
 from synchromesh.kernels.tiles import interpreted
+from synchromesh.moe.capacity import Dropless
 from synchromesh.testing.cases import Case, evil_cases, zipf
 from synchromesh.testing.compare import TOLERANCE, relative_rms
 from synchromesh.testing.poison import poisoned_memory

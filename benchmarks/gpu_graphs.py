@@ -29,9 +29,9 @@ from synchromesh import (
     aux_loss,
     load_stats,
 )
-from synchromesh.capacity import Capacity
 from synchromesh.kernels.gpu import TRITON
 from synchromesh.kernels.tiles import interpreted
+from synchromesh.moe.capacity import Capacity
 from synchromesh.testing.compare import TOLERANCE, relative_rms
 from synchromesh.testing.reads import HostReads
 

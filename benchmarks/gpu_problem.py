@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from synchromesh.capacity import Dropless
 from synchromesh.kernels import MLPWeights
 from synchromesh.kernels.gpu import TRITON
 from synchromesh.kernels.tiles import interpreted
+from synchromesh.moe.capacity import Dropless
 from synchromesh.testing.cases import balanced, routing_of, zipf
 from synchromesh.testing.compare import relative_rms
 from synchromesh.types import Routing, RowMap

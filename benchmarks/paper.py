@@ -27,13 +27,13 @@ from rich.console import Console
 from rich.table import Table
 
 from synchromesh import Plan
-from synchromesh.lattice import Ranks
 from synchromesh.models.shapes import SHAPES
 from synchromesh.models.swin_v2_moe import ExpertsConfig
-from synchromesh.tuning.cluster import load_profile
-from synchromesh.tuning.cost import forward_and_backward, step_seconds
-from synchromesh.tuning.planner import LayerKind
-from synchromesh.tuning.search import predicted
+from synchromesh.planning.cluster import load_profile
+from synchromesh.planning.cost import forward_and_backward, step_seconds
+from synchromesh.planning.lattice import Ranks
+from synchromesh.planning.planner import LayerKind
+from synchromesh.planning.search import predicted
 from synchromesh.types import Workload
 
 A100 = load_profile("a100_hdr")

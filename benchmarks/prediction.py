@@ -35,11 +35,11 @@ from rich.table import Table
 
 from synchromesh import Grid, Plan, Sharded
 from synchromesh.commands.profile import ProfileRequest, run_profile
-from synchromesh.lattice import Ranks
-from synchromesh.tuning.cluster import load_profile
-from synchromesh.tuning.cost import step_seconds
-from synchromesh.tuning.search import LENGTH, Candidate, short_list
-from synchromesh.tuning.traffic import traffic
+from synchromesh.planning.cluster import load_profile
+from synchromesh.planning.cost import step_seconds
+from synchromesh.planning.lattice import Ranks
+from synchromesh.planning.search import LENGTH, Candidate, short_list
+from synchromesh.planning.traffic import traffic
 from synchromesh.types import Workload
 
 PROFILES = Path(__file__).parent / "results" / "profiles"

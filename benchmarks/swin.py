@@ -35,7 +35,7 @@ from transformers import Swinv2Config, Swinv2ForImageClassification
 
 from synchromesh.models.swin_v2 import SWIN_V2, SwinV2Classifier, SwinV2Config, from_transformers
 from synchromesh.models.swin_v2_moe import DEMO, DEMO_EXPERTS, ExpertsConfig, swin_v2_moe
-from synchromesh.record import aux_loss
+from synchromesh.moe.record import aux_loss
 from synchromesh.testing.compare import relative_rms
 
 RESULTS = Path(__file__).parent / "results" / "swin.jsonl"

@@ -1,31 +1,14 @@
 """synchromesh: Mixture-of-Experts layers for PyTorch that run at the speed of the hardware."""
 
-from synchromesh.adaptive import Adaptive, Council
-from synchromesh.capacity import Capacity, Dropless, FixedCapacity, NeededCapacity, batch_prioritized, token_order
-from synchromesh.comm.grid import Grid
-from synchromesh.experts import Experts, GatedMLPExperts, MLPExperts, ModuleExperts, set_products
+from synchromesh.adapt.replace import replace_ffn
 from synchromesh.kernels import Float8Products, MXFloat8Products
-from synchromesh.layer import MoE, routing_options
-from synchromesh.losses import ImportanceLoad, LoadBalance, Loss, OverRanks, ZLoss
-from synchromesh.parallel.sharded import Sharded
-from synchromesh.parallel.strategy import Local, Strategy
-from synchromesh.parallel.wire import AsIs, Float8, Wire
-from synchromesh.parallelize import (
-    DDP,
-    FSDP2,
-    accumulating,
-    adaptive_layers,
-    clip_grad_norm,
-    distribute,
-    expert_parameters,
-    parallelize,
-    split_by_kind,
-    token_mean_loss,
-)
-from synchromesh.quantized import QuantizedExperts, quantize_experts
-from synchromesh.record import aux_loss, load_stats, record_load
-from synchromesh.replace import replace_ffn
-from synchromesh.routing import (
+from synchromesh.moe.capacity import Capacity, Dropless, FixedCapacity, NeededCapacity, batch_prioritized, token_order
+from synchromesh.moe.experts import Experts, GatedMLPExperts, MLPExperts, ModuleExperts, set_products
+from synchromesh.moe.layer import MoE, routing_options
+from synchromesh.moe.losses import ImportanceLoad, LoadBalance, Loss, OverRanks, ZLoss
+from synchromesh.moe.quantized import QuantizedExperts, quantize_experts
+from synchromesh.moe.record import aux_loss, load_stats, record_load
+from synchromesh.moe.routing import (
     BiasBalance,
     CosineRouter,
     ExpertChoiceRouter,
@@ -37,6 +20,23 @@ from synchromesh.routing import (
     TopKRouter,
     update_balance,
 )
+from synchromesh.moe.strategy import Local, Strategy
+from synchromesh.parallel.adaptive import Adaptive, Council
+from synchromesh.parallel.comm.grid import Grid
+from synchromesh.parallel.parallelize import (
+    DDP,
+    FSDP2,
+    accumulating,
+    adaptive_layers,
+    clip_grad_norm,
+    distribute,
+    expert_parameters,
+    parallelize,
+    split_by_kind,
+    token_mean_loss,
+)
+from synchromesh.parallel.sharded import Sharded
+from synchromesh.parallel.wire import AsIs, Float8, Wire
 from synchromesh.types import LoadStats, Plan, Routing, RowMap, Workload
 
 __version__ = "0.1.0"

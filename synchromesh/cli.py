@@ -15,7 +15,6 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 from rich.console import Console
 
-from synchromesh.comm.grid import Grid, LostRankError, in_job, job_name, joined, restarted
 from synchromesh.commands.convert import ConvertRequest, run_convert
 from synchromesh.commands.evaluate import EvalRequest, run_eval
 from synchromesh.commands.launch import launch
@@ -26,12 +25,13 @@ from synchromesh.commands.profile import ProfileRequest, run_profile
 from synchromesh.commands.report import run_report
 from synchromesh.commands.train import train
 from synchromesh.commands.verify import DTYPES, VerifyRequest, run_verify
+from synchromesh.data.sources import ImageFolder
+from synchromesh.errors import InputError
+from synchromesh.parallel.comm.grid import Grid, LostRankError, in_job, job_name, joined, restarted
 from synchromesh.recipes.catalog import RECIPES
 from synchromesh.training.config import Sharing, TrainConfig
-from synchromesh.training.errors import InputError
 from synchromesh.training.loader import Loading
 from synchromesh.training.run_folder import is_run_of
-from synchromesh.training.sources import ImageFolder
 
 USAGE = """\
 usage: synchromesh COMMAND ...

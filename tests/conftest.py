@@ -1,9 +1,14 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from synchromesh.data.images import MemoryImages, Preprocess
+from synchromesh.data.sources import Splits
 from synchromesh.testing.poison import poisoned_memory
 
 
@@ -36,3 +41,32 @@ def mixtral() -> dict[str, Any]:
         "num_experts_per_tok": 2,
         "vocab_size": 32000,
     }
+
+
+@pytest.fixture
+def splits() -> Splits:
+    """Eight classes of random patterns with noise, 8 x 8: 96 to learn from, 32 to score on."""
+    generator = torch.Generator().manual_seed(7)
+    patterns = torch.randint(0, 256, (8, 1, 8, 8), generator=generator)
+
+    def images(count: int) -> MemoryImages:
+        labels = torch.arange(count) % 8
+        noise = torch.randint(-30, 31, (count, 1, 8, 8), generator=generator)
+        pixels = (patterns[labels] + noise).clamp(0, 255).to(torch.uint8)
+        return MemoryImages(labels, tuple("abcdefgh"), Preprocess(image_size=8), pixels)
+
+    return Splits(images(96), images(32))
+
+
+@pytest.fixture
+def photo() -> Callable[..., Path]:
+    """Write a picture of random pixels, in the format that the file's name says."""
+
+    def write(path: Path, *, size: tuple[int, int] = (24, 16), mode: str = "RGB", seed: int = 0) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shape = (size[1], size[0]) if mode == "L" else (size[1], size[0], len(mode))
+        pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+        Image.fromarray(pixels, mode="L" if mode == "L" else None).save(path)
+        return path
+
+    return write

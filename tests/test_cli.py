@@ -11,10 +11,10 @@ from PIL import Image
 from torch import nn
 
 from synchromesh import cli
+from synchromesh.data.sources import ScikitDigits
 from synchromesh.recipes.catalog import RECIPES
 from synchromesh.training import loop
 from synchromesh.training.codec import encode
-from synchromesh.training.sources import ScikitDigits
 from synchromesh.training.step import Trainee
 
 TINY = [

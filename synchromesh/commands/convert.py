@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from synchromesh.compat.swin import read_swin, save_swin
+from synchromesh.errors import InputError
 from synchromesh.models.swin_v2 import SwinV2Classifier
 from synchromesh.training.durable import sync_file
-from synchromesh.training.errors import InputError
 from synchromesh.training.run_folder import load_trained
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from synchromesh.training.errors import InputError
+from synchromesh.errors import InputError
 
 
 def pick_device(wanted: str | None = None) -> torch.device:

@@ -14,20 +14,20 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from synchromesh.capacity import Dropless, FixedCapacity
-from synchromesh.comm.grid import Grid
 from synchromesh.commands.device import pick_device
 from synchromesh.commands.progress import load_bar
-from synchromesh.layer import MoE, routing_options
+from synchromesh.data.images import Images
+from synchromesh.data.sources import ImageFolder
+from synchromesh.errors import InputError
+from synchromesh.moe.capacity import Dropless, FixedCapacity
+from synchromesh.moe.layer import MoE, routing_options
+from synchromesh.parallel.comm.grid import Grid
 from synchromesh.training.agree import ALONE
 from synchromesh.training.config import TrainConfig
-from synchromesh.training.errors import InputError
 from synchromesh.training.evaluate import EvalOptions, Evaluation, dead_experts, evaluate
-from synchromesh.training.images import Images
 from synchromesh.training.loader import Loading
 from synchromesh.training.metrics import drop_rate, load_shares
 from synchromesh.training.run_folder import Trained, load_trained, read_config
-from synchromesh.training.sources import ImageFolder
 from synchromesh.types import Plan
 
 

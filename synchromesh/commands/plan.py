@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from synchromesh.compat.hf_config import read_hf_config
-from synchromesh.lattice import Ranks
+from synchromesh.errors import InputError
 from synchromesh.models.shapes import SHAPES
 from synchromesh.models.swin_v2_moe import ExpertsConfig
-from synchromesh.training.errors import InputError
-from synchromesh.tuning.cluster import ClusterProfile, load_profile
-from synchromesh.tuning.planner import LayerKind, ModelShape, Planned, plan_model, worlds
+from synchromesh.planning.cluster import ClusterProfile, load_profile
+from synchromesh.planning.lattice import Ranks
+from synchromesh.planning.planner import LayerKind, ModelShape, Planned, plan_model, worlds
 from synchromesh.types import Workload
 
 LARGEST = 1 << 16

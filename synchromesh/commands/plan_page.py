@@ -6,10 +6,10 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from synchromesh.errors import InputError
+from synchromesh.planning.cluster import ClusterProfile
+from synchromesh.planning.planner import Planned
 from synchromesh.training.durable import write_atomically
-from synchromesh.training.errors import InputError
-from synchromesh.tuning.cluster import ClusterProfile
-from synchromesh.tuning.planner import Planned
 
 try:
     import plotly.graph_objects as go

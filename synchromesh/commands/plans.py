@@ -10,10 +10,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from synchromesh.errors import InputError
+from synchromesh.planning.dictionary import Dictionary
 from synchromesh.training.durable import write_atomically
-from synchromesh.training.errors import InputError
 from synchromesh.training.plans import NAME
-from synchromesh.tuning.dictionary import Dictionary
 from synchromesh.types import Workload
 
 

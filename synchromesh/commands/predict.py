@@ -14,13 +14,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from synchromesh.comm.grid import Grid
 from synchromesh.commands.device import pick_device
 from synchromesh.commands.evaluate import capacity_of
+from synchromesh.data.augment import normalize
+from synchromesh.data.images import decode_image
+from synchromesh.errors import InputError
+from synchromesh.parallel.comm.grid import Grid
 from synchromesh.training.agree import ALONE, largest, on_all
-from synchromesh.training.augment import normalize
-from synchromesh.training.errors import InputError
-from synchromesh.training.images import decode_image
 from synchromesh.training.run_folder import Trained, load_trained
 from synchromesh.types import Plan
 

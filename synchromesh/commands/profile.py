@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from synchromesh.comm.grid import Grid
-from synchromesh.profiling import STAGES, measure
+from synchromesh.commands.profiling import STAGES, measure
+from synchromesh.errors import InputError
+from synchromesh.parallel.comm.grid import Grid
+from synchromesh.planning.cluster import ClusterProfile
 from synchromesh.training.durable import write_atomically
-from synchromesh.training.errors import InputError
-from synchromesh.tuning.cluster import ClusterProfile
 
 SHOWN = (1 << 10, 1 << 16, 1 << 20, 1 << 24)  # bytes of messages in the table
 

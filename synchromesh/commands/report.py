@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from synchromesh.training.errors import InputError
+from synchromesh.errors import InputError
 from synchromesh.training.report import write_report
 
 

@@ -13,17 +13,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from synchromesh.comm.grid import Grid
+from synchromesh import seeds
 from synchromesh.commands.device import pick_device
 from synchromesh.commands.progress import RunProgress
 from synchromesh.commands.report import report_if_possible
-from synchromesh.training import seeds
+from synchromesh.data.sources import Splits, take_shots
+from synchromesh.errors import InputError, NonFiniteError, StoppedError
+from synchromesh.parallel.comm.grid import Grid
 from synchromesh.training.agree import ALONE, on_all, on_first
 from synchromesh.training.architecture import Architecture, DenseSwin, ModelSize, build_classifier, model_size
 from synchromesh.training.codec import encode
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.durable import write_json
-from synchromesh.training.errors import InputError, NonFiniteError, StoppedError
 from synchromesh.training.interrupt import StopWish, stop_on_signals
 from synchromesh.training.loop import Job, Outcome, fit
 from synchromesh.training.run_folder import (
@@ -37,7 +38,6 @@ from synchromesh.training.run_folder import (
     read_summary,
 )
 from synchromesh.training.sharing import check_sharing
-from synchromesh.training.sources import Splits, take_shots
 from synchromesh.training.start import Loaded, freeze, load_weights
 from synchromesh.training.summary import Finished, summarize
 

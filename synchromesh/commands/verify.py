@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from synchromesh.comm.grid import Grid
-from synchromesh.training.errors import InputError
+from synchromesh.commands.verification import Finding, as_json, count_findings, trials_for, verify
+from synchromesh.errors import InputError
+from synchromesh.parallel.comm.grid import Grid
 from synchromesh.types import Plan
-from synchromesh.verification import Finding, as_json, count_findings, trials_for, verify
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from synchromesh.compat.unpickle import STORAGES, load_inert
-from synchromesh.experts import Experts
 from synchromesh.models.swin_v2 import SwinV2Classifier, rename
+from synchromesh.moe.experts import Experts
 
 _RENAMED = (  # theirs, ours, the longer names first; ^ is the beginning of a key
     ("^patch_embed.", "^backbone.embed."),

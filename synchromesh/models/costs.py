@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from synchromesh.capacity import FixedCapacity
-from synchromesh.layer import MoE
 from synchromesh.models.swin_v2 import NormThenMerge, SwinBlock, SwinV2, SwinV2Classifier
+from synchromesh.moe.capacity import FixedCapacity
+from synchromesh.moe.layer import MoE
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from types import MappingProxyType
 
 import torch
 
-from synchromesh.layer import MoE
 from synchromesh.models.costs import costs
 from synchromesh.models.swin_v2 import SwinBlock, SwinV2Classifier, SwinV2Config
 from synchromesh.models.swin_v2_moe import ExpertsConfig, config_b, config_s, swin_v2_moe
-from synchromesh.tuning.planner import LayerKind, ModelShape
+from synchromesh.moe.layer import MoE
+from synchromesh.planning.planner import LayerKind, ModelShape
 from synchromesh.types import Workload
 
 # One calibration: the paper's table 7, its dense SwinV2-B on one node of 8 A100: 1,198 images/s inferred and 291

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.export import register_dataclass
 from torch.utils.checkpoint import checkpoint
 
-from synchromesh.experts import Experts
 from synchromesh.models.linear import apply
 from synchromesh.models.window_attention import (
     AttentionConfig,
@@ -35,7 +34,8 @@ from synchromesh.models.window_attention import (
     shift_mask,
     to_windows,
 )
-from synchromesh.routing import CosineRouter, TopKRouter
+from synchromesh.moe.experts import Experts
+from synchromesh.moe.routing import CosineRouter, TopKRouter
 
 FeedForwardFactory = Callable[[int, int, int], nn.Module]
 """(stage, block, width) -> the block's feed-forward module, [... width] -> [... width]."""

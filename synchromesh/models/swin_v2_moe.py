@@ -12,11 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from synchromesh.capacity import Capacity, Dropless, FixedCapacity, batch_prioritized
-from synchromesh.experts import MLPExperts
 from synchromesh.kernels import Products
-from synchromesh.layer import MoE
-from synchromesh.losses import ImportanceLoad, LoadBalance, Loss
 from synchromesh.models.swin_v2 import (
     BlockStyle,
     FeedForward,
@@ -27,7 +23,11 @@ from synchromesh.models.swin_v2 import (
     pre_norm,
 )
 from synchromesh.models.window_attention import DotAttention
-from synchromesh.routing import CosineRouter, TopKRouter
+from synchromesh.moe.capacity import Capacity, Dropless, FixedCapacity, batch_prioritized
+from synchromesh.moe.experts import MLPExperts
+from synchromesh.moe.layer import MoE
+from synchromesh.moe.losses import ImportanceLoad, LoadBalance, Loss
+from synchromesh.moe.routing import CosineRouter, TopKRouter
 
 # helpers
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from synchromesh.comm.all_to_all import Relayed, Route
-from synchromesh.comm.collectives import InFlight
+from synchromesh.parallel.comm.all_to_all import Relayed, Route
+from synchromesh.parallel.comm.collectives import InFlight
 from synchromesh.parallel.waiting import Waiting
 from synchromesh.parallel.wire import Wire
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from synchromesh.lattice import check_sizes, layout_refusal, shards_of_an_expert
+from synchromesh.planning.lattice import check_sizes, layout_refusal, shards_of_an_expert
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from synchromesh.comm.all_to_all import AllToAll, Route
-from synchromesh.experts import Experts
 from synchromesh.kernels import REFERENCE, Kernels
 from synchromesh.kernels.grouped_mm import equal
+from synchromesh.moe.experts import Experts
+from synchromesh.parallel.comm.all_to_all import AllToAll, Route
 from synchromesh.parallel.dispatch import even_map, ragged_map, rows_per_slot
 from synchromesh.parallel.exchange import Exchange
 from synchromesh.parallel.layout import Layout

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed import ProcessGroup
 
-from synchromesh.comm.collectives import InFlight, all_gather, reduce_scatter
+from synchromesh.parallel.comm.collectives import InFlight, all_gather, reduce_scatter
 from synchromesh.parallel.waiting import Waiting
 
 

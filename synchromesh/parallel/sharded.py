@@ -16,20 +16,20 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from synchromesh.capacity import Capacity, FixedCapacity
-from synchromesh.comm.all_to_all import AllToAll, all_to_all_between
-from synchromesh.comm.grid import Grid
-from synchromesh.experts import Cut, Experts
 from synchromesh.kernels import Kernels, kernels_for
-from synchromesh.lattice import check_sizes, every_plan, refusal
+from synchromesh.moe.capacity import Capacity, FixedCapacity
+from synchromesh.moe.experts import Cut, Experts
+from synchromesh.moe.recompute import checkpointed
+from synchromesh.moe.strategy import Strategy, compute_dtype, compute_here
+from synchromesh.parallel.comm.all_to_all import AllToAll, all_to_all_between
+from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.dispatch import weights_per_row
 from synchromesh.parallel.layout import Layout
 from synchromesh.parallel.pipeline import even_traffic, exchange_and_compute, ragged_traffic
 from synchromesh.parallel.pool import Pool
-from synchromesh.parallel.strategy import Strategy, compute_dtype, compute_here
 from synchromesh.parallel.waiting import Waiting
 from synchromesh.parallel.wire import AS_IS, Wire
-from synchromesh.recompute import checkpointed
+from synchromesh.planning.lattice import check_sizes, every_plan, refusal
 from synchromesh.types import Plan, Routing, RowMap, Workload
 
 

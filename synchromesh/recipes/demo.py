@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from synchromesh.losses import LoadBalance
+from synchromesh.data.augment import Affine, Augment
+from synchromesh.data.images import Preprocess
+from synchromesh.data.sources import MnistDigits
+from synchromesh.moe.losses import LoadBalance
 from synchromesh.training.architecture import DenseSwin, ExpertLayers, Swin, SwinMoE
-from synchromesh.training.augment import Affine, Augment
 from synchromesh.training.config import Data, Keep, TrainConfig
-from synchromesh.training.images import Preprocess
 from synchromesh.training.optim import Optim
-from synchromesh.training.sources import MnistDigits
 
 # The released block style, pre-norm, learns faster from few images than post-norm. At such small widths SwinV2's first
 # weights (standard deviation 0.02) are so small that the branches hardly speak at first, and every step is a large one.

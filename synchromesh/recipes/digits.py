@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from synchromesh.losses import LoadBalance
+from synchromesh.data.augment import Affine, Augment
+from synchromesh.data.images import Preprocess
+from synchromesh.data.sources import ScikitDigits
+from synchromesh.moe.losses import LoadBalance
 from synchromesh.training.architecture import ExpertLayers, Swin, SwinMoE
-from synchromesh.training.augment import Affine, Augment
 from synchromesh.training.config import Data, Keep, TrainConfig
-from synchromesh.training.images import Preprocess
 from synchromesh.training.optim import Optim
-from synchromesh.training.sources import ScikitDigits
 
 
 def digits() -> TrainConfig:

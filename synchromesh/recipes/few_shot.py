@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from synchromesh.data.augment import Augment
+from synchromesh.data.images import RandomCrop
 from synchromesh.recipes.finetune_1k import finetune_1k
-from synchromesh.training.augment import Augment
 from synchromesh.training.config import Freeze, Start, TrainConfig
-from synchromesh.training.images import RandomCrop
 from synchromesh.training.optim import Optim
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from synchromesh.data.augment import Augment
+from synchromesh.data.images import RandomCrop
+from synchromesh.data.rand_augment import RandAugment
+from synchromesh.data.sources import ImageFolder
 from synchromesh.recipes.swinv2_moe_s_22k import EXPERTS, IMAGENET, swin
 from synchromesh.training.architecture import SwinMoE
-from synchromesh.training.augment import Augment
 from synchromesh.training.config import Data, Freeze, Start, TrainConfig
-from synchromesh.training.images import RandomCrop
 from synchromesh.training.optim import Optim
-from synchromesh.training.rand_augment import RandAugment
-from synchromesh.training.sources import ImageFolder
 
 
 def finetune_1k() -> TrainConfig:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from synchromesh.data.augment import Augment
+from synchromesh.data.images import Preprocess, RandomCrop
+from synchromesh.data.mixing import Mixing
+from synchromesh.data.rand_augment import RandAugment
+from synchromesh.data.sources import ImageFolder
 from synchromesh.models.swin_v2_moe import PUBLISHED_BLOCKS
 from synchromesh.training.architecture import ExpertLayers, Swin, SwinMoE
-from synchromesh.training.augment import Augment
 from synchromesh.training.config import Data, TrainConfig
-from synchromesh.training.images import Preprocess, RandomCrop
-from synchromesh.training.mixing import Mixing
 from synchromesh.training.optim import Optim
-from synchromesh.training.rand_augment import RandAugment
-from synchromesh.training.sources import ImageFolder
 
 # ImageNet's statistics; 192 pixels from the middle of 219, as with 224 from 256.
 IMAGENET = Preprocess(

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from synchromesh.comm.grid import Grid
-from synchromesh.training.errors import InputError
+from synchromesh.errors import InputError
+from synchromesh.parallel.comm.grid import Grid
 from synchromesh.types import LoadStats
 
 ALONE = Grid(None)

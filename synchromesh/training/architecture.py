@@ -8,15 +8,15 @@ from typing import final
 
 from torch import nn
 
-from synchromesh.capacity import Capacity, Dropless, FixedCapacity, batch_prioritized, token_order
+from synchromesh.data.images import Preprocess
+from synchromesh.errors import InputError
 from synchromesh.kernels import Float8Products, MXFloat8Products, Products
-from synchromesh.layer import MoE
-from synchromesh.losses import ImportanceLoad, LoadBalance, OverRanks
 from synchromesh.models.swin_v2 import SWIN_V2, SwinV2Classifier, SwinV2Config
 from synchromesh.models.swin_v2_moe import SWIN_MOE, ExpertsConfig, RouterFactory, swin_v2_moe
-from synchromesh.routing import BiasBalance, CosineRouter, TokenRounding, TopKRouter
-from synchromesh.training.errors import InputError
-from synchromesh.training.images import Preprocess
+from synchromesh.moe.capacity import Capacity, Dropless, FixedCapacity, batch_prioritized, token_order
+from synchromesh.moe.layer import MoE
+from synchromesh.moe.losses import ImportanceLoad, LoadBalance, OverRanks
+from synchromesh.moe.routing import BiasBalance, CosineRouter, TokenRounding, TopKRouter
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from synchromesh.checkpoint.store import (
+from synchromesh.errors import InputError
+from synchromesh.parallel.comm.grid import Grid
+from synchromesh.parallel.store import (
     StoreError,
     make_optimizer_state,
     model_tensors,
@@ -32,10 +34,8 @@ from synchromesh.checkpoint.store import (
     read_tensors,
     write_tensors,
 )
-from synchromesh.comm.grid import Grid
 from synchromesh.training.agree import ALONE, on_all, on_first
 from synchromesh.training.durable import sha256, sync_directory, sync_file, write_atomically, write_json
-from synchromesh.training.errors import InputError
 
 STATE, SUMS = "state.json", "SHA256SUMS"
 OLD = ".old"

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
+from synchromesh.data.augment import Augment
+from synchromesh.data.images import Preprocess
+from synchromesh.data.sources import MnistDigits, Source
+from synchromesh.errors import at_least
 from synchromesh.training.architecture import Architecture, SwinMoE
-from synchromesh.training.augment import Augment
-from synchromesh.training.errors import at_least
-from synchromesh.training.images import Preprocess
 from synchromesh.training.loader import Loading
 from synchromesh.training.optim import Optim
-from synchromesh.training.sources import MnistDigits, Source
 from synchromesh.types import Plan
 
 

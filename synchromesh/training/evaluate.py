@@ -11,11 +11,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from synchromesh.comm.grid import Grid
-from synchromesh.record import record_load
+from synchromesh.data.augment import normalize
+from synchromesh.data.images import Images
+from synchromesh.moe.record import record_load
+from synchromesh.parallel.comm.grid import Grid
 from synchromesh.training.agree import ALONE, loads_over_ranks, on_all, summed
-from synchromesh.training.augment import normalize
-from synchromesh.training.images import Images
 from synchromesh.training.loader import Loading, Part, eval_batches
 from synchromesh.types import LoadStats
 

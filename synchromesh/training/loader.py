@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from synchromesh.training import seeds
-from synchromesh.training.errors import InputError, at_least
-from synchromesh.training.images import Batch, Images, RandomCrop
+from synchromesh import seeds
+from synchromesh.data.images import Batch, Images, RandomCrop
+from synchromesh.errors import InputError, at_least
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from synchromesh.comm.grid import Grid
-from synchromesh.parallelize import parallelize
-from synchromesh.record import load_stats
+from synchromesh.data.images import Batch
+from synchromesh.data.sources import Splits
+from synchromesh.errors import InputError, NonFiniteError, StoppedError
+from synchromesh.moe.record import load_stats
+from synchromesh.parallel.comm.grid import Grid
+from synchromesh.parallel.parallelize import parallelize
 from synchromesh.training.agree import ALONE, counted, largest, loads_over_ranks, on_first
 from synchromesh.training.architecture import expert_counts
 from synchromesh.training.checkpoint import (
@@ -28,16 +31,13 @@ from synchromesh.training.checkpoint import (
     save_best,
 )
 from synchromesh.training.config import TrainConfig
-from synchromesh.training.errors import InputError, NonFiniteError, StoppedError
 from synchromesh.training.evaluate import EvalOptions, Evaluation, evaluate
-from synchromesh.training.images import Batch
 from synchromesh.training.interrupt import StopWish
 from synchromesh.training.loader import EpochPlace, Part, steps_per_epoch, train_batches
 from synchromesh.training.metrics import NAME, MetricsWriter, drop_rate, load_shares
 from synchromesh.training.optim import build_optimizer, make_schedule
 from synchromesh.training.plans import Plans, strategies
 from synchromesh.training.saver import Saver
-from synchromesh.training.sources import Splits
 from synchromesh.training.start import still
 from synchromesh.training.step import Trainee, prepare, train_step
 from synchromesh.training.window import Window

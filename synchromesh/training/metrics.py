@@ -23,7 +23,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from synchromesh.training.errors import InputError
+from synchromesh.errors import InputError
 from synchromesh.types import LoadStats
 
 NAME = "metrics.jsonl"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from synchromesh.routing import CosineRouter
-from synchromesh.training.errors import at_least
+from synchromesh.errors import at_least
+from synchromesh.moe.routing import CosineRouter
 
 # Parts of names that mark parameters without weight decay: the position bias and its small network, logit scales.
 _NO_DECAY = ("cpb", "position", "temperature", "logit_scale", "log_scale", "mask_token")

@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from synchromesh.adaptive import Adaptive, Council
-from synchromesh.comm.grid import Grid
+from synchromesh.errors import InputError
+from synchromesh.parallel.adaptive import Adaptive, Council
+from synchromesh.parallel.comm.grid import Grid
+from synchromesh.parallel.parallelize import adaptive_layers
 from synchromesh.parallel.sharded import Sharded
-from synchromesh.parallelize import adaptive_layers
+from synchromesh.planning.cluster import load_profile
+from synchromesh.planning.dictionary import Dictionary
 from synchromesh.training.agree import on_first
 from synchromesh.training.config import Sharing
 from synchromesh.training.durable import write_atomically
-from synchromesh.training.errors import InputError
-from synchromesh.tuning.cluster import load_profile
-from synchromesh.tuning.dictionary import Dictionary
 
 NAME = "plans.json"
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from synchromesh.errors import InputError
 from synchromesh.training.codec import encode
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.durable import write_atomically
-from synchromesh.training.errors import InputError
 from synchromesh.training.metrics import NAME, read_metrics
 from synchromesh.training.run_folder import REPORT, TWIN, read_config, read_summary
 

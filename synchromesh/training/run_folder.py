@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from synchromesh.comm.grid import Grid
+from synchromesh.data.images import Preprocess
+from synchromesh.errors import InputError
+from synchromesh.parallel.comm.grid import Grid
+from synchromesh.parallel.parallelize import distribute
 from synchromesh.parallel.sharded import Sharded
-from synchromesh.parallelize import distribute
 from synchromesh.training.agree import ALONE, on_first
 from synchromesh.training.architecture import Architecture, build_classifier
 from synchromesh.training.checkpoint import Checkpoint, best_folder, newest_checkpoint, read_checkpoint, restore_model
 from synchromesh.training.codec import decode, differences, encode
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.durable import write_atomically, write_json
-from synchromesh.training.errors import InputError
-from synchromesh.training.images import Preprocess
 from synchromesh.training.sharing import check_sharing
 from synchromesh.types import Plan
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from synchromesh.comm.grid import Grid
+from synchromesh.parallel.comm.grid import Grid
 from synchromesh.training.checkpoint import Snapshot, write_checkpoint
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from synchromesh.comm.grid import Grid
-from synchromesh.layer import MoE
+from synchromesh.errors import InputError
+from synchromesh.moe.layer import MoE
+from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.sharded import Sharded
-from synchromesh.training.errors import InputError
 from synchromesh.types import Plan, Workload
 
 

@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from synchromesh.layer import MoE
+from synchromesh.errors import InputError
+from synchromesh.moe.layer import MoE
 from synchromesh.training.checkpoint import STATE
 from synchromesh.training.config import Freeze
-from synchromesh.training.errors import InputError
 from synchromesh.training.run_folder import load_trained
 
 

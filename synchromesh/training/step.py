@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
-from synchromesh.comm.grid import Grid
-from synchromesh.parallelize import accumulating, clip_grad_norm
-from synchromesh.record import aux_loss
-from synchromesh.routing import update_balance
-from synchromesh.training import seeds
+from synchromesh import seeds
+from synchromesh.data.augment import augment_images
+from synchromesh.data.images import Batch
+from synchromesh.data.mixing import Mixed, mix, soft_targets
+from synchromesh.errors import NonFiniteError
+from synchromesh.moe.record import aux_loss
+from synchromesh.moe.routing import update_balance
+from synchromesh.parallel.comm.grid import Grid
+from synchromesh.parallel.parallelize import accumulating, clip_grad_norm
 from synchromesh.training.agree import ALONE, first_said, summed
-from synchromesh.training.augment import augment_images
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.diagnose import first_non_finite
-from synchromesh.training.errors import NonFiniteError
-from synchromesh.training.images import Batch
 from synchromesh.training.loader import WHOLE, Part
-from synchromesh.training.mixing import Mixed, mix, soft_targets
 from synchromesh.training.optim import set_learning_rate
 
 

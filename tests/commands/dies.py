@@ -8,10 +8,10 @@ import signal
 import sys
 
 import torch
+from synchromesh.checkpoint import store
 
 from synchromesh import cli
-from synchromesh.checkpoint import store
-from synchromesh.layer import MoE
+from synchromesh.moe.layer import MoE
 from synchromesh.parallel.exchange import Exchange
 from synchromesh.training import checkpoint
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from synchromesh import cli
 from synchromesh.commands import convert
 from synchromesh.compat.swin import read_swin, save_swin
+from synchromesh.data.images import Preprocess
 from synchromesh.models.swin_v2_moe import swin_v2_moe_demo
-from synchromesh.training.images import Preprocess
 from synchromesh.training.run_folder import Trained
 from synchromesh.training.start import load_weights
 

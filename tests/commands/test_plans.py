@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from synchromesh import cli
-from synchromesh.tuning.dictionary import Dictionary
+from synchromesh.planning.dictionary import Dictionary
 
 Reader = Callable[[Path], dict[str, list[bytes]]]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from synchromesh import cli
-from synchromesh.profiling import fitted
-from synchromesh.tuning.cluster import Matmul, load_profile
+from synchromesh.commands.profiling import fitted
+from synchromesh.planning.cluster import Matmul, load_profile
 
 
 def test_ranks_measure_themselves_and_plan_reads_what_they_wrote(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from synchromesh import cli, verification
 BROKEN = """
 import sys
 from synchromesh import cli
-from synchromesh.comm import all_to_all, collectives
+from synchromesh.parallel.comm import all_to_all, collectives
 class Broken:
     def __init__(self, flight): self.flight = flight
     def wait(self):

@@ -15,7 +15,7 @@ from synchromesh import Dropless, Grid, Sharded, routing_options
 from synchromesh.compat.swin import load_swin, read_classes, read_swin, save_swin
 from synchromesh.models.swin_v2 import SWIN_V2, SwinV2Classifier, SwinV2Config
 from synchromesh.models.swin_v2_moe import SWIN_MOE, CosineGate, ExpertsConfig, LinearGate, swin_v2_moe
-from synchromesh.parallelize import distribute
+from synchromesh.parallel.parallelize import distribute
 from synchromesh.testing.compare import assert_close
 from synchromesh.testing.distributed import run_ranks
 

@@ -27,7 +27,7 @@ from synchromesh import (
     quantize_experts,
     set_products,
 )
-from synchromesh.record import UNREAD_LIMIT
+from synchromesh.moe.record import UNREAD_LIMIT
 from synchromesh.testing.compare import assert_close
 
 D, E = 16, 4

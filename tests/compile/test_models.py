@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from synchromesh.losses import LoadBalance
 from synchromesh.models.swin_v2 import swin_v2_base, swin_v2_large, swin_v2_small, swin_v2_tiny
 from synchromesh.models.swin_v2_moe import (
     DEMO,
@@ -20,6 +19,7 @@ from synchromesh.models.swin_v2_moe import (
     swin_v2_moe_demo,
     swin_v2_moe_s,
 )
+from synchromesh.moe.losses import LoadBalance
 from synchromesh.testing.compare import TOLERANCE, assert_close, relative_rms
 
 SMALL = {"demo": swin_v2_demo, "moe demo": swin_v2_moe_demo}

@@ -9,7 +9,7 @@ from synchromesh.kernels import REFERENCE
 from synchromesh.kernels.gpu import TRITON
 from synchromesh.kernels.select import triton as select_triton
 from synchromesh.kernels.select.reference import GATES, counts_of
-from synchromesh.losses import LoadBalance
+from synchromesh.moe.losses import LoadBalance
 from synchromesh.testing.cases import evil_cases
 from synchromesh.testing.compare import assert_close
 from synchromesh.types import Routing

@@ -5,8 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from synchromesh.capacity import Dropless, FixedCapacity
-from synchromesh.layer import routing_options
 from synchromesh.models.costs import costs
 from synchromesh.models.swin_v2 import SWIN_V2, SwinV2Classifier
 from synchromesh.models.swin_v2_moe import (
@@ -19,6 +17,8 @@ from synchromesh.models.swin_v2_moe import (
     swin_v2_moe_demo,
     swin_v2_moe_s,
 )
+from synchromesh.moe.capacity import Dropless, FixedCapacity
+from synchromesh.moe.layer import routing_options
 
 BUILD = {"S": (config_s, swin_v2_moe_s), "B": (config_b, swin_v2_moe_b)}
 TABLE_11 = [  # size, experts, k, capacity factor, million parameters, million active, GFLOPs

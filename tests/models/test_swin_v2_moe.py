@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from synchromesh.capacity import FixedCapacity
-from synchromesh.layer import MoE, routing_options
 from synchromesh.models.swin_v2 import SWIN_V2, BlockStyle, SwinBlock, SwinV2Classifier, SwinV2Config, dense_ffn
 from synchromesh.models.swin_v2_moe import (
     DEMO,
@@ -22,8 +20,10 @@ from synchromesh.models.swin_v2_moe import (
     swin_v2_moe,
     swin_v2_moe_demo,
 )
-from synchromesh.record import aux_loss, load_stats
-from synchromesh.routing import CosineRouter
+from synchromesh.moe.capacity import FixedCapacity
+from synchromesh.moe.layer import MoE, routing_options
+from synchromesh.moe.record import aux_loss, load_stats
+from synchromesh.moe.routing import CosineRouter
 from synchromesh.testing.compare import assert_close
 
 SMALL = SwinV2Config(image_size=32, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4, drop_path=0.0)

@@ -4,10 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from synchromesh.comm.all_to_all import piece
-from synchromesh.lattice import layout_refusal
+from synchromesh.parallel.comm.all_to_all import piece
 from synchromesh.parallel.dispatch import even_map, ragged_map, rows_per_slot, weights_per_row
 from synchromesh.parallel.layout import Layout
+from synchromesh.planning.lattice import layout_refusal
 from synchromesh.testing.cases import routing_of, row_map_of
 from synchromesh.types import Routing, RowMap
 

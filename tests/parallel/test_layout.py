@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from synchromesh.lattice import layout_refusal, row_copies
 from synchromesh.parallel.layout import Layout
+from synchromesh.planning.lattice import layout_refusal, row_copies
 from synchromesh.types import Plan
 
 SIZES = [(w, e) for w in (1, 2, 3, 4, 6, 8, 12) for e in (1, 2, 3, 4, 6, 8, 12, 24) if w % e == 0 or e % w == 0]

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from synchromesh import Grid, MLPExperts, MoE, Plan, Sharded, TopKRouter, load_stats
-from synchromesh.comm import all_to_all, collectives
+from synchromesh.parallel.comm import all_to_all, collectives
 from synchromesh.testing.distributed import run_ranks
 
 D, F, T = 8, 16, 24

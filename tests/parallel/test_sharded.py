@@ -26,9 +26,9 @@ from synchromesh import (
     parallelize,
     set_products,
 )
-from synchromesh.comm import collectives
 from synchromesh.kernels import REFERENCE
 from synchromesh.parallel import pool
+from synchromesh.parallel.comm import collectives
 from synchromesh.parallel.layout import Layout
 from synchromesh.testing.cases import EvenRouter
 from synchromesh.testing.compare import relative_rms

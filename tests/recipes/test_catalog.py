@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from synchromesh.layer import MoE
-from synchromesh.losses import ImportanceLoad
+from synchromesh.moe.layer import MoE
+from synchromesh.moe.losses import ImportanceLoad
 from synchromesh.recipes.catalog import RECIPES
 from synchromesh.training.architecture import SwinMoE, build_classifier, model_size
 from synchromesh.training.config import Freeze

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from synchromesh.comm.grid import Grid
+from synchromesh.commands.verification import trials_for, verify
+from synchromesh.parallel.comm.grid import Grid
 from synchromesh.testing.distributed import run_ranks
-from synchromesh.verification import trials_for, verify
 
 
 def found(ranks_per_node: int, thorough: bool) -> tuple[int, list[str]]:

@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from synchromesh.experts import MLPExperts
-from synchromesh.training import seeds
+from synchromesh import seeds
+from synchromesh.data.sources import Splits
+from synchromesh.moe.experts import MLPExperts
 from synchromesh.training.architecture import Factors, SwinMoE, build_classifier
 from synchromesh.training.codec import decode, encode
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.interrupt import StopWish
 from synchromesh.training.loop import Job, fit
 from synchromesh.training.metrics import read_metrics
-from synchromesh.training.sources import Splits
 
 
 def with_factors(config: TrainConfig, factors: Factors) -> TrainConfig:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
+from synchromesh.errors import InputError
 from synchromesh.training.checkpoint import (
     best_folder,
     newest_checkpoint,
@@ -14,7 +15,6 @@ from synchromesh.training.checkpoint import (
     save_best,
     save_checkpoint,
 )
-from synchromesh.training.errors import InputError
 
 
 def trained(steps: int = 2) -> tuple[nn.Module, AdamW]:

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from synchromesh.data.sources import Splits
 from synchromesh.training.architecture import build_classifier
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.evaluate import EvalOptions, evaluate
-from synchromesh.training.sources import Splits
 
 
 class Knows(nn.Module):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from synchromesh.training.errors import InputError
-from synchromesh.training.images import Batch, Images, MemoryImages, Preprocess, RandomCrop
+from synchromesh.data.images import Batch, Images, MemoryImages, Preprocess, RandomCrop
+from synchromesh.errors import InputError
 from synchromesh.training.loader import EpochPlace, Loading, eval_batches, steps_per_epoch, train_batches
 
 COUNT = 50

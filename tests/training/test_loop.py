@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from synchromesh.training import seeds
+from synchromesh import seeds
+from synchromesh.data.sources import Splits
+from synchromesh.errors import InputError, NonFiniteError, StoppedError
 from synchromesh.training.architecture import build_classifier
 from synchromesh.training.config import Freeze, Start, TrainConfig
-from synchromesh.training.errors import InputError, NonFiniteError, StoppedError
 from synchromesh.training.interrupt import StopWish
 from synchromesh.training.loop import Event, Job, Outcome, fit
 from synchromesh.training.metrics import read_metrics
-from synchromesh.training.sources import Splits
 from synchromesh.training.start import freeze
 
 TIMES = ("seconds", "images_per_second")  # what no two runs share

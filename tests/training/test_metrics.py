@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from synchromesh.training.errors import InputError
+from synchromesh.errors import InputError
 from synchromesh.training.evaluate import dead_experts
 from synchromesh.training.metrics import MetricsWriter, drop_rate, load_shares, read_metrics
 from synchromesh.types import LoadStats, Plan

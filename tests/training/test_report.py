@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from synchromesh.errors import InputError
 from synchromesh.training.codec import encode
 from synchromesh.training.config import TrainConfig
-from synchromesh.training.errors import InputError
 from synchromesh.training.report import write_report
 
 pytest.importorskip("plotly")

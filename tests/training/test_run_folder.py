@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from synchromesh.errors import InputError
 from synchromesh.training.codec import encode
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.durable import write_atomically, write_json
-from synchromesh.training.errors import InputError
 from synchromesh.training.run_folder import claimed, is_run_of, load_trained, prepare_folder, read_config
 
 

@@ -8,10 +8,10 @@ from torch import nn
 from torch.optim import SGD
 
 from synchromesh import Grid
+from synchromesh.errors import InputError
 from synchromesh.testing.distributed import run_ranks
 from synchromesh.training.agree import ALONE
 from synchromesh.training.checkpoint import Snapshot, newest_checkpoint, restore_model
-from synchromesh.training.errors import InputError
 from synchromesh.training.saver import Saver
 
 

@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from synchromesh.errors import InputError
 from synchromesh.training.architecture import build_classifier
 from synchromesh.training.config import Freeze, TrainConfig
-from synchromesh.training.errors import InputError
 from synchromesh.training.start import freeze, load_weights
 
 

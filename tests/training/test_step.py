@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from synchromesh.routing import BiasBalance
+from synchromesh.data.mixing import Mixed, soft_targets
+from synchromesh.errors import NonFiniteError
+from synchromesh.moe.routing import BiasBalance
 from synchromesh.testing.compare import assert_close
 from synchromesh.training.architecture import build_classifier
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.diagnose import first_non_finite
-from synchromesh.training.errors import NonFiniteError
-from synchromesh.training.mixing import Mixed, soft_targets
 from synchromesh.training.optim import build_optimizer
 from synchromesh.training.step import StepNumbers, Trainee, soft_cross_entropy, train_step
 

@@ -14,13 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from synchromesh.adaptive import Adaptive
-from synchromesh.capacity import Dropless
-from synchromesh.comm.grid import Grid
 from synchromesh.compat.huggingface.networks import ExpertsModule, network_of
 from synchromesh.kernels import kernels_for
+from synchromesh.moe.capacity import Dropless
+from synchromesh.moe.strategy import Local
+from synchromesh.parallel.adaptive import Adaptive
+from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.sharded import Sharded
-from synchromesh.parallel.strategy import Local
 from synchromesh.types import Routing
 
 NAME = "synchromesh"

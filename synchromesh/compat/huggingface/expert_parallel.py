@@ -13,9 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
-from synchromesh.comm.grid import Grid
 from synchromesh.compat.huggingface.parallel import attached
 from synchromesh.compat.huggingface.sharded import TransformersExperts
+from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.sharded import Sharded
 
 

@@ -14,13 +14,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from synchromesh.comm.grid import Grid
 from synchromesh.compat.huggingface.backend import NAME, given_routing
 from synchromesh.compat.huggingface.sharded import TransformersExperts
-from synchromesh.layer import MoE
+from synchromesh.moe.layer import MoE
+from synchromesh.moe.strategy import Local, Strategy
+from synchromesh.parallel.comm.grid import Grid
+from synchromesh.parallel.parallelize import distribute, expert_parameters
 from synchromesh.parallel.sharded import Sharded
-from synchromesh.parallel.strategy import Local, Strategy
-from synchromesh.parallelize import distribute, expert_parameters
 from synchromesh.types import Routing
 
 

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from synchromesh.comm.grid import Grid
 from synchromesh.compat.huggingface.networks import (
     ExpertsModule,
     Form,
@@ -19,8 +18,9 @@ from synchromesh.compat.huggingface.networks import (
     weight_names,
     weights_from,
 )
-from synchromesh.experts import WHOLE, Cut, Experts
 from synchromesh.kernels import Kernels, MLPWeights
+from synchromesh.moe.experts import WHOLE, Cut, Experts
+from synchromesh.parallel.comm.grid import Grid
 from synchromesh.types import Routing, RowMap
 
 # The fields of MLPWeights, under which shards of an expert are kept.

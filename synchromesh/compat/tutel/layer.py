@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from synchromesh.adaptive import Adaptive
-from synchromesh.capacity import Capacity, Dropless, FixedRows, batch_prioritized, token_order
 from synchromesh.compat.tutel import parallel
 from synchromesh.compat.tutel.arguments import number, whole_number
 from synchromesh.compat.tutel.environment import read_switches
@@ -23,11 +21,13 @@ from synchromesh.compat.tutel.experts.share import Share, TutelExperts
 from synchromesh.compat.tutel.gates import build_gates
 from synchromesh.compat.tutel.routing import agree_max, route, weights_at_the_entry
 from synchromesh.compat.tutel.state import adapt_state, refusal
-from synchromesh.experts import WHOLE, Cut
+from synchromesh.moe.capacity import Capacity, Dropless, FixedRows, batch_prioritized, token_order
+from synchromesh.moe.experts import WHOLE, Cut
+from synchromesh.moe.recompute import Decisions
+from synchromesh.moe.record import Forward, Record
+from synchromesh.moe.strategy import Local, Strategy, compute_dtype
+from synchromesh.parallel.adaptive import Adaptive
 from synchromesh.parallel.sharded import Sharded
-from synchromesh.parallel.strategy import Local, Strategy, compute_dtype
-from synchromesh.recompute import Decisions
-from synchromesh.record import Forward, Record
 from synchromesh.types import Plan, Routing, RowMap, Workload
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from synchromesh.comm.grid import Grid
 from synchromesh.compat.tutel.communicate import groups
-from synchromesh.lattice import CHUNKS
+from synchromesh.parallel.comm.grid import Grid
+from synchromesh.planning.lattice import CHUNKS
 from synchromesh.types import Plan
 
 ALIGNED_FROM = 256  # above it a capacity is a multiple of

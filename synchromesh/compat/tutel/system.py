@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from synchromesh.comm.grid import leave
 from synchromesh.compat.tutel.communicate.groups import Groups, create_groups_from_world
 from synchromesh.compat.tutel.numa import nodes_of_cpus
+from synchromesh.parallel.comm.grid import leave
 
 _SESSIONS: list[Groups] = []  # the last one is the current one
 

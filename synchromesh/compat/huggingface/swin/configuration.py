@@ -9,11 +9,11 @@ from torch import nn
 from transformers import PreTrainedConfig, Swinv2Config
 from transformers.backbone_utils import BackboneConfigMixin
 
-from synchromesh.capacity import Dropless, FixedCapacity, batch_prioritized, token_order
-from synchromesh.losses import ImportanceLoad, LoadBalance
 from synchromesh.models.swin_v2 import SWIN_V2, SwinV2Config
 from synchromesh.models.swin_v2_moe import SWIN_MOE, ExpertsConfig
-from synchromesh.routing import CosineRouter, Softmax, TopKRouter
+from synchromesh.moe.capacity import Dropless, FixedCapacity, batch_prioritized, token_order
+from synchromesh.moe.losses import ImportanceLoad, LoadBalance
+from synchromesh.moe.routing import CosineRouter, Softmax, TopKRouter
 
 STYLES = {"swin_v2": SWIN_V2, "swin_moe": SWIN_MOE}
 ROUTERS = {"linear": TopKRouter, "cosine": CosineRouter}

@@ -18,11 +18,11 @@ from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from synchromesh.compat.huggingface.swin.configuration import SwinV2MoEConfig
-from synchromesh.experts import WHOLE, Experts
 from synchromesh.models.swin_v2 import Features, SwinBlock, SwinStage, SwinV2, from_transformers, reset
 from synchromesh.models.swin_v2_moe import moe_ffn
 from synchromesh.models.window_attention import PositionBias
-from synchromesh.record import aux_loss
+from synchromesh.moe.experts import WHOLE, Experts
+from synchromesh.moe.record import aux_loss
 
 Model = TypeVar("Model", bound="SwinV2MoEPreTrainedModel")
 
@@ -95,7 +95,7 @@ class SwinV2MoEPreTrainedModel(PreTrainedModel):
         """Save as transformers does. Raises ValueError where experts are spread over ranks: each holds a part."""
         if any(isinstance(module, Experts) and module.cut != WHOLE for module in self.modules()):
             raise ValueError(
-                "the experts are spread over ranks: write a checkpoint with synchromesh.checkpoint.store, and load it "
+                "the experts are spread over ranks: write a checkpoint with synchromesh.parallel.store, and load it "
                 "into a model on one rank"
             )
         super().save_pretrained(*arguments, **named)

@@ -16,9 +16,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed import ProcessGroup, ReduceOp
 
-from synchromesh.comm import collectives
-from synchromesh.comm.all_to_all import all_to_all_between
-from synchromesh.comm.collectives import InFlight
 from synchromesh.compat.tutel.communicate.groups import get_world_size, grid_of, members
 from synchromesh.compat.tutel.communicate.plain import (
     simple_all_gather,
@@ -26,7 +23,10 @@ from synchromesh.compat.tutel.communicate.plain import (
     simple_reduce_scatter,
     simple_split,
 )
-from synchromesh.lattice import two_level_refusal
+from synchromesh.parallel.comm import collectives
+from synchromesh.parallel.comm.all_to_all import all_to_all_between
+from synchromesh.parallel.comm.collectives import InFlight
+from synchromesh.planning.lattice import two_level_refusal
 
 OnTensor = Callable[[Tensor], Tensor]
 

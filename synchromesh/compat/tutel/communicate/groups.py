@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from synchromesh.comm.grid import Grid
+from synchromesh.parallel.comm.grid import Grid
 
 # What was made for a group, while the process lives: scripts ask again and again, and expect the same groups.
 _MADE: dict[tuple[Any, ...], Any] = {}

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
-from synchromesh.comm import collectives
 from synchromesh.compat.tutel.communicate.groups import get_world_rank, members
+from synchromesh.parallel.comm import collectives
 
 
 def simple_all_reduce(

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from synchromesh.comm import collectives
 from synchromesh.compat.tutel.communicate.groups import get_world_size, members
 from synchromesh.compat.tutel.communicate.plain import simple_all_gather
+from synchromesh.parallel.comm import collectives
 
 
 def batch_all_to_all_v(

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from synchromesh.compat.tutel.experts.share import Share, TutelExperts
-from synchromesh.experts import Activation
 from synchromesh.kernels import Kernels
+from synchromesh.moe.experts import Activation
 
 
 class LlamaExperts(TutelExperts):

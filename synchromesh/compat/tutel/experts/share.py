@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from synchromesh.experts import Cut, Experts
 from synchromesh.kernels import Kernels
+from synchromesh.moe.experts import Cut, Experts
 from synchromesh.types import Routing, RowMap
 
 

@@ -33,11 +33,11 @@ from synchromesh.compat.huggingface.swin.modeling import (
     SwinV2MoEForImageClassification,
     register_swin,
 )
-from synchromesh.experts import Cut, Experts
-from synchromesh.layer import MoE
 from synchromesh.models.swin_v2_moe import swin_v2_moe
-from synchromesh.record import aux_loss
-from synchromesh.routing import CosineRouter
+from synchromesh.moe.experts import Cut, Experts
+from synchromesh.moe.layer import MoE
+from synchromesh.moe.record import aux_loss
+from synchromesh.moe.routing import CosineRouter
 from synchromesh.testing.compare import assert_close
 
 SMALL = {

@@ -4,7 +4,7 @@ from torch import nn
 
 from synchromesh.compat.tutel.experts.build import build_experts
 from synchromesh.compat.tutel.experts.share import Share
-from synchromesh.experts import WHOLE, Cut
+from synchromesh.moe.experts import WHOLE, Cut
 
 ALONE = Share(model_dim=6, num_experts=2, cut=WHOLE)
 SHARED = Share(model_dim=6, num_experts=2, cut=Cut(3, 8))

@@ -1,0 +1,275 @@
+"""Measure a cluster: links by message size, products by shape, memory, and what does not depend on the size.
+
+All ranks measure at once, as they work at once in training; a profile holds their mean.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from synchromesh.moe.experts import MLPExperts
+from synchromesh.moe.layer import MoE
+from synchromesh.moe.routing import TopKRouter
+from synchromesh.parallel.comm.collectives import all_to_all
+from synchromesh.parallel.comm.grid import Grid
+from synchromesh.parallel.sharded import Sharded
+from synchromesh.planning.cluster import ClusterProfile, Curve, Link, Matmul
+from synchromesh.types import Plan, Workload
+
+SHAPES = [(16, 256, 256), (64, 512, 256), (256, 256, 512), (128, 1024, 512), (512, 512, 512), (1024, 1024, 1024)]
+SIZES = [1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24]  # bytes of a message
+LONGEST = 0.5  # seconds of a message; larger ones are left to the last slope
+ROUNDS = 7
+STAGES = ("products", "links", "layer", "overlap")
+
+
+def measure(grid: Grid, name: str, *, device: torch.device, begins: Callable[[str], None]) -> ClusterProfile:
+    """Return this cluster's profile; every rank calls it, and all get the same.
+
+    Args:
+        begins: told each of `STAGES` as it begins.
+    """
+    meter = _Meter(grid, device)
+    begins("products")
+    dtypes = [torch.float32, torch.bfloat16]
+    matmul = {str(dtype).removeprefix("torch."): meter.matmul(dtype) for dtype in dtypes}
+    begins("links")
+    node, network = meter.links()
+    begins("layer")
+    start = (network if grid.nodes > 1 else node).start
+    alone = meter.layer(4, 16, 16, 16)
+    kernel = meter.kernel()
+    memory_rate = meter.memory_rate(matmul["float32"], kernel, alone)
+    step, chunk = alone, (0.0, 0.0)
+    if grid.size > 1:  # less what travels: counts, rows there and back; gradients there and back
+        plain, pieces = meter.exchanging(1), meter.exchanging(4)
+        step = (max(alone[0], plain[0] - 3 * start), max(alone[1], plain[1] - 2 * start))
+        chunk = tuple(max(0.0, (many - one) / 3 - 2 * start) for many, one in zip(pieces, plain, strict=True))
+    begins("overlap")
+    slowed = meter.slowed() if grid.size > 1 else (1.0, 1.0)
+    seen = (
+        f"measured on {device_name(device)}, torch {torch.__version__}, {grid.size} ranks, {grid.ranks_per_node} a node"
+    )
+    links = {"node": seen if grid.ranks_per_node > 1 else "not measured: one rank a node"}
+    links["network"] = seen if grid.nodes > 1 else "not measured: one node"
+    fields = ("memory_bytes", "memory_rate", "kernel", "step", "chunk", "matmul", "slowed")
+    return ClusterProfile(
+        name=name,
+        about=f"{grid.nodes} nodes of {grid.ranks_per_node} ranks",
+        per_node=grid.ranks_per_node,
+        backend="nccl" if device.type == "cuda" else "gloo",
+        memory_bytes=_memory_bytes(device, grid.ranks_per_node),
+        memory_rate=memory_rate,
+        kernel=kernel,
+        step=step,
+        chunk=(chunk[0], chunk[1]),
+        matmul=matmul,
+        node=node,
+        network=network,
+        slowed=slowed,
+        sources={**dict.fromkeys(fields, seen), **links},
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a measurement ran on."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+
+
+def fitted(seconds: Sequence[tuple[tuple[int, int, int], float]]) -> Matmul:
+    """Return the law of `Matmul` that is nearest to measured products (m, n, k), in the mean of squared logarithms."""
+
+    def errors(half: float) -> tuple[float, float]:
+        bare = Matmul(peak=1.0, half=half)
+        logs = [math.log(bare.seconds(*shape) / taken) for shape, taken in seconds]
+        return statistics.pvariance(logs), math.exp(statistics.mean(logs))
+
+    half = min((2 ** (power / 4) for power in range(48)), key=lambda half: errors(half)[0])
+    return Matmul(peak=errors(half)[1], half=half)
+
+
+class _Meter:
+    """Times things on all ranks of a grid."""
+
+    def __init__(self, grid: Grid, device: torch.device) -> None:
+        self.grid, self.device = grid, device
+
+    def seconds(self, run: Callable[[], object], *, rounds: int = ROUNDS) -> float:
+        """Return the median time of a run, the mean over ranks."""
+        run()
+        times = []
+        for _ in range(rounds):
+            self._together()
+            start = time.perf_counter()
+            run()
+            self._finished()
+            times.append(time.perf_counter() - start)
+        return self._mean(statistics.median(times))
+
+    def matmul(self, dtype: torch.dtype) -> Matmul:
+        found = []
+        for m, n, k in SHAPES:
+            a, b = (torch.randn(size, device=self.device, dtype=dtype) for size in ((m, k), (k, n)))
+            out = torch.empty(m, n, device=self.device, dtype=dtype)
+            count = max(1, round(2e8 / (m * n * k)))
+
+            def products(a: Tensor = a, b: Tensor = b, out: Tensor = out, count: int = count) -> None:
+                for _ in range(count):
+                    torch.mm(a, b, out=out)
+
+            found.append(((m, n, k), self.seconds(products) / count))
+        return fitted(found)
+
+    def kernel(self) -> float:
+        """Return what one more expert costs a forward, for each of its two products."""
+        many, few = (self.layer(experts, 64, 16, 16)[0] for experts in (64, 4))
+        return max(1e-7, (many - few) / 60 / 2)
+
+    def memory_rate(self, matmul: Matmul, kernel: float, step: tuple[float, float]) -> float:
+        """Return at which rate one process's layer moves what is not products, by the count of `tuning.cost`."""
+        work = Workload(4096, 2, 256, 256, 4, torch.float32, training=True)
+        taken = sum(self.layer(work.experts, work.rows, work.width, work.hidden, k=work.choices)) - sum(step)
+        each = matmul.seconds(work.rows * work.choices / work.experts, work.hidden, work.width) + kernel
+        bare = taken - 3 * 2 * work.experts * each
+        rows = work.rows * work.choices
+        numbers = 2 * (2 * work.rows * work.width + 2 * rows * work.width + 2 * rows * work.hidden)
+        return 4 * numbers / max(bare, taken / 10)
+
+    def layer(self, experts: int, tokens: int, width: int, hidden: int, *, k: int = 1) -> tuple[float, float]:
+        """Return the seconds of forward and backward of a layer in this process alone."""
+        layer = MoE(TopKRouter(width, experts, k=k), MLPExperts(experts, width, hidden=hidden)).to(self.device)
+        return self._passes(layer, tokens, width)
+
+    def exchanging(self, chunks: int) -> tuple[float, float]:
+        """Return the seconds of forward and backward of a layer over all ranks with next to nothing to do."""
+        experts, strategy = self.grid.size, Sharded(self.grid, plan=Plan(chunks=chunks))
+        layer = MoE(TopKRouter(16, experts), MLPExperts(experts, 16, hidden=16), strategy=strategy).to(self.device)
+        return self._passes(layer, 16, 16)
+
+    def _passes(self, layer: MoE, tokens: int, width: int) -> tuple[float, float]:
+        x = torch.randn(tokens, width, device=self.device, requires_grad=True)
+        kept: list[Tensor] = []
+
+        def forward() -> None:
+            kept[:] = [layer(x).sum()]
+
+        def both() -> None:
+            forward()
+            kept[0].backward()
+
+        taken = self.seconds(forward, rounds=3 * ROUNDS)
+        return taken, max(0.0, self.seconds(both, rounds=3 * ROUNDS) - taken)
+
+    def links(self) -> tuple[Link, Link]:
+        grid = self.grid
+        node, place = divmod(grid.rank, grid.ranks_per_node)
+        found: dict[str, Link] = {}
+        if grid.ranks_per_node > 1:
+            inside = tuple(range(node * grid.ranks_per_node, (node + 1) * grid.ranks_per_node))
+            found["node"] = self._link(grid.axis(inside), place, sends=True)
+        if grid.nodes > 1:
+            comb = grid.axis(tuple(range(place, grid.size, grid.ranks_per_node)))
+            across = self._link(comb, node, sends=place == 0)
+            found["network"] = Link(across.start, across.message, self._node_rate(comb))
+        alone = Link(0.0, Curve(((0.0, 0.0), (1.0, 0.0))))
+        node_link = found.get("node", found.get("network", alone))
+        return node_link, found.get("network", node_link)
+
+    def slowed(self) -> tuple[float, float]:
+        """Return how much longer products and an exchange take beside one another."""
+        a = torch.randn(512, 512, device=self.device)
+        sent = torch.zeros(self.grid.size, 1 << 16, device=self.device)
+
+        def exchange() -> None:
+            all_to_all(sent, self.grid.group).wait()
+
+        alone = self.seconds(exchange)
+        one = self.seconds(lambda: a @ a, rounds=3 * ROUNDS)
+        count = max(1, round(alone / one))
+
+        def work() -> None:
+            for _ in range(count):
+                a @ a  # pyright: ignore[reportUnusedExpression]
+
+        times: list[float] = []
+
+        def both() -> None:
+            flight = all_to_all(sent, self.grid.group)
+            start = time.perf_counter()
+            work()
+            self._finished()
+            times.append(time.perf_counter() - start)
+            flight.wait()
+
+        working, together = self.seconds(work), self.seconds(both)
+        beside = self._mean(statistics.median(times))
+        return max(1.0, beside / working), max(1.0, together / max(alone, beside))
+
+    def _link(self, group: ProcessGroup | None, place: int, *, sends: bool) -> Link:
+        """Measure messages between the first two members of a group; all others have nothing to send."""
+        assert group is not None
+        to = [int(sends and place < 2 and other == 1 - place) for other in range(group.size())]
+
+        def seconds(size: int) -> float:
+            rows, splits = torch.zeros(sum(to), max(1, size // 4), device=self.device), list(to)
+            return self._exchanged(lambda: all_to_all(rows, group, splits, splits).wait(), counts=sum(to) > 0)
+
+        start, points = seconds(8), [(0.0, 0.0)]
+        for size in SIZES:
+            taken = seconds(size)
+            points.append((float(size), max(points[-1][1], taken - start)))
+            if taken > LONGEST:
+                break
+        return Link(start, Curve(tuple(points)))
+
+    def _node_rate(self, group: ProcessGroup | None) -> float:
+        """Return the bytes per second that all ranks of a node send to the others together."""
+        size, taken = 1 << 18, 0.0
+        while taken < LONGEST / 10 and size < 1 << 26:
+            size *= 2
+            rows = torch.zeros(self.grid.nodes, size // 4, device=self.device)
+            taken = self._exchanged(lambda rows=rows: all_to_all(rows, group).wait(), counts=True)
+        return self.grid.ranks_per_node * (self.grid.nodes - 1) * size / taken
+
+    def _exchanged(self, exchange: Callable[[], object], *, counts: bool) -> float:
+        """Return the median seconds of an exchange, the mean over the ranks that count."""
+        times = []
+        for _ in range(ROUNDS):
+            self._together()
+            start = time.perf_counter()
+            exchange()
+            self._finished()
+            times.append(time.perf_counter() - start)
+        return self._mean(statistics.median(times[2:]), counts=counts)
+
+    def _together(self) -> None:
+        self._finished()
+        if self.grid.group is not None:
+            dist.barrier(self.grid.group)
+
+    def _finished(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _mean(self, value: float, *, counts: bool = True) -> float:
+        if self.grid.group is None:
+            return value
+        numbers = torch.tensor([value if counts else 0.0, float(counts)], device=self.device, dtype=torch.float64)
+        dist.all_reduce(numbers, group=self.grid.group)
+        return float(numbers[0] / numbers[1])
+
+
+def _memory_bytes(device: torch.device, ranks: int) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks

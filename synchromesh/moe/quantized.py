@@ -1,0 +1,130 @@
+"""Experts of 8 bits, for inference: a quarter of float32's bytes to hold, and to read for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from synchromesh.kernels import Kernels, MLPWeights, QuantizedMLP, quantize
+from synchromesh.kernels.quantized_mlp.reference import LARGEST
+from synchromesh.moe.experts import Cut, Experts, StackedExperts
+from synchromesh.types import Routing, RowMap
+
+
+class QuantizedExperts(Experts):
+    """Feed-forward experts whose matrices are int8 or float8 numbers, with a float32 scale for each channel.
+
+        W[e, i, o] = numbers[e, i, o] * scale[e, o],   scale[e, o] = max_i |W[e, i, o]| / largest number
+
+    They have no parameters, only buffers; gradients flow to the input. Their parts are not pooled: each rank holds
+    whole experts. Dropout is left out.
+
+    Args:
+        experts: `MLPExperts` or `GatedMLPExperts`. dtype: torch.int8 or torch.float8_e4m3fn.
+
+    Raises:
+        ValueError: another dtype; weights that are not finite; a cut through experts.
+    """
+
+    def __init__(self, experts: StackedExperts, dtype: torch.dtype = torch.int8) -> None:
+        super().__init__()
+        parts = dict(experts.named_parameters(recurse=False))
+        if len(parts["up"]) * experts.cut.count != experts.num_experts:
+            raise ValueError(f"got experts cut into shards ({experts.cut}), wanted whole ones: quantize before cutting")
+        self.num_experts, self.width, self.hidden = experts.num_experts, experts.width, experts.hidden
+        self.activation, self.cut = experts.activation, experts.cut
+        mlp = quantize(MLPWeights(**{name: part.detach() for name, part in parts.items()}), dtype)
+        for name, part in vars(mlp).items():
+            self.register_buffer(name, part if part is None else part.clone())
+
+    def parts(self) -> dict[str, Tensor]:
+        return {}
+
+    def hold(self, cut: Cut) -> None:
+        if cut == self.cut:
+            return
+        if self.cut.count > 1 or self.num_experts % cut.count:
+            raise ValueError(
+                f"got {cut} of {self.num_experts} quantized experts held as {self.cut}, wanted whole experts in equal "
+                "numbers: take as many experts as ranks, or a multiple"
+            )
+        for name, part in self.named_buffers():
+            setattr(self, name, part.chunk(cut.count)[cut.index].clone())
+        self.cut = cut
+
+    def compute(
+        self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " L"], weights: Mapping[str, Tensor], kernels: Kernels
+    ) -> Float[Tensor, "R D"]:
+        rowmap = RowMap.of_rows(rows.shape[0], ends)
+        return kernels.quantized_mlp(rows, rows.new_ones(rows.shape[0], 1), rowmap, self._mlp(), self.activation)
+
+    def fused(
+        self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, weights: Mapping[str, Tensor], kernels: Kernels
+    ) -> Float[Tensor, "T D"]:
+        return kernels.quantized_mlp(x, routing.weights, rowmap, self._mlp(), self.activation)
+
+    def direct(
+        self, x: Float[Tensor, "T D"], routing: Routing, weights: Mapping[str, Tensor], kernels: Kernels
+    ) -> Float[Tensor, "T D"] | None:
+        ids = routing.expert_ids
+        if torch.is_grad_enabled() or not kernels.prefers_direct(ids.numel(), len(self._mlp().up), self.activation):
+            return None
+        return kernels.direct_mlp(x, routing.weights, ids, self._mlp(), self.activation)
+
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state_dict: Mapping[str, Tensor], prefix: str, *others: Any
+    ) -> None:
+        """Refuse numbers of another kind, which would be cast: they mean nothing to these scales."""
+        for name, own in self.named_buffers():
+            given = state_dict.get(prefix + name, own)
+            if given.dtype != own.dtype and own.dtype in LARGEST:
+                *_, errors = others
+                errors.append(
+                    f"{prefix}{name} is {given.dtype}, wanted {own.dtype}: call quantize_experts with that dtype, or "
+                    "load the weights before they are quantized"
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedExperts:
+        """Keep dtypes where a model is converted as a whole: numbers would widen, scales lose digits."""
+
+        def moved(part: Tensor) -> Tensor:
+            new = fn(part)
+            return new if new.dtype == part.dtype else part.to(new.device)
+
+        return super()._apply(moved, recurse)
+
+    def _mlp(self) -> QuantizedMLP:
+        return QuantizedMLP(**dict(self.named_buffers()))
+
+
+def quantize_experts(model: nn.Module, dtype: torch.dtype = torch.int8) -> list[str]:
+    """Replace the experts of every MoE layer of a model by quantized ones, in place; return their names.
+
+    Args:
+        model: any model with `MLPExperts` or `GatedMLPExperts` in it. dtype: torch.int8 or torch.float8_e4m3fn.
+
+    Raises:
+        ValueError: there are none; or as `QuantizedExperts`.
+
+    >>> from synchromesh import MLPExperts, MoE, TopKRouter
+    >>> moe = MoE(TopKRouter(8, 4), MLPExperts(4, 8, hidden=16))
+    >>> quantize_experts(moe)
+    ['experts']
+    """
+    found = [
+        (f"{path}.{name}".lstrip("."), parent, name, child)
+        for path, parent in model.named_modules()
+        for name, child in parent.named_children()
+        if isinstance(child, StackedExperts)
+    ]
+    if not found:
+        raise ValueError(f"quantize_experts found no MLPExperts or GatedMLPExperts in {type(model).__name__}")
+    for _, parent, name, child in found:
+        setattr(parent, name, QuantizedExperts(child, dtype).train(child.training))
+    return [path for path, *_ in found]

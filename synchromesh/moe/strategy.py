@@ -1,0 +1,136 @@
+"""Strategy: where rows are computed. `Local` computes them where the tokens are."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from synchromesh.kernels import Kernels, kernels_for
+from synchromesh.moe.capacity import Capacity
+from synchromesh.moe.experts import WHOLE, Experts
+from synchromesh.types import Plan, Routing, RowMap, Workload
+
+
+class Strategy(ABC):
+    """Runs routed tokens through experts, wherever these are. The result never depends on the plan."""
+
+    @abstractmethod
+    def adopt(self, experts: Experts) -> None:
+        """Let experts hold what this rank owns of them, once, before their first forward.
+
+        Raises:
+            ValueError: they cannot be cut so, or are cut already.
+        """
+
+    @abstractmethod
+    def choose(self, workload: Workload, capacity: Capacity) -> Plan:
+        """Return the plan for this forward, the same on all ranks."""
+
+    @abstractmethod
+    def plans(self) -> Iterable[Plan]:
+        """Return every plan there is, legal or not."""
+
+    @abstractmethod
+    def refusal(self, plan: Plan, workload: Workload, capacity: Capacity) -> str | None:
+        """Return why a plan cannot run; None where it can."""
+
+    def legal_plans(self, workload: Workload, capacity: Capacity) -> dict[Plan, str | None]:
+        """Return each plan considered, with None where it is legal or the reason why it is refused."""
+        return {plan: self.refusal(plan, workload, capacity) for plan in self.plans()}
+
+    @abstractmethod
+    def run(
+        self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, experts: Experts, plan: Plan
+    ) -> Float[Tensor, "T D"]:
+        """Compute y[t] = sum_k weights[t, k] * expert[ids[t, k]](x[t]) over the kept pairs."""
+
+    def direct(self, x: Float[Tensor, "T D"], routing: Routing, experts: Experts) -> Float[Tensor, "T D"] | None:
+        """Compute y of all pairs without a map of rows; None where `run` is the way."""
+        return None
+
+    @abstractmethod
+    def agree_max(self, value: Tensor) -> Tensor:
+        """Return the maximum over ranks, without gradient."""
+
+    @abstractmethod
+    def agree_sum(self, value: Tensor) -> Tensor:
+        """Return the sum over ranks, with gradient."""
+
+    def take_waited(self) -> float:
+        """Return the seconds that compute waited for the network since the last call."""
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Local(Strategy):
+    """One process holds all experts.
+
+    Attributes:
+        kernels: None takes the fastest of the device; two constructions make an A/B test.
+    """
+
+    kernels: Kernels | None = None
+
+    def adopt(self, experts: Experts) -> None:
+        if experts.cut != WHOLE:
+            raise ValueError(f"Local wants all experts, got experts that hold {experts.cut}: give them their strategy")
+
+    def choose(self, workload: Workload, capacity: Capacity) -> Plan:
+        return Plan()
+
+    def plans(self) -> Iterable[Plan]:
+        return (Plan(),)
+
+    def refusal(self, plan: Plan, workload: Workload, capacity: Capacity) -> str | None:
+        return None if plan == Plan() else f"Local runs on one rank and knows {Plan()} only"
+
+    def run(
+        self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, experts: Experts, plan: Plan
+    ) -> Float[Tensor, "T D"]:
+        kernels, dtype = self.kernels or kernels_for(x.device), compute_dtype(x)
+        whole = {name: part.to(dtype) for name, part in _whole(experts).items()}
+        return compute_here(x.to(dtype), routing, rowmap, experts, whole, kernels)
+
+    def direct(self, x: Float[Tensor, "T D"], routing: Routing, experts: Experts) -> Float[Tensor, "T D"] | None:
+        kernels = self.kernels or kernels_for(x.device)
+        return experts.direct(x, routing, _whole(experts), kernels)  # which casts only what it runs
+
+    def agree_max(self, value: Tensor) -> Tensor:
+        return value
+
+    def agree_sum(self, value: Tensor) -> Tensor:
+        return value
+
+
+def _whole(experts: Experts) -> dict[str, Tensor]:
+    """Return the parts seen with dim 0 = E."""
+    return {name: part.unflatten(0, (experts.num_experts, -1)) for name, part in experts.parts().items()}
+
+
+def compute_here(
+    x: Float[Tensor, "T D"],
+    routing: Routing,
+    rowmap: RowMap,
+    experts: Experts,
+    weights: Mapping[str, Tensor],
+    kernels: Kernels,
+) -> Float[Tensor, "T D"]:
+    """Run tokens whose experts are all here, with weights seen with dim 0 = E: fused where there is such a pass."""
+    y = experts.fused(x, routing, rowmap, weights, kernels)
+    if y is not None:
+        return y
+    rows = experts.compute(kernels.gather(x, rowmap), rowmap.ends, weights, kernels)
+    return kernels.combine(rows, routing.weights, rowmap)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that experts compute in: autocast's where it is on (it leaves float64 alone), else x's."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype

@@ -1,0 +1,183 @@
+"""Seconds of one layer under a plan, predicted from a cluster's profile. Pure Python, thousands of plans a second.
+
+Collectives queue on the links, products on the device, in the order in which `parallel.pipeline` issues them; what the
+device waits for is the exposed communication. Skewed routing counts through the rank that gets most rows: pooling the
+weights of more experts evens its load out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from synchromesh.planning.cluster import ClusterProfile, Link
+from synchromesh.planning.lattice import Ranks, row_copies
+from synchromesh.planning.traffic import Collective, Traffic, kept_pairs, traffic
+from synchromesh.types import Plan, Workload
+
+BACKWARD = 2  # products for the gradients of rows and of weights, over those of forward
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Where the time of one pass goes, on the slowest rank.
+
+    Attributes:
+        route: scores, positions, and what does not depend on the size. permute: rows to and from their buffers.
+        matmul: of experts. exchange, gather: of rows and of weights, as if alone on the links.
+        exposed: how long the device waits for them. total: route + permute + matmul + exposed.
+    """
+
+    route: float
+    permute: float
+    matmul: float
+    exchange: float
+    gather: float
+    exposed: float
+
+    @property
+    def total(self) -> float:
+        return self.route + self.permute + self.matmul + self.exposed
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(
+            self.route + other.route,
+            self.permute + other.permute,
+            self.matmul + other.matmul,
+            self.exchange + other.exchange,
+            self.gather + other.gather,
+            self.exposed + other.exposed,
+        )
+
+
+NOTHING = Seconds(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def forward_and_backward(work: Workload, plan: Plan, ranks: Ranks, profile: ClusterProfile) -> tuple[Seconds, Seconds]:
+    """Predict both passes of a legal plan; the backward of inference is 0."""
+    model = _Model(work, plan, ranks, profile)
+    return model.forward(), model.backward() if work.training else NOTHING
+
+
+def step_seconds(work: Workload, plan: Plan, ranks: Ranks, profile: ClusterProfile) -> float:
+    """Predict the seconds of a layer's forward and, in training, its backward."""
+    forward, backward = forward_and_backward(work, plan, ranks, profile)
+    return forward.total + backward.total
+
+
+def load_of_busiest(work: Workload, plan: Plan, ranks: Ranks) -> float:
+    """Return the rows of the rank that gets most over the mean, where one expert gets 2**skew times the mean."""
+    hot, experts = min(2.0**work.skew, work.experts), work.experts
+    held = max(1.0, experts * row_copies(ranks.size, experts, plan) / (ranks.size // plan.gather))
+    if experts == 1 or held >= experts:
+        return 1.0
+    others = (experts - hot) / (experts - 1)
+    return max(1.0, (hot + (held - 1) * others) / held)
+
+
+class _Model:
+    """One layer, one plan."""
+
+    def __init__(self, work: Workload, plan: Plan, ranks: Ranks, profile: ClusterProfile) -> None:
+        self.work, self.plan, self.ranks, self.profile = work, plan, ranks, profile
+        self.sent: Traffic = traffic(work, plan, ranks)
+        self.load = load_of_busiest(work, plan, ranks) if plan.ragged else 1.0
+        self.speed = profile.rate_of(str(work.dtype).removeprefix("torch."))
+        self.gather = self._together(self.sent.gather)
+        self.scatter = self._together(self.sent.scatter)
+        self.exchange = self._together(self.sent.there) * self.load
+        self.permute = self._permute()
+        self.matmul = self._matmul() / self.sent.chunks
+
+    def forward(self) -> Seconds:
+        counts = self._together(self.sent.counts)
+        exposed = self._exposed(first=self.gather, last=0.0, compute=self.matmul)
+        exchange = 2 * self.exchange * self.sent.chunks
+        route = self._route() + self._fixed(0)
+        return Seconds(
+            route, self.permute, self.matmul * self.sent.chunks, exchange + counts, self.gather, exposed + counts
+        )
+
+    def backward(self) -> Seconds:
+        again = self.gather if self.plan.regather else 0.0
+        compute = BACKWARD * self.matmul
+        exposed = self._exposed(first=again, last=self.scatter, compute=compute)
+        exchange = 2 * self.exchange * self.sent.chunks
+        route = BACKWARD * self._route() + self._fixed(1)
+        return Seconds(route, self.permute, compute * self.sent.chunks, exchange, again + self.scatter, exposed)
+
+    def _exposed(self, *, first: float, last: float, compute: float) -> float:
+        """Return how long the device waits: for weights and pieces, for the way back, for the gradients of weights."""
+        chunks = self.sent.chunks
+        overlapping = chunks > 1 and self.exchange > 0
+        slow_compute, slow_wire = self.profile.slowed if overlapping else (1.0, 1.0)
+        piece, work = self.exchange * slow_wire, compute * slow_compute
+        leaves = 0.0 if self._apart() else first
+        device, back = first, leaves + piece * chunks  # the way back begins when all pieces have been sent there
+        for chunk in range(chunks):
+            device = max(device, leaves + piece * (chunk + 1)) + work
+            back = max(back, device) + piece
+        end = max(device, back)
+        end = max(end, device + last) if self._apart() else end + last
+        return max(0.0, end - compute * chunks)
+
+    def _apart(self) -> bool:
+        """Whether weights and rows travel on different links."""
+        crossing = [one.group.far > 0 for one in (*self.sent.gather[:1], *self.sent.there[-1:])]
+        return len(crossing) == 2 and crossing[0] != crossing[1]
+
+    def _fixed(self, backward: int) -> float:
+        return self.profile.step[backward] + self.profile.chunk[backward] * (self.sent.chunks - 1)
+
+    def _route(self) -> float:
+        work = self.work
+        scores = self.speed.seconds(work.rows, work.experts, work.width)
+        return scores + 4 * work.rows * work.experts * 4 / self.profile.memory_rate
+
+    def _permute(self) -> float:
+        """Return the time to move rows: once on each side of each exchange, by the combine, by the activation."""
+        work = self.work
+        passes = (10 if self.plan.two_level else 6) if self.sent.there else 2
+        rows = (self.sent.rows if self.sent.there else kept_pairs(work)) * self.load
+        copies = row_copies(self.ranks.size, work.experts, self.plan) if self.sent.there else 1
+        activated = 2 * rows * work.hidden / copies * (work.matrices - 1)
+        numbers = 2 * work.rows * work.width + passes * rows * work.width + activated
+        return numbers * work.dtype.itemsize / self.profile.memory_rate
+
+    def _matmul(self) -> float:
+        """Products of all pieces of a forward, at least as long as memory takes to give what they read and write."""
+        work, ranks = self.work, self.ranks
+        copies, members = row_copies(ranks.size, work.experts, self.plan), ranks.size // self.plan.gather
+        experts = work.experts * copies / members  # on this rank, whole or in shards
+        hidden = work.hidden / copies
+        rows = (self.sent.rows if self.sent.there else kept_pairs(work)) * self.load
+        each, chunks = rows / experts, self.sent.chunks
+        one = self.speed.seconds(each / chunks, hidden, work.width)
+        products = work.matrices * experts * chunks * (one + self.profile.kernel)
+        weights = experts * work.matrices * hidden * work.width * chunks
+        moved = weights + rows * (2 * work.width + work.matrices * hidden)
+        return max(products, moved * work.dtype.itemsize / self.profile.memory_rate)
+
+    def _together(self, several: tuple[Collective, ...]) -> float:
+        return sum((self._seconds(one) for one in several), 0.0)
+
+    def _seconds(self, one: Collective) -> float:
+        """Return the time of a collective alone on its links."""
+        group, profile = one.group, self.profile
+        crossing = group.far > 0
+        start = (profile.network if crossing else profile.node).start
+        if one.kind == "all_to_all" or (one.kind == "reduce_scatter" and profile.backend == "gloo"):
+            near = group.near * profile.node.message.at(one.size)
+            crowded = 1 + profile.network.crowding * group.far if group.near else 1.0
+            far = group.far * profile.network.message.at(one.size * crowded)
+            return start + max(near, far, _shared(profile.network, one.size * group.crossing))
+        steps = group.size - 1
+        near = steps * profile.node.message.at(one.size)
+        if not crossing:
+            return start + near
+        rails = group.near + 1 if profile.backend == "nccl" else 1  # NCCL lays a ring over every link of a node
+        far = steps * profile.network.message.at(one.size / rails)
+        return start + max(near, far, _shared(profile.network, one.size * steps * group.ring))
+
+
+def _shared(link: Link, size: float) -> float:
+    return 0.0 if link.node_rate is None else size / link.node_rate

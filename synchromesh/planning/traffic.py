@@ -1,0 +1,155 @@
+"""What a plan sends: every collective of one layer's forward and backward, its group and its bytes. Exact arithmetic.
+
+Rows are counted as balanced over the experts; `testing` compares with what ranks really send.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from synchromesh.planning.lattice import Ranks, row_copies
+from synchromesh.types import Plan, Workload
+
+Kind = Literal["all_to_all", "all_gather", "reduce_scatter"]
+COUNT = 8  # bytes of a count of rows
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks of one collective, as a rank of the first node sees them.
+
+    Attributes:
+        size: ranks. near: others on the same node. crossing: of every node's ranks together, messages to ranks on
+            other nodes in an all-to-all. ring: edges of all the node's groups that leave it, each rank sending to
+            the next.
+    """
+
+    size: int
+    near: int
+    crossing: int
+    ring: int
+
+    @property
+    def far(self) -> int:
+        return self.size - 1 - self.near
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective call of a rank. size: bytes to each member of the group (its own part, where it gathers)."""
+
+    kind: Kind
+    group: Group
+    size: float
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a rank sends to others."""
+        return self.size * (self.group.size - 1)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one forward and its backward send.
+
+    Attributes:
+        counts: sent before the rows, where they are ragged. there: of one chunk towards the experts, level by level;
+            the way back is the same in reverse. gather: of each parameter tensor. chunks, regather: of the plan.
+        rows: sent by a rank in all chunks, those for itself included.
+    """
+
+    counts: tuple[Collective, ...]
+    there: tuple[Collective, ...]
+    gather: tuple[Collective, ...]
+    chunks: int
+    regather: bool
+    rows: float
+
+    @property
+    def scatter(self) -> tuple[Collective, ...]:
+        """The reduce-scatters of the gradients."""
+        return tuple(Collective("reduce_scatter", one.group, one.size) for one in self.gather)
+
+    def leaving_a_node(self, backend: str, *, training: bool = True) -> float:
+        """Return the bytes that the ranks of a node send to other nodes in one forward, and its backward."""
+        exchanged = sum(one.size * one.group.crossing for one in self.there) * self.chunks
+        counted = sum(one.size * one.group.crossing for one in self.counts)
+        gathered = sum(one.size * (one.group.size - 1) * one.group.ring for one in self.gather)
+        summed = sum(one.size * one.group.crossing for one in self.scatter)
+        scattered = summed if backend == "gloo" else gathered
+        if not training:
+            return counted + 2 * exchanged + gathered
+        return counted + 4 * exchanged + gathered * (2 if self.regather else 1) + scattered
+
+
+def traffic(work: Workload, plan: Plan, ranks: Ranks) -> Traffic:
+    """Return what a legal plan sends."""
+    members, element = ranks.size // plan.gather, work.dtype.itemsize
+    pool = _gather_group(ranks, plan)
+    parts = [numbers * work.experts / ranks.size * element for numbers in work.parts_per_expert]
+    gather = tuple(Collective("all_gather", pool, part) for part in parts) if plan.gather > 1 else ()
+    if members == 1:
+        return Traffic((), (), gather, 1, plan.regather, 0.0)
+    copies = row_copies(ranks.size, work.experts, plan)
+    slots = work.experts * copies / members  # local experts, whole or in shards
+    to_each = rows_to_each(work, plan, ranks) / plan.chunks
+    there = _levels(ranks, plan, to_each * work.width * element)
+    counts = _levels(ranks, plan, slots * COUNT) if plan.ragged else ()
+    return Traffic(counts, there, gather, plan.chunks, plan.regather, to_each * plan.chunks * members)
+
+
+def kept_pairs(work: Workload) -> float:
+    """Return the (token, choice) pairs of a rank that a capacity leaves."""
+    pairs = work.rows * work.choices
+    return float(pairs if work.capacity is None else min(pairs, work.capacity * work.experts))
+
+
+def rows_to_each(work: Workload, plan: Plan, ranks: Ranks) -> float:
+    """Return the rows that a rank sends to each member of its exchange group, itself included."""
+    members = ranks.size // plan.gather
+    slots = work.experts * row_copies(ranks.size, work.experts, plan) / members
+    if work.capacity is None or plan.ragged:
+        return slots * kept_pairs(work) / work.experts
+    return slots * max(1, math.ceil(work.capacity / plan.chunks)) * plan.chunks
+
+
+def _levels(ranks: Ranks, plan: Plan, size: float) -> tuple[Collective, ...]:
+    group = _exchange_group(ranks, plan)
+    if not plan.two_level:
+        return (Collective("all_to_all", group, size),)
+    inside = group.near + 1
+    nodes = group.size // inside
+    first = Collective("all_to_all", Group(inside, inside - 1, 0, 0), size * nodes)
+    crossing = (nodes - 1) * ranks.per_node
+    return first, Collective("all_to_all", Group(nodes, 0, crossing, 0), size * inside)
+
+
+def _exchange_group(ranks: Ranks, plan: Plan) -> Group:
+    members = ranks.size // plan.gather
+    return _comb(ranks, plan.gather) if plan.near else _block(ranks, members)
+
+
+def _gather_group(ranks: Ranks, plan: Plan) -> Group:
+    return _block(ranks, plan.gather) if plan.near else _comb(ranks, ranks.size // plan.gather)
+
+
+def _block(ranks: Ranks, size: int) -> Group:
+    """Neighbours in rank order."""
+    node = ranks.per_node
+    near = [min(node, r - r % size + size) - (r - r % size) for r in range(node)]
+    ring = [r + 1 if (r + 1) % size else r + 1 - size for r in range(node)]
+    return _group(size, near, sum(not 0 <= following < node for following in ring))
+
+
+def _comb(ranks: Ranks, stride: int) -> Group:
+    """Every stride-th rank."""
+    node, size = ranks.per_node, ranks.size // stride
+    near = [math.ceil((node - r % stride) / stride) for r in range(node)]
+    ring = [(r + stride) % ranks.size for r in range(node)]
+    return _group(size, near, sum(not following < node for following in ring) if size > 1 else 0)
+
+
+def _group(size: int, near: list[int], ring: int) -> Group:
+    return Group(size, min(near) - 1, sum(size - own for own in near), ring)

@@ -1,0 +1,119 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from synchromesh.data.images import FileImages, MemoryImages, Preprocess
+from synchromesh.data.sources import ImageFolder, MnistDigits, ScikitDigits, take_shots
+from synchromesh.errors import InputError
+
+GREY = Preprocess(image_size=8)
+
+
+def test_mnist_trains_on_the_first_400_of_each_class_and_scores_on_the_last_100() -> None:
+    splits = MnistDigits().load(Preprocess())
+    whole = MnistDigits(held_out=100).load(Preprocess())
+    assert splits.train.labels.bincount().tolist() == [400] * 10
+    assert splits.test.labels.bincount().tolist() == [100] * 10
+    assert isinstance(splits.train, MemoryImages)
+    assert isinstance(whole.test, MemoryImages)
+    assert splits.train.images.shape == (4000, 1, 28, 28)
+    # Held-out images come from the end of the training part, in file order, never from the test images.
+    for label in range(10):
+        train = splits.train.images[splits.train.labels == label]
+        assert torch.equal(whole.test.images[whole.test.labels == label], train[300:])
+
+
+def test_mnist_train_and_test_share_no_image() -> None:
+    splits = MnistDigits().load(Preprocess())
+    assert isinstance(splits.train, MemoryImages)
+    assert isinstance(splits.test, MemoryImages)
+    train = {image.numpy().tobytes() for image in splits.train.images}
+    assert len(train) == 4000
+    assert not any(image.numpy().tobytes() in train for image in splits.test.images)
+
+
+def test_scikit_digits_use_the_whole_grey_range() -> None:
+    splits = ScikitDigits().load(GREY)
+    assert (len(splits.train), len(splits.test)) == (1400, 397)
+    assert torch.stack([splits.train.read(i) for i in range(100)]).max() == 255
+
+
+def test_digits_can_be_given_as_colour() -> None:
+    preprocess = Preprocess(image_size=16, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert ScikitDigits().load(preprocess).train.read(0).shape == (3, 16, 16)
+
+
+def make_folder(root: Path, photo: Callable[..., Path], *, count: int = 10) -> None:
+    for label, name in enumerate(("cat", "dog")):
+        for i in range(count):
+            photo(root / name / f"{i}.png", size=(8, 8), mode="L", seed=100 * label + i)
+
+
+def test_a_folder_of_class_folders_is_split_the_same_way_every_time(tmp_path: Path, photo: Callable[..., Path]) -> None:
+    make_folder(tmp_path, photo)
+    one, two = (ImageFolder(tmp_path, test_share=0.3).load(GREY) for _ in range(2))
+    assert isinstance(one.test, FileImages)
+    assert isinstance(two.test, FileImages)
+    assert isinstance(one.train, FileImages)
+    assert one.test.paths == two.test.paths
+    assert one.test.labels.bincount().tolist() == [3, 3]
+    assert not set(one.test.paths) & set(one.train.paths)
+    assert one.train.classes == ("cat", "dog")
+
+
+def test_train_and_val_folders_are_taken_as_they_are(tmp_path: Path, photo: Callable[..., Path]) -> None:
+    make_folder(tmp_path / "train", photo, count=4)
+    make_folder(tmp_path / "val", photo, count=2)
+    splits = ImageFolder(tmp_path).load(GREY)
+    assert (len(splits.train), len(splits.test)) == (8, 4)
+
+
+def test_other_files_are_no_images(tmp_path: Path, photo: Callable[..., Path]) -> None:
+    make_folder(tmp_path, photo)
+    (tmp_path / "cat" / "notes.txt").write_text("no picture")
+    (tmp_path / ".cache").mkdir()
+    assert len(ImageFolder(tmp_path).load(GREY).train) == 18
+
+
+@pytest.mark.parametrize(
+    ("prepare", "text"),
+    [
+        (lambda root, photo: None, "does not exist"),
+        (lambda root, photo: root.write_text(""), "is a file"),
+        (lambda root, photo: root.mkdir(), "holds no class folders"),
+        (lambda root, photo: (root / "cat").mkdir(parents=True), "holds no images"),
+        (lambda root, photo: make_folder(root / "train", photo), "train/ but no val/"),
+        (lambda root, photo: make_folder(root, photo, count=1), "too few"),
+    ],
+)
+def test_a_wrong_folder_is_said_in_one_line(
+    tmp_path: Path, photo: Callable[..., Path], prepare: Callable[[Path, Callable[..., Path]], object], text: str
+) -> None:
+    prepare(tmp_path / "data", photo)
+    with pytest.raises(InputError, match=text) as caught:
+        ImageFolder(tmp_path / "data").load(GREY)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_that_only_val_has_is_refused(tmp_path: Path, photo: Callable[..., Path]) -> None:
+    make_folder(tmp_path / "train", photo)
+    make_folder(tmp_path / "val", photo)
+    photo(tmp_path / "val" / "emu" / "1.png")
+    with pytest.raises(InputError, match=r"classes that .*train has not: emu"):
+        ImageFolder(tmp_path).load(GREY)
+
+
+def test_shots_are_equal_for_every_class_and_fixed_by_the_seed() -> None:
+    train = ScikitDigits().load(GREY).train
+    one, two, other = (take_shots(train, 5, seed=seed) for seed in (1, 1, 2))
+    assert one.labels.bincount().tolist() == [5] * 10
+    images = [torch.stack([chosen.read(i) for i in range(50)]) for chosen in (one, two, other)]
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
+
+
+def test_too_few_images_for_the_shots_are_said() -> None:
+    with pytest.raises(InputError, match="class 0 has 140 images, wanted 200 shots"):
+        take_shots(ScikitDigits().load(GREY).train, 200, seed=0)

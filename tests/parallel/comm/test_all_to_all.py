@@ -1,0 +1,105 @@
+"""Two levels carry the same rows as one, to the same places, there and back."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from synchromesh.parallel.comm.all_to_all import all_to_all_between, piece, transpose_segments
+from synchromesh.parallel.comm.grid import Grid
+from synchromesh.testing.distributed import run_ranks
+
+
+def carried(ranks_per_node, ranks, chunks, seed):
+    """Exchange by both ways, ragged and even; return whether all arrives and returns alike."""
+    world = Grid.from_group(dist.group.WORLD, ranks_per_node=ranks_per_node)
+    if world.rank not in ranks:
+        return True
+    for trial in range(6):
+        generator = np.random.default_rng([seed, trial])
+        counts = generator.integers(0, 4 if trial else 1, (len(ranks), len(ranks), 3))  # nothing at all at first
+        member = ranks.index(world.rank)
+        own = torch.from_numpy(counts[member])
+        rows = torch.rand(int(own.sum()), 2, dtype=torch.float64)
+        results = []
+        for two_level in (False, True):
+            between = all_to_all_between(world, ranks, two_level=two_level)
+            read = between.exchange_counts(own).numpy()
+            pieces, taken = [], 0
+            for route in between.routes(read, own.numpy(), chunks):
+                part = rows[taken : taken + route.num_sent]
+                taken += route.num_sent
+                there = route.there(part).wait()
+                assert np.array_equal(route.received.sum(0), route.rows_per_expert)
+                assert torch.equal(route.back(there).wait(), part)
+                pieces.append((there, route.received))
+            received = sum(found for _, found in pieces)
+            assert np.array_equal(received, counts[:, member])
+            assert taken == len(rows)
+            even = between.even_route(3, 2)
+            block = torch.full((even.num_sent, 1), float(member))
+            there = even.there(block).wait()
+            assert torch.equal(even.back(there).wait(), block)
+            results.append([*(there for there, _ in pieces), there])
+        assert all(torch.equal(flat, levels) for flat, levels in zip(*results, strict=True))
+    return True
+
+
+@pytest.mark.parametrize(
+    ("world", "ranks_per_node", "ranks"),
+    [
+        (4, 2, (0, 1, 2, 3)),
+        (6, 3, (0, 1, 2, 3, 4, 5)),
+        (6, 3, (0, 2, 3, 5)),
+        (8, 4, (0, 2, 4, 6)),
+        (8, 2, tuple(range(8))),
+    ],
+    ids=str,
+)
+def test_two_levels_carry_what_one_carries(world, ranks_per_node, ranks):
+    assert all(run_ranks(carried, world, ranks_per_node, ranks, 2, 1))
+
+
+def messages(two_level):
+    grid = Grid.from_group(dist.group.WORLD, ranks_per_node=4)
+    between = all_to_all_between(grid, tuple(range(8)), two_level=two_level)
+    sizes = []
+    original = dist.all_to_all_single
+
+    def noted(out, rows, received=None, sent=None, group=None, async_op=False):
+        mine = dist.get_rank(group)
+        for other, size in enumerate(sent or [len(rows) // group.size()] * group.size()):
+            if other != mine and grid.node_of(dist.get_process_group_ranks(group)[other]) != grid.node_of(grid.rank):
+                sizes.append(size)
+        return original(out, rows, received, sent, group=group, async_op=async_op)
+
+    dist.all_to_all_single = noted
+    between.even_route(1, 5).there(torch.zeros(40, 1)).wait()
+    dist.all_to_all_single = original
+    return sizes
+
+
+def test_two_levels_send_few_large_messages_between_nodes():
+    for sizes in run_ranks(messages, 8, False):
+        assert sizes == [5, 5, 5, 5]
+    for sizes in run_ranks(messages, 8, True):
+        assert sizes == [20]
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.randoms(use_true_random=False), st.booleans())
+@settings(deadline=None, max_examples=100)
+def test_segments_are_transposed_whole(first, second, random, even):
+    sizes = np.array([[2 if even else random.randint(0, 3) for _ in range(second)] for _ in range(first)])
+    names = [(a, b, i) for a in range(first) for b in range(second) for i in range(sizes[a, b])]
+    rows = torch.arange(len(names))[:, None]
+    got = [names[int(row)] for row in transpose_segments(rows, sizes)]
+    assert got == sorted(names, key=lambda name: (name[1], name[0], name[2]))
+
+
+@given(st.lists(st.integers(0, 100), min_size=1), st.sampled_from([1, 2, 4, 8]))
+def test_pieces_are_even_to_one_row_and_complete(counts, chunks):
+    pieces = np.stack([piece(np.array(counts), c, chunks) for c in range(chunks)])
+    assert (pieces.sum(0) == counts).all()
+    assert (pieces.max(0) - pieces.min(0) <= 1).all()

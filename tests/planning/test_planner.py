@@ -1,0 +1,71 @@
+import dataclasses
+import time
+
+import pytest
+import torch
+
+from synchromesh.planning.cluster import load_profile
+from synchromesh.planning.lattice import Ranks
+from synchromesh.planning.memory import layer_bytes
+from synchromesh.planning.planner import LayerKind, ModelShape, plan_model, worlds
+from synchromesh.types import Plan, Workload
+
+A100 = load_profile("a100_hdr")
+WORK = Workload(0, 2, 4096, 14336, 8, torch.bfloat16, True, matrices=3)
+
+
+def model(work=WORK, *, count=32, tokens=4096):
+    kind = LayerKind("experts", count, tokens, work)
+    return ModelShape("model", "sequence", (kind,), 2e12, 2e9, 5e8, (0.5, 0.4), "assumed")
+
+
+def test_a_model_that_does_not_fit_says_by_how_much_and_one_that_does_says_nothing():
+    small = plan_model(model(), A100, Ranks(8, 8), batch=1, training=True)
+    assert "GB a rank, the device has 80" in str(small.refused)
+    assert any("does not fit" in remark for remark in small.remarks())
+    large = plan_model(model(), A100, Ranks(64, 8), batch=1, training=True, sharded=True)
+    assert large.refused is None
+    assert large.memory <= 0.92 * 80e9
+
+
+def test_where_weights_are_cheaper_to_move_than_tokens_it_says_data_parallel():
+    work = dataclasses.replace(WORK, width=256, hidden=64, matrices=2)
+    planned = plan_model(model(work, count=1, tokens=1 << 20), A100, Ranks(16, 8), batch=1, training=True)
+    assert planned.layers[0].plan.gather == 16
+    assert any("data parallel" in remark for remark in planned.remarks())
+
+
+def test_where_pieces_would_cost_more_than_they_hide_it_says_do_not_overlap():
+    planned = plan_model(model(tokens=8, count=1), A100, Ranks(16, 8), batch=1, training=False)
+    assert any("do not overlap" in remark for remark in planned.remarks())
+
+
+def test_the_best_plan_is_never_slower_than_the_static_one():
+    for size in worlds(1, 1024):
+        planned = plan_model(model(), A100, Ranks(size, min(size, 8)), batch=1, training=True, sharded=True)
+        if planned.refused is None and planned.static is not None:
+            assert planned.seconds <= planned.static * (1 + 1e-9)
+        assert 0 < planned.efficiency <= 1.0001
+
+
+def test_plans_for_65536_devices_are_there_in_seconds():
+    start = time.monotonic()
+    planned = plan_model(model(), A100, Ranks(65536, 8), batch=1, training=True, sharded=True)
+    assert planned.refused is None
+    assert time.monotonic() - start < 20
+
+
+def test_worlds_double_up_to_the_last():
+    assert list(worlds(8, 64)) == [8, 16, 32, 64]
+    assert list(worlds(6, 30)) == [6, 12, 24]
+    assert list(worlds(4, 4)) == [4]
+
+
+@pytest.mark.parametrize("experts", [4, 16])
+def test_pooled_weights_take_g_parts_and_none_where_they_are_gathered_again(experts):
+    work = dataclasses.replace(WORK, rows=128, experts=experts)
+    part = experts * 3 * 4096 * 14336 * 2 / 16
+    for gather in (4, 16):
+        assert layer_bytes(work, Plan(gather=gather), Ranks(16, 8)).gathered == gather * part
+        assert layer_bytes(work, Plan(gather=gather, regather=True), Ranks(16, 8)).gathered == 0
+    assert layer_bytes(work, Plan(gather=4), Ranks(16, 8)).weights == 2 * part
