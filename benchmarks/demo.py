@@ -26,13 +26,15 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from synchromesh import Float8Products, MXFloat8Products
+from synchromesh.commands.context import Context
 from synchromesh.commands.train import train
+from synchromesh.recipes.catalog import CATALOG
 from synchromesh.recipes.demo import demo
-from synchromesh.training.architecture import Factors, SwinMoE
 from synchromesh.training.config import TrainConfig
 
 RESULTS = Path(__file__).parent / "results" / "demo.jsonl"
-SETTINGS = (tyro.conf.EnumChoicesFromValues,)
+PRODUCTS = {"none": None, "float8": Float8Products(), "mxfloat8": MXFloat8Products()}
 FIGURES = ("test_accuracy", "train_seconds", "images_per_second", "dead_experts")
 ABOUT = (
     "test_loss",
@@ -51,14 +53,18 @@ ABOUT = (
 class Args:
     """What to train.
 
-    seeds: one run each. models: which of the two. tile: token rounding of the MoE, 0 for none. products: what its
-    experts multiply. out: file to append to.
+    Attributes:
+        seeds: one run each.
+        models: which of the two.
+        tile: token rounding of the MoE, 0 for none.
+        products: 8-bit numbers that its experts multiply; none for rows and weights as they are.
+        out: file to append to.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
     models: tuple[Literal["moe", "dense"], ...] = ("moe", "dense")
     tile: int = 0
-    products: Factors = Factors.THEMSELVES
+    products: Literal["none", "float8", "mxfloat8"] = "none"
     out: Path = RESULTS
 
 
@@ -68,8 +74,9 @@ def alone(model: str, seed: int, args: Args) -> TrainConfig:
     if model == "dense":
         assert config.twin is not None
         config = dataclasses.replace(config, model=config.twin)
-    elif isinstance(config.model, SwinMoE):
-        experts = dataclasses.replace(config.model.experts, tile=args.tile, products=args.products)
+    elif config.model.experts is not None:
+        router = dataclasses.replace(config.model.experts.router, tile=args.tile)
+        experts = dataclasses.replace(config.model.experts, router=router, products=PRODUCTS[args.products])
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, experts=experts))
     return dataclasses.replace(config, twin=None)
 
@@ -78,7 +85,8 @@ def measure(model: str, seed: int, args: Args, console: Console) -> dict[str, An
     """Train one model from scratch and return its line."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        code = train(alone(model, seed, args), run, resume=False, console=console)
+        context = Context(console, console, lambda: CATALOG)
+        code = train(alone(model, seed, args), run, resume=False, context=context)
         if code != 0:
             raise RuntimeError(f"the run of {model}, seed {seed}, ended with exit code {code}")
         summary = json.loads((run / "summary.json").read_text())
@@ -91,7 +99,7 @@ def name_of(model: str, args: Args) -> str:
     if model == "dense":
         return model
     tile = [f"tile {args.tile}"] if args.tile else []
-    products = [] if args.products is Factors.THEMSELVES else [args.products.value]
+    products = [] if args.products == "none" else [args.products]
     return ", ".join([model, *tile, *products])
 
 
@@ -134,4 +142,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, config=SETTINGS))
+    main(tyro.cli(Args))

@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from synchromesh import Plan
+from synchromesh.models.mixtures import ExpertsConfig
 from synchromesh.models.shapes import SHAPES
-from synchromesh.models.swin_v2_moe import ExpertsConfig
 from synchromesh.planning.cluster import load_profile
 from synchromesh.planning.cost import forward_and_backward, step_seconds
 from synchromesh.planning.lattice import Ranks

@@ -34,7 +34,7 @@ from rich.progress import track
 from rich.table import Table
 
 from synchromesh import Grid, Plan, Sharded
-from synchromesh.commands.profile import ProfileRequest, run_profile
+from synchromesh.commands import profile
 from synchromesh.planning.cluster import load_profile
 from synchromesh.planning.cost import step_seconds
 from synchromesh.planning.lattice import Ranks
@@ -119,7 +119,8 @@ def run_rank(job: dict[str, Any]) -> None:
     store = dist.FileStore(job["store"], job["ranks"])
     dist.init_process_group("gloo", store=store, rank=job["rank"], world_size=job["ranks"])
     grid = Grid.from_group(dist.group.WORLD, ranks_per_node=job["ranks"] // job["nodes"])
-    run_profile(ProfileRequest(Path(job["file"])), grid, console=Console(stderr=True))
+    console = Console(stderr=True)
+    profile.measure_ranks(profile.Request(Path(job["file"])), grid, console)
     for shape in WORKLOADS if job.get("steps") else []:
         emulated_cluster.transmitted = lambda: 0  # nothing leaves this machine
         for record in measure(shape, grid, {"chunks": (1, 4), "rounds": 9, "mbit": 1}):

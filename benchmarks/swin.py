@@ -33,8 +33,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Swinv2Config, Swinv2ForImageClassification
 
-from synchromesh.models.swin_v2 import SWIN_V2, SwinV2Classifier, SwinV2Config, from_transformers
-from synchromesh.models.swin_v2_moe import DEMO, DEMO_EXPERTS, ExpertsConfig, swin_v2_moe
+from synchromesh.compat.huggingface.swin.weights import from_transformers
+from synchromesh.models.heads.classifier import Classifier
+from synchromesh.models.mixtures import ExpertsConfig
+from synchromesh.models.swin_v2 import SWIN_V2, SwinV2Config
+from synchromesh.models.swin_v2_moe import DEMO, DEMO_EXPERTS, swin_v2_moe
 from synchromesh.moe.record import aux_loss
 from synchromesh.testing.compare import relative_rms
 
@@ -154,7 +157,7 @@ def results(model: nn.Module, images: Tensor, labels: Tensor, dtype: str) -> dic
     return {name: tensor.detach().float() for name, tensor in got.items()}
 
 
-def check_equal(ours: SwinV2Classifier, theirs: Theirs, images: Tensor, labels: Tensor, dtype: str) -> None:
+def check_equal(ours: Classifier, theirs: Theirs, images: Tensor, labels: Tensor, dtype: str) -> None:
     """Fail unless ours is as near to transformers' float32 results as the dtype allows, or as transformers' own are."""
     parts = []
     for model, precision in ((theirs, "float32"), (theirs, dtype), (ours, dtype)):
@@ -188,7 +191,7 @@ def measure(name: str, dtype: str, seconds: float) -> list[dict[str, object]]:
     """Return one record for training and one for inference."""
     case = CASES[name]
     torch.manual_seed(0)
-    theirs, dense = Theirs(case), SwinV2Classifier(case.config, case.classes)
+    theirs, dense = Theirs(case), Classifier(case.config.build(), case.classes)
     dense.load_state_dict(from_transformers(theirs.model.state_dict()))
     experts = swin_v2_moe(case.config, case.classes, experts=case.experts)
     images = torch.randn(case.batch, case.config.in_channels, case.pixels, case.pixels)

@@ -6,7 +6,7 @@ torchrun --nproc-per-node 4 examples/adaptive.py
 import torch
 
 from synchromesh import Adaptive, MLPExperts, MoE, TopKRouter
-from synchromesh.parallel.comm.grid import joined
+from synchromesh.parallel.comm.job import joined
 
 with joined() as grid:
     torch.manual_seed(0)

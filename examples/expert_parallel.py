@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from synchromesh import LoadBalance, MLPExperts, MoE, TopKRouter, aux_loss, clip_grad_norm, parallelize
-from synchromesh.parallel.comm.grid import joined
+from synchromesh.parallel.comm.job import joined
 
 
 class Block(nn.Module):

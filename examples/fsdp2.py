@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from synchromesh import FSDP2, MLPExperts, MoE, TopKRouter, clip_grad_norm, parallelize, split_by_kind
-from synchromesh.parallel.comm.grid import joined
+from synchromesh.parallel.comm.job import joined
 
 with joined() as grid:
     torch.manual_seed(0)

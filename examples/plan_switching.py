@@ -6,7 +6,7 @@ torchrun --nproc-per-node 4 examples/plan_switching.py
 import torch
 
 from synchromesh import Dropless, MLPExperts, MoE, Plan, Sharded, TopKRouter
-from synchromesh.parallel.comm.grid import joined
+from synchromesh.parallel.comm.job import joined
 from synchromesh.types import Workload
 
 with joined() as grid:

@@ -1,105 +1,112 @@
 """synchromesh: Mixture-of-Experts layers for PyTorch that run at the speed of the hardware."""
 
-from synchromesh.adapt.replace import replace_ffn
-from synchromesh.kernels import Float8Products, MXFloat8Products
-from synchromesh.moe.capacity import Capacity, Dropless, FixedCapacity, NeededCapacity, batch_prioritized, token_order
-from synchromesh.moe.experts import Experts, GatedMLPExperts, MLPExperts, ModuleExperts, set_products
-from synchromesh.moe.layer import MoE, routing_options
-from synchromesh.moe.losses import ImportanceLoad, LoadBalance, Loss, OverRanks, ZLoss
-from synchromesh.moe.quantized import QuantizedExperts, quantize_experts
-from synchromesh.moe.record import aux_loss, load_stats, record_load
-from synchromesh.moe.routing import (
-    BiasBalance,
-    CosineRouter,
-    ExpertChoiceRouter,
-    NodeLimit,
-    Router,
-    Sigmoid,
-    Softmax,
-    TokenRounding,
-    TopKRouter,
-    update_balance,
-)
-from synchromesh.moe.strategy import Local, Strategy
-from synchromesh.parallel.adaptive import Adaptive, Council
-from synchromesh.parallel.comm.grid import Grid
-from synchromesh.parallel.parallelize import (
-    DDP,
-    FSDP2,
-    accumulating,
-    adaptive_layers,
-    clip_grad_norm,
-    distribute,
-    expert_parameters,
-    parallelize,
-    split_by_kind,
-    token_mean_loss,
-)
-from synchromesh.parallel.sharded import Sharded
-from synchromesh.parallel.wire import AsIs, Float8, Wire
-from synchromesh.types import LoadStats, Plan, Routing, RowMap, Workload
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "DDP",
-    "FSDP2",
-    "Adaptive",
-    "AsIs",
-    "BiasBalance",
-    "Capacity",
-    "CosineRouter",
-    "Council",
-    "Dropless",
-    "ExpertChoiceRouter",
-    "Experts",
-    "FixedCapacity",
-    "Float8",
-    "Float8Products",
-    "GatedMLPExperts",
-    "Grid",
-    "ImportanceLoad",
-    "LoadBalance",
-    "LoadStats",
-    "Local",
-    "Loss",
-    "MLPExperts",
-    "MXFloat8Products",
-    "MoE",
-    "ModuleExperts",
-    "NeededCapacity",
-    "NodeLimit",
-    "OverRanks",
-    "Plan",
-    "QuantizedExperts",
-    "Router",
-    "Routing",
-    "RowMap",
-    "Sharded",
-    "Sigmoid",
-    "Softmax",
-    "Strategy",
-    "TokenRounding",
-    "TopKRouter",
-    "Wire",
-    "Workload",
-    "ZLoss",
-    "accumulating",
-    "adaptive_layers",
-    "aux_loss",
-    "batch_prioritized",
-    "clip_grad_norm",
-    "distribute",
-    "expert_parameters",
-    "load_stats",
-    "parallelize",
-    "quantize_experts",
-    "record_load",
-    "replace_ffn",
-    "routing_options",
-    "set_products",
-    "split_by_kind",
-    "token_mean_loss",
-    "token_order",
-    "update_balance",
-]
+# Where each public name is defined: imported when it is asked for, so that nobody waits for what they do not use.
+# `__init__.pyi` says the same to type checkers.
+_HOMES = {
+    "adapt.replace": ("replace_ffn",),
+    "kernels": (
+        "Float8Products",
+        "MXFloat8Products",
+    ),
+    "moe.capacity": (
+        "Capacity",
+        "Dropless",
+        "FixedCapacity",
+        "NeededCapacity",
+        "batch_prioritized",
+        "token_order",
+    ),
+    "moe.experts": (
+        "Experts",
+        "GatedMLPExperts",
+        "MLPExperts",
+        "ModuleExperts",
+        "set_products",
+    ),
+    "moe.layer": (
+        "MoE",
+        "routing_options",
+    ),
+    "moe.losses": (
+        "ImportanceLoad",
+        "LoadBalance",
+        "Loss",
+        "OverRanks",
+        "ZLoss",
+    ),
+    "moe.quantized": (
+        "QuantizedExperts",
+        "quantize_experts",
+    ),
+    "moe.record": (
+        "aux_loss",
+        "load_stats",
+        "record_load",
+    ),
+    "moe.rounding": ("TokenRounding",),
+    "moe.routing": (
+        "BiasBalance",
+        "CosineRouter",
+        "ExpertChoiceRouter",
+        "NodeLimit",
+        "Router",
+        "Sigmoid",
+        "Softmax",
+        "TopKRouter",
+        "update_balance",
+    ),
+    "moe.strategy": (
+        "Local",
+        "Strategy",
+    ),
+    "parallel.adaptive": (
+        "Adaptive",
+        "Council",
+    ),
+    "parallel.comm.grid": ("Grid",),
+    "parallel.comm.job": ("joined",),
+    "parallel.parallelize": (
+        "DDP",
+        "FSDP2",
+        "accumulating",
+        "adaptive_layers",
+        "clip_grad_norm",
+        "distribute",
+        "expert_parameters",
+        "parallelize",
+        "split_by_kind",
+        "token_mean_loss",
+    ),
+    "parallel.sharded": ("Sharded",),
+    "parallel.wire": (
+        "AsIs",
+        "Float8",
+        "Wire",
+    ),
+    "types": (
+        "LoadStats",
+        "Plan",
+        "Routing",
+        "RowMap",
+        "Workload",
+    ),
+}
+_MODULES = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'synchromesh' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"synchromesh.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

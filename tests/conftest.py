@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from synchromesh.data.images import MemoryImages, Preprocess
-from synchromesh.data.sources import Splits
+from synchromesh.tasks.classification import LabelledImages
 from synchromesh.testing.poison import poisoned_memory
+from synchromesh.training.task import Splits
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,13 +50,13 @@ def splits() -> Splits:
     generator = torch.Generator().manual_seed(7)
     patterns = torch.randint(0, 256, (8, 1, 8, 8), generator=generator)
 
-    def images(count: int) -> MemoryImages:
+    def images(count: int) -> LabelledImages:
         labels = torch.arange(count) % 8
         noise = torch.randint(-30, 31, (count, 1, 8, 8), generator=generator)
         pixels = (patterns[labels] + noise).clamp(0, 255).to(torch.uint8)
-        return MemoryImages(labels, tuple("abcdefgh"), Preprocess(image_size=8), pixels)
+        return LabelledImages(MemoryImages(labels, tuple("abcdefgh"), Preprocess(image_size=8), pixels))
 
-    return Splits(images(96), images(32))
+    return Splits(images(96), images(32), {"classes": list("abcdefgh")})
 
 
 @pytest.fixture

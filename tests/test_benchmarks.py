@@ -26,10 +26,13 @@ def test_the_demo_of_8_bit_products_is_the_recipe_with_such_experts_under_a_name
     demo = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "demo", demo)  # dataclasses look their module up
     spec.loader.exec_module(demo)
-    args = tyro.cli(demo.Args, args=["--products", "float8", "--tile", "64"], config=demo.SETTINGS)
+    args = tyro.cli(demo.Args, args=["--products", "float8", "--tile", "64"])
     config, plain = demo.alone("moe", 0, args), demo.alone("moe", 0, demo.Args())
     differ = differences(encode(plain), encode(config))
-    assert differ == ["model.experts.tile: 0 -> 64", "model.experts.products: themselves -> float8"]
+    assert differ == [
+        "model.experts.router.tile: 0 -> 64",
+        "model.experts.products: None -> {'kind': 'Float8Products'}",
+    ]
     assert demo.name_of("moe", args) == "moe, tile 64, float8"
     assert demo.name_of("moe", demo.Args()) == "moe"
     assert demo.name_of("dense", args) == "dense"

@@ -18,8 +18,9 @@ from synchromesh.training.codec import encode
 from synchromesh.training.step import Trainee
 
 TINY = [
-    "--model.swin.embed-dim=8", "--model.swin.depths", "1", "1", "--model.swin.num-heads", "1", "2",
-    "--model.experts.blocks.1", "0", "--model.experts.count=4", "--batch-size=64", "--loading.workers=1", "--epochs=1",
+    "--model.embed-dim=8", "--model.depths", "1", "1", "--model.num-heads", "1", "2",
+    "--model.experts.blocks.1", "0", "--model.experts.num-experts=4", "--batch-size=64", "--loading.workers=1",
+    "--epochs=1",
 ]  # fmt: skip
 
 
@@ -33,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def digit(tmp_path: Path) -> Path:
-    digits = ScikitDigits().load(RECIPES["digits"]().data.preprocess)
+    digits = ScikitDigits().load(RECIPES["digits"]().task.data.preprocess)
     path = tmp_path / "digit.png"
     Image.fromarray(digits.test.read(0)[0].numpy()).save(path)
     return path
@@ -89,7 +90,7 @@ def test_nothing_prints_the_usage_and_fails(capsys: pytest.CaptureFixture[str]) 
         (["train", "digits", "--data", "/nowhere", "--run", "RUN"], "the data folder /nowhere does not exist"),
         (["train", "swinv2_moe_s_22k", "--run", "RUN"], "the data folder imagenet22k does not exist"),
         (["train", "digits", "--batch-size", "0", "--run", "RUN"], "batch_size is 0, wanted at least 1"),
-        (["train", "digits", "--model.swin.num-heads", "5", "5", "--run", "RUN"], "the model cannot be built"),
+        (["train", "digits", "--model.experts.blocks.1", "7", "--run", "RUN"], "the model cannot be built: experts in"),
         (["train", "digits", "--keep.device", "abacus", "--run", "RUN"], "there is no device 'abacus'"),
         (["train", "digits", "--start.weights", "/nowhere.pt", "--run", "RUN"], "/nowhere.pt does not exist"),
         (["train", "digits", "--seed", "-1", "--run", "RUN"], "seed is -1, wanted at least 0"),
@@ -114,6 +115,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
         (["--optim.lr", "-1"], "optim.lr is -1.0, wanted at least 0.0"),
         (["--optim.betas", "0.9", "1.5"], "optim.betas are (0.9, 1.5)"),
         (["--data.shots", "-1"], "data.shots is -1, wanted at least 0"),
+        (["--model.num-heads", "5", "5"], "stage 0 has width 32, which 5 heads do not divide"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_before_a_run_is_touched(
@@ -130,7 +132,7 @@ def test_a_setting_that_cannot_work_is_refused_before_a_run_is_touched(
 def test_overrides_reach_the_recipe_as_run(run: Path) -> None:
     recipe = json.loads((run / "recipe.json").read_text())
     assert recipe["epochs"] == 1
-    assert recipe["model"]["swin"]["embed_dim"] == 8
+    assert recipe["model"]["embed_dim"] == 8
     assert recipe["optim"] == encode(RECIPES["digits"]().optim)
 
 
@@ -242,8 +244,8 @@ def test_a_second_run_moves_the_first_aside_and_loses_nothing(
 
 
 def test_a_twin_is_trained_beside_and_can_be_used_as_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["swin.embed-dim=8", "swin.patch-size=8", "swin.depths", "1", "4", "swin.num-heads", "1", "2"]
-    both = [f"--{model}.{a}" if a[0] == "s" else a for model in ("model", "twin") for a in small]
+    small = [".embed-dim=8", ".patch-size=8", ".depths", "1", "4", ".num-heads", "1", "2"]
+    both = [f"--{model}{a}" if a[0] == "." else a for model in ("model", "twin") for a in small]
     rest = ["--epochs=1", "--batch-size=500", "--data.source.held-out=100", "--nproc=1"]
     assert cli.main(["train", "demo", *both, *rest, f"--run={tmp_path / 'run'}"]) == 0
     assert "dense twin" in capsys.readouterr().out

@@ -11,8 +11,7 @@ from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "synchromesh").rglob("*.py"))
 READS_ENVIRONMENT = {
-    "synchromesh/parallel/comm/grid.py",
-    "synchromesh/cli.py",
+    "synchromesh/parallel/comm/environment.py",
     "synchromesh/compat/tutel/communicate/groups.py",  # as Tutel does: sizes of nodes, time limits, mpiexec's numbers
     "synchromesh/compat/tutel/launcher/execl.py",
     "synchromesh/compat/tutel/launcher/run.py",

@@ -1,4 +1,4 @@
-"""`synchromesh eval`: the score of a trained model, class by class, and the load of its experts."""
+"""`synchromesh eval`: the score of a trained model, and the load of its experts."""
 
 from __future__ import annotations
 
@@ -7,66 +7,85 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from synchromesh.commands.context import Context
 from synchromesh.commands.device import pick_device
 from synchromesh.commands.progress import load_bar
-from synchromesh.data.images import Images
-from synchromesh.data.sources import ImageFolder
 from synchromesh.errors import InputError
 from synchromesh.moe.capacity import Dropless, FixedCapacity
 from synchromesh.moe.layer import MoE, routing_options
 from synchromesh.parallel.comm.grid import Grid
-from synchromesh.training.agree import ALONE
-from synchromesh.training.config import TrainConfig
+from synchromesh.training.config import Parallelism, TrainConfig
 from synchromesh.training.evaluate import EvalOptions, Evaluation, dead_experts, evaluate
 from synchromesh.training.loader import Loading
 from synchromesh.training.metrics import drop_rate, load_shares
 from synchromesh.training.run_folder import Trained, load_trained, read_config
-from synchromesh.types import Plan
+from synchromesh.training.task import Sheet, Split
+
+ABOUT = "Score a trained model on its own test data, or on a folder of yours, and show the load of its experts."
 
 
 @dataclass(frozen=True)
-class EvalRequest:
-    """What to score.
+class Request:
+    """Options of `eval`.
 
     Attributes:
-        run: folder of a run. data: a folder of images instead of the run's own; class folders, or with a val/.
-        best: the checkpoint of the best evaluation instead of the last epoch's.
-        loading: of the images. as_json: print one JSON object.
-        plan: how ranks share the experts. capacity: of the experts, instead of that of training; 0 drops nothing.
+        run: folder of the run.
+        data: folder to score on, instead of the run's own test data.
+        best: the checkpoint of the best evaluation, instead of the last epoch's.
+        on_bad_image: stop at an unreadable image, or skip it and count.
+        json: print one JSON object.
+        capacity: room of the experts over an even load, instead of that of training; 0 drops nothing.
+        nproc: ranks to run on, on this machine.
+        parallelism: how they share the experts.
     """
 
-    run: Path
+    run: tyro.conf.Positional[Path]
     data: Path | None = None
     best: bool = False
-    loading: Loading = field(default_factory=Loading)
-    as_json: bool = False
-    plan: Plan | None = None
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    json: bool = False
     capacity: float | None = None
+    nproc: int = 1
+    parallelism: Parallelism = field(default_factory=Parallelism)
 
 
-def run_eval(request: EvalRequest, *, console: Console, grid: Grid = ALONE) -> int:
-    """Score the model and print the result; return the exit code. Every rank of the grid calls it.
+def run(request: Request, context: Context) -> int:
+    """Score the model and print the result; return the exit code.
 
     Raises:
-        InputError: no such run, or data of other classes.
+        InputError: no such run, or data of another kind.
     """
-    config = read_config(request.run)
-    trained = load_trained(request.run, best=request.best, device=pick_device(), grid=grid, plan=request.plan)
-    images = _images(request, config, trained)
-    options = EvalOptions(request.loading, config.eval_batch_size, config.bf16)
+    return context.on_ranks(request.nproc, lambda own, grid: _score(request, own, grid))
+
+
+def _score(request: Request, context: Context, grid: Grid) -> int:
+    config = read_config(request.run, context.catalog())
+    trained = load_trained(
+        request.run,
+        context.catalog(),
+        best=request.best,
+        device=pick_device(),
+        grid=grid,
+        plan=request.parallelism.plan(),
+    )
+    split = _split(request, config, trained)
+    loading = Loading(skip_bad_images=request.on_bad_image == "skip")
+    options = EvalOptions(loading, config.eval_batch_size, config.bf16)
     with capacity_of(trained.model, request.capacity):
-        found = evaluate(trained.model, images, options, grid=grid)
-    if request.as_json:
-        console.print(json.dumps(_numbers(trained, found)), soft_wrap=True, highlight=False, markup=False)
+        found = evaluate(trained.task, trained.facts, trained.model, split, options, grid=grid)
+    if request.json:
+        said = json.dumps(_numbers(trained, found))
+        context.console.print(said, soft_wrap=True, highlight=False, markup=False)
     else:
-        _print(console, trained, found)
+        _print(context.console, trained, found)
     return 0
 
 
@@ -90,50 +109,49 @@ def capacity_of(model: nn.Module, factor: float | None) -> Iterator[None]:
         yield
 
 
-def _images(request: EvalRequest, config: TrainConfig, trained: Trained) -> Images:
+def _split(request: Request, config: TrainConfig, trained: Trained) -> Split:
     if request.data is not None:
-        return ImageFolder(request.data).load_all(trained.preprocess, trained.classes)
-    images = config.data.source.load(trained.preprocess).test
-    if images.classes != trained.classes:
-        raise InputError(f"the run's data has changed: it has {len(images.classes)} classes now; give --data")
-    return images
+        return trained.task.scored_on(request.data, trained.facts)
+    splits = config.task.splits(seed=config.seed)
+    changed = [name for name, fact in splits.facts.items() if trained.facts.get(name) != fact]
+    if changed:
+        raise InputError(f"the run's data has changed: other {', '.join(changed)} than in training; give --data")
+    return splits.test
 
 
 def _numbers(trained: Trained, found: Evaluation) -> dict[str, Any]:
-    classes = {
-        name: {"images": int(count), "accuracy": int(right) / max(1, int(count))}
-        for name, count, right in zip(trained.classes, found.class_images, found.class_right, strict=True)
-    }
+    unit = trained.task.unit
     return {
         "checkpoint": str(trained.checkpoint),
-        "images": found.images,
-        "accuracy": found.accuracy,
-        "loss": found.loss,
-        "images_per_second": found.images / found.seconds,
-        "bad_images": len(found.bad),
+        unit: found.samples,
+        **found.scores.numbers,
+        f"{unit}_per_second": found.samples / found.seconds,
+        f"bad_{unit}": len(found.bad),
         "drop_rate": drop_rate(found.loads),
         "load": load_shares(found.loads),
         "dead_experts": dead_experts(found.loads),
-        "classes": classes,
+        **found.scores.details,
     }
 
 
 def _print(console: Console, trained: Trained, found: Evaluation) -> None:
-    numbers = f"loss {found.loss:.4f} nats, {found.images / found.seconds:,.0f} images/s"
-    score = (f"accuracy {found.accuracy:.2%}", "bold")
-    text = Text.assemble(f"{trained.checkpoint}\n", score, f" of {found.images:,} images, {numbers}")
+    task, numbers = trained.task, found.scores.numbers
+    first, *others = [number.said(numbers[number.name]) for number in task.numbers]
+    rest = ", ".join([*others, f"{found.samples / found.seconds:,.0f} {task.unit}/s"])
+    text = Text.assemble(f"{trained.checkpoint}\n", (first, "bold"), f" of {found.samples:,} {task.unit}, {rest}")
     console.print(text, soft_wrap=True)
     if found.bad:
-        console.print(
-            f"{len(found.bad)} unreadable images left out, such as: {found.bad[0]}", style="yellow", soft_wrap=True
-        )
-    table = Table("class", "images", "accuracy", title="hardest classes first", title_justify="left")
-    rows = [
-        (int(right) / max(1, int(count)), int(count), name)
-        for name, count, right in zip(trained.classes, found.class_images, found.class_right, strict=True)
-    ]
-    for accuracy, count, name in sorted(rows)[:20]:
-        table.add_row(Text(name), f"{count:,}", f"{accuracy:.1%}" if count else "-")
-    console.print(table)
+        said = f"{len(found.bad)} unreadable {task.unit} left out, such as: {found.bad[0]}"
+        console.print(said, style="yellow", soft_wrap=True)
+    for panel in task.panels(found.scores):
+        if isinstance(panel, Sheet):
+            console.print(_table(panel))
     for layer, shares in load_shares(found.loads).items():
         console.print(Text.assemble(f"{layer}  ", load_bar(shares), f"  load {min(shares):.1%} to {max(shares):.1%}"))
+
+
+def _table(sheet: Sheet) -> Table:
+    table = Table(*sheet.columns, title=sheet.title, title_justify="left")
+    for row in sheet.rows:
+        table.add_row(*map(Text, row))
+    return table

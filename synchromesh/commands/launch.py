@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import uuid
+from collections.abc import Sequence
 
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -12,8 +13,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 
-def launch(arguments: list[str], ranks: int, *, errors: Console, restarts: int = 0) -> int:
-    """Run `synchromesh ARGUMENTS` on some ranks; return 0, or the exit code of the first that failed.
+def launch(program: Sequence[str], arguments: Sequence[str], ranks: int, *, errors: Console, restarts: int = 0) -> int:
+    """Run `python PROGRAM ARGUMENTS` on some ranks; return 0, or the exit code of the first that failed.
 
     A rank that dies ends the others; with restarts, all begin again, at most so often.
     """
@@ -29,7 +30,7 @@ def launch(arguments: list[str], ranks: int, *, errors: Console, restarts: int =
         monitor_interval=0.1,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "synchromesh.cli", *arguments)
+        elastic_launch(config, sys.executable)(*program, *arguments)
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         code = failure.exitcode

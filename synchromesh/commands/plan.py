@@ -15,10 +15,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from synchromesh.commands.context import Context
 from synchromesh.compat.hf_config import read_hf_config
 from synchromesh.errors import InputError
+from synchromesh.models.mixtures import ExpertsConfig
 from synchromesh.models.shapes import SHAPES
-from synchromesh.models.swin_v2_moe import ExpertsConfig
 from synchromesh.planning.cluster import ClusterProfile, load_profile
 from synchromesh.planning.lattice import Ranks
 from synchromesh.planning.planner import LayerKind, ModelShape, Planned, plan_model, worlds
@@ -27,8 +28,17 @@ from synchromesh.types import Workload
 LARGEST = 1 << 16
 
 
+ABOUT = """\
+Predict a model's step on a described cluster, and choose the plan of each kind of its MoE layers.
+
+  synchromesh plan --model swinv2_moe_b --cluster a100_hdr --world 8..2048 --batch 128
+  synchromesh plan --layer 16384 2048 2048 64 2 --cluster h100_ndr --world 512
+  synchromesh plan --model qwen3/config.json --length 4096 --batch 1 --world 8..65536 --fsdp
+"""
+
+
 @dataclass(frozen=True)
-class PlanRequest:
+class Request:
     """Options of `plan`.
 
     Attributes:
@@ -42,7 +52,8 @@ class PlanRequest:
         k: choices per token, in the same way.
         capacity: factors f of FixedCapacity, in the same way; none drops nothing.
         skew: rows of the busiest expert over the mean, 1 is balanced.
-        dtype: of the products. dense_share: of their peak that the dense part reaches; the model's own if not given.
+        dtype: of the products; the model's own if not given.
+        dense_share: share of their peak that the dense part reaches; the model's own if not given.
         inference: forward only.
         fsdp: spread the dense part over the ranks instead of copying it.
         gated: the experts of --layer have a gate.
@@ -77,12 +88,13 @@ class Case:
     changed: str
 
 
-def run_plan(request: PlanRequest, *, console: Console) -> int:
+def run(request: Request, context: Context) -> int:
     """Print the plans; return 0, or 1 where no number of ranks has room for the model.
 
     Raises:
         InputError: no such model or cluster, or numbers that cannot be.
     """
+    console = context.console
     try:
         profile = load_profile(request.cluster)
         sizes = _worlds(request.world)
@@ -96,8 +108,10 @@ def run_plan(request: PlanRequest, *, console: Console) -> int:
         else:
             _show(console, case, planned, profile, request)
     if request.html is not None:
-        from synchromesh.commands.plan_page import write_page  # plotly is an extra
-
+        try:
+            from synchromesh.commands.plan_page import write_page  # plotly is an extra
+        except ImportError as error:
+            raise InputError("--html needs the package plotly: pip install 'synchromesh[report]'") from error
         write_page(request.html, {f"{c.model.name} {c.changed}": found for c, found in results.items()}, profile)
         console.print(str(request.html), highlight=False, soft_wrap=True)
     return 0 if any(one.refused is None for planned in results.values() for one in planned) else 1
@@ -146,7 +160,7 @@ def _worlds(text: str) -> list[int]:
     return list(worlds(low, high))
 
 
-def _cases(request: PlanRequest) -> Iterator[Case]:
+def _cases(request: Request) -> Iterator[Case]:
     if request.dense_share is not None and not 0 < request.dense_share <= 1:
         raise InputError(f"--dense-share is {request.dense_share}, wanted a share above 0, at most 1")
     if request.batch < 1 or request.length < 1 or request.skew < 1:
@@ -162,7 +176,7 @@ def _cases(request: PlanRequest) -> Iterator[Case]:
         yield Case(model, ", ".join(said))
 
 
-def _model(request: PlanRequest, experts: int | None) -> ModelShape:
+def _model(request: Request, experts: int | None) -> ModelShape:
     if request.layer is not None:
         tokens, width, hidden, own, k = request.layer
         dtype = getattr(torch, request.dtype or "bfloat16")
@@ -179,7 +193,7 @@ def _model(request: PlanRequest, experts: int | None) -> ModelShape:
 
 
 def _changed(
-    model: ModelShape, request: PlanRequest, *, experts: int | None, k: int | None, capacity: float | None
+    model: ModelShape, request: Request, *, experts: int | None, k: int | None, capacity: float | None
 ) -> ModelShape:
     kinds = []
     for kind in model.layers:
@@ -200,14 +214,14 @@ def _changed(
     return dataclasses.replace(model, dense_share=share, calibrated_by=f"{share[0]:g} of the peak, as given")
 
 
-def _planned(case: Case, request: PlanRequest, profile: ClusterProfile, sizes: list[int]) -> Iterator[Planned]:
+def _planned(case: Case, request: Request, profile: ClusterProfile, sizes: list[int]) -> Iterator[Planned]:
     batch = 1 if request.layer is not None else request.batch
     for size in sizes:
         ranks = Ranks(size, min(size, profile.per_node))
         yield plan_model(case.model, profile, ranks, batch=batch, training=not request.inference, sharded=request.fsdp)
 
 
-def _show(console: Console, case: Case, planned: list[Planned], profile: ClusterProfile, request: PlanRequest) -> None:
+def _show(console: Console, case: Case, planned: list[Planned], profile: ClusterProfile, request: Request) -> None:
     unit, what = case.model.unit, "inference" if request.inference else "training"
     title = f"{case.model.name} {case.changed} on {profile.name}, {what}: milliseconds of a step"
     table = Table(title=title, title_justify="left")

@@ -10,20 +10,23 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from synchromesh.commands.context import Context
 from synchromesh.errors import InputError
 from synchromesh.planning.dictionary import Dictionary
 from synchromesh.training.durable import write_atomically
 from synchromesh.training.plans import NAME
 from synchromesh.types import Workload
 
+ABOUT = "Show what the layers of runs found out about their plans, or merge it into one file."
+
 
 @dataclass(frozen=True)
-class PlansRequest:
+class Request:
     """Options of `plans`.
 
     Attributes:
         files: run folders, or plans.json of runs on equal grids; several are merged.
-        out: also write what they know together, for --sharing.known of the next run.
+        out: also write what they know together, for --parallelism.known of the next run.
         json: print the file instead of a table.
     """
 
@@ -32,12 +35,13 @@ class PlansRequest:
     json: bool = False
 
 
-def run_plans(request: PlansRequest, *, console: Console) -> int:
+def run(request: Request, context: Context) -> int:
     """Print the plans of each layer and workload, with the runners-up; return the exit code.
 
     Raises:
         InputError: a file holds no plans, or they are of different grids.
     """
+    console = context.console
     if not request.files:
         raise InputError("no file given: name the folder of a run, such as runs/demo")
     try:

@@ -1,141 +1,195 @@
-"""`synchromesh predict`: the classes that a trained model sees in image files."""
+"""`synchromesh predict`: what a trained model says of files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from rich.console import Console
+import tyro
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
+from synchromesh.commands.context import Context
 from synchromesh.commands.device import pick_device
 from synchromesh.commands.evaluate import capacity_of
-from synchromesh.data.augment import normalize
-from synchromesh.data.images import decode_image
 from synchromesh.errors import InputError
 from synchromesh.parallel.comm.grid import Grid
-from synchromesh.training.agree import ALONE, largest, on_all
+from synchromesh.training.agree import largest, on_all
+from synchromesh.training.config import Parallelism
+from synchromesh.training.durable import write_atomically
 from synchromesh.training.run_folder import Trained, load_trained
-from synchromesh.types import Plan
+from synchromesh.training.task import Answer, Ask, Run
 
-BATCH = 64  # images that go through the model at a time
+ABOUT = """\
+Say what a trained model sees in image files (JPEG, PNG, WebP; grey or colour, any size).
+
+  synchromesh predict digit.png --run runs/demo
+  synchromesh predict runs/demo *.png --json
+  synchromesh predict runs/detect_demo *.png --draw answers/
+"""
+BATCH = 64  # samples that go through the model at a time
+PREDICTIONS = "predictions"
 
 
 @dataclass(frozen=True)
-class PredictRequest:
-    """What to predict.
+class Request:
+    """Options of `predict`.
 
     Attributes:
-        run: folder of a run, or of a checkpoint. images: files. top: how many classes to name.
-        best: the checkpoint of the best evaluation instead of the last epoch's.
-        skip_bad: go on after an unreadable file. as_json: print one JSON object a line.
-        plan: how ranks share the experts. capacity: of the experts, instead of that of training; 0 drops nothing.
+        images: image files; a run folder may stand first, instead of --run.
+        run: folder of a run, or of a checkpoint.
+        top: most answers for each image; as many as usual for the task if not given.
+        least: lowest probability of an answer; as usual for the task if not given.
+        best: the checkpoint of the best evaluation, instead of the last epoch's.
+        on_bad_image: stop at an unreadable image, or skip it and end with exit code 2.
+        json: print one JSON object a line.
+        draw: folder for a picture of each answer, NAME.png, and its JSON, NAME.json. Where answers are to be looked at,
+            such as boxes, they go into `predictions` inside the run if it is not given.
+        capacity: room of the experts over an even load, instead of that of training; 0 drops nothing.
+        nproc: ranks to run on, on this machine.
+        parallelism: how they share the experts.
     """
 
-    run: Path
-    images: tuple[Path, ...]
-    top: int = 3
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    run: Path | None = None
+    top: int | None = None
+    least: float | None = None
     best: bool = False
-    skip_bad: bool = False
-    as_json: bool = False
-    plan: Plan | None = None
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    json: bool = False
+    draw: Path | None = None
     capacity: float | None = None
+    nproc: int = 1
+    parallelism: Parallelism = field(default_factory=Parallelism)
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """The likeliest classes of one image, with their probabilities, in falling order."""
+class Predicted:
+    """What a model said of one file.
 
-    image: Path
-    classes: tuple[str, ...]
-    probabilities: tuple[float, ...]
+    Attributes:
+        path: of the file.
+        answer: of the model.
+    """
+
+    path: Path
+    answer: Answer
+
+    def json(self) -> str:
+        """Return one JSON object."""
+        return json.dumps({"image": str(self.path), **self.answer.said})
 
 
-def run_predict(request: PredictRequest, *, console: Console, errors: Console, grid: Grid = ALONE) -> int:
-    """Print a prediction for each image; return 0, or 2 where some could not be read and were skipped.
-
-    Every rank of the grid calls it, and predicts its part of the images.
+def run(request: Request, context: Context) -> int:
+    """Print an answer for each image; return 0, or 2 where some could not be read and were skipped.
 
     Raises:
         InputError: no such run, or an unreadable image.
     """
-    if not request.images:
+    folder, images = request.run, request.images
+    if folder is None and images and images[0].is_dir():
+        folder, images = images[0], images[1:]
+    if folder is None:
+        raise InputError("no run given: name the folder of a trained model, such as --run runs/demo")
+    if not images:
         raise InputError("no image given: name one or more image files")
-    if request.top < 1:
+    if request.top is not None and request.top < 1:
         raise InputError(f"--top is {request.top}, wanted at least 1")
-    trained = load_trained(request.run, best=request.best, device=pick_device(), grid=grid, plan=request.plan)
-    own = request.images[grid.rank :: grid.size]
-    read, bad = _read(trained, own, skip_bad=request.skip_bad, grid=grid)
+    return context.on_ranks(request.nproc, lambda own, grid: _answer(request, folder, images, own, grid))
+
+
+def _answer(request: Request, folder: Path, images: Sequence[Path], context: Context, grid: Grid) -> int:
+    plan, catalog = request.parallelism.plan(), context.catalog()
+    trained = load_trained(folder, catalog, best=request.best, device=pick_device(), grid=grid, plan=plan)
+    read, bad = _read(trained, images[grid.rank :: grid.size], skip=request.on_bad_image == "skip", grid=grid)
     for problem in bad:
-        errors.print(f"left out: {problem}", style="yellow", soft_wrap=True)
+        context.errors.print(f"left out: {problem}", style="yellow", soft_wrap=True)
     with capacity_of(trained.model, request.capacity):
-        predictions = predict(trained, read, top=request.top, grid=grid)
-    if request.as_json:
-        for found in predictions:
-            console.print(_json(found), soft_wrap=True, highlight=False, markup=False)
-    elif predictions:
-        console.print(_table(predictions))
+        own = list(predict(trained, read, Ask(request.top, request.least), grid=grid))
+    drawn = _draw(request, folder, trained, read, own, grid)
+    told = [Predicted(one.path, Answer(one.answer.said)) for one in own]  # others need no pictures
+    answers = [one for turn in zip_longest(*on_all(grid, lambda: told)) for one in turn if one is not None]
+    if request.json:
+        for one in answers:
+            context.console.print(one.json(), soft_wrap=True, highlight=False, markup=False)
+    elif answers:
+        context.console.print(_table(trained, answers))
+        for path in drawn:
+            context.console.print(str(path), soft_wrap=True, highlight=False)
     return 2 if bad else 0
 
 
-def predict(
-    trained: Trained, images: Sequence[tuple[Path, Tensor]], *, top: int = 3, grid: Grid = ALONE
-) -> list[Prediction]:
-    """Classify decoded images, in batches; return the predictions of all ranks, in the order of the files' turns."""
-    device = next(trained.model.parameters()).device
-    shape = (0, trained.preprocess.channels, trained.preprocess.image_size, trained.preprocess.image_size)
-    batches = largest(grid, [-(-len(images) // BATCH)], device)[0]  # ranks run the model equally often
-    found = []
+def predict(trained: Trained, samples: Sequence[tuple[Path, Any]], ask: Ask, *, grid: Grid) -> Iterator[Predicted]:
+    """Answer for this rank's samples, batch by batch; all ranks run the model equally often."""
+    device, run = next(trained.model.parameters()).device, Run(trained.model, trained.model)
+    batches = largest(grid, [-(-len(samples) // BATCH)], device)[0]
     for start in range(0, batches * BATCH, BATCH):
-        batch = images[start : start + BATCH]
-        pixels = torch.stack([image for _, image in batch]) if batch else torch.zeros(shape, dtype=torch.uint8)
+        part = samples[start : start + BATCH]
+        batch = trained.task.prepare([sample for _, sample in part], trained.facts, device, None)
         with torch.no_grad():
-            logits = trained.model(normalize(pixels.to(device), trained.preprocess))
-        best = logits.float().softmax(1).topk(min(top, len(trained.classes)))
-        for (path, _), indices, shares in zip(batch, best.indices.tolist(), best.values.tolist(), strict=True):
-            found.append(Prediction(path, tuple(trained.classes[i] for i in indices), tuple(shares)))
-    turns = zip_longest(*on_all(grid, lambda: found))
-    return [prediction for turn in turns for prediction in turn if prediction is not None]
+            found = trained.task.predict(run, batch, trained.facts, ask)
+        yield from (Predicted(path, answer) for (path, _), answer in zip(part, found, strict=True))
 
 
 def _read(
-    trained: Trained, paths: Sequence[Path], *, skip_bad: bool, grid: Grid
-) -> tuple[list[tuple[Path, Tensor]], list[str]]:
-    """Decode this rank's images, prepared as the training's test images were; name the unreadable ones of all ranks."""
+    trained: Trained, paths: Sequence[Path], *, skip: bool, grid: Grid
+) -> tuple[list[tuple[Path, Any]], list[str]]:
+    """Read this rank's files, prepared as the training's test data were; name the unreadable ones of all ranks."""
 
-    images: list[tuple[Path, Tensor]] = []
+    samples: list[tuple[Path, Any]] = []
 
     def read() -> list[str]:
         bad = []
         for path in paths:
             try:
-                images.append((path, decode_image(path, trained.preprocess)))
+                samples.append((path, trained.task.open(path)))
             except InputError as error:
-                if not skip_bad:
+                if not skip:
                     raise
                 bad.append(str(error))
         return bad
 
-    return images, [problem for bad in on_all(grid, read) for problem in bad]
+    return samples, [problem for bad in on_all(grid, read) for problem in bad]
 
 
-def _json(found: Prediction) -> str:
-    top = [{"class": c, "probability": round(p, 6)} for c, p in zip(found.classes, found.probabilities, strict=True)]
-    return json.dumps({"image": str(found.image), "class": found.classes[0], "top": top})
+def _draw(
+    request: Request,
+    run_folder: Path,
+    trained: Trained,
+    samples: Sequence[tuple[Path, Any]],
+    answers: Sequence[Predicted],
+    grid: Grid,
+) -> list[Path]:
+    """Write pictures and JSON of this rank's answers; return the pictures of all ranks."""
+    folder = request.draw
+    if folder is None and trained.task.pictures_by_default():
+        folder = run_folder / PREDICTIONS
+    if folder is None:
+        return []
+
+    def write() -> list[Path]:
+        folder.mkdir(parents=True, exist_ok=True)
+        made = []
+        for (path, sample), answer in zip(samples, answers, strict=True):
+            picture = folder / f"{path.stem}.png"
+            write_atomically(picture, trained.task.draw(sample, answer.answer))
+            write_atomically(picture.with_suffix(".json"), answer.json() + "\n")
+            made.append(picture)
+        return made
+
+    return [path for own in on_all(grid, write) for path in own]
 
 
-def _table(predictions: Sequence[Prediction]) -> Table:
-    table = Table("image", "class", "probability", "then")
-    for found in predictions:
-        rest = zip(found.classes[1:], found.probabilities[1:], strict=True)
-        then = ", ".join(f"{name} {share:.1%}" for name, share in rest)
-        table.add_row(
-            Text(str(found.image)), Text(found.classes[0], style="bold"), f"{found.probabilities[0]:.1%}", Text(then)
-        )
+def _table(trained: Trained, answers: Sequence[Predicted]) -> Table:
+    rows = [(str(one.path), trained.task.cells(one.answer)) for one in answers]
+    first, *others = rows[0][1]
+    table = Table("image", first, *others)
+    for name, cells in rows:
+        bold, *rest = cells.values()
+        table.add_row(Text(name), Text(bold, style="bold"), *map(Text, rest))
     return table

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from synchromesh.commands.context import Context
 from synchromesh.commands.profiling import STAGES, measure
 from synchromesh.errors import InputError
 from synchromesh.parallel.comm.grid import Grid
@@ -21,8 +22,16 @@ from synchromesh.training.durable import write_atomically
 SHOWN = (1 << 10, 1 << 16, 1 << 20, 1 << 24)  # bytes of messages in the table
 
 
+ABOUT = """\
+Measure these ranks in under a minute: products by shape, memory, links by message size, overlap.
+
+  synchromesh profile here.json --world 2
+  torchrun --nnodes 2 --nproc-per-node 8 ... -m -- synchromesh profile cluster.json
+"""
+
+
 @dataclass(frozen=True)
-class ProfileRequest:
+class Request:
     """Options of `profile`.
 
     Attributes:
@@ -38,12 +47,17 @@ class ProfileRequest:
     json: bool = False
 
 
-def run_profile(request: ProfileRequest, grid: Grid, *, console: Console) -> int:
-    """Measure on the ranks of this job, and write the file on the first one; return the exit code.
+def run(request: Request, context: Context) -> int:
+    """Measure on some ranks, and write the file on the first one; return the exit code.
 
     Raises:
         InputError: ranks_per_node does not divide the ranks.
     """
+    return context.on_ranks(request.world, lambda own, grid: measure_ranks(request, grid, own.console))
+
+
+def measure_ranks(request: Request, grid: Grid, console: Console) -> int:
+    """Measure the ranks of a grid, and write the file on the first one; return the exit code."""
     if request.ranks_per_node is not None:
         try:
             grid = Grid(grid.group, ranks_per_node=request.ranks_per_node)

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from synchromesh.training.loop import Event
 from synchromesh.training.metrics import short_name
+from synchromesh.training.task import Number, Task
 
 _BARS = "▁▂▃▄▅▆▇█"
 PLAIN_SECONDS: Final = 20.0  # between two lines of training where no terminal shows them live
@@ -26,10 +27,11 @@ class RunProgress:
     Args:
         console: a terminal gets the live view, anything else plain lines.
         title: names the model.
+        task: what it is trained for; its numbers are shown.
     """
 
-    def __init__(self, console: Console, title: str) -> None:
-        self._console, self._title = console, title
+    def __init__(self, console: Console, title: str, task: Task) -> None:
+        self._console, self._title, self._numbers, self._unit = console, title, task.numbers, task.unit
         self._train: dict[str, Any] = {}
         self._test: dict[str, Any] = {}
         self._loss: float | None = None
@@ -57,7 +59,7 @@ class RunProgress:
             self._live.stop()
 
     def __rich__(self) -> Group:
-        return Group(self._bar, self._numbers(), self._loads())
+        return Group(self._bar, self._shown(), self._loads())
 
     def tell(self, event: Event) -> None:
         """Take in one event of the loop."""
@@ -76,22 +78,26 @@ class RunProgress:
 
     def _print(self, event: Event) -> None:
         self._printed_at = time.monotonic()
-        line = event.line
-        text = f"{self._title}  epoch {line['epoch']:6.2f}  step {event.step}/{event.total}  {event.kind:5}"
-        text += f"  loss {line['loss']:.4f}  accuracy {line['accuracy']:.2%}  {line['images_per_second']:,.0f} images/s"
+        line, unit = event.line, self._unit
+        said = [number.said(line[number.name]) for number in self._numbers if number.name in line]
+        if event.kind == "train":
+            said.insert(0, f"loss {line['loss']:.4f}")
+            said = said[:1] + [one for one in said[1:] if not one.startswith("loss")]
+        text = f"{self._title}  epoch {line['epoch']:6.2f}  step {event.step}/{event.total}  {event.kind:5}  "
+        text += "  ".join([*said, f"{line[f'{unit}_per_second']:,.0f} {unit}/s"])
         if line["load"]:
             text += f"  dropped {line['drop_rate']:.1%}"
         self._console.print(text, highlight=False, soft_wrap=True)
 
-    def _numbers(self) -> Table:
+    def _shown(self) -> Table:
         table = Table.grid(padding=(0, 3))
-        train, test = self._train, self._test
+        train, test, first, unit = self._train, self._test, self._numbers[0], self._unit
         loss = "-" if self._loss is None else f"{self._loss:.4f}"
         table.add_row(
-            f"loss {loss}   accuracy",
-            _number(train, "accuracy", "train {:.1%}"),
-            Text(_number(test, "accuracy", "test {:.2%}"), style="bold green"),
-            _number(train, "images_per_second", "{:,.0f} images/s"),
+            f"loss {loss}   {first.title}",
+            f"train {_form(first, train)}" if first.name in train else "",
+            Text(f"test {_form(first, test)}" if test else "", style="bold green"),
+            _number(train, f"{unit}_per_second", "{:,.0f} " + f"{unit}/s"),
             _number(train, "drop_rate", "dropped {:.1%}") if train.get("load") else "",
             _number(train, "learning_rate", "lr {:.1e}"),
         )
@@ -124,3 +130,7 @@ def _extremes(shares: list[float]) -> str:
 
 def _number(line: dict[str, Any], name: str, form: str) -> str:
     return form.format(line[name]) if name in line else ""
+
+
+def _form(number: Number, line: dict[str, Any]) -> str:
+    return number.form.format(line[number.name])

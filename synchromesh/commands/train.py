@@ -4,51 +4,163 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from rich.console import Console
 from rich.table import Table
 
 from synchromesh import seeds
+from synchromesh.commands.context import Context
 from synchromesh.commands.device import pick_device
+from synchromesh.commands.options import parse, read_file
 from synchromesh.commands.progress import RunProgress
 from synchromesh.commands.report import report_if_possible
-from synchromesh.data.sources import Splits, take_shots
 from synchromesh.errors import InputError, NonFiniteError, StoppedError
+from synchromesh.models.features import BackboneConfig
+from synchromesh.parallel.comm.environment import job_name, restarted
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.training.agree import ALONE, on_all, on_first
-from synchromesh.training.architecture import Architecture, DenseSwin, ModelSize, build_classifier, model_size
+from synchromesh.training.catalog import Catalog
 from synchromesh.training.codec import encode
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.durable import write_json
+from synchromesh.training.gallery import draw_gallery
 from synchromesh.training.interrupt import StopWish, stop_on_signals
 from synchromesh.training.loop import Job, Outcome, fit
+from synchromesh.training.plans import check_plan
+from synchromesh.training.report import summary_rows
 from synchromesh.training.run_folder import (
     CHECKPOINTS,
     RECIPE,
     SUMMARY,
     TWIN,
+    build_model,
     claimed,
     identity,
+    is_run_of,
     prepare_folder,
     read_summary,
 )
-from synchromesh.training.sharing import check_sharing
 from synchromesh.training.start import Loaded, freeze, load_weights
-from synchromesh.training.summary import Finished, summarize
+from synchromesh.training.summary import Finished, ModelSize, model_size, summarize
+from synchromesh.training.task import Facts, Splits
 
 NON_FINITE = 3  # exit code of a run that NaN or infinity stopped
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One model of a run: its architecture, where it is kept and what it is called on the screen."""
+class Request:
+    """Options of `train`.
 
-    architecture: Architecture
+    Attributes:
+        settings: of the run.
+        recipe: name of a recipe.
+        config: file of settings, .json or .toml: a run's recipe.json, or changes to a recipe (docs/training.md).
+        run: folder of the run; runs/RECIPE if not given. A run that is there already is moved aside, never deleted.
+        data: folder of data, instead of the recipe's; for images train/ and val/ with one folder per class, or the
+            class folders themselves.
+        resume: continue what was begun in the run folder; a crash loses nothing that was saved.
+        on_bad_image: stop at an unreadable image, or skip it and count.
+        tensorboard: also write TensorBoard events.
+        nproc: ranks to train with on this machine; the recipe's number if not given. Under torchrun or SLURM, the
+            job's ranks are taken.
+        restarts: how often to begin again from the last checkpoint when a rank dies.
+        timeout: seconds that ranks wait for one another before they give up and name who does not answer.
+    """
+
+    settings: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    recipe: tyro.conf.Positional[str | None] = None
+    config: Path | None = None
+    run: Path | None = None
+    data: Annotated[Path | None, tyro.conf.arg(name="data")] = None
+    resume: bool = False
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    tensorboard: bool = False
+    nproc: int | None = None
+    restarts: int = 0
+    timeout: float = 600.0
+
+    def configured(self) -> TrainConfig:
+        """Return the settings with what the other options change of them."""
+        config = self.settings
+        if self.data is not None:
+            config = dataclasses.replace(config, task=config.task.reading(self.data))
+        if self.on_bad_image == "skip":
+            loading = dataclasses.replace(config.loading, skip_bad_images=True)
+            config = dataclasses.replace(config, loading=loading)
+        if self.tensorboard:
+            config = dataclasses.replace(config, keep=dataclasses.replace(config.keep, tensorboard=True))
+        return config
+
+
+def read_request(given: list[str], catalog: Catalog) -> Request:
+    """Return what `train ...` asks for; the recipe, and the file of settings, tell the defaults of all else.
+
+    Raises:
+        InputError: there is no such recipe or file, or a setting cannot be.
+    """
+    name = given[0] if not given[0].startswith("-") else None
+    if name is not None and name not in catalog.recipes:
+        raise InputError(f"there is no recipe {name!r}: wanted one of {', '.join(catalog.recipes)}")
+    base = None if name is None else catalog.recipes[name]()
+    file = _file_of(given)
+    base = base if file is None else read_file(file, base, catalog)
+    if base is None:
+        raise InputError(f"no recipe given: wanted one of {', '.join(catalog.recipes)}, or --config FILE")
+    about = (
+        f"Train by the recipe {base.name}. Every setting below can be changed, such as --epochs 5 or --optim.lr 1e-3."
+    )
+    prog = f"synchromesh train {name or f'--config {file}'}"
+    return parse(Request, given, prog=prog, about=about, default=Request(base), kinds=catalog.kinds)
+
+
+def recipes_page(catalog: Catalog) -> str:
+    """Return what there is to train."""
+    lines = ["usage: synchromesh train RECIPE [--run DIR] [--data DIR] [--resume] [any setting of the recipe]"]
+    lines += ["       synchromesh train --config FILE [the same]", ""]
+    for name, recipe in catalog.recipes.items():
+        about = (sys.modules[recipe.__module__].__doc__ or "").partition("\n")[0].partition(": ")[2]
+        lines.append(f"  {name:18}  {about}")
+    lines += ["", "synchromesh train RECIPE --help lists every setting with its default.", ""]
+    return "\n".join(lines)
+
+
+def run(request: Request, context: Context) -> int:
+    """Train as requested; return the exit code of `train`.
+
+    Raises:
+        InputError: settings, data or the folder cannot be used.
+    """
+    config = request.configured()
+    folder = request.run or Path("runs") / config.name
+    ranks = config.keep.ranks if request.nproc is None else request.nproc
+
+    def on_grid(own: Context, grid: Grid) -> int:
+        job = job_name()
+        resume = request.resume or (restarted() and is_run_of(folder, job))  # a rank died, and all begin again
+        return train(config, folder, resume=resume, context=own, grid=grid, job=job)
+
+    return context.on_ranks(ranks, on_grid, restarts=request.restarts, timeout=timedelta(seconds=request.timeout))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One model of a run.
+
+    Attributes:
+        settings: of its backbone.
+        folder: where it is kept.
+        title: what it is called on the screen.
+    """
+
+    settings: BackboneConfig
     folder: Path
     title: str
 
@@ -59,14 +171,18 @@ class _Run:
 
     config: TrainConfig
     folder: Path
-    images: Splits
+    splits: Splits
     stop: StopWish
-    console: Console
+    context: Context
     grid: Grid
+
+    @property
+    def console(self) -> Console:
+        return self.context.console
 
 
 def train(
-    config: TrainConfig, folder: Path, *, resume: bool, console: Console, grid: Grid = ALONE, job: str = ""
+    config: TrainConfig, folder: Path, *, resume: bool, context: Context, grid: Grid = ALONE, job: str = ""
 ) -> int:
     """Train the model of a configuration, and its twin if it has one; return the exit code.
 
@@ -77,20 +193,20 @@ def train(
     Raises:
         InputError: settings, data or the folder cannot be used.
     """
-    images = _load_images(config)
-    on_all(grid, lambda: _check(config, images, grid))
+    splits, console, catalog = config.task.splits(seed=config.seed), context.console, context.catalog()
+    on_all(grid, lambda: _check(config, splits.facts, grid))
     if resume and on_first(grid, lambda: read_summary(folder)) is not None:
-        on_first(grid, lambda: prepare_folder(folder, config, resume=True, job=job))
+        on_first(grid, lambda: prepare_folder(folder, config, catalog, resume=True, job=job))
         console.print(f"{folder} is finished; nothing is left to do", soft_wrap=True)
-        _closing_table(console, read_summary(folder) or {}, folder)
+        _closing_table(console, config, read_summary(folder) or {}, folder)
         return 0
-    note = on_first(grid, lambda: prepare_folder(folder, config, resume=resume, job=job))
+    note = on_first(grid, lambda: prepare_folder(folder, config, catalog, resume=resume, job=job))
     if note:
         console.print(note, style="yellow", highlight=False, soft_wrap=True)
     with ExitStack() as held, stop_on_signals() as stop:
         on_first(grid, lambda: held.enter_context(claimed(folder)))
         try:
-            summary = _train_all(_Run(config, folder, images, stop, console, grid))
+            summary = _train_all(_Run(config, folder, splits, stop, context, grid))
         except StoppedError as stopped:
             name = signal.Signals(stopped.signal).name
             console.print(
@@ -103,42 +219,47 @@ def train(
             return NON_FINITE
         on_first(grid, lambda: write_json(folder / SUMMARY, summary))
     if grid.rank == 0:
-        report_if_possible(folder, console=console)
-    _closing_table(console, summary, folder)
+        report_if_possible(folder, context)
+    _closing_table(console, config, summary, folder)
     return 0
 
 
-def _load_images(config: TrainConfig) -> Splits:
-    images = config.data.source.load(config.data.preprocess)
-    if config.data.shots == 0:
-        return images
-    return dataclasses.replace(images, train=take_shots(images.train, config.data.shots, seed=config.seed))
+def _file_of(given: list[str]) -> Path | None:
+    for number, token in enumerate(given):
+        name, equals, value = token.partition("=")
+        if name == "--config":
+            found = value if equals else next(iter(given[number + 1 :]), "")
+            if not found or found.startswith("--"):
+                raise InputError("--config wants a file, .json or .toml")
+            return Path(found)
+    return None
 
 
-def _check(config: TrainConfig, images: Splits, grid: Grid) -> None:
+def _check(config: TrainConfig, facts: Facts, grid: Grid) -> None:
     """Find what cannot work before an older run is touched."""
     if config.batch_size < grid.size:
-        raise InputError(f"batch_size is {config.batch_size}, wanted at least one image for each of {grid.size} ranks")
+        unit = config.task.unit
+        raise InputError(
+            f"batch_size is {config.batch_size}, wanted at least one of the {unit} for each of {grid.size} ranks"
+        )
     pick_device(config.keep.device)
     if config.start.weights is not None and not config.start.weights.exists():
         raise InputError(f"the file of weights {config.start.weights} does not exist")
-    for architecture in (config.model, config.twin):
-        if architecture is not None:
+    for settings in (config.model, config.twin):
+        if settings is not None:
             with torch.device("meta"):
-                model = build_classifier(architecture, config.data.preprocess, len(images.train.classes))
-            check_sharing(model, config.sharing.plan(), grid)
+                model = build_model(config.task, settings, facts)
+            check_plan(model, config.parallelism.plan(), grid)
 
 
 def _train_all(run: _Run) -> dict[str, Any]:
-    config, folder, images, console = run.config, run.folder, run.images, run.console
+    config, folder, task = run.config, run.folder, run.config.task
     device = pick_device(config.keep.device)
     ranks = "" if run.grid.size == 1 else f" · {run.grid.size} ranks"
-    console.print(
-        f"{config.name}: {len(images.train):,} images to learn from, {len(images.test):,} to score on, "
-        f"{len(images.train.classes):,} classes · {device}{ranks} · {folder}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    about = task.about(run.splits.facts)
+    said = f"{config.name}: {len(run.splits.train):,} {task.unit} to learn from, {len(run.splits.test):,} to score on"
+    said += f", {about}" if about else ""
+    run.console.print(f"{said} · {device}{ranks} · {folder}", highlight=False, soft_wrap=True)
     main = _fit_stage(Stage(config.model, folder, _title(config.model)), run)
     twin = None
     if config.twin is not None:
@@ -154,35 +275,37 @@ def _begin_twin(folder: Path, recipe: Any) -> None:
 
 
 def _fit_stage(stage: Stage, run: _Run) -> Finished:
-    config, images, console = run.config, run.images, run.console
-    device = pick_device(config.keep.device)
-    preprocess, classes = config.data.preprocess, images.train.classes
+    config, console, catalog = run.config, run.console, run.context.catalog()
+    device, facts = pick_device(config.keep.device), run.splits.facts
     with seeds.torch_seeded(torch.device("cpu"), config.seed, seeds.INIT):
-        model = build_classifier(stage.architecture, preprocess, len(classes))
-    if config.start.weights is not None:
-        _say_loaded(console, config.start.weights, load_weights(model, config.start.weights))
-    freeze(model, config.start.freeze)
+        model = build_model(config.task, stage.settings, facts)
+    start = config.start
+    if start.weights is not None:
+        _say_loaded(console, start.weights, load_weights(model, start.weights, catalog, partial=start.partial))
+    freeze(model, start.freeze)
     size = model_size(model)
     console.print(f"{stage.title}: {_size(size)}", highlight=False)
     stage.folder.mkdir(parents=True, exist_ok=True)
-    with RunProgress(console, stage.title) as progress:
+    with RunProgress(console, stage.title, config.task) as progress:
         outcome: Outcome = fit(
             Job(
                 config=config,
                 model=model.to(device),
-                images=images,
+                splits=run.splits,
                 folder=stage.folder,
-                identity=identity(stage.architecture, preprocess, classes),
+                identity=identity(config.task, stage.settings, facts),
                 stop=run.stop,
                 tell=progress.tell,
                 grid=run.grid,
+                upgrade=catalog.upgrade_state,
             )
         )
-    return Finished(outcome, size)
+    pictures = draw_gallery(config.task, model, run.splits, outcome.evaluation, stage.folder, run.grid)
+    return Finished(outcome, size, pictures)
 
 
-def _title(architecture: Architecture) -> str:
-    return "dense" if isinstance(architecture, DenseSwin) else f"MoE, {architecture.experts.count} experts"
+def _title(settings: BackboneConfig) -> str:
+    return "dense" if settings.experts is None else f"MoE, {settings.experts.num_experts} experts"
 
 
 def _size(size: ModelSize) -> str:
@@ -199,35 +322,24 @@ def _say_loaded(console: Console, path: Path, loaded: Loaded) -> None:
     console.print(text, highlight=False, soft_wrap=True)
 
 
-def _closing_table(console: Console, summary: dict[str, Any], folder: Path) -> None:
+def _closing_table(console: Console, config: TrainConfig, summary: dict[str, Any], folder: Path) -> None:
+    columns, *rows = summary_rows(config, summary)
     table = Table(title=f"recipe {summary['recipe']}, seed {summary['seed']}", title_justify="left")
-    table.add_column("")
-    columns = [("", "MoE" if summary["test_load"] else "dense")]
-    columns += [("dense_", "dense twin")] if "dense_test_accuracy" in summary else []
-    for _, title in columns:
-        table.add_column(title, justify="right")
-    for name, title, form in _ROWS:
-        table.add_row(title, *(form.format(summary[prefix + name]) for prefix, _ in columns))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
     if summary["test_load"]:
-        table.add_row("dead experts", str(summary["dead_experts"]), *[""] * (len(columns) - 1))
+        table.add_row("dead experts", str(summary["dead_experts"]), *[""] * (len(columns) - 2))
     for layer, plans in summary["plans"].items():
         often = sorted(plans.items(), key=lambda item: -item[1])
         table.add_row(f"plans of {layer}", "\n".join(f"{plan}: {count:,}" for plan, count in often))
     console.print(table)
-    bad, test_bad = summary["bad_images"], summary["test_bad_images"]
+    unit = config.task.unit
+    bad, test_bad = summary[f"bad_{unit}"], summary[f"test_bad_{unit}"]
     if bad or test_bad:
         epochs = summary["epochs"]
         console.print(
-            f"left out as unreadable: {bad:,} times in {epochs} epochs, and {test_bad:,} test images", style="yellow"
+            f"left out as unreadable: {bad:,} times in {epochs} epochs, and {test_bad:,} test {unit}", style="yellow"
         )
     console.print(f"{folder / SUMMARY} · {folder / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-_ROWS = (
-    ("test_accuracy", "test accuracy", "{:.2%}"),
-    ("test_loss", "test loss, nats", "{:.4f}"),
-    ("train_seconds", "training, seconds", "{:,.0f}"),
-    ("images_per_second", "training, images/s", "{:,.0f}"),
-    ("parameters", "parameters", "{:,}"),
-    ("active_parameters", "active parameters", "{:,}"),
-)

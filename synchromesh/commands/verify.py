@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import json as to_json
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from synchromesh.commands.context import Context
 from synchromesh.commands.verification import Finding, as_json, count_findings, trials_for, verify
 from synchromesh.errors import InputError
 from synchromesh.parallel.comm.grid import Grid
@@ -22,50 +24,65 @@ from synchromesh.types import Plan
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+ABOUT = """\
+Run every legal parallel plan of a layer on these ranks and devices, and compare outputs and all gradients with the
+definition, computed in one process.
+
+  synchromesh verify --world 4 --ranks-per-node 2
+  torchrun --nnodes 2 --nproc-per-node 8 ... -m -- synchromesh verify --dtype bfloat16
+"""
+
+
 @dataclass(frozen=True)
-class VerifyRequest:
-    """What to verify.
+class Request:
+    """Options of `verify`.
 
     Attributes:
-        ranks_per_node: as if so many neighbours shared a machine; None takes the truth.
+        world: ranks to start on this machine; under torchrun or SLURM, the job's ranks are taken.
+        ranks_per_node: as if so many neighbours shared a machine; the truth if not given.
         dtype: of all tensors; its tolerance is that of `synchromesh.testing.compare`.
-        quick: each plan once, not in every trial. as_json: one JSON object a line, one for each plan and trial.
+        quick: each plan once, instead of in every trial.
+        json: print one JSON object a line, one for each plan and trial.
     """
 
+    world: int = 1
     ranks_per_node: int | None = None
-    dtype: torch.dtype = torch.float64
+    dtype: Literal["float64", "float32", "bfloat16"] = "float64"
     quick: bool = False
-    as_json: bool = False
+    json: bool = False
 
 
-def run_verify(request: VerifyRequest, grid: Grid, *, console: Console) -> int:
-    """Verify on the ranks of this job; return 0 where all is equal, 1 where it is not.
+def run(request: Request, context: Context) -> int:
+    """Verify on some ranks; return 0 where all is equal, 1 where it is not.
 
     Raises:
         InputError: ranks_per_node does not divide the ranks.
     """
+    return context.on_ranks(request.world, lambda own, grid: _verify(request, grid, own.console))
+
+
+def _verify(request: Request, grid: Grid, console: Console) -> int:
     grid = _grid(request, grid)
     device = "cuda" if torch.cuda.is_available() and _backend(grid) == "nccl" else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)
-    trials = trials_for(grid.size, dtype=request.dtype, device=device)
+    trials = trials_for(grid.size, dtype=DTYPES[request.dtype], device=device)
     total = count_findings(grid, trials, thorough=not request.quick)
-    shown = console if grid.rank == 0 else Console(quiet=True)
     running: Iterable[Finding] = verify(grid, trials, thorough=not request.quick)
-    if grid.rank == 0 and not request.as_json:
+    if grid.rank == 0 and not request.json:
         running = track(running, f"{grid.nodes} nodes, {grid.size} ranks, {device}", total=total, console=console)
     findings = []
     for finding in running:
         findings.append(finding)
-        if request.as_json:
-            shown.print(json.dumps(as_json(finding)), soft_wrap=True, highlight=False, markup=False)
+        if request.json:
+            console.print(to_json.dumps(as_json(finding)), soft_wrap=True, highlight=False, markup=False)
     bad = [finding for finding in findings if not finding.good]
-    if not request.as_json:
-        _show(shown, grid, findings, bad)
+    if not request.json:
+        _show(console, grid, findings, bad)
     return 1 if bad else 0
 
 
-def _grid(request: VerifyRequest, grid: Grid) -> Grid:
+def _grid(request: Request, grid: Grid) -> Grid:
     if request.ranks_per_node is None:
         return grid
     try:

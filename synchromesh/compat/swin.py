@@ -1,4 +1,4 @@
-"""Swin-MoE checkpoints as Microsoft's training script writes them, to and from `SwinV2Classifier`.
+"""Swin-MoE checkpoints as Microsoft's training script writes them, to and from a `Classifier` on a `SwinV2`.
 
 Files, for a run on W ranks that is named NAME.pth:
 
@@ -36,8 +36,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from synchromesh.compat.rename import rename
 from synchromesh.compat.unpickle import STORAGES, load_inert
-from synchromesh.models.swin_v2 import SwinV2Classifier, rename
+from synchromesh.models.heads.classifier import Classifier
 from synchromesh.moe.experts import Experts
 
 _RENAMED = (  # theirs, ours, the longer names first; ^ is the beginning of a key
@@ -109,7 +110,7 @@ def read_swin(path: Path) -> dict[str, Tensor]:
     return stored.shared | whole
 
 
-def load_swin(model: SwinV2Classifier, path: Path, *, classes: Sequence[int] | None = None) -> None:
+def load_swin(model: Classifier, path: Path, *, classes: Sequence[int] | None = None) -> None:
     """Load a checkpoint of any number of ranks into a model on any other number.
 
     Args:
@@ -148,7 +149,7 @@ def read_classes(path: Path) -> list[int]:
     return [int(line) for line in lines]
 
 
-def save_swin(model: SwinV2Classifier, path: Path, *, ranks: int | None = None, everything: bool = False) -> list[Path]:
+def save_swin(model: Classifier, path: Path, *, ranks: int | None = None, everything: bool = False) -> list[Path]:
     """Write a checkpoint as the release does, for its own loader on `ranks` ranks; return the files written.
 
     Args:
@@ -341,7 +342,7 @@ def _check_fit(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Pat
 # writing
 
 
-def _files(model: SwinV2Classifier, ranks: int | None, *, everything: bool) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _files(model: Classifier, ranks: int | None, *, everything: bool) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield the ends of file names, and what goes into them."""
     experts = dict(_experts(model))
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}

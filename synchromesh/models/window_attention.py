@@ -72,6 +72,8 @@ def relative_index(side: int) -> Int[Tensor, " NN"]:
 class CosineAttention(nn.Module):
     """Scaled cosine attention: softmax(s cos(q, k) + bias) v, with s <= 100 learned per head (section 3.2)."""
 
+    undecayed = frozenset({"log_scale"})
+
     def __init__(self, num_heads: int, head_width: int) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -80,6 +82,9 @@ class CosineAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.log_scale, math.log(10.0))
+
+    def initialize(self, std: float) -> None:
+        self.reset_parameters()
 
     def forward(
         self, qkv: Float[Tensor, "W N QKV"], bias: Float[Tensor, "G h N N"], dropout: float
@@ -140,6 +145,8 @@ class PositionBias(nn.Module):
         squash: applied to the MLP's output.
     """
 
+    undecayed = frozenset({"mlp"})
+
     def __init__(self, side: int, pretrained: int, num_heads: int, *, squash: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.side, self.pretrained, self.squash = side, pretrained, squash
@@ -163,6 +170,11 @@ class PositionBias(nn.Module):
 def bounded(x: Tensor) -> Tensor:
     """Squash a position bias into (0, 16), as SwinV2 does."""
     return 16.0 * torch.sigmoid(x)
+
+
+def unbounded(x: Tensor) -> Tensor:
+    """Take a position bias as it is."""
+    return x
 
 
 @dataclass(frozen=True)
@@ -203,6 +215,11 @@ class WindowAttention(nn.Module):
             config.window, config.pretrained_window, config.num_heads, squash=config.squash
         )
         self.proj = nn.Linear(width, width)
+
+    def initialize(self, std: float) -> None:
+        if self.q_bias is not None and self.v_bias is not None:
+            nn.init.zeros_(self.q_bias)
+            nn.init.zeros_(self.v_bias)
 
     def forward(self, x: Float[Tensor, "B G N C"], mask: Float[Tensor, "G N N"] | None) -> Float[Tensor, "B G N C"]:
         B, G, N, C = x.shape

@@ -2,33 +2,74 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from synchromesh.kernels import kernels_for
+from synchromesh.kernels import Kernels, kernels_for
 from synchromesh.types import Routing, RowMap
 
 AgreeMax = Callable[[Tensor], Tensor]
-Priority = Callable[[Routing], "Float[Tensor, ' T'] | None"]
 
 
-def token_order(routing: Routing) -> None:
+class Priority(ABC):
+    """Says which tokens an expert serves first; any function of a `Routing` may stand in for one."""
+
+    @abstractmethod
+    def __call__(self, routing: Routing) -> Float[Tensor, " T"] | None:
+        """Return a number for each token, served from the largest on; None serves them in their order."""
+
+
+@dataclass(frozen=True)
+class TokenOrder(Priority):
     """Serve tokens in their order; all first choices come before all second ones."""
 
+    def __call__(self, routing: Routing) -> None:
+        return None
 
-def batch_prioritized(routing: Routing) -> Float[Tensor, " T"]:
+
+@dataclass(frozen=True)
+class BatchPrioritized(Priority):
     """Serve tokens in descending order of their best score (V-MoE, arXiv 2106.05974), choice after choice."""
-    return routing.scores.detach().amax(dim=1)
+
+    def __call__(self, routing: Routing) -> Float[Tensor, " T"]:
+        return routing.scores.detach().amax(dim=1)
+
+
+token_order, batch_prioritized = TokenOrder(), BatchPrioritized()
+ServingOrder = Priority | Callable[[Routing], "Float[Tensor, ' T'] | None"]
 
 
 class Capacity(ABC):
-    """Decides which pairs are kept, and where their rows lie."""
+    """Decides which pairs are kept, and where their rows lie.
+
+    Attributes:
+        drops: whether a pair may be left without a row.
+        takes_kernels: whether a call has an argument `kernels`, and is given those of its layer.
+    """
+
+    drops: ClassVar[bool] = True
+    takes_kernels: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.takes_kernels = "kernels" in inspect.signature(cls.__call__).parameters
+
+    @property
+    def rows_per_pair(self) -> float:
+        """Rows that are computed for each (token, choice) pair, where that is fixed; else 1."""
+        return 1.0
+
+    def rows_known(self, *, choices: int, experts: int) -> int | None:
+        """Return the rows of an expert that every rank knows without a look at its tokens; None where none does."""
+        return None
 
     @abstractmethod
     def __call__(self, routing: Routing, agree_max: AgreeMax) -> RowMap:
@@ -39,8 +80,10 @@ class Capacity(ABC):
 class Dropless(Capacity):
     """Keep every pair."""
 
-    def __call__(self, routing: Routing, agree_max: AgreeMax) -> RowMap:
-        return _map_rows(routing, *_places(routing, token_order), capacity=None, most=None)
+    drops = False
+
+    def __call__(self, routing: Routing, agree_max: AgreeMax, *, kernels: Kernels | None = None) -> RowMap:
+        return _map_rows(routing, *_places(routing, token_order, kernels), capacity=None, most=None)
 
 
 @dataclass(frozen=True)
@@ -48,18 +91,19 @@ class FixedRows(Capacity):
     """Keep at most a number of pairs of an expert.
 
     Attributes:
-        rows: that number, C. priority: who is served first.
+        rows: that number, C.
+        priority: who is served first.
     """
 
     rows: int
-    priority: Priority = token_order
+    priority: ServingOrder = token_order
 
     def __post_init__(self) -> None:
         if self.rows < 0:
             raise ValueError(f"FixedRows.rows is {self.rows}, wanted a number >= 0; Dropless() keeps every pair")
 
-    def __call__(self, routing: Routing, agree_max: AgreeMax) -> RowMap:
-        return _map_rows(routing, *_places(routing, self.priority), capacity=self.rows, most=self.rows)
+    def __call__(self, routing: Routing, agree_max: AgreeMax, *, kernels: Kernels | None = None) -> RowMap:
+        return _map_rows(routing, *_places(routing, self.priority, kernels), capacity=self.rows, most=self.rows)
 
 
 @dataclass(frozen=True)
@@ -77,21 +121,28 @@ class FixedCapacity(Capacity):
 
     factor: float
     tokens: int | None = None
-    priority: Priority = token_order
+    priority: ServingOrder = token_order
 
     def __post_init__(self) -> None:
         _check_factor("FixedCapacity.factor", self.factor)
         if self.tokens is not None and self.tokens < 0:
             raise ValueError(f"FixedCapacity.tokens is {self.tokens}, wanted a number of tokens >= 0, or None")
 
+    @property
+    def rows_per_pair(self) -> float:
+        return self.factor
+
+    def rows_known(self, *, choices: int, experts: int) -> int | None:
+        return None if self.tokens is None else _rows(self.factor, self.tokens, choices, experts)
+
     def rows_per_expert(self, *, tokens: int, choices: int, experts: int) -> int:
         """Return C."""
         return _rows(self.factor, tokens if self.tokens is None else self.tokens, choices, experts)
 
-    def __call__(self, routing: Routing, agree_max: AgreeMax) -> RowMap:
+    def __call__(self, routing: Routing, agree_max: AgreeMax, *, kernels: Kernels | None = None) -> RowMap:
         tokens = routing.expert_ids.shape[0]
         most = self.rows_per_expert(tokens=tokens, choices=routing.choices, experts=routing.num_experts)
-        return FixedRows(most, self.priority)(routing, agree_max)
+        return FixedRows(most, self.priority)(routing, agree_max, kernels=kernels)
 
 
 @dataclass(frozen=True)
@@ -104,19 +155,26 @@ class NeededCapacity(Capacity):
     """
 
     max_factor: float | None = None
-    priority: Priority = token_order
+    priority: ServingOrder = token_order
 
     def __post_init__(self) -> None:
         if self.max_factor is not None:
             _check_factor("NeededCapacity.max_factor", self.max_factor)
 
-    def __call__(self, routing: Routing, agree_max: AgreeMax) -> RowMap:
-        positions, counts = _places(routing, self.priority)
+    def __call__(self, routing: Routing, agree_max: AgreeMax, *, kernels: Kernels | None = None) -> RowMap:
+        positions, counts = _places(routing, self.priority, kernels)
         needed = agree_max(counts.max())
         if self.max_factor is None:
             return _map_rows(routing, positions, counts, capacity=needed, most=None)
         most = _rows(self.max_factor, routing.expert_ids.shape[0], routing.choices, routing.num_experts)
         return _map_rows(routing, positions, counts, capacity=needed.clamp(max=most), most=most)
+
+
+def mapped(capacity: Capacity, routing: Routing, agree_max: AgreeMax, kernels: Kernels | None) -> RowMap:
+    """Call a capacity of any kind; one that counts places by kernels is given these."""
+    if capacity.takes_kernels:
+        return capacity(routing, agree_max, kernels=kernels)  # pyright: ignore[reportCallIssue]
+    return capacity(routing, agree_max)
 
 
 def _check_factor(name: str, factor: float) -> None:
@@ -128,10 +186,12 @@ def _rows(factor: float, tokens: int, choices: int, experts: int) -> int:
     return math.ceil(factor * choices * tokens / experts - 1e-9)  # 1.1 * 10 is 11.000000000000002
 
 
-def _places(routing: Routing, priority: Priority) -> tuple[Int[Tensor, "T K"], Int[Tensor, " E"]]:
+def _places(
+    routing: Routing, priority: ServingOrder, kernels: Kernels | None
+) -> tuple[Int[Tensor, "T K"], Int[Tensor, " E"]]:
     """Return the place of each pair in its expert's queue, and the length of the queues."""
     ids = routing.expert_ids.detach()
-    return kernels_for(ids.device).positions(ids, routing.num_experts, priority(routing))
+    return (kernels or kernels_for(ids.device)).positions(ids, routing.num_experts, priority(routing))
 
 
 def _map_rows(

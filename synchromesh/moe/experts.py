@@ -63,6 +63,14 @@ class Experts(nn.Module, ABC):
         Any equal cut of dim 0 is a legal piece for `compute`. Empty for experts that only move whole.
         """
 
+    def initialize(self, std: float) -> None:
+        """Draw own parameters as Swin's release does: truncated normal weights, zero biases."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.trunc_normal_(parameter, std=std)
+
     @abstractmethod
     def hold(self, cut: Cut) -> None:
         """Keep only this cut of all parameters. Raises ValueError where they cannot be cut so, or are cut already."""

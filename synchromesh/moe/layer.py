@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from synchromesh.moe.capacity import Capacity, Dropless, FixedCapacity
+from synchromesh.moe.capacity import Capacity, Dropless, mapped
 from synchromesh.moe.experts import Experts
 from synchromesh.moe.losses import AgreeSum, Loss, OverRanks
 from synchromesh.moe.recompute import Decisions
 from synchromesh.moe.record import Forward, Record
-from synchromesh.moe.routing import BiasBalance
+from synchromesh.moe.routing import routed
 from synchromesh.moe.strategy import Local, Strategy, compute_dtype
 from synchromesh.types import Plan, Routing, RowMap, Workload
 
@@ -109,9 +109,7 @@ class MoE(nn.Module):
         routing = self._routed(x_TD, choice)
         y_TD = self._direct(x_TD, routing, choice)
         if y_TD is None:
-            rowmap = choice.capacity(
-                routing, lambda count: self._decisions.once(lambda: self.strategy.agree_max(count))
-            )
+            rowmap = mapped(choice.capacity, routing, self._agree_max, self.strategy.kernels_on(x.device))
             y_TD = self.strategy.run(x_TD, routing, rowmap, self.experts, choice.plan)
             self._note(routing, rowmap, choice.plan)
         y_TD = y_TD.masked_fill(_broken(routing), math.nan)
@@ -139,7 +137,7 @@ class MoE(nn.Module):
             experts=self.experts.num_experts,
             dtype=compute_dtype(x_TD),
             training=self.training,
-            capacity=_known_beforehand(capacity, choices, self.experts.num_experts),
+            capacity=capacity.rows_known(choices=choices, experts=self.experts.num_experts),
             matrices=self.experts.matrices if self.experts.parts() else 0,  # modules move whole
             vectors=self.experts.vectors,
         )
@@ -151,7 +149,7 @@ class MoE(nn.Module):
 
     def _routed(self, x_TD: Tensor, choice: Choice) -> Routing:
         with self._decisions.same_random(x_TD.device):
-            routing = self.router(x_TD, choice.k)
+            routing = routed(self.router, x_TD, choice.k, self.strategy.kernels_on(x_TD.device))
         if not isinstance(routing, Routing):
             raise ValueError(f"the router returned {type(routing).__name__}, wanted synchromesh.Routing")
         got, wanted = (routing.expert_ids.shape[0], routing.num_experts), (x_TD.shape[0], self.experts.num_experts)
@@ -161,8 +159,11 @@ class MoE(nn.Module):
 
     def _direct(self, x_TD: Tensor, routing: Routing, choice: Choice) -> Tensor | None:
         """Run without a map of rows where nobody drops, learns or watches, and that is faster."""
-        watched = torch.is_grad_enabled() or self.record.observing or not isinstance(choice.capacity, Dropless)
+        watched = torch.is_grad_enabled() or self.record.observing or choice.capacity.drops
         return None if watched else self.strategy.direct(x_TD, routing, self.experts)
+
+    def _agree_max(self, count: Tensor) -> Tensor:
+        return self._decisions.once(lambda: self.strategy.agree_max(count))
 
     def _agreed(self, loss: Loss) -> AgreeSum:
         return self.strategy.agree_sum if isinstance(loss, OverRanks) else _alone
@@ -178,8 +179,9 @@ class MoE(nn.Module):
         trained = self.record.add(forward, training=training)
         if trained is not None:
             for module in self.router.modules():
-                if isinstance(module, BiasBalance):
-                    module.observe(self.strategy.agree_sum(trained))
+                observe = getattr(module, "observe", None)  # such as that of `BiasBalance`
+                if observe is not None:
+                    observe(self.strategy.agree_sum(trained))
 
 
 @contextmanager
@@ -204,13 +206,6 @@ def routing_options(
     finally:
         for layer, options in zip(layers, before, strict=True):
             layer.options = options
-
-
-def _known_beforehand(capacity: Capacity, choices: int, experts: int) -> int | None:
-    """Return the rows of an expert that every rank knows without a look at its tokens; None where there are none."""
-    if not isinstance(capacity, FixedCapacity) or capacity.tokens is None:
-        return None
-    return capacity.rows_per_expert(tokens=capacity.tokens, choices=choices, experts=experts)
 
 
 def _alone(value: Tensor) -> Tensor:

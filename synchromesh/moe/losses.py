@@ -34,7 +34,8 @@ class LoadBalance(Loss):
     Source: GShard (arXiv 2006.16668) and Switch (arXiv 2101.03961), as in Tutel.
 
     Attributes:
-        weight: usual value 0.01. choices: leading choices that count; None counts all of them.
+        weight: usual value 0.01.
+        choices: leading choices that count; None counts all of them.
     """
 
     weight: float
@@ -57,6 +58,9 @@ class ImportanceLoad(Loss):
 
     threshold_t is the k-th largest noisy logit of the token, so logits meet logits. (Tutel compares the softmax of the
     clean logits with it.) Source: V-MoE (arXiv 2106.05974), appendix A.
+
+    Attributes:
+        weight: usual value 0.01.
     """
 
     weight: float
@@ -93,6 +97,9 @@ class ZLoss(Loss):
 @dataclass(frozen=True)
 class OverRanks(Loss):
     """A loss of the tokens of all ranks together, at the price of one small all-reduce per layer, forward and backward.
+
+    Attributes:
+        loss: the other loss.
 
     >>> OverRanks(LoadBalance(0.01)).loss.weight
     0.01

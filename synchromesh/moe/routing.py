@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from synchromesh.kernels import kernels_for
+from synchromesh.kernels import Kernels, kernels_for
 from synchromesh.kernels.select.reference import scores_of, weights_of
 from synchromesh.types import Routing
 
@@ -119,11 +119,26 @@ def update_balance(model: nn.Module) -> None:
 
 
 class Router(nn.Module, ABC):
-    """Decides which experts each token goes to."""
+    """Decides which experts each token goes to.
+
+    Attributes:
+        takes_kernels: whether `forward` has an argument `kernels`, and is given those of its layer.
+    """
+
+    takes_kernels: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.takes_kernels = "kernels" in inspect.signature(cls.forward).parameters
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "T D"], k: int | None = None) -> Routing:
         """Route tokens of width D; k overrides the number of choices for this call."""
+
+
+def routed(router: nn.Module, x: Float[Tensor, "T D"], k: int | None, kernels: Kernels | None) -> Any:
+    """Call a router of any kind, and return what it returns; one that selects by kernels is given these."""
+    return router(x, k, kernels=kernels) if getattr(router, "takes_kernels", False) else router(x, k)
 
 
 class TopKRouter(Router):
@@ -176,13 +191,18 @@ class TopKRouter(Router):
     def reset_parameters(self) -> None:
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
-    def forward(self, x: Float[Tensor, "T D"], k: int | None = None) -> Routing:
+    def initialize(self, std: float) -> None:
+        """Draw the weights as Swin's release does."""
+        nn.init.trunc_normal_(self.weight, std=std)
+
+    def forward(self, x: Float[Tensor, "T D"], k: int | None = None, *, kernels: Kernels | None = None) -> Routing:
         k = self.k if k is None else _checked_k(k, self.selectable)
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(self.scores.dtype), self.weight.to(self.scores.dtype))
             noise = self.noise if self.training else 0.0
             bias = None if self.balance is None else self.balance.bias
-            return _selected(logits, k, self.scores, noise=noise, bias=bias, limit=self.limit, sums=self.training)
+            made = Selecting(noise, bias, self.limit, sums=self.training)
+            return _selected(logits, k, self.scores, made, kernels)
 
 
 class CosineRouter(Router):
@@ -220,13 +240,18 @@ class CosineRouter(Router):
         self.reset_parameters()
 
     floor = 0.01
+    undecayed = frozenset({"projector", "directions", "log_scale"})
 
     def reset_parameters(self) -> None:
         self.projector.reset_parameters()
         nn.init.normal_(self.directions, std=0.01)
         nn.init.constant_(self.log_scale, -math.log(self.initial_temperature))
 
-    def forward(self, x: Float[Tensor, "T D"], k: int | None = None) -> Routing:
+    def initialize(self, std: float) -> None:
+        """Draw the weights anew: its own rule is that of the release."""
+        self.reset_parameters()
+
+    def forward(self, x: Float[Tensor, "T D"], k: int | None = None, *, kernels: Kernels | None = None) -> Routing:
         k = self.k if k is None else _checked_k(k, self.num_experts)
         dtype = self.scores.dtype
         with torch.autocast(x.device.type, enabled=False):
@@ -234,7 +259,7 @@ class CosineRouter(Router):
             cosine = F.normalize(projected, dim=1) @ F.normalize(self.directions.to(dtype), dim=1).T
             logits = cosine * self.log_scale.to(dtype).clamp(max=-math.log(self.floor)).exp()
             noise = self.noise if self.training else 0.0
-            return _selected(logits, k, self.scores, noise=noise, sums=self.training)
+            return _selected(logits, k, self.scores, Selecting(noise, sums=self.training), kernels)
 
 
 class ExpertChoiceRouter(Router):
@@ -272,58 +297,6 @@ class ExpertChoiceRouter(Router):
             return Routing(ids, weights, scores, logits, max_pairs=share * experts + tokens, mean_choices=k)
 
 
-class TokenRounding(Router):
-    """Another router, whose experts get whole tiles of tokens while training (SonicMoE, 2025).
-
-    Each expert's tokens are rounded to the nearest multiple of the tile: those it scores highest of the tokens that did
-    not choose it are added, or those it scores lowest are left out; one with fewer than half a tile keeps what it has.
-    So no matrix product pads a tile. A token's experts then depend on the other tokens of the batch; evaluation routes
-    by the other router alone.
-
-    Args:
-        router: the other one; its scores must lie in 0 .. 1. tile: tokens in a tile.
-
-    The Routing has one column per expert, with holes. A `BiasBalance` of the other router sees the rounded load, so it
-    balances to half a tile.
-    """
-
-    def __init__(self, router: nn.Module, *, tile: int = 128) -> None:
-        super().__init__()
-        if tile < 1:
-            raise ValueError(f"the tile is {tile}, wanted at least 1 token")
-        self.router, self.tile = router, tile
-        self.k: int = getattr(router, "k", 1)
-
-    def forward(self, x: Float[Tensor, "T D"], k: int | None = None) -> Routing:
-        routing = self.router(x, k)
-        if not self.training:
-            return routing
-        tokens, experts = routing.scores.shape
-        ids, weights = routing.expert_ids, routing.weights.masked_fill(routing.expert_ids < 0, 0)
-        place = torch.where(ids < 0, experts, ids)  # of absent pairs: one column too many
-        wide_TE = weights.new_zeros(tokens, experts + 1).scatter(1, place, weights)[:, :experts]
-        chosen_TE = place.new_zeros(tokens, experts + 1, dtype=torch.bool).scatter(1, place, True)[:, :experts]
-        counts = chosen_TE.sum(0)
-        rounded = (counts + self.tile // 2) // self.tile * self.tile
-        rounded = torch.where(rounded > tokens, counts // self.tile * self.tile, rounded)
-        rounded = torch.where(rounded == 0, counts, rounded)
-        # The chosen before all others; of the chosen first those whose gate is broken, so that their NaN is not lost.
-        scores_TE = routing.scores.detach()
-        first_TE = torch.where(scores_TE.isnan(), torch.where(chosen_TE, 9.0, -1.0), scores_TE + 3.0 * chosen_TE)
-        order_TE = first_TE.argsort(dim=0, descending=True, stable=True)
-        rank_TE = order_TE.argsort(dim=0)
-        kept_TE = rank_TE < rounded
-        share_T1 = weights.sum(1, keepdim=True) / (routing.scores * chosen_TE).sum(1, keepdim=True).clamp(min=1e-9)
-        weights_TE = torch.where(chosen_TE, wide_TE, share_T1 * routing.scores)
-        return dataclasses.replace(
-            routing,
-            expert_ids=torch.where(kept_TE, torch.arange(experts, device=x.device), -1),
-            weights=weights_TE,
-            max_pairs=min(tokens * experts, tokens * ids.shape[1] + experts * (self.tile // 2)),
-            mean_choices=routing.choices,
-        )
-
-
 def _checked_k(k: int, most: int) -> int:
     if not (isinstance(k, int) and 1 <= k <= most):
         raise ValueError(f"k is {k}, wanted an integer 1 <= k <= {most}, the experts that one token can choose")
@@ -338,23 +311,32 @@ def _check_gate(width: int, num_experts: int, noise: float = 0.0) -> None:
         raise ValueError(f"the noise is {noise}, wanted 0 (none) or a positive number")
 
 
+@dataclass(frozen=True)
+class Selecting:
+    """What a selection depends on besides the logits.
+
+    Attributes:
+        noise: standard deviation of the noise on them, times E; 0 for none.
+        bias: what is added to the scores for the selection.
+        limit: keeps a token's experts on few nodes.
+        sums: whether a loss or statistics will ask for sums over the tokens, as in training.
+    """
+
+    noise: float = 0.0
+    bias: Float[Tensor, " E"] | None = None
+    limit: NodeLimit | None = None
+    sums: bool = False
+
+
 def _selected(
-    logits: Float[Tensor, "T E"],
-    k: int,
-    kind: Softmax | Sigmoid,
-    *,
-    noise: float,
-    bias: Float[Tensor, " E"] | None = None,
-    limit: NodeLimit | None = None,
-    sums: bool,
+    logits: Float[Tensor, "T E"], k: int, kind: Softmax | Sigmoid, by: Selecting, kernels: Kernels | None
 ) -> Routing:
-    """Select by these logits; sums: whether a loss or statistics will ask for them, as in training."""
-    std = noise / logits.shape[1] if noise > 0 else None
+    std = by.noise / logits.shape[1] if by.noise > 0 else None
     noisy = None if std is None else logits + std * torch.randn_like(logits)
-    used = logits if noisy is None else noisy
+    used, bias, limit = logits if noisy is None else noisy, by.bias, by.limit
     if limit is None:
-        select = kernels_for(logits.device).select
-        made = select(used, k, gate=kind.gate, normalize=kind.normalize, bias=bias, sums=sums)
+        select = (kernels or kernels_for(logits.device)).select
+        made = select(used, k, gate=kind.gate, normalize=kind.normalize, bias=bias, sums=by.sums)
         scores, ids, weights, score_sums, choice_counts = made
         return Routing(ids, weights, scores, logits, noisy, std).with_sums(score_sums, choice_counts)
     scores = scores_of(used, kind.gate)

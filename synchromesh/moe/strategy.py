@@ -53,6 +53,10 @@ class Strategy(ABC):
         """Compute y of all pairs without a map of rows; None where `run` is the way."""
         return None
 
+    def kernels_on(self, device: torch.device) -> Kernels:
+        """Return the kernels of a layer: its router, capacity and experts take the same ones."""
+        return kernels_for(device)
+
     @abstractmethod
     def agree_max(self, value: Tensor) -> Tensor:
         """Return the maximum over ranks, without gradient."""
@@ -71,7 +75,8 @@ class Local(Strategy):
     """One process holds all experts.
 
     Attributes:
-        kernels: None takes the fastest of the device; two constructions make an A/B test.
+        kernels: of router, capacity and experts; None takes the fastest of the device, and two constructions make an
+            A/B test.
     """
 
     kernels: Kernels | None = None
@@ -92,13 +97,15 @@ class Local(Strategy):
     def run(
         self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, experts: Experts, plan: Plan
     ) -> Float[Tensor, "T D"]:
-        kernels, dtype = self.kernels or kernels_for(x.device), compute_dtype(x)
+        kernels, dtype = self.kernels_on(x.device), compute_dtype(x)
         whole = {name: part.to(dtype) for name, part in _whole(experts).items()}
         return compute_here(x.to(dtype), routing, rowmap, experts, whole, kernels)
 
     def direct(self, x: Float[Tensor, "T D"], routing: Routing, experts: Experts) -> Float[Tensor, "T D"] | None:
-        kernels = self.kernels or kernels_for(x.device)
-        return experts.direct(x, routing, _whole(experts), kernels)  # which casts only what it runs
+        return experts.direct(x, routing, _whole(experts), self.kernels_on(x.device))  # which casts only what it runs
+
+    def kernels_on(self, device: torch.device) -> Kernels:
+        return self.kernels or kernels_for(device)
 
     def agree_max(self, value: Tensor) -> Tensor:
         return value

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from synchromesh.kernels import Kernels, kernels_for
-from synchromesh.moe.capacity import Capacity, FixedCapacity
+from synchromesh.moe.capacity import Capacity
 from synchromesh.moe.experts import Cut, Experts
 from synchromesh.moe.recompute import checkpointed
 from synchromesh.moe.strategy import Strategy, compute_dtype, compute_here
@@ -63,7 +63,7 @@ class Sharded(Strategy):
         return every_plan(self.grid.size)
 
     def refusal(self, plan: Plan, workload: Workload, capacity: Capacity) -> str | None:
-        known, pooled = isinstance(capacity, FixedCapacity) and capacity.tokens is not None, workload.matrices > 0
+        known, pooled = capacity.rows_known(choices=1, experts=1) is not None, workload.matrices > 0
         key = (plan, workload.experts, known, pooled)
         if key not in self._refusals:
             reason = refusal(plan, self.grid.ranks, workload.experts, known_beforehand=known, pooled=pooled)
@@ -74,7 +74,7 @@ class Sharded(Strategy):
         self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, experts: Experts, plan: Plan
     ) -> Float[Tensor, "T D"]:
         x = x.to(compute_dtype(x))
-        kernels = self.kernels or kernels_for(x.device)
+        kernels = self.kernels_on(x.device)
         layout = self._layout(experts.num_experts, plan)
         again = plan.regather and not checkpointed()
         pool = Pool(self.grid.axis(layout.gather_group(self.grid.rank)), self._waiting, again=again)
@@ -102,6 +102,9 @@ class Sharded(Strategy):
     def leaving(self, y: Tensor) -> Tensor:
         """See, and return, what a forward ends with."""
         return y
+
+    def kernels_on(self, device: torch.device) -> Kernels:
+        return self.kernels or kernels_for(device)
 
     def agree_max(self, value: Tensor) -> Tensor:
         agreed = value.detach().clone()

@@ -1,25 +1,62 @@
-"""The recipes by the names that the command line knows."""
+"""The recipes by the names that the command line knows, and what the files of a run may hold."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from synchromesh.models.features import BackboneConfig
+from synchromesh.models.mixtures import CosineGate, Gate, LinearGate
+from synchromesh.models.swin_v2 import SwinV2Config
+from synchromesh.moe.capacity import (
+    BatchPrioritized,
+    Capacity,
+    Dropless,
+    FixedCapacity,
+    FixedRows,
+    NeededCapacity,
+    Priority,
+    TokenOrder,
+)
+from synchromesh.moe.losses import ImportanceLoad, LoadBalance, Loss, OverRanks, ZLoss
 from synchromesh.recipes.demo import demo
+from synchromesh.recipes.detect_demo import detect_demo
 from synchromesh.recipes.digits import digits
 from synchromesh.recipes.few_shot import few_shot
 from synchromesh.recipes.finetune_1k import finetune_1k
+from synchromesh.recipes.simmim_demo import simmim_demo
 from synchromesh.recipes.swinv2_moe_b_22k import swinv2_moe_b_22k
 from synchromesh.recipes.swinv2_moe_s_22k import swinv2_moe_s_22k
-from synchromesh.training.config import TrainConfig
+from synchromesh.tasks.classification import Classification
+from synchromesh.tasks.detection import Detection
+from synchromesh.tasks.simmim import SimMIM
+from synchromesh.tasks.upgrade import upgrade_recipe, upgrade_state
+from synchromesh.training.catalog import Catalog
+from synchromesh.training.task import Task
 
-RECIPES: Mapping[str, Callable[[], TrainConfig]] = MappingProxyType(
+RECIPES = MappingProxyType(
     {
         "demo": demo,
         "digits": digits,
+        "detect_demo": detect_demo,
+        "simmim_demo": simmim_demo,
         "swinv2_moe_s_22k": swinv2_moe_s_22k,
         "swinv2_moe_b_22k": swinv2_moe_b_22k,
         "finetune_1k": finetune_1k,
         "few_shot": few_shot,
     }
+)
+CATALOG = Catalog(
+    recipes=RECIPES,
+    kinds=MappingProxyType(
+        {
+            Task: (Classification, Detection, SimMIM),
+            BackboneConfig: (SwinV2Config,),
+            Gate: (LinearGate, CosineGate),
+            Capacity: (Dropless, FixedCapacity, FixedRows, NeededCapacity),
+            Priority: (TokenOrder, BatchPrioritized),
+            Loss: (LoadBalance, ImportanceLoad, ZLoss, OverRanks),
+        }
+    ),
+    upgrade_recipe=upgrade_recipe,
+    upgrade_state=upgrade_state,
 )

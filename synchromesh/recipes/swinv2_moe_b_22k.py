@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from synchromesh.recipes.swinv2_moe_s_22k import EXPERTS, swin, swinv2_moe_s_22k
-from synchromesh.training.architecture import SwinMoE
+from synchromesh.models.swin_v2_moe import config_b
+from synchromesh.recipes.swinv2_moe_s_22k import EXPERTS, swinv2_moe_s_22k
 from synchromesh.training.config import TrainConfig
 
 
 def swinv2_moe_b_22k() -> TrainConfig:
     """Return the pre-training recipe of the base model: wider, and with more stochastic depth."""
-    return dataclasses.replace(
-        swinv2_moe_s_22k(), name="swinv2_moe_b_22k", model=SwinMoE(swin(128, drop_path=0.3), EXPERTS)
-    )
+    model = dataclasses.replace(config_b(), experts=EXPERTS)
+    return dataclasses.replace(swinv2_moe_s_22k(), name="swinv2_moe_b_22k", model=model)

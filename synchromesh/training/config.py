@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import Annotated
 
-from synchromesh.data.augment import Augment
-from synchromesh.data.images import Preprocess
-from synchromesh.data.sources import MnistDigits, Source
+import tyro
+
 from synchromesh.errors import at_least
-from synchromesh.training.architecture import Architecture, SwinMoE
+from synchromesh.models.features import BackboneConfig
 from synchromesh.training.loader import Loading
 from synchromesh.training.optim import Optim
+from synchromesh.training.task import Task
 from synchromesh.types import Plan
 
 
@@ -21,25 +22,7 @@ class Freeze(Enum):
 
     NOTHING = "nothing"
     MOE = "moe"  # routers and experts: best for detection in the paper, table 10
-    BACKBONE = "backbone"  # all but the classifier: a linear probe
-
-
-@dataclass(frozen=True)
-class Data:
-    """Which images, and how they become the model's input.
-
-    Attributes:
-        source: the digits of a package, or a folder.
-        preprocess: size, channels, normalisation.
-        shots: train on this many images per class only; 0 for all.
-    """
-
-    source: Source = field(default_factory=MnistDigits)
-    preprocess: Preprocess = field(default_factory=Preprocess)
-    shots: int = 0
-
-    def __post_init__(self) -> None:
-        at_least("data.", self, shots=0)
+    BACKBONE = "backbone"  # all but the head: a linear probe
 
 
 @dataclass(frozen=True)
@@ -48,12 +31,14 @@ class Start:
 
     Attributes:
         weights: a run folder, a checkpoint folder, a .safetensors file, or a file that torch.load reads with
-            weights_only=True; None starts from random weights.
+            weights_only=True; none for random weights. The whole backbone must be in it; heads may start afresh.
         freeze: what stays as it was.
+        partial: take what fits, and let the rest of the backbone start afresh too.
     """
 
     weights: Path | None = None
     freeze: Freeze = Freeze.NOTHING
+    partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +70,7 @@ class Keep:
 
 
 @dataclass(frozen=True)
-class Sharing:
+class Parallelism:
     """How ranks share the experts; every setting gives the same numbers. See docs/parallelism.md, docs/tuning.md.
 
     Attributes:
@@ -111,7 +96,7 @@ class Sharing:
     replay: Path | None = None
 
     def __post_init__(self) -> None:
-        at_least("sharing.", self, gather=0, chunks=1)
+        at_least("parallelism.", self, gather=0, chunks=1)
 
     def plan(self) -> Plan | None:
         """Return the plan; None leaves the choice to the strategy."""
@@ -126,45 +111,41 @@ class TrainConfig:
 
     Attributes:
         name: of the recipe.
-        model: what is trained.
-        twin: a second model trained after it in the same way, for comparison; None for none.
-        data: which images.
-        augment: what is done to training images.
+        task: what the model is trained for, and on which data.
+        model: the backbone; what follows from the data, such as the size of images, is set by the task.
+        twin: a second backbone trained after it in the same way, for comparison; none for no twin.
         optim: the optimizer and its schedule.
         start: what training starts from.
-        epochs: passes over the training images.
-        batch_size: images per optimizer step.
-        eval_batch_size: images per batch of evaluations.
+        epochs: passes over the training data.
+        batch_size: samples per optimizer step.
+        eval_batch_size: samples per batch of evaluations.
         accumulate: equal parts each batch is cut into, to fit into memory.
-        label_smoothing: share of the target spread over all classes.
         bf16: autocast to bfloat16.
         seed: of everything random.
-        loading: how images are read.
+        loading: how samples are read.
         keep: how often the run writes.
-        sharing: how ranks share the experts.
+        parallelism: how ranks share the experts.
     """
 
-    name: str = "demo"
-    model: Architecture = field(default_factory=SwinMoE)
-    twin: Architecture | None = None
-    data: Data = field(default_factory=Data)
-    augment: Augment = field(default_factory=Augment)
+    name: str
+    task: Annotated[Task, tyro.conf.arg(name="")]  # on the command line its settings stand beside those of the run
+    model: BackboneConfig
+    twin: BackboneConfig | None = None
     optim: Optim = field(default_factory=Optim)
     start: Start = field(default_factory=Start)
     epochs: int = 90
     batch_size: int = 128
     eval_batch_size: int = 256
     accumulate: int = 1
-    label_smoothing: float = 0.1
     bf16: bool = True
     seed: int = 0
     loading: Loading = field(default_factory=Loading)
     keep: Keep = field(default_factory=Keep)
-    sharing: Sharing = field(default_factory=Sharing)
+    parallelism: Parallelism = field(default_factory=Parallelism)
 
     def __post_init__(self) -> None:
         at_least("", self, epochs=1, batch_size=1, eval_batch_size=1, accumulate=1, seed=0)
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing is {self.label_smoothing}, wanted 0 <= it < 1")
+        object.__setattr__(self, "model", self.task.sized(self.model))  # the data know how large images are
+        object.__setattr__(self, "twin", None if self.twin is None else self.task.sized(self.twin))

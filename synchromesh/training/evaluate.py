@@ -1,25 +1,26 @@
-"""Scores of a model over a set of images."""
+"""Scores of a model over the samples of a split."""
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
-from jaxtyping import Int
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 
-from synchromesh.data.augment import normalize
-from synchromesh.data.images import Images
 from synchromesh.moe.record import record_load
 from synchromesh.parallel.comm.grid import Grid
-from synchromesh.training.agree import ALONE, loads_over_ranks, on_all, summed
+from synchromesh.training.agree import ALONE, loads_over_ranks, on_all, on_first
 from synchromesh.training.loader import Loading, Part, eval_batches
+from synchromesh.training.step import in_precision
+from synchromesh.training.task import Facts, Scores, Split, Task
 from synchromesh.types import LoadStats
 
 DEAD_SHARE = 0.1  # of an expert's fair part 1/E
+SHOWN = 6  # of the samples that a model did worst on, and of those it did best on
 
 
 @dataclass(frozen=True)
@@ -27,28 +28,33 @@ class Evaluation:
     """What a model scored.
 
     Attributes:
-        accuracy: share of images whose largest logit is their label's. loss: mean cross-entropy, nats.
-        class_images: images of each class. class_right: of them, classified right.
-        loads: per MoE layer, over all these images. seconds: taken. bad: unreadable files, left out.
+        scores: by the task's own names.
+        samples: how many were scored.
+        loads: per MoE layer, over all these samples.
+        seconds: taken.
+        bad: unreadable samples, left out.
+        worst: numbers of the samples that it did worst on, the worst first.
+        best: numbers of those that it did best on, the best first.
     """
 
-    accuracy: float
-    loss: float
-    class_images: Int[Tensor, " N"]
-    class_right: Int[Tensor, " N"]
+    scores: Scores
+    samples: int
     loads: dict[str, LoadStats]
     seconds: float
     bad: tuple[str, ...] = ()
-
-    @property
-    def images(self) -> int:
-        """How many images were scored."""
-        return int(self.class_images.sum())
+    worst: tuple[int, ...] = ()
+    best: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """How to evaluate. loading: see `Loading`. batch_size: images. bf16: autocast."""
+    """How to evaluate.
+
+    Attributes:
+        loading: how samples are read.
+        batch_size: samples that go through the model at a time, over all ranks.
+        bf16: autocast.
+    """
 
     loading: Loading = field(default_factory=Loading)
     batch_size: int = 256
@@ -57,50 +63,53 @@ class EvalOptions:
 
 @torch.no_grad()
 def evaluate(
+    task: Task,
+    facts: Facts,
     model: nn.Module,
-    images: Images,
+    split: Split,
     options: EvalOptions = EvalOptions(),
     *,
     between: Callable[[], None] = lambda: None,
     grid: Grid = ALONE,
 ) -> Evaluation:
-    """Score a classifier in evaluation mode; its training mode comes back after. `between` is called after each batch.
+    """Score a model in evaluation mode; its training mode comes back after. `between` is called after each batch.
 
-    On several ranks each scores its part of every batch, and all get the numbers of all images.
+    On several ranks each scores its part of every batch, and all get the numbers of all samples.
 
     Raises:
-        InputError: an image is unreadable and these options do not skip it.
+        InputError: a sample is unreadable and these options do not skip it.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     started = time.perf_counter()
-    right = torch.zeros(len(images.classes), dtype=torch.int64)
-    count, loss, bad = torch.zeros_like(right), torch.zeros((), dtype=torch.float64), []
+    scorer, merits, bad = task.scorer(facts), [], []
+    run, part = in_precision(model, model, device, bf16=options.bf16), Part(grid.rank, grid.size)
     try:
         with record_load(model) as loads:
-            part = Part(grid.rank, grid.size)
-            for batch in eval_batches(images, options.batch_size, loading=options.loading, part=part):
-                bad += batch.bad
-                if len(batch.labels) == 0 and grid.size == 1:
+            for loaded in eval_batches(split, options.batch_size, loading=options.loading, part=part):
+                bad += loaded.bad
+                if not loaded.samples and grid.size == 1:
                     continue  # among other ranks it takes part in their exchanges
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.bf16):
-                    logits = model(normalize(batch.images.to(device), images.preprocess))
-                logits = logits.float().cpu()
-                loss += cross_entropy(logits, batch.labels, reduction="sum")
-                hit = logits.argmax(1) == batch.labels
-                count += batch.labels.bincount(minlength=len(count))
-                right += batch.labels[hit].bincount(minlength=len(count))
+                found = scorer.add(run, task.prepare(loaded.samples, facts, device, None))
+                merits += zip(found, loaded.indices, strict=True)
                 between()
     finally:
         model.train(was_training)
-    sums = summed(grid, torch.cat([count, right]).to(device)).cpu()
-    count, right = sums[: len(count)], sums[len(count) :]
-    loss, loads = summed(grid, loss.to(device)).cpu(), loads_over_ranks(grid, loads)
-    bad = [text for texts in on_all(grid, lambda: bad) for text in texts]
-    total = max(1, int(count.sum()))
-    seconds = time.perf_counter() - started
-    return Evaluation(int(right.sum()) / total, float(loss) / total, count, right, loads, seconds, tuple(bad))
+    loads = loads_over_ranks(grid, loads)
+    worst, best = heapq.nsmallest(SHOWN, merits), heapq.nlargest(SHOWN, merits)
+    states, counts, worse, better, missing = zip(
+        *on_all(grid, lambda: (scorer.state(), len(merits), worst, best, bad)), strict=True
+    )
+    return Evaluation(
+        scores=on_first(grid, lambda: scorer.scores(states)),
+        samples=sum(counts),
+        loads=loads,
+        seconds=time.perf_counter() - started,
+        bad=tuple(text for own in missing for text in own),
+        worst=tuple(index for _, index in heapq.nsmallest(SHOWN, chain(*worse))),
+        best=tuple(index for _, index in heapq.nlargest(SHOWN, chain(*better))),
+    )
 
 
 def dead_experts(loads: dict[str, LoadStats]) -> dict[str, list[int]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
 
 from synchromesh.training.metrics import short_name
+from synchromesh.training.task import Bars, Number
 
 Line = dict[str, Any]
 
@@ -19,7 +20,12 @@ LAYER_COLORS = ("#1d4ed8", "#0d9488", "#9333ea", "#be185d", "#65a30d", "#475569"
 
 @dataclass(frozen=True)
 class Series:
-    """The metrics of one model of the run. name: for the legend."""
+    """The metrics of one model of the run.
+
+    Attributes:
+        name: for the legend.
+        lines: of its file.
+    """
 
     name: str
     lines: tuple[Line, ...]
@@ -29,30 +35,42 @@ class Series:
         return [line for line in self.lines if line["kind"] == kind]
 
 
-def accuracy_figure(series: Sequence[Series]) -> go.Figure:
-    """Draw test accuracy, and thinner the accuracy on augmented training images, over the epochs."""
-    return _curves(series, lambda line: 100 * line["accuracy"], title="Accuracy", unit="images right, %")
+def number_figure(series: Sequence[Series], number: Number) -> go.Figure:
+    """Draw a number of the test samples, and thinner that of training, where there is one, over the epochs."""
+    percent = "%" in number.form
+    unit = f"{number.title}, %" if percent else number.heading
+    training = "task_loss" if number.name == "loss" else number.name
+    names = {"test": number.name, "train": training}
+    figure = _curves(series, names, scale=100.0 if percent else 1.0, title=_title(number.title), unit=unit)
+    return figure.update_yaxes(type="log" if number.log else "linear")
 
 
-def loss_figure(series: Sequence[Series]) -> go.Figure:
-    """Draw the cross-entropy on test images and on augmented training images, over the epochs."""
-    figure = _curves(
-        series,
-        lambda line: line["loss"] if line["kind"] == "test" else line["task_loss"],
-        title="Loss",
-        unit="cross-entropy, nats",
-    )
-    return figure.update_yaxes(type="log")
+def training_loss_figure(series: Sequence[Series]) -> go.Figure:
+    """Draw the loss of training steps over the epochs."""
+    names = {"train": "task_loss"}
+    return _curves(series, names, scale=1.0, title="Training loss", unit="loss of the task").update_yaxes(type="log")
 
 
-def throughput_figure(series: Sequence[Series]) -> go.Figure:
+def bars_figure(bars: Bars) -> go.Figure:
+    """Draw a bar chart of the task's own."""
+    figure = _empty(_title(bars.title), bars.x, bars.y)
+    for i, (name, heights) in enumerate(bars.series.items()):
+        color = LAYER_COLORS[i % len(LAYER_COLORS)]
+        figure.add_bar(x=list(bars.labels), y=list(heights), name=name, marker={"color": color})
+    if bars.even is not None:
+        figure.add_hline(y=bars.even, line={"color": INK, "dash": "dot"}, annotation_text="even")
+    figure.update_xaxes(type="category")
+    return figure.update_layout(barmode="group")
+
+
+def throughput_figure(series: Sequence[Series], unit: str) -> go.Figure:
     """Draw the training speed over the epochs."""
-    figure = _empty("Throughput of training", "epoch", "images per second")
+    figure = _empty("Throughput of training", "epoch", f"{unit} per second")
     for one, color in zip(series, COLORS, strict=False):
         lines = one.of("train")
         figure.add_scatter(
             x=[line["epoch"] for line in lines],
-            y=[line["images_per_second"] for line in lines],
+            y=[line[f"{unit}_per_second"] for line in lines],
             name=one.name,
             line={"color": color, "width": 2},
         )
@@ -60,7 +78,7 @@ def throughput_figure(series: Sequence[Series]) -> go.Figure:
 
 
 def drop_figure(series: Series) -> go.Figure:
-    """Draw the share of (token, expert) pairs that found no room, in training and on the test images."""
+    """Draw the share of (token, expert) pairs that found no room, in training and in tests."""
     figure = _empty("Dropped tokens", "epoch", "dropped for lack of capacity, %")
     for kind, name, dash in (("train", "training", "solid"), ("test", "test", "dot")):
         lines = series.of(kind)
@@ -81,8 +99,8 @@ def load_figures(series: Series) -> list[go.Figure]:
 
 
 def final_load_figure(shares: dict[str, list[float]]) -> go.Figure:
-    """Draw the load of every expert over all test images, one line of bars per layer."""
-    figure = _empty("Expert load on the test images", "expert", "share of the layer's tokens, %")
+    """Draw the load of every expert over all tests, one line of bars per layer."""
+    figure = _empty("Expert load in the last test", "expert", "share of the layer's tokens, %")
     for i, (layer, values) in enumerate(shares.items()):
         figure.add_bar(
             x=[str(expert) for expert in range(len(values))],
@@ -96,20 +114,27 @@ def final_load_figure(shares: dict[str, list[float]]) -> go.Figure:
     return figure.update_layout(barmode="group")
 
 
-def _curves(series: Sequence[Series], value: Callable[[Line], float], *, title: str, unit: str) -> go.Figure:
+def _curves(series: Sequence[Series], names: dict[str, str], *, scale: float, title: str, unit: str) -> go.Figure:
+    """Draw, for each kind of line, the number of the name that is given for it."""
     figure = _empty(title, "epoch", unit)
     for one, color in zip(series, COLORS, strict=False):
-        for kind, name, width, opacity in (("test", "test", 2.5, 1.0), ("train", "training, augmented", 1.2, 0.55)):
-            lines = one.of(kind)
+        for kind, label, width, opacity in (("test", "test", 2.5, 1.0), ("train", "training, augmented", 1.2, 0.55)):
+            lines = [line for line in one.of(kind) if names.get(kind, "") in line]
+            if not lines:
+                continue
             figure.add_scatter(
                 x=[line["epoch"] for line in lines],
-                y=[value(line) for line in lines],
-                name=f"{one.name}: {name}",
+                y=[None if line[names[kind]] is None else scale * line[names[kind]] for line in lines],
+                name=f"{one.name}: {label}",
                 mode="lines+markers" if len(lines) < 40 and kind == "test" else "lines",
                 line={"color": color, "width": width, "dash": "solid" if kind == "test" else "dot"},
                 opacity=opacity,
             )
     return figure
+
+
+def _title(text: str) -> str:
+    return text.partition(",")[0][:1].upper() + text.partition(",")[0][1:]
 
 
 def _load_figure(layer: str, lines: Sequence[Line]) -> go.Figure:

@@ -15,14 +15,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from synchromesh.data.images import Batch
-from synchromesh.data.sources import Splits
+from synchromesh import seeds
 from synchromesh.errors import InputError, NonFiniteError, StoppedError
 from synchromesh.moe.record import load_stats
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.parallelize import parallelize
 from synchromesh.training.agree import ALONE, counted, largest, loads_over_ranks, on_first
-from synchromesh.training.architecture import expert_counts
+from synchromesh.training.catalog import Upgrade
 from synchromesh.training.checkpoint import (
     Snapshot,
     newest_checkpoint,
@@ -33,16 +32,17 @@ from synchromesh.training.checkpoint import (
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.evaluate import EvalOptions, Evaluation, evaluate
 from synchromesh.training.interrupt import StopWish
-from synchromesh.training.loader import EpochPlace, Part, steps_per_epoch, train_batches
+from synchromesh.training.loader import EpochPlace, Loaded, Part, steps_per_epoch, train_batches
 from synchromesh.training.metrics import NAME, MetricsWriter, drop_rate, load_shares
 from synchromesh.training.optim import build_optimizer, make_schedule
-from synchromesh.training.plans import Plans, strategies
+from synchromesh.training.plans import Plans, expert_counts, strategies
 from synchromesh.training.saver import Saver
 from synchromesh.training.start import still
-from synchromesh.training.step import Trainee, prepare, train_step
+from synchromesh.training.step import Counts, Trainee, own_numbers, train_step
+from synchromesh.training.task import Splits
 from synchromesh.training.window import Window
 
-BAD_SHOWN = 5  # unreadable images that are named; the rest is counted
+BAD_SHOWN = 5  # unreadable samples that are named; the rest is counted
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,11 @@ class Event:
     """What the loop tells whoever watches.
 
     Attributes:
-        kind: "step", "train" and "test" (a line of metrics), "saved", "note". step: done so far. total: in all.
-        line: numbers by name, as in metrics.jsonl. text: a sentence for people.
+        kind: "step", "train" and "test" (a line of metrics), "saved", "note".
+        step: done so far.
+        total: in all.
+        line: numbers by name, as in metrics.jsonl.
+        text: a sentence for people.
     """
 
     kind: str
@@ -66,24 +69,30 @@ class Job:
     """What `fit` works on.
 
     Attributes:
-        config: the run. model: already on its device, with its first weights. images: to learn from and to score on.
-        folder: of the run; continued from where it stands. identity: what a prediction needs besides the weights,
-            stored with every checkpoint. stop: read between steps. tell: gets each `Event`, on the first rank.
+        config: the run.
+        model: already on its device, with its first weights.
+        splits: to learn from and to score on.
+        folder: of the run; continued from where it stands.
+        identity: what a prediction needs besides the weights, stored with every checkpoint.
+        stop: read between steps.
+        tell: gets each `Event`, on the first rank.
         grid: the ranks that train together.
+        upgrade: turns the state of a checkpoint of an older version into one of today.
     """
 
     config: TrainConfig
     model: nn.Module
-    images: Splits
+    splits: Splits
     folder: Path
     identity: dict[str, Any]
     stop: StopWish
     tell: Callable[[Event], None]
     grid: Grid = ALONE
+    upgrade: Upgrade = lambda state: state
 
     @property
     def epoch_steps(self) -> int:
-        return steps_per_epoch(self.images.train, self.config.batch_size)
+        return steps_per_epoch(self.splits.train, self.config.batch_size)
 
     @property
     def total(self) -> int:
@@ -100,19 +109,23 @@ class Standing:
     """Where a run stands; the part of a checkpoint that is not tensors.
 
     Attributes:
-        step: optimizer steps done. seconds: of wall time so far, evaluations and checkpoints included.
-        step_seconds: of them, in steps. trained_images: so far.
-        bad_images: unreadable ones so far, in every epoch anew.
-        evaluated: the step of the last evaluation, -1 before the first. best: its highest accuracy, at best_step.
+        step: optimizer steps done.
+        seconds: of wall time so far, evaluations and checkpoints included.
+        step_seconds: of them, in steps.
+        samples: trained on so far.
+        bad: unreadable ones so far, in every epoch counted again.
+        evaluated: the step of the last evaluation, -1 before the first.
+        best: the headline number of the best evaluation, at best_step; None before the first.
+        best_step: -1 before the first.
     """
 
     step: int = 0
     seconds: float = 0.0
     step_seconds: float = 0.0
-    trained_images: int = 0
-    bad_images: int = 0
+    samples: int = 0
+    bad: int = 0
     evaluated: int = -1
-    best: float = -1.0
+    best: float | None = None
     best_step: int = -1
 
 
@@ -131,7 +144,7 @@ def fit(job: Job) -> Outcome:
     Raises:
         StoppedError: `job.stop` asked for it; everything is saved.
         NonFiniteError: the loss or a gradient became NaN or infinite; the last checkpoint stays as it is.
-        InputError: an image is unreadable.
+        InputError: a sample is unreadable.
     """
     loop = _Loop(job)
     with _deterministic_on_cpu(loop.device), loop:
@@ -152,8 +165,8 @@ class _Loop:
     def __init__(self, job: Job) -> None:
         self.job, self.config, self.model, self.grid = job, job.config, job.model, job.grid
         self.device = next(job.model.parameters()).device
-        run = parallelize(job.model, job.grid, strategy=strategies(job.config.sharing, job.grid))
-        self.plans = Plans(job.model, job.grid, job.config.sharing)
+        run = parallelize(job.model, job.grid, strategy=strategies(job.config.parallelism, job.grid))
+        self.plans = Plans(job.model, job.grid, job.config.parallelism)
         self.trainee, self.part = Trainee(job.model, run, job.grid), Part(job.grid.rank, job.grid.size)
         self.optimizer: Optimizer = build_optimizer(job.model, job.config.optim)
         self.schedule = make_schedule(
@@ -191,37 +204,34 @@ class _Loop:
         self.model.train()
         still(self.model, config.start.freeze)
         batches = train_batches(
-            job.images.train,
-            config.batch_size,
-            place=place,
-            crop=config.augment.crop,
-            loading=config.loading,
-            part=self.part,
+            job.splits.train, config.batch_size, place=place, loading=config.loading, part=self.part
         )
         started = time.perf_counter()
-        for batch in batches:
-            self._step(batch, started)
+        for loaded in batches:
+            self._step(loaded, started)
             self._after_step()
             started = time.perf_counter()
 
-    def _step(self, batch: Batch, started: float) -> None:
-        now = self.standing
-        for text in batch.bad[: max(0, BAD_SHOWN - now.bad_images)]:
+    def _step(self, loaded: Loaded, started: float) -> None:
+        now, task = self.standing, self.config.task
+        for text in loaded.bad[: max(0, BAD_SHOWN - now.bad)]:
             self._tell("note", text=f"left out: {text}")
-        images, bad = counted(self.grid, [len(batch.labels), len(batch.bad)], self.device)
-        now.bad_images += bad
-        if images > 0:
-            classes = len(self.job.images.train.classes)
-            mixed = prepare(batch, self.config, now.step, num_classes=classes, device=self.device, part=self.part)
-            rate = self.schedule(now.step)
+        rng = seeds.numpy_generator(self.config.seed, seeds.AUGMENT, now.step, *own_numbers(self.part))
+        batch = task.prepare(loaded.samples, self.job.splits.facts, self.device, rng)
+        own = task.counts(batch)
+        samples, bad, *terms = counted(self.grid, [len(batch), len(loaded.bad), *own.values()], self.device)
+        now.bad += bad
+        if samples > 0:
+            rate, counts = self.schedule(now.step), Counts(samples, dict(zip(own, terms, strict=True)))
             numbers = train_step(
-                self.trainee, self.optimizer, mixed, self.config, step=now.step, rate=rate, images=images
-            )
+                self.trainee, self.optimizer, batch, self.config, step=now.step, rate=rate, counts=counts,
+                device=self.device,
+            )  # fmt: skip
             taken = time.perf_counter() - started
             self.window.add(numbers, loads_over_ranks(self.grid, load_stats(self.model)), taken)
             now.step_seconds += taken
-            now.trained_images += numbers.images
-            self._tell("step", line={"loss": numbers.loss, "learning_rate": rate, "images": numbers.images})
+            now.samples += samples
+            self._tell("step", line={"loss": numbers.loss, "learning_rate": rate, task.unit: samples})
         now.step += 1
 
     def _after_step(self) -> None:
@@ -229,9 +239,9 @@ class _Loop:
         self._tick()
         if step % keep.log_steps == 0 or step == self.job.total:
             line = {
-                **self.window.line(),
+                **self.window.line(self.config.task.unit),
                 "learning_rate": self.schedule(step - 1),
-                "bad_images": self.standing.bad_images,
+                f"bad_{self.config.task.unit}": self.standing.bad,
             }
             self._write("train", line)
             self.window = Window()
@@ -245,22 +255,26 @@ class _Loop:
         return self.standing.evaluated < step and (step == self.job.total or step % every == 0) and step > 0
 
     def evaluate(self) -> None:
-        """Score the test images, write the line, save, and keep the best."""
+        """Score the test samples, write the line, save, and keep the best."""
         self.last_evaluation = found = self.score()
-        now = self.standing
+        now, task = self.standing, self.config.task
         now.evaluated = now.step
-        better = found.accuracy > now.best
+        headline = found.scores.numbers[task.numbers[0].name]
+        better = task.numbers[0].better(headline, now.best)
         if better:
-            now.best, now.best_step = found.accuracy, now.step
+            now.best, now.best_step = headline, now.step
         self._tick()
-        line = {"loss": found.loss, "accuracy": found.accuracy, "images_per_second": found.images / found.seconds}
+        line = {**found.scores.numbers, f"{task.unit}_per_second": found.samples / found.seconds}
         self._write("test", {**line, "drop_rate": drop_rate(found.loads), "load": load_shares(found.loads)})
         self.save(best=better and self.config.keep.best)
 
     def score(self) -> Evaluation:
         """Evaluate the weights as they are; a stop wish is heeded between two batches."""
-        options = EvalOptions(self.config.loading, self.config.eval_batch_size, self.config.bf16)
-        return evaluate(self.model, self.job.images.test, options, between=self._heed_stop, grid=self.grid)
+        config, splits = self.config, self.job.splits
+        options = EvalOptions(config.loading, config.eval_batch_size, config.bf16)
+        return evaluate(
+            config.task, splits.facts, self.model, splits.test, options, between=self._heed_stop, grid=self.grid
+        )
 
     def save(self, *, best: bool = False) -> None:
         """Begin to write a checkpoint of this moment, unless there is one; best keeps it as the best one too."""
@@ -271,7 +285,7 @@ class _Loop:
         self._tick()
         state = {
             "step": now.step,
-            "train_images": len(self.job.images.train),
+            "train_samples": len(self.job.splits.train),
             "standing": dataclasses.asdict(now),
             "window": self.window.to_json(),
             "metrics_bytes": 0 if self.metrics is None else self.metrics.sync(),
@@ -304,23 +318,23 @@ class _Loop:
         found = newest_checkpoint(self.job.checkpoints, damaged=self._note_damaged, grid=self.grid)
         if found is None:
             return 0
-        images = len(self.job.images.train)
-        if found.state["train_images"] != images:
+        state, samples, unit = self.job.upgrade(found.state), len(self.job.splits.train), self.config.task.unit
+        if state["train_samples"] != samples:
             raise InputError(
-                f"{self.job.folder} was trained on {found.state['train_images']} images, the data now holds {images}: "
+                f"{self.job.folder} was trained on {state['train_samples']} {unit}, the data now holds {samples}: "
                 "bring the data back, or start a new run"
             )
         restore_model(found.folder, self.model, self.grid)
         restore_optimizer(found.folder, self.model, self.optimizer, self.grid)
-        if "plans" in found.state:  # checkpoints of before have none
-            self.plans.restore(found.state["plans"])
-        self.standing = Standing(**found.state["standing"])
-        self.window = Window.from_json(found.state["window"], self.device)
+        if "plans" in state:  # checkpoints of before have none
+            self.plans.restore(state["plans"])
+        self.standing = Standing(**state["standing"])
+        self.window = Window.from_json(state["window"], self.device)
         self._saved = (self.standing.step, self.standing.evaluated)
         if self.standing.best_step == self.standing.step and self.config.keep.best:
             on_first(self.grid, lambda: save_best(self.job.checkpoints, found.folder))  # it may have ended in between
         self._tell("note", text=f"continuing {self.job.folder} after step {self.standing.step} of {self.job.total}")
-        return found.state["metrics_bytes"]
+        return state["metrics_bytes"]
 
     def _note_damaged(self, text: str) -> None:
         self._tell("note", text=f"{text}; using the one before it")

@@ -1,18 +1,21 @@
 """metrics.jsonl: one JSON object a line, one line per logged step and per evaluation.
 
-Every line has `kind`, `step` (optimizer steps done) and `epoch` (passes over the training images done, a fraction).
+Every line has `kind`, `step` (optimizer steps done) and `epoch` (passes over the training data done, a fraction).
+UNIT is what the task calls its samples, such as images.
 
     kind "train"     means over the steps since the line before:
-        loss             task loss plus MoE losses, nats      task_loss, aux_loss   its two parts
-        accuracy         share of training images right, as augmented, of the label with the larger part when mixed
+        loss             task loss plus MoE losses            task_loss, aux_loss   its two parts
+        TERM             each term of the task's loss, where there are several; and what the task watches beside it
+                         (accuracy: the share of training images right, as augmented)
         learning_rate    of the last step                     gradient_norm         before clipping, of the last step
-        images_per_second   trained, without evaluations      seconds               of training so far, all in
+        UNIT_per_second  trained, without evaluations         seconds               of training so far, all in
         drop_rate        (token, expert) pairs dropped for lack of capacity, a share
         load             per MoE layer, the share of its pairs that each expert got; sums to 1
-        bad_images       unreadable files left out so far
-    kind "test"      over all test images:
-        loss (nats), accuracy (share), drop_rate, load        as above
-        images_per_second   evaluated                         seconds               of training so far, all in
+        bad_UNIT         unreadable samples left out so far
+    kind "test"      over all test samples:
+        NUMBER           each number of the task (classification: accuracy, a share; loss, nats)
+        drop_rate, load  as above
+        UNIT_per_second  evaluated                            seconds               of training so far, all in
 """
 
 from __future__ import annotations

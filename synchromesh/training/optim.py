@@ -9,10 +9,6 @@ import torch
 from torch import nn
 
 from synchromesh.errors import at_least
-from synchromesh.moe.routing import CosineRouter
-
-# Parts of names that mark parameters without weight decay: the position bias and its small network, logit scales.
-_NO_DECAY = ("cpb", "position", "temperature", "logit_scale", "log_scale", "mask_token")
 
 
 @dataclass(frozen=True)
@@ -29,6 +25,8 @@ class Optim:
         betas: of AdamW.
         eps: of AdamW.
         clip_norm: largest norm of the whole gradient; 0 turns clipping off.
+        layer_decay: factor on the rate from layer to layer, the deeper a layer the larger its rate, the head's being
+            lr; 1 for one rate.
     """
 
     lr: float = 1.25e-4
@@ -40,10 +38,13 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip_norm: float = 3.0
+    layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
         at_least("optim.", self, lr=0.0, warmup_lr=0.0, final_lr=0.0, lr_batch=1, warmup_epochs=0.0)
         at_least("optim.", self, weight_decay=0.0, eps=0.0, clip_norm=0.0)
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optim.layer_decay is {self.layer_decay}, wanted 0 < it <= 1")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas are {self.betas}, wanted two numbers 0 <= beta < 1")
 
@@ -87,19 +88,57 @@ def make_schedule(optim: Optim, *, batch_size: int, steps_per_epoch: int, epochs
     )
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Return two optimizer groups of the trainable parameters: those with weight decay, and those without.
+@dataclass(frozen=True)
+class Trait:
+    """How an optimizer treats a parameter.
 
-    Without: everything of fewer than two dims, every bias (an expert's is 2-D), position bias and its network, logit
-    scales, the cosine router.
+    Attributes:
+        decays: whether it has weight decay.
+        depth: of its layer, counted from the input; None for what stands behind all layers, such as a head.
     """
-    cosine = {id(p) for m in model.modules() if isinstance(m, CosineRouter) for p in m.parameters()}
-    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+
+    decays: bool
+    depth: int | None
+
+
+def traits(model: nn.Module) -> dict[str, Trait]:
+    """Return how each parameter is to be treated, by name, as the modules around it say.
+
+    A module's `undecayed` names those of its parameters and children that have no weight decay; without it all of two
+    dims and more have, but biases (an expert's is 2-D). Its `layer_depth` holds for all inside without one of its own.
+    """
+    found: dict[str, Trait] = {}
+
+    def visit(module: nn.Module, prefix: str, decays: bool, depth: int | None) -> None:
+        depth = getattr(module, "layer_depth", depth)
+        undecayed = getattr(module, "undecayed", frozenset())
+        for name, parameter in module.named_parameters(recurse=False):
+            plain = parameter.ndim < 2 or name.endswith("bias") or name in undecayed
+            found.setdefault(prefix + name, Trait(decays and not plain, depth))
+        for name, child in module.named_children():
+            visit(child, f"{prefix}{name}.", decays and name not in undecayed, depth)
+
+    visit(model, "", True, None)
+    return found
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, object]]:
+    """Return optimizer groups of the trainable parameters: with weight decay, without, and so for each rate.
+
+    `rate_scale` is the factor on a group's rate: layer_decay to the power of the layers between it and the head.
+    """
+    known = traits(model)
+    last = 1 + max((trait.depth for trait in known.values() if trait.depth is not None), default=0)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {(0, True): [], (0, False): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            plain = parameter.ndim < 2 or name.endswith("bias") or any(part in name for part in _NO_DECAY)
-            groups[plain or id(parameter) in cosine].append(parameter)
-    return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]
+            trait = known[name]
+            above = last - (last if trait.depth is None else trait.depth) if layer_decay < 1 else 0
+            groups.setdefault((above, trait.decays), []).append(parameter)
+    return [
+        {"params": own, "weight_decay": weight_decay if decays else 0.0, "rate_scale": layer_decay**above}
+        for (above, decays), own in groups.items()
+    ]
 
 
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
@@ -108,13 +147,14 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
     Raises:
         ValueError: nothing in the model can be trained.
     """
-    groups = [group for group in parameter_groups(model, optim.weight_decay) if group["params"]]
+    found = parameter_groups(model, optim.weight_decay, optim.layer_decay)
+    groups = [group for group in found if group["params"]]
     if not groups:
         raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: unfreeze some of it")
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group the same learning rate."""
+    """Give every group its learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate_scale", 1.0)

@@ -1,4 +1,4 @@
-"""The plans of a run: which strategy its layers get, what they agree on between steps, what is kept of it."""
+"""The plans of a run: whether they can run, which strategy layers get, what they agree on, what is kept of it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from synchromesh.errors import InputError
+from synchromesh.moe.layer import MoE
 from synchromesh.parallel.adaptive import Adaptive, Council
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.parallelize import adaptive_layers
@@ -16,19 +18,20 @@ from synchromesh.parallel.sharded import Sharded
 from synchromesh.planning.cluster import load_profile
 from synchromesh.planning.dictionary import Dictionary
 from synchromesh.training.agree import on_first
-from synchromesh.training.config import Sharing
+from synchromesh.training.config import Parallelism
 from synchromesh.training.durable import write_atomically
+from synchromesh.types import Plan, Workload
 
 NAME = "plans.json"
 
 
-def strategies(sharing: Sharing, grid: Grid) -> Callable[[], Sharded]:
+def strategies(parallelism: Parallelism, grid: Grid) -> Callable[[], Sharded]:
     """Return what makes the strategy of each layer of one model."""
-    plan = sharing.plan()
-    if plan is not None or not sharing.adaptive:
+    plan = parallelism.plan()
+    if plan is not None or not parallelism.adaptive:
         return lambda: Sharded(grid, plan=plan)
     council = Council(grid)
-    named = sharing.cluster
+    named = parallelism.cluster
     profile = None if named is None else on_first(grid, lambda: _readable(named, load_profile))
     return lambda: Adaptive(grid, council=council, profile=profile)
 
@@ -37,24 +40,24 @@ class Plans:
     """What the adaptive layers of a model know and agree on; empty where plans are fixed.
 
     Args:
-        model: its layers have their strategies. sharing: tells what they begin with.
+        model: its layers have their strategies. parallelism: tells what they begin with.
 
     Raises:
         InputError: a file of plans cannot be read, or is of another grid.
     """
 
-    def __init__(self, model: nn.Module, grid: Grid, sharing: Sharing) -> None:
+    def __init__(self, model: nn.Module, grid: Grid, parallelism: Parallelism) -> None:
         self._layers, self._ranks = adaptive_layers(model), grid.ranks
         self._grid = grid
         if not self._layers:
             return
-        if sharing.known is not None:
-            self._warm(self._read(sharing.known))
-        if sharing.replay is not None:
-            records = self._read(sharing.replay).records
+        if parallelism.known is not None:
+            self._warm(self._read(parallelism.known))
+        if parallelism.replay is not None:
+            records = self._read(parallelism.replay).records
             for name, layer in self._layers.items():
                 if not records.get(name):
-                    raise InputError(f"{sharing.replay} holds no plans of the layer {name!r} to repeat")
+                    raise InputError(f"{parallelism.replay} holds no plans of the layer {name!r} to repeat")
                 layer.replay(records[name])
 
     def ask(self) -> list[int]:
@@ -123,3 +126,23 @@ def _readable(name: Any, read: Callable[[Any], Any]) -> Any:
         return read(name)
     except (ValueError, OSError) as error:
         raise InputError(f"{name}: {error}") from error
+
+
+def expert_counts(model: nn.Module) -> dict[str, int]:
+    """Return E of each MoE layer, by its name."""
+    return {name: m.experts.num_experts for name, m in model.named_modules() if isinstance(m, MoE)}
+
+
+def check_plan(model: nn.Module, plan: Plan | None, grid: Grid) -> None:
+    """Raise InputError where a layer's experts cannot be cut over the ranks, or the plan cannot run; None is any."""
+    strategy = Sharded(grid)
+    for layer in (module for module in model.modules() if isinstance(module, MoE)):
+        experts = layer.experts
+        work = Workload(1, 1, experts.width or 1, 1, experts.num_experts, torch.float32, training=True)
+        try:
+            chosen = strategy.choose(work, layer.capacity) if plan is None else plan
+            reason = strategy.refusal(chosen, work, layer.capacity)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        if reason is not None:
+            raise InputError(f"parallelism is {chosen}, which cannot run on {grid.size} ranks: {reason}")

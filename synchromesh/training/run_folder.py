@@ -3,6 +3,7 @@
 recipe.json      the configuration as run          metrics.jsonl    see `metrics`
 checkpoints/     see `checkpoint`                  dense/           the same, of the dense twin
 summary.json     written when the run is finished  report.html      for people
+pictures/        of the samples that the model did worst and best on
 """
 
 from __future__ import annotations
@@ -19,31 +20,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from synchromesh.data.images import Preprocess
 from synchromesh.errors import InputError
+from synchromesh.models.features import BackboneConfig
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.parallelize import distribute
 from synchromesh.parallel.sharded import Sharded
 from synchromesh.training.agree import ALONE, on_first
-from synchromesh.training.architecture import Architecture, build_classifier
+from synchromesh.training.catalog import Catalog
 from synchromesh.training.checkpoint import Checkpoint, best_folder, newest_checkpoint, read_checkpoint, restore_model
-from synchromesh.training.codec import decode, differences, encode
+from synchromesh.training.codec import differences, encode
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.durable import write_atomically, write_json
-from synchromesh.training.sharing import check_sharing
+from synchromesh.training.plans import check_plan
+from synchromesh.training.task import Facts, Task
 from synchromesh.types import Plan
 
-RECIPE, SUMMARY, REPORT, TWIN, CHECKPOINTS, LOCK, JOB = (
-    "recipe.json",
-    "summary.json",
-    "report.html",
-    "dense",
-    "checkpoints",
-    ".lock",
-    ".job",
-)
+RECIPE, SUMMARY, REPORT, PICTURES = "recipe.json", "summary.json", "report.html", "pictures"
+TWIN, CHECKPOINTS, LOCK, JOB = "dense", "checkpoints", ".lock", ".job"
 # Parts of a configuration that do not change the numbers, so that a resumed run may have others.
-_FREE = ("keep.", "loading.", "sharing.")
+_FREE = ("keep.", "loading.", "parallelism.")
 
 
 @dataclass(frozen=True)
@@ -51,12 +46,15 @@ class Trained:
     """A model as a checkpoint holds it, ready to predict.
 
     Attributes:
-        model: in evaluation mode. classes: names, in the order of the logits. checkpoint: where it came from.
+        model: in evaluation mode.
+        task: what it was trained for.
+        facts: what it must know of the data it was trained on.
+        checkpoint: where it came from.
     """
 
     model: nn.Module
-    classes: tuple[str, ...]
-    preprocess: Preprocess
+    task: Task
+    facts: Facts
     checkpoint: Path
 
 
@@ -82,7 +80,7 @@ def claimed(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def prepare_folder(folder: Path, config: TrainConfig, *, resume: bool, job: str = "") -> str:
+def prepare_folder(folder: Path, config: TrainConfig, catalog: Catalog, *, resume: bool, job: str = "") -> str:
     """Make the folder ready for this configuration, and return what was done about an older run, if anything.
 
     Without `resume`, an older run is moved aside to `<folder>.1`, `.2` and so on: nothing is ever deleted. With it, the
@@ -97,7 +95,7 @@ def prepare_folder(folder: Path, config: TrainConfig, *, resume: bool, job: str 
         note = _set_aside(folder)
     with claimed(folder):
         if resume and (folder / RECIPE).is_file():
-            _check_same(folder, config)
+            _check_same(folder, config, catalog)
         write_json(folder / RECIPE, encode(config))
         write_atomically(folder / JOB, job)
     return note
@@ -109,7 +107,7 @@ def is_run_of(folder: Path, job: str) -> bool:
     return path.is_file() and path.read_text() == job
 
 
-def read_config(folder: Path) -> TrainConfig:
+def read_config(folder: Path, catalog: Catalog) -> TrainConfig:
     """Return the configuration that a run was begun with.
 
     Raises:
@@ -120,7 +118,7 @@ def read_config(folder: Path) -> TrainConfig:
         there = "does not exist" if not folder.exists() else f"is not the folder of a run: it has no {RECIPE}"
         raise InputError(f"{folder} {there}")
     try:
-        return decode(TrainConfig, json.loads(path.read_text()))
+        return catalog.config(json.loads(path.read_text()))
     except ValueError as error:
         raise InputError(f"{path} cannot be read: {error}") from error
 
@@ -136,13 +134,27 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         raise InputError(f"{path} is damaged: remove it, and --resume writes it anew") from error
 
 
-def identity(architecture: Architecture, preprocess: Preprocess, classes: tuple[str, ...]) -> dict[str, Any]:
+def identity(task: Task, settings: BackboneConfig, facts: Facts) -> dict[str, Any]:
     """Return what a checkpoint must say of itself, so that its weights can be used without the run."""
-    return {"model": encode(architecture), "preprocess": encode(preprocess), "classes": list(classes)}
+    return {"task": encode(task), "model": encode(settings), "facts": dict(facts)}
+
+
+def build_model(task: Task, settings: BackboneConfig, facts: Facts) -> nn.Module:
+    """Build the model of a task. Raises InputError where its settings contradict each other."""
+    try:
+        return task.build(settings, facts)
+    except ValueError as error:
+        raise InputError(f"the model cannot be built: {error}") from error
 
 
 def load_trained(
-    path: Path, *, best: bool = False, device: torch.device | None = None, grid: Grid = ALONE, plan: Plan | None = None
+    path: Path,
+    catalog: Catalog,
+    *,
+    best: bool = False,
+    device: torch.device | None = None,
+    grid: Grid = ALONE,
+    plan: Plan | None = None,
 ) -> Trained:
     """Load the model of a run folder (its last epoch, or its best one) or of a checkpoint folder.
 
@@ -152,14 +164,16 @@ def load_trained(
         InputError: there is no checkpoint, or it is damaged.
     """
     found = on_first(grid, lambda: _checkpoint(path, best=best))
-    state = found.state
-    architecture = _decoded(Architecture, state["model"], found.folder)
-    preprocess = _decoded(Preprocess, state["preprocess"], found.folder)
-    model = build_classifier(architecture, preprocess, len(state["classes"]))
-    check_sharing(model, plan, grid)
+    state = catalog.upgrade_state(found.state)
+    try:
+        task, settings = catalog.decode(Task, state["task"]), catalog.decode(BackboneConfig, state["model"])
+    except ValueError as error:
+        raise InputError(f"{found.folder} was written by another version or program: {error}") from error
+    model = build_model(task, settings, state["facts"])
+    check_plan(model, plan, grid)
     distribute(model, grid, strategy=lambda: Sharded(grid, plan=plan))
     restore_model(found.folder, model, grid)
-    return Trained(model.to(device).eval(), tuple(state["classes"]), preprocess, found.folder)
+    return Trained(model.to(device).eval(), task, state["facts"], found.folder)
 
 
 def _checkpoint(path: Path, *, best: bool) -> Checkpoint:
@@ -179,15 +193,8 @@ def _checkpoint(path: Path, *, best: bool) -> Checkpoint:
     return found
 
 
-def _decoded(wanted: Any, data: Any, folder: Path) -> Any:
-    try:
-        return decode(wanted, data)
-    except ValueError as error:
-        raise InputError(f"{folder} was written by another version: {error}") from error
-
-
-def _check_same(folder: Path, config: TrainConfig) -> None:
-    stored = encode(read_config(folder))
+def _check_same(folder: Path, config: TrainConfig, catalog: Catalog) -> None:
+    stored = encode(read_config(folder, catalog))
     changed = [d for d in differences(stored, encode(config)) if not d.startswith(_FREE)]
     if changed:
         raise InputError(

@@ -1,4 +1,4 @@
-"""What training starts from: weights of another run, and what of them stays frozen."""
+"""What training starts from: weights of another run, of this task or another, and what of them stays frozen."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from torch import Tensor, nn
 
 from synchromesh.errors import InputError
 from synchromesh.moe.layer import MoE
+from synchromesh.training.catalog import Catalog
 from synchromesh.training.checkpoint import STATE
 from synchromesh.training.config import Freeze
 from synchromesh.training.run_folder import load_trained
 
+BACKBONE = "backbone."
+
 
 @dataclass(frozen=True)
 class Loaded:
-    """How much of a model came from a file; names of parameters.
+    """How much of a model came from a file; names of parameters and buffers.
 
     Attributes:
-        taken: how many were taken. fresh: those that keep their random start, for want of one of the same shape.
+        taken: how many were taken.
+        fresh: those that keep their random start, for want of one of the same shape.
         unused: those of the file that the model has not.
     """
 
@@ -32,19 +36,37 @@ class Loaded:
     unused: tuple[str, ...]
 
 
-def load_weights(model: nn.Module, path: Path) -> Loaded:
-    """Copy every tensor of the same name and shape into the model; a classifier for other classes so stays fresh.
+def load_weights(model: nn.Module, path: Path, catalog: Catalog, *, partial: bool = False) -> Loaded:
+    """Copy every tensor of the same name and shape into the model; heads for other answers so start afresh.
+
+    Args:
+        model: with its backbone in `backbone`.
+        path: as for `Start`; names may lack their "backbone.".
+        catalog: for reading the folder of a run.
+        partial: accept a backbone of which only a part is there.
 
     Raises:
-        InputError: the file cannot be read, or nothing in it fits.
+        InputError: the file cannot be read, nothing in it fits, or a part of the backbone is missing.
     """
-    given = _read(path)
-    own = model.state_dict()
+    given, own = _read(path, catalog), model.state_dict()
+    if not any(name.startswith(BACKBONE) for name in given):
+        given = {f"{BACKBONE}{name}" if f"{BACKBONE}{name}" in own else name: t for name, t in given.items()}
     fits = {name: t.view(own[name].shape) for name, t in given.items() if name in own and _fits(t, own[name])}
     if not fits:
         raise InputError(f"no tensor of {path} fits the model: it names {_some(given)}, wanted such as {_some(own)}")
+    fresh = tuple(name for name in own if name not in fits)
+    optional = getattr(model.get_submodule("backbone"), "optional", frozenset()) if hasattr(model, "backbone") else ()
+    missing = [n for n in fresh if n.startswith(BACKBONE) and n.removeprefix(BACKBONE) not in optional]
+    if missing and not partial:
+        wrong = {name: given[name] for name in missing if name in given}
+        why = f" ({_some(wrong)} are there in another shape)" if wrong else ""
+        raise InputError(
+            f"{path} lacks {len(missing)} of the backbone's {sum(n.startswith(BACKBONE) for n in own)} tensors: "
+            f"{_some({name: own[name] for name in missing})}{why}; give weights of the same backbone, or let these "
+            "start afresh with --start.partial"
+        )
     model.load_state_dict(fits, strict=False)
-    return Loaded(len(fits), tuple(n for n in own if n not in fits), tuple(n for n in given if n not in own))
+    return Loaded(len(fits), fresh, tuple(n for n in given if n not in own))
 
 
 def _fits(given: Tensor, own: Tensor) -> bool:
@@ -75,16 +97,16 @@ def frozen_modules(model: nn.Module, what: Freeze) -> list[nn.Module]:
     if what is Freeze.MOE:
         found: list[nn.Module] = [m for m in model.modules() if isinstance(m, MoE)]
     else:
-        found = [child for name, child in model.named_children() if name != "head"]
-    if not found or (what is Freeze.BACKBONE and len(found) == len(list(model.children()))):
+        found = [child for name, child in model.named_children() if name == "backbone"]
+    if not found or (what is Freeze.BACKBONE and len(list(model.children())) == 1):
         raise InputError(f"freezing {what.value!r} finds nothing to freeze, or no head to train, in this model")
     return found
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path, catalog: Catalog) -> dict[str, Tensor]:
     if path.is_dir():
         if (path / STATE).is_file() or (path / "checkpoints").is_dir():
-            return load_trained(path).model.state_dict()
+            return load_trained(path, catalog).model.state_dict()
         raise InputError(f"{path} is neither the folder of a run nor a checkpoint")
     if not path.is_file():
         raise InputError(f"the file of weights {path} does not exist")

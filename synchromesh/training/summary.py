@@ -8,63 +8,100 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch import nn
 
-from synchromesh.training.architecture import ModelSize
+from synchromesh.moe.layer import MoE
+from synchromesh.training.codec import encode
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.evaluate import dead_experts
 from synchromesh.training.loop import Outcome
 from synchromesh.training.metrics import drop_rate, load_shares
+from synchromesh.training.task import Task
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameters of a model.
+
+    Attributes:
+        parameters: all of them.
+        active: those that one token passes through.
+    """
+
+    parameters: int
+    active: int
+
+
+def model_size(model: nn.Module) -> ModelSize:
+    """Count parameters; of E experts a token passes k."""
+    total = active = sum(p.numel() for p in model.parameters())
+    for module in model.modules():
+        if isinstance(module, MoE):
+            count = sum(p.numel() for p in module.experts.parameters())
+            experts, k = module.experts.num_experts, getattr(module.router, "k", 1)
+            active -= count * (experts - k) // experts
+    return ModelSize(total, active)
 
 
 @dataclass(frozen=True)
 class Finished:
-    """One trained model of a run."""
+    """One trained model of a run.
+
+    Attributes:
+        outcome: of its training.
+        size: of the model.
+        pictures: captions of the files in its folder of pictures, by name.
+    """
 
     outcome: Outcome
     size: ModelSize
+    pictures: dict[str, str]
 
-    def numbers(self, prefix: str) -> dict[str, Any]:
+    def numbers(self, task: Task, prefix: str) -> dict[str, Any]:
         """Return its part of the summary, each name with the prefix.
 
-        test_accuracy: share. test_loss: nats. train_seconds: wall time of all training, with evaluations and
-        checkpoints. images_per_second: trained, in steps. parameters, active_parameters: counts. bad_images,
-        test_bad_images: unreadable ones left out, in all epochs and in the last evaluation. plans: by layer, how many
-        training forwards ran by each plan; empty where it was fixed.
+        test_NAME: each number of the task. best_NAME: its headline's best, at best_step. train_seconds: wall time of
+        all training, with evaluations and checkpoints. UNIT_per_second: trained, in steps. parameters,
+        active_parameters: counts. bad_UNIT, test_bad_UNIT: unreadable ones left out, in all epochs and in the last
+        evaluation. plans: by layer, how many training forwards ran by each plan; empty where it was fixed. pictures:
+        captions by file.
         """
-        now, found = self.outcome.standing, self.outcome.evaluation
+        now, found, unit = self.outcome.standing, self.outcome.evaluation, task.unit
         values = {
-            "test_accuracy": found.accuracy,
-            "test_loss": found.loss,
+            **{f"test_{name}": value for name, value in found.scores.numbers.items()},
             "train_seconds": round(now.seconds, 2),
-            "images_per_second": round(now.trained_images / max(1e-9, now.step_seconds), 1),
-            "evaluated_images_per_second": round(found.images / found.seconds, 1),
+            f"{unit}_per_second": round(now.samples / max(1e-9, now.step_seconds), 1),
+            f"evaluated_{unit}_per_second": round(found.samples / found.seconds, 1),
             "parameters": self.size.parameters,
             "active_parameters": self.size.active,
             "steps": now.step,
-            "bad_images": now.bad_images,
-            "test_bad_images": len(found.bad),
-            "best_accuracy": now.best,
+            f"bad_{unit}": now.bad,
+            f"test_bad_{unit}": len(found.bad),
+            f"best_{task.numbers[0].name}": now.best,
             "best_step": now.best_step,
             "plans": self.outcome.plans,
+            "pictures": self.pictures,
         }
         return {prefix + name: value for name, value in values.items()}
 
 
 def summarize(config: TrainConfig, main: Finished, twin: Finished | None, *, device: torch.device) -> dict[str, Any]:
     """Return the contents of summary.json; the twin's numbers begin with dense_."""
-    loads = main.outcome.evaluation.loads
-    dead = dead_experts(loads)
+    found, task = main.outcome.evaluation, config.task
+    dead = dead_experts(found.loads)
     return {
         "recipe": config.name,
+        "task": type(task).__name__,
         "seed": config.seed,
         "epochs": config.epochs,
-        "test_images": main.outcome.evaluation.images,
-        **main.numbers(""),
+        f"test_{task.unit}": found.samples,
+        **main.numbers(task, ""),
         "dead_experts": sum(len(experts) for experts in dead.values()),
         "dead_experts_by_layer": dead,
-        "test_drop_rate": drop_rate(loads),
-        "test_load": load_shares(loads),
-        **({} if twin is None else twin.numbers("dense_")),
+        "test_drop_rate": drop_rate(found.loads),
+        "test_load": load_shares(found.loads),
+        **({} if twin is None else twin.numbers(task, "dense_")),
+        "panels": [encode(panel) for panel in task.panels(found.scores)],
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

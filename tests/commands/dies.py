@@ -8,10 +8,10 @@ import signal
 import sys
 
 import torch
-from synchromesh.checkpoint import store
 
 from synchromesh import cli
 from synchromesh.moe.layer import MoE
+from synchromesh.parallel import store
 from synchromesh.parallel.exchange import Exchange
 from synchromesh.training import checkpoint
 

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from synchromesh import cli
 from synchromesh.commands import convert
 from synchromesh.compat.swin import read_swin, save_swin
-from synchromesh.data.images import Preprocess
 from synchromesh.models.swin_v2_moe import swin_v2_moe_demo
+from synchromesh.recipes.catalog import CATALOG
+from synchromesh.tasks.classification import Classification
 from synchromesh.training.run_folder import Trained
 from synchromesh.training.start import load_weights
 
@@ -22,14 +23,14 @@ def test_released_files_become_weights_that_training_starts_from(tmp_path):
     assert cli.main(["convert", str(tmp_path / "released.pth"), str(file), "--from-swin"]) == 0
     assert set(load_file(file)) == set(model.state_dict())
     other = swin_v2_moe_demo()
-    assert load_weights(other, file).taken == len(model.state_dict())
+    assert load_weights(other, file, CATALOG).taken == len(model.state_dict())
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in other.state_dict().items())
 
 
 def test_a_run_becomes_released_files(tmp_path, monkeypatch, capsys):
     model = swin_v2_moe_demo()
-    trained = Trained(model, ("a",), Preprocess(), tmp_path / "step-1")
-    monkeypatch.setattr(convert, "load_trained", lambda run, best: trained)
+    trained = Trained(model, Classification(), {"classes": ["a"]}, tmp_path / "step-1")
+    monkeypatch.setattr(convert, "load_trained", lambda run, catalog, best: trained)
     assert cli.main(["convert", "run", str(tmp_path / "demo.pth"), "--to-swin", "2"]) == 0
     assert "and 2 more" in capsys.readouterr().out
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in read_swin(tmp_path / "demo.pth").items())

@@ -26,8 +26,9 @@ TIMES = {"seconds", "images_per_second"}
 @pytest.fixture(scope="module")
 def options(tiny_options: list[str]) -> list[str]:
     plain = [f"--augment.affine.{name}=0" for name in ("rotate", "zoom", "shift")]  # ranks draw numbers of their own
-    plain += ["--model.swin.drop-path=0", "--no-bf16", "--optim.eps=1e-3"]  # small steps from small gradients
-    plain += ["--sharing.no-adaptive"]  # plans that follow from the clock give equal bits only where they are replayed
+    plain += ["--model.drop-path=0", "--no-bf16", "--optim.eps=1e-3"]  # small steps from small gradients
+    # Plans that follow from the clock give equal bits only where they are replayed.
+    plain += ["--parallelism.no-adaptive"]
     return ["train", "digits", *tiny_options, *plain, "--epochs=2", "--keep.checkpoint-steps=5"]
 
 
@@ -122,7 +123,7 @@ def rank_processes(parent: int) -> dict[int, int]:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_stopped_rank_is_named_within_the_timeout(options: list[str], tmp_path: Path, ranks: int) -> None:
     """Of two ranks all groups are the whole job; of four the layers exchange in groups of their own."""
-    long = [*options, "--epochs=2000", "--timeout=10", "--run=run", f"--sharing.gather={ranks // 2}"]
+    long = [*options, "--epochs=2000", "--timeout=10", "--run=run", f"--parallelism.gather={ranks // 2}"]
     process = torchrun(ranks, "synchromesh.cli", *long, module=True, cwd=tmp_path)
     until = time.monotonic() + 90
     while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
@@ -150,7 +151,7 @@ def test_evaluation_and_prediction_on_ranks_equal_those_of_one_process(
 
     def said_by_two(*arguments: object) -> list[dict[str, Any]]:
         out = subprocess.run(
-            [sys.executable, "-m", "synchromesh.cli", *map(str, arguments), "--nproc=2", "--sharing.gather=2"],
+            [sys.executable, "-m", "synchromesh.cli", *map(str, arguments), "--nproc=2", "--parallelism.gather=2"],
             capture_output=True,
             text=True,
             check=True,
@@ -165,7 +166,7 @@ def test_evaluation_and_prediction_on_ranks_equal_those_of_one_process(
     small = said("eval", whole, "--json", "--capacity=0.5")[0]
     assert small["drop_rate"] > 0.3
 
-    digits = RECIPES["digits"]().data
+    digits = RECIPES["digits"]().task.data
     images = digits.source.load(digits.preprocess).test
     files = [tmp_path / f"{number}.png" for number in range(5)]
     for number, file in enumerate(files):
@@ -196,7 +197,7 @@ def test_a_run_of_two_ranks_is_exported_as_one_file_that_a_new_run_can_start_fro
     ("more", "says"),
     [
         (["--nproc=3"], "4 experts on 3 ranks"),
-        (["--nproc=2", "--sharing.gather=4"], "does not divide the 2 ranks"),
+        (["--nproc=2", "--parallelism.gather=4"], "does not divide the 2 ranks"),
         (["--nproc=0"], "wanted at least 1"),
     ],
     ids=str,

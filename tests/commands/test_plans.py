@@ -53,12 +53,12 @@ def test_the_plans_of_a_run_are_shown_and_merged(folder: Path, capsys: pytest.Ca
 
 def test_a_replayed_run_ends_in_the_same_bits(folder: Path, tiny_options: list[str], weights: Reader) -> None:
     for name in ("one", "two"):
-        train(folder, [*tiny_options, "--epochs=2"], f"--run={name}", "--sharing.replay=run")
+        train(folder, [*tiny_options, "--epochs=2"], f"--run={name}", "--parallelism.replay=run")
     assert weights(folder / "one") == weights(folder / "two") == weights(folder / "run")
 
 
 def test_a_run_begins_with_what_another_knows(folder: Path, tiny_options: list[str]) -> None:
-    train(folder, [*tiny_options, "--epochs=1"], "--run=warm", "--sharing.known=run")
+    train(folder, [*tiny_options, "--epochs=1"], "--run=warm", "--parallelism.known=run")
     known = Dictionary.from_json((folder / "warm" / "plans.json").read_text())
     before = Dictionary.from_json((folder / "run" / "plans.json").read_text())
     for name, own in before.layers.items():

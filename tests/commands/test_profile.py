@@ -44,4 +44,4 @@ def test_the_law_of_products_is_found_again() -> None:
 
 def test_senseless_numbers_of_ranks_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["profile", str(tmp_path / "x.json"), "--world=0"]) == 2
-    assert "wanted a number of ranks" in capsys.readouterr().err
+    assert "got 0 for the number of ranks" in capsys.readouterr().err

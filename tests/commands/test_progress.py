@@ -3,6 +3,7 @@ import io
 from rich.console import Console
 
 from synchromesh.commands.progress import RunProgress, load_bar
+from synchromesh.tasks.classification import Classification
 from synchromesh.training.loop import Event
 
 LINE = {
@@ -19,7 +20,7 @@ def events(steps: int) -> list[Event]:
 
 def test_no_thousands_of_lines_where_there_is_no_terminal() -> None:
     out = io.StringIO()
-    with RunProgress(Console(file=out, width=200), "MoE") as progress:
+    with RunProgress(Console(file=out, width=200), "MoE", Classification()) as progress:
         for event in events(5000):
             progress.tell(event)
     lines = out.getvalue().splitlines()
@@ -32,7 +33,7 @@ def test_no_thousands_of_lines_where_there_is_no_terminal() -> None:
 def test_a_terminal_shows_numbers_and_the_load_of_every_layer() -> None:
     out = io.StringIO()
     console = Console(file=out, width=120, force_terminal=True)
-    with RunProgress(console, "MoE") as progress:
+    with RunProgress(console, "MoE", Classification()) as progress:
         for event in events(20):
             progress.tell(event)
         console.print(progress)

@@ -8,7 +8,8 @@ from unittest.mock import patch
 
 import pytest
 
-from synchromesh import cli, verification
+from synchromesh import cli
+from synchromesh.commands import verification
 
 BROKEN = """
 import sys

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from synchromesh import Dropless, Grid, Sharded, routing_options
 from synchromesh.compat.swin import load_swin, read_classes, read_swin, save_swin
-from synchromesh.models.swin_v2 import SWIN_V2, SwinV2Classifier, SwinV2Config
-from synchromesh.models.swin_v2_moe import SWIN_MOE, CosineGate, ExpertsConfig, LinearGate, swin_v2_moe
+from synchromesh.models.heads.classifier import Classifier
+from synchromesh.models.mixtures import CosineGate, ExpertsConfig, LinearGate
+from synchromesh.models.swin_v2 import SWIN_MOE, SWIN_V2, SwinV2Config
+from synchromesh.models.swin_v2_moe import swin_v2_moe
 from synchromesh.parallel.parallelize import distribute
 from synchromesh.testing.compare import assert_close
 from synchromesh.testing.distributed import run_ranks
@@ -181,11 +183,11 @@ def write_as_released(
     return path
 
 
-def ours(**changes: object) -> SwinV2Classifier:
+def ours(**changes: object) -> Classifier:
     return swin_v2_moe(CONFIG, CLASSES, experts=dataclasses.replace(EXPERTS, **changes)).double().eval()
 
 
-def check_logits(model: SwinV2Classifier, state: State, **how: int) -> None:
+def check_logits(model: Classifier, state: State, **how: int) -> None:
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     with routing_options(model, capacity=Dropless()), torch.no_grad():
         got = model(images)
@@ -407,10 +409,10 @@ def test_what_is_written_is_what_the_release_writes(tmp_path, world, cosine, eve
 
 def test_dense_and_true_swin_v2_go_there_and_back(tmp_path):
     for number, style in enumerate((SWIN_MOE, SWIN_V2)):
-        model = SwinV2Classifier(dataclasses.replace(CONFIG, style=style), CLASSES)
+        model = Classifier(dataclasses.replace(CONFIG, style=style).build(), CLASSES)
         (file,) = save_swin(model, tmp_path / f"{number}.pth")
         assert file.suffix == ".global"
-        other = SwinV2Classifier(dataclasses.replace(CONFIG, style=style), CLASSES)
+        other = Classifier(dataclasses.replace(CONFIG, style=style).build(), CLASSES)
         load_swin(other, tmp_path / f"{number}.pth")
         for name, tensor in model.state_dict().items():
             assert torch.equal(other.state_dict()[name], tensor), name

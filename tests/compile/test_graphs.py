@@ -62,8 +62,6 @@ def launched(monkeypatch):
     monkeypatch.setattr(triton.JITFunction, "run", launch)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # autocast does not know the device
     monkeypatch.setattr(torch, "autocast", lambda device, enabled: contextlib.nullcontext())
-    for module in ("routing", "capacity"):
-        monkeypatch.setattr(f"synchromesh.{module}.kernels_for", lambda device: TRITON)
     return names
 
 

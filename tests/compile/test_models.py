@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from synchromesh.models.mixtures import LinearGate
 from synchromesh.models.swin_v2 import swin_v2_base, swin_v2_large, swin_v2_small, swin_v2_tiny
 from synchromesh.models.swin_v2_moe import (
     DEMO,
     DEMO_EXPERTS,
-    LinearGate,
     swin_v2_demo,
     swin_v2_moe_b,
     swin_v2_moe_demo,

@@ -9,7 +9,6 @@ from triton.runtime.interpreter import GridExecutor
 
 from synchromesh import Local
 from synchromesh.kernels import REFERENCE
-from synchromesh.kernels.gpu import TRITON
 from synchromesh.testing.compare import assert_close
 from synchromesh.testing.reads import HostReads
 
@@ -19,8 +18,6 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture
 def graphs(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    for module in ("routing", "capacity"):  # a CPU's would be taken
-        monkeypatch.setattr(f"synchromesh.{module}.kernels_for", lambda device: TRITON)
     import gpu_graphs
 
     return gpu_graphs

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from synchromesh.models.costs import costs
-from synchromesh.models.swin_v2 import SWIN_V2, SwinV2Classifier
+from synchromesh.models.heads.classifier import Classifier
+from synchromesh.models.mixtures import CosineGate, ExpertsConfig
+from synchromesh.models.swin_v2 import SWIN_V2
 from synchromesh.models.swin_v2_moe import (
-    CosineGate,
-    ExpertsConfig,
     config_b,
     config_s,
     swin_v2_demo,
@@ -55,7 +55,7 @@ def test_dense_models_cost_what_table_11_says(size: str, millions: float, gflops
     config = BUILD[size][0]()
     config = dataclasses.replace(config, style=SWIN_V2) if true_style else config
     with torch.device("meta"):
-        got = costs(SwinV2Classifier(config, 21841))
+        got = costs(Classifier(config.build(), 21841))
     assert got.parameters / 1e6 == near(millions)
     assert got.active_parameters == got.parameters
     assert got.gflops == near(gflops)

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from synchromesh.models.costs import costs
+from synchromesh.models.mixtures import ExpertsConfig
 from synchromesh.models.shapes import SHAPES
-from synchromesh.models.swin_v2_moe import ExpertsConfig, config_b, swin_v2_moe
+from synchromesh.models.swin_v2_moe import config_b, swin_v2_moe
 
 
 def test_swinv2_moe_b_has_nine_layers_in_stage_3_and_one_in_stage_4():

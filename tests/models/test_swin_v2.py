@@ -8,13 +8,9 @@ from torch import Tensor, nn
 from transformers import Swinv2Backbone, Swinv2ForImageClassification, Swinv2Model
 from transformers import Swinv2Config as TheirConfig
 
-from synchromesh.models.swin_v2 import (
-    SwinV2,
-    SwinV2Classifier,
-    SwinV2Config,
-    from_transformers,
-    to_transformers,
-)
+from synchromesh.compat.huggingface.swin.weights import from_transformers, to_transformers
+from synchromesh.models.heads.classifier import Classifier
+from synchromesh.models.swin_v2 import SwinV2, SwinV2Config
 from synchromesh.testing.compare import assert_close
 
 SMALL = SwinV2Config(image_size=32, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4, drop_path=0.0)
@@ -78,10 +74,10 @@ def images(config: SwinV2Config, *size: int) -> Tensor:
     return torch.randn(2, config.in_channels, *(size or own))
 
 
-def pair(config: SwinV2Config) -> tuple[Swinv2ForImageClassification, SwinV2Classifier]:
+def pair(config: SwinV2Config) -> tuple[Swinv2ForImageClassification, Classifier]:
     reference = Swinv2ForImageClassification(theirs(config))
     randomise(reference)
-    ours = SwinV2Classifier(config, 7)
+    ours = Classifier(config.build(), 7)
     ours.load_state_dict(from_transformers(reference.state_dict()))
     return reference, ours
 

@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from synchromesh.models.swin_v2 import SWIN_V2, BlockStyle, SwinBlock, SwinV2Classifier, SwinV2Config, dense_ffn
+from synchromesh.models.heads.classifier import Classifier
+from synchromesh.models.mixtures import CosineGate, ExpertsConfig
+from synchromesh.models.swin_v2 import SWIN_MOE, SWIN_V2, BlockStyle, SwinBlock, SwinV2Config
 from synchromesh.models.swin_v2_moe import (
     DEMO,
-    SWIN_MOE,
-    CosineGate,
-    ExpertsConfig,
     config_b,
     config_s,
     swin_v2_demo,
@@ -66,7 +65,7 @@ def attention_by_definition(block: SwinBlock, x: Tensor, style: BlockStyle) -> T
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_block_equals_its_definition(style: BlockStyle, index: int) -> None:
     config = dataclasses.replace(SMALL, style=style)
-    block = SwinBlock(config, 0, index, ffn=dense_ffn(config)(0, index, 16))
+    block = SwinBlock(config, 0, index, ffn=config.ffn()(0, index, 16))
     randomise(block)
     block.double()
     x = torch.randn(2, 8, 8, 16, dtype=torch.float64)
@@ -98,7 +97,7 @@ def test_published_models_have_ten_layers_of_experts() -> None:
 
 
 def test_one_expert_is_the_dense_model() -> None:
-    dense = SwinV2Classifier(SMALL, 5)
+    dense = Classifier(SMALL.build(), 5)
     randomise(dense)
     experts = swin_v2_moe(SMALL, 5, experts=ONE_EXPERT)
     state = dict(dense.state_dict())

@@ -4,9 +4,12 @@ from synchromesh.data.augment import Affine, Augment
 from synchromesh.data.images import Preprocess
 from synchromesh.data.mixing import Mixing
 from synchromesh.data.sources import ScikitDigits
-from synchromesh.moe.losses import LoadBalance
-from synchromesh.training.architecture import ExpertLayers, Swin, SwinMoE
-from synchromesh.training.config import Data, Keep, TrainConfig
+from synchromesh.models.mixtures import ExpertsConfig, LinearGate
+from synchromesh.models.swin_v2 import SwinV2Config
+from synchromesh.moe.capacity import FixedCapacity, batch_prioritized
+from synchromesh.moe.losses import LoadBalance, OverRanks
+from synchromesh.tasks.classification import Classification, Data
+from synchromesh.training.config import Keep, TrainConfig
 from synchromesh.training.loader import Loading
 from synchromesh.training.optim import Optim
 
@@ -14,15 +17,24 @@ from synchromesh.training.optim import Optim
 @pytest.fixture
 def tiny() -> TrainConfig:
     """A model of a few thousand parameters, with everything random switched on: noise, drop path, affine, mixing."""
-    swin = Swin(embed_dim=8, depths=(1, 2), num_heads=(1, 2), patch_size=2, window_size=4, drop_path=0.2)
-    experts = ExpertLayers(
-        count=4, blocks=((), (1,)), capacity_factor=1.0, noise=1.0, loss=LoadBalance(0.01), bias_rate=1e-3
+    experts = ExpertsConfig(
+        num_experts=4,
+        blocks=((), (1,)),
+        router=LinearGate(noise=1.0, bias_rate=1e-3),
+        capacity=FixedCapacity(1.0, priority=batch_prioritized),
+        losses=(OverRanks(LoadBalance(0.01)),),
+        dropout=0.0,
+        down_bias=True,
     )
     return TrainConfig(
         name="tiny",
-        model=SwinMoE(swin, experts),
-        data=Data(ScikitDigits(), Preprocess(image_size=8, channels=1)),
-        augment=Augment(affine=Affine(), mixing=Mixing(chance=0.5)),
+        task=Classification(
+            data=Data(ScikitDigits(), Preprocess(image_size=8, channels=1)),
+            augment=Augment(affine=Affine(), mixing=Mixing(chance=0.5)),
+        ),
+        model=SwinV2Config(
+            embed_dim=8, depths=(1, 2), num_heads=(1, 2), patch_size=2, window_size=4, drop_path=0.2, experts=experts
+        ),
         optim=Optim(lr=1e-3, lr_batch=16, warmup_epochs=0.5),
         epochs=2,
         batch_size=16,

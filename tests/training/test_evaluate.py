@@ -1,11 +1,14 @@
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from synchromesh.data.sources import Splits
-from synchromesh.training.architecture import build_classifier
+from synchromesh.moe.capacity import Dropless
 from synchromesh.training.config import TrainConfig
-from synchromesh.training.evaluate import EvalOptions, evaluate
+from synchromesh.training.evaluate import EvalOptions, Evaluation, evaluate
+from synchromesh.training.run_folder import build_model
+from synchromesh.training.task import Splits
 
 
 class Knows(nn.Module):
@@ -22,38 +25,50 @@ class Knows(nn.Module):
 
 
 def marked(splits: Splits) -> Splits:
-    for images in (splits.train, splits.test):
+    for images in (splits.train.images, splits.test.images):
         images.images[:, 0, 0, 0] = images.labels.to(torch.uint8)
     return splits
 
 
-def test_accuracy_is_counted_by_class(splits: Splits) -> None:
-    found = evaluate(Knows(), marked(splits).test, EvalOptions(batch_size=5))
-    assert found.accuracy == 28 / 32
-    assert found.class_images.tolist() == [4] * 8
-    assert found.class_right.tolist() == [4, 4, 4, 0, 4, 4, 4, 4]
+def scored(config: TrainConfig, model: nn.Module, splits: Splits, **how: object) -> Evaluation:
+    options = EvalOptions(batch_size=how.pop("batch_size"))
+    return evaluate(config.task, splits.facts, model, splits.test, options, **how)
+
+
+def test_accuracy_is_counted_by_class(tiny: TrainConfig, splits: Splits) -> None:
+    found = scored(tiny, Knows(), marked(splits), batch_size=5)
+    assert found.scores.numbers["accuracy"] == 28 / 32
+    classes = found.scores.details["classes"]
+    assert [own["images"] for own in classes.values()] == [4] * 8
+    assert [own["accuracy"] for own in classes.values()] == [1, 1, 1, 0, 1, 1, 1, 1]
     right, wrong = (-torch.tensor([5.0, *[0.0] * 7]).log_softmax(0)[i] for i in (0, 1))
-    assert found.loss == pytest.approx(float(7 * right + wrong) / 8, rel=1e-5)
+    assert found.scores.numbers["loss"] == pytest.approx(float(7 * right + wrong) / 8, rel=1e-5)
+
+
+def test_the_worst_and_the_best_samples_are_named(tiny: TrainConfig, splits: Splits) -> None:
+    found = scored(tiny, Knows(), marked(splits), batch_size=5)
+    wrong = {index for index in range(32) if splits.test.read(index)[1] == 3}
+    assert set(found.worst[: len(wrong)]) == wrong
+    assert not wrong & set(found.best)
 
 
 def test_the_score_does_not_depend_on_the_batch_size_and_leaves_the_mode(tiny: TrainConfig, splits: Splits) -> None:
-    experts = {"capacity_factor": 0.0}
-    config = tiny.model.__class__(tiny.model.swin, tiny.model.experts.__class__(blocks=((), (1,)), **experts))
-    model = build_classifier(config, tiny.data.preprocess, 8).train()
-    one, two = (evaluate(model, splits.test, EvalOptions(batch_size=size)) for size in (3, 32))
+    experts = dataclasses.replace(tiny.model.experts, capacity=Dropless())
+    model = build_model(tiny.task, dataclasses.replace(tiny.model, experts=experts), splits.facts).train()
+    one, two = (scored(tiny, model, splits, batch_size=size) for size in (3, 32))
     assert model.training
-    assert one.accuracy == two.accuracy
-    assert one.loss == pytest.approx(two.loss, rel=1e-5)
+    assert one.scores.numbers["accuracy"] == two.scores.numbers["accuracy"]
+    assert one.scores.numbers["loss"] == pytest.approx(two.scores.numbers["loss"], rel=1e-5)
     ((name, load),) = one.loads.items()
     assert int(load.tokens_per_expert.sum()) == 32 * 4  # a map of 2 x 2 positions
     assert torch.equal(load.tokens_per_expert, two.loads[name].tokens_per_expert)
 
 
-def test_a_stop_between_two_batches_is_heeded_and_the_mode_comes_back(splits: Splits) -> None:
+def test_a_stop_between_two_batches_is_heeded_and_the_mode_comes_back(tiny: TrainConfig, splits: Splits) -> None:
     def stop() -> None:
         raise KeyboardInterrupt
 
     model = Knows().train()
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, marked(splits).test, EvalOptions(batch_size=4), between=stop)
+        scored(tiny, model, marked(splits), batch_size=4, between=stop)
     assert model.training

@@ -1,58 +1,54 @@
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
-from synchromesh.data.images import Batch, Images, MemoryImages, Preprocess, RandomCrop
 from synchromesh.errors import InputError
-from synchromesh.training.loader import EpochPlace, Loading, eval_batches, steps_per_epoch, train_batches
+from synchromesh.training.loader import EpochPlace, Loaded, Loading, eval_batches, steps_per_epoch, train_batches
+from synchromesh.training.task import Draw, Split
 
 COUNT = 50
 
 
 @dataclass(frozen=True)
-class Watched(Images):
-    """Images whose pixels are their index; notes how many were read, and fails at some."""
+class Watched:
+    """Samples that are their own numbers; notes how many were read, and fails at some."""
 
-    read_so_far: list[int]
     broken: frozenset[int] = frozenset()
+    read_so_far: list[int] = field(default_factory=list)
 
-    def read(self, index: int, crop: tuple[RandomCrop, np.random.Generator] | None = None) -> Tensor:
+    def __len__(self) -> int:
+        return COUNT
+
+    def read(self, index: int, draw: Draw | None = None) -> int:
         self.read_so_far.append(index)
         if index in self.broken:
             raise InputError(f"cannot read the image {index}.png")
-        return torch.full((1, 4, 4), index, dtype=torch.uint8)
-
-    def subset(self, indices: Sequence[int]) -> Images:
-        raise NotImplementedError  # the loader never asks for a part of a set
+        return index
 
 
 def watched(broken: Sequence[int] = ()) -> Watched:
-    return Watched(torch.arange(COUNT) % 3, ("a", "b", "c"), Preprocess(image_size=4), [], frozenset(broken))
+    return Watched(frozenset(broken))
 
 
-def batches(images: Images, size: int = 8, *, loading: Loading | None = None, **place: int) -> list[Batch]:
+def batches(split: Split, size: int = 8, *, loading: Loading | None = None, **place: int) -> list[Loaded]:
     where = EpochPlace(seed=place.get("seed", 0), epoch=place.get("epoch", 0), first=place.get("first", 0))
-    return list(train_batches(images, size, place=where, crop=None, loading=loading or Loading()))
+    return list(train_batches(split, size, place=where, loading=loading or Loading()))
 
 
-def indices(found: list[Batch]) -> list[int]:
-    return [int(image[0, 0, 0]) for batch in found for image in batch.images]
+def indices(found: list[Loaded]) -> list[int]:
+    return [sample for batch in found for sample in batch.samples]
 
 
 def test_an_epoch_holds_full_batches_of_different_images() -> None:
     found = batches(watched())
-    assert [len(batch.labels) for batch in found] == [8] * 6
+    assert [len(batch.samples) for batch in found] == [8] * 6
     assert len(set(indices(found))) == 48
 
 
-def test_labels_stay_with_their_images() -> None:
-    for batch in batches(watched()):
-        assert torch.equal(batch.images[:, 0, 0, 0].long() % 3, batch.labels)
+def test_numbers_stay_with_their_samples() -> None:
+    assert all(batch.samples == batch.indices for batch in batches(watched([7]), loading=Loading(skip_bad_images=True)))
 
 
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:
@@ -71,17 +67,17 @@ def test_a_resumed_epoch_is_the_rest_of_the_whole_one() -> None:
 
 def test_no_more_than_the_wanted_batches_are_read_ahead() -> None:
     images = watched()
-    reader = train_batches(images, 8, place=EpochPlace(0, 0), crop=None, loading=Loading(workers=4, ahead=2))
+    reader = train_batches(images, 8, place=EpochPlace(0, 0), loading=Loading(workers=4, ahead=2))
     next(reader)
     reader.close()
     assert len(images.read_so_far) <= 24
 
 
 def test_a_reader_left_early_leaves_no_thread_behind() -> None:
-    reader = train_batches(watched(), 8, place=EpochPlace(0, 0), crop=None, loading=Loading())
+    reader = train_batches(watched(), 8, place=EpochPlace(0, 0), loading=Loading())
     next(reader)
     reader.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read")]
 
 
 def test_evaluation_sees_every_image_once_and_not_class_by_class() -> None:
@@ -92,7 +88,7 @@ def test_evaluation_sees_every_image_once_and_not_class_by_class() -> None:
 
 def test_a_set_smaller_than_a_batch_is_one_batch() -> None:
     assert steps_per_epoch(watched(), 64) == 1
-    assert [len(batch.labels) for batch in batches(watched(), 64)] == [COUNT]
+    assert [len(batch.samples) for batch in batches(watched(), 64)] == [COUNT]
 
 
 def test_a_bad_image_stops_and_is_named() -> None:
@@ -108,17 +104,31 @@ def test_skipped_images_are_left_out_and_named() -> None:
 
 def test_a_batch_of_bad_images_alone_is_empty() -> None:
     (batch,) = batches(watched(broken=range(COUNT)), COUNT, loading=Loading(skip_bad_images=True))
-    assert batch.images.shape == (0, 1, 4, 4)
+    assert batch.samples == []
     assert len(batch.bad) == COUNT
 
 
-def test_an_images_crop_does_not_depend_on_its_place_in_the_batches() -> None:
-    pixels = torch.randint(0, 256, (COUNT, 1, 16, 16), dtype=torch.uint8)
-    images = MemoryImages(torch.arange(COUNT), tuple(map(str, range(COUNT))), Preprocess(image_size=8), pixels)
-    by_index = []
-    for size in (5, 10):
-        found = train_batches(images, size, place=EpochPlace(0, 0), crop=RandomCrop(), loading=Loading())
-        by_index.append(
-            {int(label): image for batch in found for label, image in zip(batch.labels, batch.images, strict=True)}
-        )
-    assert all(torch.equal(by_index[0][i], by_index[1][i]) for i in range(COUNT))
+@dataclass(frozen=True)
+class Drawn:
+    """Samples that are drawn at random."""
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def read(self, index: int, draw: Draw | None = None) -> float:
+        return 0.0 if draw is None else float(draw().random())
+
+
+def test_what_is_drawn_for_a_sample_does_not_depend_on_its_place_in_the_batches() -> None:
+    by_index = [
+        {i: s for batch in batches(Drawn(), size) for i, s in zip(batch.indices, batch.samples, strict=True)}
+        for size in (5, 10)
+    ]
+    assert by_index[0] == by_index[1]
+    assert len(set(by_index[0].values())) == COUNT
+    again = [s for batch in batches(Drawn(), 5, epoch=1) for s in batch.samples]
+    assert not set(again) & set(by_index[0].values())
+
+
+def test_nothing_is_drawn_in_evaluation() -> None:
+    assert {s for batch in eval_batches(Drawn(), 8, loading=Loading()) for s in batch.samples} == {0.0}

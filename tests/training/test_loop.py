@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from synchromesh import seeds
-from synchromesh.data.sources import Splits
+from synchromesh.data.augment import Augment
 from synchromesh.errors import InputError, NonFiniteError, StoppedError
-from synchromesh.training.architecture import build_classifier
+from synchromesh.tasks.classification import LabelledImages
 from synchromesh.training.config import Freeze, Start, TrainConfig
 from synchromesh.training.interrupt import StopWish
 from synchromesh.training.loop import Event, Job, Outcome, fit
 from synchromesh.training.metrics import read_metrics
+from synchromesh.training.run_folder import build_model
 from synchromesh.training.start import freeze
+from synchromesh.training.task import Splits
 
 TIMES = ("seconds", "images_per_second")  # what no two runs share
 
@@ -27,7 +29,7 @@ class CrashError(Exception):
 
 def job(config: TrainConfig, splits: Splits, folder: Path, *, crash_at: int = -1, stop: StopWish | None = None) -> Job:
     with seeds.torch_seeded(torch.device("cpu"), config.seed, seeds.INIT):
-        model = build_classifier(config.model, config.data.preprocess, len(splits.train.classes))
+        model = build_model(config.task, config.model, splits.facts)
     freeze(model, config.start.freeze)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -35,7 +37,7 @@ def job(config: TrainConfig, splits: Splits, folder: Path, *, crash_at: int = -1
         if event.kind == "step" and event.step == crash_at:
             raise CrashError
 
-    return Job(config, model, splits, folder, {"classes": list(splits.train.classes)}, stop or StopWish(), tell)
+    return Job(config, model, splits, folder, {"facts": dict(splits.facts)}, stop or StopWish(), tell)
 
 
 def run(config: TrainConfig, splits: Splits, folder: Path, **how: Any) -> tuple[dict[str, Tensor], Outcome]:
@@ -79,8 +81,8 @@ def test_a_run_cut_off_anywhere_continues_bit_for_bit(
     assert_same(whole, continued)
     assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
     assert again.standing.step == outcome.standing.step == 12
-    assert again.standing.trained_images == 192
-    assert again.evaluation.accuracy == outcome.evaluation.accuracy
+    assert again.standing.samples == 192
+    assert again.evaluation.scores == outcome.evaluation.scores
 
 
 def test_a_run_cut_off_twice_and_with_a_truncated_checkpoint_continues_bit_for_bit(
@@ -125,12 +127,12 @@ def test_accuracy_rises_on_patterns_that_can_be_learnt(tiny: TrainConfig, splits
     config = dataclasses.replace(
         tiny,
         epochs=12,
-        augment=dataclasses.replace(tiny.augment, affine=None, mixing=None),
+        task=dataclasses.replace(tiny.task, augment=Augment()),
         optim=dataclasses.replace(tiny.optim, lr=5e-3),
     )
     _, outcome = run(config, splits, tmp_path)
-    assert outcome.evaluation.accuracy > 0.9
-    assert outcome.evaluation.images == 32
+    assert outcome.evaluation.scores.numbers["accuracy"] > 0.9
+    assert outcome.evaluation.samples == 32
 
 
 def test_metrics_hold_what_the_page_about_them_says(tiny: TrainConfig, splits: Splits, tmp_path: Path) -> None:
@@ -173,7 +175,7 @@ def test_a_nan_keeps_the_last_good_checkpoint(tiny: TrainConfig, splits: Splits,
 
 def test_other_data_than_before_is_refused(tiny: TrainConfig, splits: Splits, tmp_path: Path) -> None:
     run(tiny, splits, tmp_path)
-    fewer = dataclasses.replace(splits, train=splits.train.subset(range(64)))
+    fewer = dataclasses.replace(splits, train=LabelledImages(splits.train.images.subset(range(64))))
     with pytest.raises(InputError, match="was trained on 96 images, the data now holds 64"):
         run(tiny, fewer, tmp_path)
 

@@ -5,9 +5,17 @@ import pytest
 import torch
 from torch import nn
 
-from synchromesh.models.swin_v2 import SWIN_V2, SwinV2Config
-from synchromesh.models.swin_v2_moe import SWIN_MOE, CosineGate, ExpertsConfig, LinearGate, swin_v2_moe
-from synchromesh.training.optim import Optim, Schedule, build_optimizer, make_schedule, parameter_groups
+from synchromesh.models.mixtures import CosineGate, ExpertsConfig, LinearGate
+from synchromesh.models.swin_v2 import SWIN_MOE, SWIN_V2, SwinV2Config
+from synchromesh.models.swin_v2_moe import swin_v2_moe
+from synchromesh.training.optim import (
+    Optim,
+    Schedule,
+    build_optimizer,
+    make_schedule,
+    parameter_groups,
+    set_learning_rate,
+)
 
 
 @pytest.mark.parametrize("style", [SWIN_V2, SWIN_MOE])
@@ -80,3 +88,22 @@ def test_decay_reaches_matrices_and_not_biases() -> None:
     optimizer.step()
     assert torch.allclose(model.weight, torch.full((2, 2), 0.95))
     assert torch.equal(model.bias, torch.ones(2))
+
+
+def test_rates_fall_from_the_head_to_the_patches_as_swin_counts_layers() -> None:
+    config = SwinV2Config(image_size=8, patch_size=2, embed_dim=8, depths=(1, 2), num_heads=(1, 2), window_size=4)
+    model = swin_v2_moe(config, 5, experts=ExpertsConfig(num_experts=4, blocks=((), (1,))))
+    scale = {id(p): g["rate_scale"] for g in parameter_groups(model, 0.1, layer_decay=0.5) for p in g["params"]}
+    named = {name: scale[id(p)] for name, p in model.named_parameters()}
+    for part, above in (
+        ("head.", 0), ("backbone.norm.", 0), ("backbone.stages.1.blocks.1.", 1), ("backbone.stages.1.blocks.0.", 2),
+        ("backbone.stages.0.merge.", 3), ("backbone.stages.0.blocks.0.", 3), ("backbone.embed.", 4),
+    ):  # fmt: skip
+        assert {value for name, value in named.items() if name.startswith(part)} == {0.5**above}, part
+
+
+def test_each_group_gets_its_own_rate() -> None:
+    config = SwinV2Config(image_size=8, patch_size=2, embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=4)
+    optimizer = build_optimizer(swin_v2_moe(config, 5, experts=ExpertsConfig(blocks=((), ()))), Optim(layer_decay=0.5))
+    set_learning_rate(optimizer, 1.0)
+    assert {group["lr"] for group in optimizer.param_groups} == {1.0, 0.5, 0.25, 0.125}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from synchromesh.errors import InputError
+from synchromesh.recipes.catalog import CATALOG
 from synchromesh.training.codec import encode
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.report import write_report
@@ -57,30 +58,30 @@ def write_run(folder: Path, config: TrainConfig, *, finished: bool = True) -> No
 
 def test_the_report_needs_nothing_from_outside(tiny: TrainConfig, tmp_path: Path) -> None:
     write_run(tmp_path, tiny)
-    page = write_report(tmp_path).read_text()
+    page = write_report(tmp_path, CATALOG).read_text()
     own = page.replace(page[page.index("<script>") : page.index("</script>")], "")  # without plotly itself
     assert not re.findall(r"(?:src|href)=[\"'](?!data:)", own)
     assert "98.77%" in own
     assert "No expert is dead." in own
     for title in ("Accuracy", "Loss", "Throughput of training", "Dropped tokens", "Expert load: stage 2, block 2"):
         assert title in own
-    for unit in ("epoch", "images right, %", "cross-entropy, nats", "images per second", "expert"):
+    for unit in ("epoch", "accuracy, %", "loss, nats", "images per second", "expert"):
         assert unit in own
 
 
 def test_an_unfinished_run_has_a_report_too(tiny: TrainConfig, tmp_path: Path) -> None:
     write_run(tmp_path, tiny, finished=False)
-    assert "not finished yet" in write_report(tmp_path).read_text()
+    assert "not finished yet" in write_report(tmp_path, CATALOG).read_text()
 
 
 def test_names_from_outside_cannot_break_out_of_the_page(tiny: TrainConfig, tmp_path: Path) -> None:
     write_run(tmp_path, dataclasses.replace(tiny, name="</script><b>loud"))
-    assert "<b>loud" not in write_report(tmp_path).read_text()
+    assert "<b>loud" not in write_report(tmp_path, CATALOG).read_text()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not the folder of a run"):
-        write_report(tmp_path)
+        write_report(tmp_path, CATALOG)
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def drawn(browser: str, page: Path, profile: Path) -> str:
 
 def test_a_browser_draws_every_curve(tiny: TrainConfig, tmp_path: Path, browser: str) -> None:
     write_run(tmp_path / "run", tiny)
-    dom = drawn(browser, write_report(tmp_path / "run"), tmp_path / "profile")
+    dom = drawn(browser, write_report(tmp_path / "run", CATALOG), tmp_path / "profile")
     figures = re.split(r"<figure>", dom)[1:]
     titles = [re.search(r'class="gtitle"[^>]*>([^<]*)', figure) for figure in figures]
     by_title = {title.group(1): figure for title, figure in zip(titles, figures, strict=True) if title}
@@ -121,4 +122,4 @@ def test_a_browser_draws_every_curve(tiny: TrainConfig, tmp_path: Path, browser:
     assert len(lines["Throughput of training"]) == 2
     assert len(lines["Dropped tokens"]) == 2
     assert 'class="hm"' in by_title["Expert load: stage 2, block 2"]
-    assert by_title["Expert load on the test images"].count('class="point"') == 4
+    assert by_title["Expert load in the last test"].count('class="point"') == 4

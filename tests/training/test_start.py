@@ -7,14 +7,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from synchromesh.errors import InputError
-from synchromesh.training.architecture import build_classifier
+from synchromesh.recipes.catalog import CATALOG
 from synchromesh.training.config import Freeze, TrainConfig
+from synchromesh.training.run_folder import build_model
 from synchromesh.training.start import freeze, load_weights
 
 
 def model_for(tiny: TrainConfig, classes: int, *, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return build_classifier(tiny.model, tiny.data.preprocess, classes)
+    return build_model(tiny.task, tiny.model, {"classes": list(range(classes))})
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -25,7 +26,7 @@ def test_another_number_of_classes_leaves_only_the_head_fresh(tiny: TrainConfig,
         torch.save({"model": trained.state_dict()}, path)
     else:
         save_file(trained.state_dict(), path)
-    loaded = load_weights(fresh, path)
+    loaded = load_weights(fresh, path, CATALOG)
     assert loaded.fresh == ("head.weight", "head.bias")
     assert loaded.unused == ()
     assert loaded.taken == len(trained.state_dict()) - 2
@@ -35,34 +36,64 @@ def test_another_number_of_classes_leaves_only_the_head_fresh(tiny: TrainConfig,
 
 def test_another_window_takes_every_weight(tiny: TrainConfig, tmp_path: Path) -> None:
     save_file(model_for(tiny, 8).state_dict(), tmp_path / "w.safetensors")
-    wider = dataclasses.replace(tiny.model, swin=dataclasses.replace(tiny.model.swin, window_size=2))
-    assert load_weights(build_classifier(wider, tiny.data.preprocess, 8), tmp_path / "w.safetensors").fresh == ()
+    wider = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, window_size=2))
+    assert load_weights(model_for(wider, 8), tmp_path / "w.safetensors", CATALOG).fresh == ()
+
+
+def test_a_backbone_of_which_a_part_is_missing_is_refused_by_the_names_of_what_is_missing(
+    tiny: TrainConfig, tmp_path: Path
+) -> None:
+    state = model_for(tiny, 8).state_dict()
+    lost = "backbone.stages.0.blocks.0.ffn.up.weight"
+    save_file({name: tensor for name, tensor in state.items() if name != lost}, tmp_path / "w.safetensors")
+    with pytest.raises(
+        InputError, match=rf"lacks 1 of the backbone's \d+ tensors: {lost} \(32, 8\); .*--start\.partial"
+    ):
+        load_weights(model_for(tiny, 8), tmp_path / "w.safetensors", CATALOG)
+    loaded = load_weights(model_for(tiny, 8), tmp_path / "w.safetensors", CATALOG, partial=True)
+    assert loaded.fresh == (lost,)
+
+
+def test_a_backbone_of_another_shape_is_refused_with_both_shapes(tiny: TrainConfig, tmp_path: Path) -> None:
+    experts = dataclasses.replace(tiny.model.experts, num_experts=2)
+    fewer = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, experts=experts))
+    save_file(model_for(fewer, 8).state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=r"lacks \d+ of the backbone's .*router.* in another shape"):
+        load_weights(model_for(tiny, 8), tmp_path / "w.safetensors", CATALOG)
+
+
+def test_the_weights_of_a_backbone_alone_are_taken(tiny: TrainConfig, tmp_path: Path) -> None:
+    trained = model_for(tiny, 8)
+    save_file(trained.get_submodule("backbone").state_dict(), tmp_path / "w.safetensors")
+    fresh = model_for(tiny, 8, seed=1)
+    assert load_weights(fresh, tmp_path / "w.safetensors", CATALOG).fresh == ("head.weight", "head.bias")
+    assert torch.equal(fresh.get_parameter("backbone.norm.weight"), trained.get_parameter("backbone.norm.weight"))
 
 
 def test_a_file_that_would_run_code_is_refused(tiny: TrainConfig, tmp_path: Path) -> None:
     torch.save({"model": nn.Linear(2, 2)}, tmp_path / "pickled.pt")
     with pytest.raises(InputError, match=r"pickled\.pt is damaged, or holds other objects"):
-        load_weights(model_for(tiny, 8), tmp_path / "pickled.pt")
+        load_weights(model_for(tiny, 8), tmp_path / "pickled.pt", CATALOG)
 
 
 @pytest.mark.parametrize("name", ["broken.safetensors", "broken.pt"])
 def test_a_broken_file_is_named(tiny: TrainConfig, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"no weights")
     with pytest.raises(InputError, match=name):
-        load_weights(model_for(tiny, 8), tmp_path / name)
+        load_weights(model_for(tiny, 8), tmp_path / name, CATALOG)
 
 
 def test_weights_of_another_model_are_refused(tiny: TrainConfig, tmp_path: Path) -> None:
     save_file({"conv1.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match=r"no tensor of .*other\.safetensors fits the model"):
-        load_weights(model_for(tiny, 8), tmp_path / "other.safetensors")
+        load_weights(model_for(tiny, 8), tmp_path / "other.safetensors", CATALOG)
 
 
 @pytest.mark.parametrize("name", ["missing.safetensors", "folder"])
 def test_a_missing_file_or_a_folder_of_something_else_is_named(tiny: TrainConfig, tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match=name):
-        load_weights(model_for(tiny, 8), tmp_path / name)
+        load_weights(model_for(tiny, 8), tmp_path / name, CATALOG)
 
 
 def test_freezing_leaves_the_right_parameters_trainable(tiny: TrainConfig) -> None:

@@ -4,15 +4,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from synchromesh.data.mixing import Mixed, soft_targets
+from synchromesh.data.mixing import soft_targets
 from synchromesh.errors import NonFiniteError
+from synchromesh.models.mixtures import LinearGate
+from synchromesh.moe.capacity import Dropless
 from synchromesh.moe.routing import BiasBalance
+from synchromesh.tasks.classification import Labelled
 from synchromesh.testing.compare import assert_close
-from synchromesh.training.architecture import build_classifier
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.diagnose import first_non_finite
 from synchromesh.training.optim import build_optimizer
-from synchromesh.training.step import StepNumbers, Trainee, soft_cross_entropy, train_step
+from synchromesh.training.run_folder import build_model
+from synchromesh.training.step import Counts, StepNumbers, Trainee, train_step
 
 CLASSES = 8
 
@@ -43,17 +46,22 @@ class Fails(nn.Module):
         return x + (x * 0).abs().sqrt()  # 0 forward, 0 * inf backward
 
 
-def batch(count: int = 12) -> Mixed:
+def batch(count: int = 12) -> Labelled:
     labels = torch.arange(count) % CLASSES
-    return Mixed(torch.randn(count, 1, 8, 8), soft_targets(labels, CLASSES, 0.1))
+    return Labelled(torch.randn(count, 1, 8, 8), labels, soft_targets(labels, CLASSES, 0.1))
 
 
-def take(model: nn.Module, data: Mixed, config: TrainConfig, *, step: int = 0) -> StepNumbers:
-    optimizer = build_optimizer(model, config.optim)
-    return train_step(Trainee(model, model), optimizer, data, config, step=step, rate=1e-3, images=len(data.images))
+def model_of(config: TrainConfig) -> nn.Module:
+    return build_model(config.task, config.model, {"classes": list(range(CLASSES))}).train()
 
 
-def gradients_after(model: nn.Module, data: Mixed, config: TrainConfig) -> dict[str, Tensor | None]:
+def take(model: nn.Module, data: Labelled, config: TrainConfig, *, step: int = 0) -> StepNumbers:
+    optimizer, counts = build_optimizer(model, config.optim), Counts(len(data), config.task.counts(data))
+    cpu = torch.device("cpu")
+    return train_step(Trainee(model, model), optimizer, data, config, step=step, rate=1e-3, counts=counts, device=cpu)
+
+
+def gradients_after(model: nn.Module, data: Labelled, config: TrainConfig) -> dict[str, Tensor | None]:
     take(model, data, config)
     return {name: p.grad for name, p in model.named_parameters()}
 
@@ -79,15 +87,14 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(plain: TrainConfig
 
 
 def test_accumulated_moe_losses_are_the_mean_over_the_parts(plain: TrainConfig) -> None:
-    experts = dataclasses.replace(plain.model.experts, noise=0.0, capacity_factor=0.0, bias_rate=0.0)
+    experts = dataclasses.replace(plain.model.experts, router=LinearGate(noise=0.0), capacity=Dropless())
     config = dataclasses.replace(plain, model=dataclasses.replace(plain.model, experts=experts))
-    model = build_classifier(config.model, config.data.preprocess, CLASSES).eval()
-    model.train()
+    model = model_of(config)
     for module in model.modules():
         if hasattr(module, "rate") and isinstance(module.rate, float):
             module.rate = 0.0  # no drop path: two halves then see what the whole saw
     half = batch(8)
-    data = Mixed(half.images.repeat(2, 1, 1, 1), half.targets.repeat(2, 1))
+    data = Labelled(half.images.repeat(2, 1, 1, 1), half.labels.repeat(2), half.targets.repeat(2, 1))
     state = {k: v.clone() for k, v in model.state_dict().items()}
     once = take(model, data, config)
     model.load_state_dict(state)
@@ -97,14 +104,8 @@ def test_accumulated_moe_losses_are_the_mean_over_the_parts(plain: TrainConfig) 
     assert twice.task_loss == pytest.approx(once.task_loss, rel=1e-5)
 
 
-def test_the_task_loss_is_the_soft_cross_entropy() -> None:
-    logits, targets = torch.randn(5, CLASSES), torch.rand(5, CLASSES).softmax(1)
-    wanted = -(targets * logits.log_softmax(1)).sum(1).mean()
-    assert_close("loss", soft_cross_entropy(logits, targets), wanted)
-
-
 def test_the_balance_bias_moves_once_a_step(plain: TrainConfig) -> None:
-    model = build_classifier(plain.model, plain.data.preprocess, CLASSES).train()
+    model = model_of(plain)
     take(model, batch(16), dataclasses.replace(plain, accumulate=2))
     (balance,) = (module for module in model.modules() if isinstance(module, BiasBalance))
     assert set(balance.steps.abs().tolist()) <= {0, 1}
@@ -167,7 +168,7 @@ def test_the_same_step_draws_the_same_random_numbers(tiny: TrainConfig) -> None:
     losses = []
     for noise in (1, 2):
         torch.manual_seed(0)
-        model = build_classifier(tiny.model, tiny.data.preprocess, CLASSES).train()
+        model = model_of(tiny)
         torch.manual_seed(noise)
         losses.append((take(model, data, tiny, step=7), take(model, data, tiny, step=8)))
     assert losses[0] == losses[1]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from synchromesh.compat.tutel.communicate.groups import Groups, create_groups_from_world
 from synchromesh.compat.tutel.numa import nodes_of_cpus
-from synchromesh.parallel.comm.grid import leave
+from synchromesh.parallel.comm.job import leave
 
 _SESSIONS: list[Groups] = []  # the last one is the current one
 

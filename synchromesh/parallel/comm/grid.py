@@ -1,26 +1,19 @@
-"""Grid: the ranks of a job, their nodes, and the process groups that a rank belongs to. The only rank discovery."""
+"""Grid: the ranks of a job, their nodes, and the process groups that a rank belongs to."""
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.rendezvous import rendezvous
 
-from synchromesh.parallel.comm.heartbeat import Heartbeat
+from synchromesh.parallel.comm.environment import job_of, join_job
 from synchromesh.planning.lattice import Ranks
 
 TIMEOUT = timedelta(minutes=10)
-# Seconds for the threads of a back end to free what they sent: that takes the interpreter, and without one they abort.
-_REST = 0.05
 
 
 class Grid:
@@ -65,12 +58,12 @@ class Grid:
         Raises:
             ValueError: a variable is missing or not a number.
         """
-        job = _job_of(os.environ if environment is None else environment)
+        job = job_of(environment)
         if job is None and not dist.is_initialized():
             return Grid(None)
         if not dist.is_initialized():
             assert job is not None
-            _join(job, timeout, backend)
+            join_job(job, timeout, backend)
         group = dist.group.WORLD
         assert group is not None
         local = job["LOCAL_WORLD_SIZE"] if job is not None else group.size()
@@ -135,121 +128,3 @@ class Grid:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Grid:
         return self  # a copied model runs on the same ranks
-
-
-def in_job(environment: Mapping[str, str] | None = None) -> bool:
-    """Tell whether torchrun or SLURM started this process."""
-    return _job_of(os.environ if environment is None else environment) is not None
-
-
-def restarted(environment: Mapping[str, str] | None = None) -> bool:
-    """Tell whether torchrun started this job anew because a rank died."""
-    job = _job_of(os.environ if environment is None else environment)
-    return job is not None and job["RESTART"] > 0
-
-
-def job_name(environment: Mapping[str, str] | None = None) -> str:
-    """Return what all attempts of a job have in common, and other jobs have not; "" where nobody gave it a name."""
-    name = (os.environ if environment is None else environment).get("TORCHELASTIC_RUN_ID", "")
-    return "" if name == "none" else name
-
-
-class LostRankError(RuntimeError):
-    """Other ranks are gone or silent; the message says which."""
-
-
-@contextmanager
-def joined(*, timeout: timedelta = TIMEOUT) -> Iterator[Grid]:
-    """Join the job around this process, with its share of the machine's cores, and leave it at the end.
-
-    Args:
-        timeout: how long a collective waits for other ranks.
-
-    Raises:
-        LostRankError: a collective failed in the block, because another rank ended or does not answer.
-    """
-    grid = Grid.from_environment(timeout=timeout)
-    if grid.group is None:
-        yield grid
-        return
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // grid.ranks_per_node))
-    heart, lost = Heartbeat(_job_store().clone(), rank=grid.rank, size=grid.size), False
-    try:
-        yield grid
-    except RuntimeError as error:
-        if not _of_a_collective(error):
-            raise
-        lost, silent = True, heart.silent()
-        named = "another rank has left the job, or was late"
-        if silent is None:
-            named = "the job's store does not answer either; is the network cut?"
-        elif silent:
-            named = f"ranks {silent} do not answer"
-        said = str(error).partition("\n")[0]
-        raise LostRankError(f"rank {grid.rank} lost its exchange with others: {named} ({said})") from error
-    finally:
-        if not lost:
-            heart.stop()
-        time.sleep(_REST)
-    dist.destroy_process_group()
-
-
-def leave() -> None:
-    """Leave the job around this process, as `joined` does at its end."""
-    time.sleep(_REST)
-    dist.destroy_process_group()
-
-
-def _job_store() -> Any:
-    return dist.distributed_c10d._get_default_store()  # torch has no public way to the store it was given
-
-
-# What gloo says of a lost rank: with the path of its source, or nothing but this.
-_LOST = ("gloo", "Application timeout caused pair closure", "Connection closed by peer")
-
-
-def _of_a_collective(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST)
-
-
-# What torchrun says, and the same in SLURM's words.
-_SLURM = {
-    "RANK": "SLURM_PROCID",
-    "WORLD_SIZE": "SLURM_NTASKS",
-    "LOCAL_RANK": "SLURM_LOCALID",
-    "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
-}
-
-
-def _job_of(environment: Mapping[str, str]) -> dict[str, int] | None:
-    """Return the numbers of the job this process is part of; None where it is alone."""
-    if "RANK" in environment:
-        names = {name: name for name in _SLURM}
-    elif "SLURM_PROCID" in environment and "MASTER_ADDR" in environment:
-        names = _SLURM
-    else:
-        return None
-    per_node = environment.get("SLURM_TASKS_PER_NODE", "").partition("(")[0].partition(",")[0]  # such as 8(x2)
-    alone = environment.get(names["WORLD_SIZE"], "1")
-    defaults = {"LOCAL_WORLD_SIZE": per_node if names is _SLURM and per_node else alone, "LOCAL_RANK": "0"}
-    job = {}
-    for wanted, name in names.items():
-        got = environment.get(name, defaults.get(wanted, ""))
-        if not got.isdecimal():
-            raise ValueError(f"the environment variable {name} is {got!r}, wanted a number, as torchrun sets it")
-        job[wanted] = int(got)
-    job["RESTART"] = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    return job
-
-
-def _join(job: dict[str, int], timeout: timedelta, backend: str | None) -> None:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    bound = count == 1 and "SLURM_PROCID" in os.environ  # SLURM shows each task its own GPU alone
-    if backend is None:
-        backend = "nccl" if bound or 0 < job["LOCAL_WORLD_SIZE"] <= count else "gloo"
-    if backend == "nccl":
-        torch.cuda.set_device(0 if bound else job["LOCAL_RANK"])
-    store, rank, world = next(rendezvous("env://", rank=job["RANK"], world_size=job["WORLD_SIZE"], timeout=timeout))
-    # Restarted ranks must not meet the addresses that dead ones left in the same store.
-    store = dist.PrefixStore(f"attempt_{job['RESTART']}", store)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)

@@ -8,7 +8,8 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from synchromesh.parallel.comm.grid import Grid, in_job
+from synchromesh.parallel.comm.environment import in_job
+from synchromesh.parallel.comm.grid import Grid
 from synchromesh.testing.distributed import run_ranks
 
 
@@ -67,7 +68,7 @@ LEAVING = """
 import os, socket, sys
 import torch
 from synchromesh.parallel.comm.collectives import all_to_all
-from synchromesh.parallel.comm.grid import joined
+from synchromesh.parallel.comm.job import joined
 
 def start_two():
     with socket.socket() as free:
@@ -103,7 +104,8 @@ def test_a_rank_that_ends_right_after_an_exchange_does_not_abort():
 JOINING = """
 import os, socket
 import torch.distributed as dist
-from synchromesh.parallel.comm.grid import Grid, leave
+from synchromesh.parallel.comm.grid import Grid
+from synchromesh.parallel.comm.job import leave
 
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))

@@ -17,7 +17,7 @@ RANK = """
 import sys
 from datetime import timedelta
 import torch, torch.distributed as dist
-from synchromesh.parallel.comm.grid import LostRankError, joined
+from synchromesh.parallel.comm.job import LostRankError, joined
 try:
     with joined(timeout=timedelta(seconds=4)) as grid:
         for step in range(10**6):
@@ -33,7 +33,7 @@ LATE = """
 import os, sys, time
 from datetime import timedelta
 import torch, torch.distributed as dist
-from synchromesh.parallel.comm.grid import LostRankError, joined
+from synchromesh.parallel.comm.job import LostRankError, joined
 try:
     with joined(timeout=timedelta(seconds=2)) as grid:
         if grid.rank == 1:

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedConfig, Swinv2Config
 from transformers.backbone_utils import BackboneConfigMixin
 
-from synchromesh.models.swin_v2 import SWIN_V2, SwinV2Config
-from synchromesh.models.swin_v2_moe import SWIN_MOE, ExpertsConfig
+from synchromesh.models.mixtures import CosineGate, ExpertsConfig, LinearGate
+from synchromesh.models.swin_v2 import BlockStyle, SwinV2Config
 from synchromesh.moe.capacity import Dropless, FixedCapacity, batch_prioritized, token_order
 from synchromesh.moe.losses import ImportanceLoad, LoadBalance
-from synchromesh.moe.routing import CosineRouter, Softmax, TopKRouter
 
-STYLES = {"swin_v2": SWIN_V2, "swin_moe": SWIN_MOE}
-ROUTERS = {"linear": TopKRouter, "cosine": CosineRouter}
+STYLES = {style.value: style for style in BlockStyle}
+GATES = {"linear": LinearGate, "cosine": CosineGate}
 LOSSES = {"load_balance": LoadBalance, "importance_load": ImportanceLoad}
 # What of a dense Swinv2's configuration is carried over; the rest must be as it is by default.
 CARRIED = (
@@ -87,7 +85,7 @@ class SwinV2MoEConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.moe_blocks is None:
             later = [2 * stage >= stages for stage in range(stages)]
             self.moe_blocks = [list(range(1, n, 2)) if late else [] for n, late in zip(self.depths, later, strict=True)]
-        for name, known in (("block_style", STYLES), ("router_aux_loss", LOSSES), ("router", ROUTERS)):
+        for name, known in (("block_style", STYLES), ("router_aux_loss", LOSSES), ("router", GATES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, wanted one of {', '.join(known)}")
         self.num_layers = stages
@@ -111,7 +109,7 @@ class SwinV2MoEConfig(BackboneConfigMixin, PreTrainedConfig):
         return cls(**carried | {"out_features": dense.out_features} | experts)
 
     def swin(self) -> SwinV2Config:
-        """Return the sizes and rates of the model."""
+        """Return this in the library's own words, experts included."""
         height, width = self.image_size if isinstance(self.image_size, Sequence) else (self.image_size,) * 2
         return SwinV2Config(
             image_size=(height, width),
@@ -129,10 +127,10 @@ class SwinV2MoEConfig(BackboneConfigMixin, PreTrainedConfig):
             attention_dropout=float(self.attention_probs_dropout_prob),
             init_std=float(self.initializer_range),
             style=STYLES[self.block_style],
+            experts=self._experts(),
         )
 
-    def experts(self) -> ExpertsConfig:
-        """Return the mixtures of experts of the model."""
+    def _experts(self) -> ExpertsConfig:
         assert self.moe_blocks is not None
         order = batch_prioritized if self.batch_prioritized else token_order
         factor = self.capacity_factor
@@ -140,13 +138,9 @@ class SwinV2MoEConfig(BackboneConfigMixin, PreTrainedConfig):
             num_experts=self.num_experts,
             k=self.num_experts_per_tok,
             blocks=tuple(tuple(blocks) for blocks in self.moe_blocks),
-            router=self._make_router,
+            router=GATES[self.router](noise=float(self.router_noise), norm_topk=bool(self.norm_topk_prob)),
             capacity=Dropless() if factor is None else FixedCapacity(float(factor), priority=order),
             losses=(LOSSES[self.router_aux_loss](float(self.router_aux_loss_coef)),),
             dropout=float(self.expert_dropout),
             down_bias=self.output_bias,
         )
-
-    def _make_router(self, width: int, num_experts: int, k: int) -> nn.Module:
-        scores = Softmax(after_selection=self.norm_topk_prob)
-        return ROUTERS[self.router](width, num_experts, k=k, noise=float(self.router_noise), scores=scores)

@@ -1,6 +1,6 @@
 """SwinV2-MoE under transformers' interfaces: image classification, and a backbone for its detectors and segmenters.
 
-Inside are the modules of `synchromesh.models`, under the names that a `SwinV2Classifier` gives its tensors.
+Inside are the modules of `synchromesh.models`, under the names that a `Classifier` gives its tensors.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from synchromesh.compat.huggingface.swin.configuration import SwinV2MoEConfig
-from synchromesh.models.swin_v2 import Features, SwinBlock, SwinStage, SwinV2, from_transformers, reset
-from synchromesh.models.swin_v2_moe import moe_ffn
+from synchromesh.compat.huggingface.swin.weights import from_transformers
+from synchromesh.models.features import Features
+from synchromesh.models.initialize import initialize_own
+from synchromesh.models.swin_v2 import SwinBlock, SwinStage, SwinV2
 from synchromesh.models.window_attention import PositionBias
 from synchromesh.moe.experts import WHOLE, Experts
 from synchromesh.moe.record import aux_loss
@@ -56,8 +58,7 @@ class SwinV2MoEPreTrainedModel(PreTrainedModel):
     def __init__(self, config: SwinV2MoEConfig) -> None:
         super().__init__(config)
         self.gradient_checkpointing = False
-        sizes = config.swin()
-        self.backbone = SwinV2(sizes, ffn=moe_ffn(sizes, config.experts()))
+        self.backbone = SwinV2(config.swin())
 
     @classmethod
     def from_dense(cls: type[Model], dense: PreTrainedModel, **experts: Any) -> Model:
@@ -107,7 +108,7 @@ class SwinV2MoEPreTrainedModel(PreTrainedModel):
         return self.backbone(pixel_values)
 
     def _init_weights(self, module: nn.Module) -> None:
-        reset(module, self.config.initializer_range)
+        initialize_own(module, self.config.initializer_range)
         if isinstance(module, PositionBias | SwinBlock):
             module.reset_buffers()
 

@@ -78,7 +78,11 @@ def test_a_saved_model_comes_back_through_the_auto_classes(tmp_path):
     assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "swinv2_moe"
     read = AutoConfig.from_pretrained(tmp_path)
-    assert (read.swin(), read.experts().capacity, read.num_labels) == (config.swin(), config.experts().capacity, 3)
+    assert (read.swin(), read.swin().experts.capacity, read.num_labels) == (
+        config.swin(),
+        config.swin().experts.capacity,
+        3,
+    )
     again = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert isinstance(again, SwinV2MoEForImageClassification)
     assert any(isinstance(module, CosineRouter) for module in again.modules())
@@ -94,7 +98,7 @@ def test_a_saved_model_comes_back_through_the_auto_classes(tmp_path):
 def test_loss_and_gradients_are_those_of_our_classifier():
     config = SwinV2MoEConfig(**SMALL, **MOE, capacity_factor=0.7)
     model = randomised(SwinV2MoEForImageClassification(config)).train()
-    ours = swin_v2_moe(config.swin(), 3, experts=config.experts()).train()
+    ours = swin_v2_moe(config.swin(), 3, experts=config.swin().experts).train()
     ours.load_state_dict(model.state_dict())
     x, labels = images(), torch.tensor([2, 0])
     output = model(x, labels=labels)

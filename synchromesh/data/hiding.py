@@ -1,0 +1,61 @@
+"""Hiding parts of a picture: which cells, and what fills the hole without learning anything."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+
+def random_cells(
+    height: int, width: int, *, cell: int, ratio: float, rng: np.random.Generator
+) -> Bool[np.ndarray, "H W"]:
+    """Return which pixels are hidden: a share of the square cells that cover a picture, drawn without replacement.
+
+    Args:
+        height: of the picture, pixels.
+        width: of the picture, pixels.
+        cell: side of a cell, pixels; cells at the border may be cut off.
+        ratio: share of the cells, rounded up (SimMIM, arXiv 2111.09886).
+        rng: draws them.
+    """
+    rows, columns = -(-height // cell), -(-width // cell)
+    count = int(np.ceil(rows * columns * ratio))
+    chosen = np.zeros(rows * columns, dtype=bool)
+    chosen[rng.permutation(rows * columns)[:count]] = True
+    whole = chosen.reshape(rows, columns).repeat(cell, 0).repeat(cell, 1)
+    return whole[:height, :width]
+
+
+def filled_with_mean(image: Float[np.ndarray, "C H W"], hidden: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, "C H W"]:
+    """Return the image with its hidden pixels in the mean colour of the others; zeros where all are hidden."""
+    mean = image[:, ~hidden].mean(1) if not hidden.all() else np.zeros(len(image), image.dtype)
+    return np.where(hidden, mean[:, None, None], image)
+
+
+def filled_bilinearly(image: Float[np.ndarray, "C H W"], hidden: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, "C H W"]:
+    """Return the image with each hidden pixel between the nearest visible ones of its row and of its column.
+
+    Along each line the colour goes from one to the other in a straight line; the two lines count by how near their
+    visible pixels are. Lines without a visible pixel say nothing; where neither says anything stands the mean colour.
+    """
+    across, near_across = _along_rows(image, hidden)
+    down, near_down = _along_rows(image.transpose(0, 2, 1), hidden.T)
+    down, near_down = down.transpose(0, 2, 1), near_down.T
+    weight = near_across + near_down
+    between = (across * near_across + down * near_down) / np.where(weight > 0, weight, 1)
+    plain = filled_with_mean(image, hidden)
+    return np.where(hidden, np.where(weight > 0, between, plain), image).astype(image.dtype)
+
+
+def _along_rows(image: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the colours along rows, and how near a visible pixel is: one over the distance, 0 where there is none."""
+    filled, near = np.zeros_like(image), np.zeros(hidden.shape)
+    places = np.arange(hidden.shape[1])
+    for row, own in enumerate(hidden):
+        known = places[~own]
+        if not len(known):
+            continue
+        for channel in range(len(image)):
+            filled[channel, row] = np.interp(places, known, image[channel, row, known])
+        near[row] = 1 / (1 + np.abs(places[:, None] - known[None]).min(1))
+    return filled, near

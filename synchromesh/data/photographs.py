@@ -1,0 +1,129 @@
+"""Photographs: real ones that come with two installed packages, or those of a folder, as arrays to cut from."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from synchromesh import seeds
+from synchromesh.data.images import SUFFIXES, read_picture
+from synchromesh.errors import InputError
+
+# All photographs of scikit-image and scikit-learn that are of something; drawings, text and test patterns left out.
+LEARNT_FROM = (
+    *("skimage/data/astronaut.png", "skimage/data/brick.png", "skimage/data/camera.png", "skimage/data/cell.png"),
+    *("skimage/data/clock_motion.png", "skimage/data/coins.png", "skimage/data/gravel.png", "skimage/data/ihc.png"),
+    *("skimage/data/hubble_deep_field.jpg", "skimage/data/moon.png", "skimage/data/motorcycle_left.png"),
+    "sklearn/datasets/images/china.jpg",
+)
+HELD_OUT = (
+    *("skimage/data/chelsea.png", "skimage/data/coffee.png", "skimage/data/grass.png", "skimage/data/rocket.jpg"),
+    *("skimage/data/retina.jpg", "sklearn/datasets/images/flower.jpg"),
+)
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """Files of photographs, read when the first one is asked for.
+
+    Attributes:
+        paths: of the files.
+        channels: 1 for grey, 3 for colour.
+        longest: pixels of a longer side, to which larger photographs are shrunk.
+    """
+
+    paths: tuple[Path, ...]
+    channels: int = 3
+    longest: int = 640
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @cached_property
+    def pixels(self) -> tuple[UInt8[Tensor, "C _ _"], ...]:
+        """All of them, decoded. Raises InputError where one is not readable."""
+        return tuple(self._read(path) for path in self.paths)
+
+    def crop(self, size: int, rng: np.random.Generator, *, scale: tuple[float, float]) -> UInt8[Tensor, "C S S"]:
+        """Return a random square of a random photograph.
+
+        Args:
+            size: pixels of its side.
+            rng: draws it.
+            scale: least and most of its side over the photograph's shorter side.
+        """
+        pixels = self.pixels[rng.integers(len(self.pixels))]
+        height, width = pixels.shape[1:]
+        side = max(1, round(min(height, width) * rng.uniform(*scale)))
+        top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+        cut = Image.fromarray(pixels[:, top : top + side, left : left + side].permute(1, 2, 0).numpy().squeeze())
+        small = np.array(cut.resize((size, size), Image.Resampling.BICUBIC), dtype=np.uint8)
+        return torch.from_numpy(small.reshape(size, size, self.channels)).permute(2, 0, 1).contiguous()
+
+    def _read(self, path: Path) -> Tensor:
+        picture = read_picture(path, self.channels)
+        picture.thumbnail((self.longest, self.longest), Image.Resampling.BICUBIC)
+        pixels = np.array(picture, dtype=np.uint8).reshape(picture.height, picture.width, self.channels)
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class PackagePhotographs:
+    """18 photographs that scikit-image and scikit-learn carry: 12 to learn from, 6 other ones to score on."""
+
+    def load(self, channels: int) -> tuple[Photographs, Photographs]:
+        """Return those to learn from and those to score on. Raises InputError where a package is missing."""
+        return _in_packages(LEARNT_FROM, channels), _in_packages(HELD_OUT, channels)
+
+
+@dataclass(frozen=True)
+class PhotographFolder:
+    """A folder of JPEG, PNG or WebP files, in folders of any depth.
+
+    Attributes:
+        path: the folder.
+        test_share: of the files, to score on.
+        split_seed: chooses these, by their names alone.
+    """
+
+    path: Path
+    test_share: float = 0.2
+    split_seed: int = 0
+
+    def load(self, channels: int) -> tuple[Photographs, Photographs]:
+        """Return those to learn from and those to score on. Raises InputError where there are fewer than two."""
+        if not self.path.is_dir():
+            raise InputError(f"the folder of photographs {self.path} does not exist")
+        found = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        if len(found) < 2:
+            raise InputError(f"{self.path} holds {len(found)} photographs, wanted two at least: one to score on")
+        count = min(len(found) - 1, max(1, round(self.test_share * len(found))))
+        order = seeds.numpy_generator(self.split_seed, seeds.SPLIT).permutation(len(found))
+        chosen = set(order[:count].tolist())
+        train, test = ([p for i, p in enumerate(found) if (i in chosen) == held] for held in (False, True))
+        return Photographs(tuple(train), channels), Photographs(tuple(test), channels)
+
+
+PhotographSource = PackagePhotographs | PhotographFolder
+
+
+def _in_packages(names: Sequence[str], channels: int) -> Photographs:
+    paths = []
+    for name in names:
+        package, _, rest = name.partition("/")
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin is None:
+            raise InputError(
+                "these photographs come with scikit-image and scikit-learn: pip install 'synchromesh[vision]'"
+            )
+        paths.append(Path(found.origin).parent / rest)
+    return Photographs(tuple(paths), channels)

@@ -1,0 +1,240 @@
+"""CentreBoxes: a dense head that says at each place how likely an object's centre is there, and where its sides are.
+
+One branch for all levels of a pyramid. A peak of the map of a class is an object; so nothing is proposed, sorted out or
+compiled. After CenterNet (arXiv 1904.07850) and TTFNet (arXiv 1909.00700), with levels by size as FCOS has them.
+
+Shape letters: B images, N classes, M objects, H W rows and columns of a map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from synchromesh.models.boxes import giou, suppressed
+from synchromesh.models.features import Backbone
+from synchromesh.models.heads.pyramid import FeaturePyramid
+
+RARE = 0.01  # probability of a centre at first
+SPREAD = 0.54 / 6  # standard deviation of a target's bump over the object's side, as in TTFNet
+CORE = 0.25  # of the object's sides: cells whose centre is so near its own learn its sides
+USUAL = 8.0  # strides to the side of an object that a level is for
+PIECE = 64  # objects whose bumps are drawn at a time
+
+
+@dataclass(frozen=True)
+class CentreBoxes:
+    """Settings of the head.
+
+    Attributes:
+        width: channels of the pyramid and the branch.
+        convs: convolutions of the branch.
+        box_weight: of the sides' loss beside the centres' one.
+        overlap: IoU from which the less likely of two boxes of a class is left out.
+        most: boxes of an image.
+    """
+
+    width: int = 64
+    convs: int = 2
+    box_weight: float = 2.0
+    overlap: float = 0.6
+    most: int = 100
+
+
+@dataclass(frozen=True)
+class Level:
+    """What the head says on one level of the pyramid.
+
+    Attributes:
+        heat: logit of an object's centre, for each class.
+        sides: pixels from each position to the left, upper, right and lower side of its object.
+        stride: pixels between two positions.
+    """
+
+    heat: Float[Tensor, "B N H W"]
+    sides: Float[Tensor, "B 4 H W"]
+    stride: int
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The objects of a batch.
+
+    Attributes:
+        image: which image each one is in.
+        boxes: in pixels.
+        labels: classes.
+    """
+
+    image: Int[Tensor, " M"]
+    boxes: Float[Tensor, "M 4"]
+    labels: Int[Tensor, " M"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def chosen(self, which: Tensor) -> Objects:
+        """Return some of them."""
+        return Objects(self.image[which], self.boxes[which], self.labels[which])
+
+
+class CentreBoxDetector(nn.Module):
+    """A backbone, a pyramid and a dense head: images to levels."""
+
+    def __init__(self, backbone: Backbone, num_classes: int, settings: CentreBoxes) -> None:
+        super().__init__()
+        self.backbone, self.strides = backbone, backbone.strides
+        self.pyramid = FeaturePyramid(backbone.widths, settings.width)
+        self.head = CentreBoxHead(settings.width, num_classes, settings.convs)
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> list[Level]:
+        return [
+            self.head(x, stride) for x, stride in zip(self.pyramid(self.backbone(images)), self.strides, strict=True)
+        ]
+
+
+class CentreBoxHead(nn.Module):
+    """The branch that all levels share."""
+
+    def __init__(self, width: int, num_classes: int, convs: int) -> None:
+        super().__init__()
+        layers = []
+        for _ in range(convs):
+            layers += [nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(math.gcd(width, 8), width), nn.ReLU()]
+        self.branch = nn.Sequential(*layers)
+        self.heat = nn.Conv2d(width, num_classes, 3, padding=1)
+        self.sides = nn.Conv2d(width, 4, 3, padding=1)
+        nn.init.normal_(self.heat.weight, std=0.01)
+        nn.init.constant_(self.heat.bias, -math.log(1 / RARE - 1))  # pyright: ignore[reportArgumentType]
+        nn.init.normal_(self.sides.weight, std=0.01)
+        nn.init.constant_(self.sides.bias, USUAL / 2)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Float[Tensor, "B W _ _"], stride: int) -> Level:
+        x = self.branch(x)
+        return Level(self.heat(x).float(), F.softplus(self.sides(x).float()) * stride, stride)
+
+
+def centre_losses(levels: Sequence[Level], objects: Objects) -> tuple[Tensor, Tensor]:
+    """Return the losses of centres and of sides, each summed over the objects, in float32.
+
+    Centres: focal loss against bumps of height 1 at the objects' centres, (1 - p)^2 log p at a centre and else
+    (1 - y)^4 p^2 log(1 - p). Sides: 1 - GIoU, for each object the mean over its cells, weighted by its bump.
+    """
+    of_level = _levels_of(objects.boxes, [level.stride for level in levels])
+    centres = torch.stack([_heat_loss(lv, objects.chosen(of_level == i)) for i, lv in enumerate(levels)]).sum()
+    sides = torch.stack([_sides_loss(lv, objects.chosen(of_level == i)) for i, lv in enumerate(levels)]).sum()
+    return centres, sides
+
+
+def found_boxes(levels: Sequence[Level], settings: CentreBoxes, *, least: float) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return the boxes [M 4], scores [M] and labels [M] of each image, the likeliest first."""
+    parts = [_peaks(level, settings.most, least) for level in levels]
+    images = levels[0].heat.shape[0]
+    return [_merged([part[image] for part in parts], settings) for image in range(images)]
+
+
+def _levels_of(boxes: Float[Tensor, "M 4"], strides: Sequence[int]) -> Int[Tensor, " M"]:
+    """Return the level of each object: the one whose usual size is nearest to its own, in powers of two."""
+    size = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=1).sqrt()
+    usual = torch.tensor(strides, dtype=torch.float32, device=boxes.device) * USUAL
+    return (size[:, None].log2() - usual.log2()[None]).abs().argmin(1)
+
+
+def _heat_loss(level: Level, objects: Objects) -> Tensor:
+    target = torch.zeros_like(level.heat)
+    for piece in torch.arange(len(objects), device=target.device).split(PIECE):
+        own = objects.chosen(piece)
+        bumps = _bumps(own.boxes, level)
+        map_of = (own.image * target.shape[1] + own.labels)[:, None, None].expand_as(bumps)
+        target.flatten(0, 1).scatter_reduce_(0, map_of, bumps, "amax")
+    centre = target == 1
+    probability = level.heat.sigmoid()
+    positive = (1 - probability) ** 2 * F.logsigmoid(level.heat)
+    negative = (1 - target) ** 4 * probability**2 * F.logsigmoid(-level.heat)
+    return -torch.where(centre, positive, negative).sum()
+
+
+def _sides_loss(level: Level, objects: Objects) -> Tensor:
+    if not len(objects):
+        return level.sides.sum() * 0
+    near = _near(objects.boxes, level)
+    size = (objects.boxes[:, 2:] - objects.boxes[:, :2]).prod(1)
+    smallest = torch.full((level.sides.shape[0], *near.shape[1:]), math.inf, device=near.device)
+    sizes = torch.where(near, size[:, None, None], math.inf)
+    smallest.scatter_reduce_(0, objects.image[:, None, None].expand_as(sizes), sizes, "amin")
+    own = near & (size[:, None, None] == smallest[objects.image])  # a cell near two objects is the smaller one's
+    which, row, column = own.nonzero(as_tuple=True)
+    weight = _bumps(objects.boxes, level)[which, row, column]
+    total = torch.zeros(len(objects), device=near.device).index_add_(0, which, weight)
+    sides = level.sides.permute(0, 2, 3, 1)[objects.image[which], row, column]
+    boxes = _boxes_at(sides, row, column, level.stride)
+    return ((1 - giou(boxes, objects.boxes[which])) * weight / total[which]).sum()
+
+
+def _cells(length: int, stride: int, like: Tensor) -> Float[Tensor, " L"]:
+    """Return where positions are, in pixels."""
+    return (torch.arange(length, device=like.device, dtype=torch.float32) + 0.5) * stride
+
+
+def _centre_cells(boxes: Float[Tensor, "M 4"], level: Level) -> tuple[Tensor, Tensor]:
+    """Return the column and row, in pixels, of the position that each centre is nearest to."""
+    height, width = level.heat.shape[-2:]
+    column = ((boxes[:, 0] + boxes[:, 2]) / 2 / level.stride).floor().clamp(0, width - 1)
+    row = ((boxes[:, 1] + boxes[:, 3]) / 2 / level.stride).floor().clamp(0, height - 1)
+    return (column + 0.5) * level.stride, (row + 0.5) * level.stride
+
+
+def _bumps(boxes: Float[Tensor, "M 4"], level: Level) -> Float[Tensor, "M H W"]:
+    """Return a bump for each object: 1 at its centre, falling off with its sides."""
+    height, width = level.heat.shape[-2:]
+    column, row = _centre_cells(boxes, level)
+    spread = ((boxes[:, 2:] - boxes[:, :2]) * SPREAD * 2).clamp(min=level.stride / 4)
+    across = (_cells(width, level.stride, boxes)[None] - column[:, None]) / spread[:, :1]
+    down = (_cells(height, level.stride, boxes)[None] - row[:, None]) / spread[:, 1:]
+    return (-0.5 * down**2).exp()[:, :, None] * (-0.5 * across**2).exp()[:, None, :]
+
+
+def _near(boxes: Float[Tensor, "M 4"], level: Level) -> Tensor:
+    """Tell which positions learn each object's sides: the one at its centre, and those in its core."""
+    height, width = level.heat.shape[-2:]
+    column, row = _centre_cells(boxes, level)
+    reach = ((boxes[:, 2:] - boxes[:, :2]) * CORE).clamp(min=level.stride / 2)
+    across = (_cells(width, level.stride, boxes)[None] - column[:, None]).abs() < reach[:, :1]
+    down = (_cells(height, level.stride, boxes)[None] - row[:, None]).abs() < reach[:, 1:]
+    return down[:, :, None] & across[:, None, :]
+
+
+def _boxes_at(sides: Float[Tensor, "P 4"], row: Tensor, column: Tensor, stride: int) -> Float[Tensor, "P 4"]:
+    x, y = (column + 0.5) * stride, (row + 0.5) * stride
+    return torch.stack([x - sides[:, 0], y - sides[:, 1], x + sides[:, 2], y + sides[:, 3]], dim=1)
+
+
+def _peaks(level: Level, most: int, least: float) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return the boxes, scores and labels at the highest peaks of each image."""
+    probability = level.heat.sigmoid()
+    peak = F.max_pool2d(probability, 3, stride=1, padding=1) == probability
+    images, classes, height, width = probability.shape
+    scores = (probability * peak).reshape(images, classes * height * width)
+    best = scores.topk(min(most, scores.shape[1]), dim=1)
+    found = []
+    for image in range(images):
+        good = best.values[image] >= least
+        place = best.indices[image][good]
+        row, column = place % (height * width) // width, place % width
+        sides = level.sides[image].permute(1, 2, 0)[row, column]
+        boxes = _boxes_at(sides, row, column, level.stride)
+        found.append((boxes, best.values[image][good], place // (height * width)))
+    return found
+
+
+def _merged(parts: list[tuple[Tensor, Tensor, Tensor]], settings: CentreBoxes) -> tuple[Tensor, Tensor, Tensor]:
+    boxes, scores, labels = (torch.cat(each) for each in zip(*parts, strict=True))
+    kept = (~suppressed(boxes, scores, labels, most=settings.overlap)).nonzero()[:, 0]
+    kept = kept[scores[kept].argsort(descending=True, stable=True)][: settings.most]
+    return boxes[kept], scores[kept], labels[kept]
