@@ -147,7 +147,7 @@ def _levels_of(boxes: Float[Tensor, "M 4"], strides: Sequence[int]) -> Int[Tenso
 
 
 def _heat_loss(level: Level, objects: Objects) -> Tensor:
-    target = torch.zeros_like(level.heat)
+    target = torch.zeros(level.heat.shape, device=level.heat.device)  # contiguous, which the logits need not be
     for piece in torch.arange(len(objects), device=target.device).split(PIECE):
         own = objects.chosen(piece)
         bumps = _bumps(own.boxes, level)

@@ -23,14 +23,14 @@ class FeaturePyramid(nn.Module):
         super().__init__()
         self.sides = nn.ModuleList(nn.Conv2d(each, width, 1) for each in widths)
         self.smooth = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in widths)
-        self.norms = nn.ModuleList(nn.GroupNorm(1, each) for each in widths)
+        self.norms = nn.ModuleList(nn.GroupNorm(1, each) for each in widths[:-1])
 
     def forward(self, features: Features) -> list[Float[Tensor, "B W _ _"]]:
         """Return one map for each of the backbone's, the finest first."""
-        maps = [
-            side(norm(x)) for side, norm, x in zip(self.sides, self.norms, features.maps, strict=True)
-        ]  # the backbone's own are not normalised
-        for finer in range(len(maps) - 2, -1, -1):
-            coarse = F.interpolate(maps[finer + 1], size=maps[finer].shape[-2:], mode="nearest")
-            maps[finer] = maps[finer] + coarse
+        finer = [norm(x) for norm, x in zip(self.norms, features.maps[:-1], strict=True)]
+        seen = [*finer, features.last.permute(0, 3, 1, 2)]  # the last one has been normalised by the backbone
+        maps = [side(x) for side, x in zip(self.sides, seen, strict=True)]
+        for place in range(len(maps) - 2, -1, -1):
+            coarse = F.interpolate(maps[place + 1], size=maps[place].shape[-2:], mode="nearest")
+            maps[place] = maps[place] + coarse
         return [smooth(x) for smooth, x in zip(self.smooth, maps, strict=True)]
