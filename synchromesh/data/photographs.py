@@ -65,8 +65,9 @@ class Photographs:
         height, width = pixels.shape[1:]
         side = max(1, round(min(height, width) * rng.uniform(*scale)))
         top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
-        cut = Image.fromarray(pixels[:, top : top + side, left : left + side].permute(1, 2, 0).numpy().squeeze())
-        small = np.array(cut.resize((size, size), Image.Resampling.BICUBIC), dtype=np.uint8)
+        cut = pixels[:, top : top + side, left : left + side].permute(1, 2, 0).numpy()
+        picture = Image.fromarray(cut[:, :, 0] if self.channels == 1 else cut)
+        small = np.array(picture.resize((size, size), Image.Resampling.BICUBIC), dtype=np.uint8)
         return torch.from_numpy(small.reshape(size, size, self.channels)).permute(2, 0, 1).contiguous()
 
     def _read(self, path: Path) -> Tensor:

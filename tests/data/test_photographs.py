@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from synchromesh.data.photographs import PackagePhotographs, PhotographFolder, Photographs
+from synchromesh.errors import InputError
+
+
+def test_photographs_to_score_on_are_never_learnt_from() -> None:
+    train, test = PackagePhotographs().load(3)
+    assert len(train) == 12
+    assert len(test) == 6
+    assert not {path.name for path in train.paths} & {path.name for path in test.paths}
+    assert all(len(pixels) == 3 and max(pixels.shape) <= 640 for pixels in (*train.pixels, *test.pixels))
+
+
+def test_a_folder_is_split_by_the_names_of_its_files_alone(photo, tmp_path) -> None:
+    for number in range(10):
+        photo(tmp_path / f"deep/{number}.png", seed=number)
+    train, test = PhotographFolder(tmp_path).load(1)
+    assert (len(train), len(test)) == (8, 2)
+    assert not set(train.paths) & set(test.paths)
+    again = PhotographFolder(tmp_path).load(3)
+    assert (train.paths, test.paths) == (again[0].paths, again[1].paths)
+    other = PhotographFolder(tmp_path, split_seed=1).load(1)
+    assert set(other[1].paths) != set(test.paths)
+
+
+@pytest.mark.parametrize(("count", "says"), [(0, "holds 0 photographs"), (1, "holds 1 photographs")])
+def test_a_folder_of_fewer_than_two_is_refused(photo, tmp_path, count, says) -> None:
+    for number in range(count):
+        photo(tmp_path / f"{number}.jpg")
+    with pytest.raises(InputError, match=says):
+        PhotographFolder(tmp_path).load(3)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path) -> None:
+    with pytest.raises(InputError, match="missing does not exist"):
+        PhotographFolder(tmp_path / "missing").load(3)
+
+
+def test_an_unreadable_photograph_is_named(tmp_path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(b"no picture")
+    train, _ = PhotographFolder(tmp_path).load(3)
+    with pytest.raises(InputError, match=r"\.png"):
+        train.crop(8, np.random.default_rng(0), scale=(0.5, 1.0))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(40, 20), (3, 50), (1, 1)])
+def test_a_crop_is_a_square_of_any_photograph(photo, tmp_path, channels, size) -> None:
+    paths = (photo(tmp_path / "one.png", size=size),)
+    crop = Photographs(paths, channels).crop(16, np.random.default_rng(0), scale=(0.2, 1.0))
+    assert (crop.shape, crop.dtype) == ((channels, 16, 16), torch.uint8)
+    assert crop.is_contiguous()
+
+
+def test_a_crop_of_the_whole_shorter_side_at_its_own_size_is_the_photograph(photo, tmp_path) -> None:
+    path = photo(tmp_path / "square.png", size=(16, 16))
+    crop = Photographs((path,)).crop(16, np.random.default_rng(0), scale=(1.0, 1.0))
+    assert np.array_equal(crop.permute(1, 2, 0).numpy(), np.array(Image.open(path)))
+
+
+def test_large_photographs_are_shrunk_when_they_are_read(photo, tmp_path) -> None:
+    path = photo(tmp_path / "large.png", size=(64, 32))
+    assert Photographs((path,), longest=16).pixels[0].shape == (3, 8, 16)

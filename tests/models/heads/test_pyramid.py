@@ -1,0 +1,26 @@
+import torch
+
+from synchromesh.models.features import Features
+from synchromesh.models.heads.pyramid import FeaturePyramid
+
+
+def features(sizes: list[tuple[int, int]], widths: tuple[int, ...]) -> Features:
+    maps = [torch.randn(2, width, *size, requires_grad=True) for width, size in zip(widths, sizes, strict=True)]
+    last = maps[-1].permute(0, 2, 3, 1)
+    return Features(pooled=last.mean((1, 2)), last=last, maps=tuple(maps))
+
+
+def test_maps_of_odd_sizes_keep_their_sizes_and_get_one_width() -> None:
+    sizes = [(13, 9), (7, 5), (4, 3)]
+    maps = FeaturePyramid((4, 8, 16), 6)(features(sizes, (4, 8, 16)))
+    assert [tuple(one.shape) for one in maps] == [(2, 6, *size) for size in sizes]
+
+
+def test_a_finer_map_is_told_what_the_coarser_ones_see_and_not_the_other_way_round() -> None:
+    given = features([(8, 8), (4, 4)], (4, 8))
+    fine, coarse = FeaturePyramid((4, 8), 6)(given)
+    seen = torch.autograd.grad(fine[0].sum(), given.maps, retain_graph=True)
+    assert all(grad.abs().sum() > 0 for grad in seen)
+    none, own = torch.autograd.grad(coarse.sum(), given.maps, allow_unused=True)
+    assert none is None
+    assert own.abs().sum() > 0
