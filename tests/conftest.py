@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from synchromesh.data.images import MemoryImages, Preprocess
 from synchromesh.tasks.classification import LabelledImages
@@ -71,3 +72,18 @@ def photo() -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def weights() -> Callable[[Path], dict[str, list[bytes]]]:
+    """Read the last checkpoint's tensors, bit for bit, in the order of its files."""
+
+    def read(run: Path) -> dict[str, list[bytes]]:
+        found: dict[str, list[bytes]] = {}
+        for file in sorted(sorted((run / "checkpoints").glob("step-*"))[-1].glob("weights*.safetensors")):
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    found.setdefault(name, []).append(tensors.get_tensor(name).numpy().tobytes())
+        return found
+
+    return read

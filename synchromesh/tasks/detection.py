@@ -78,7 +78,7 @@ class Scenes(Batch):
     def objects(self) -> Objects:
         """Return the objects of all pictures."""
         device = self.images.device
-        counts = torch.tensor([len(own) for own in self.labels], device=device)
+        counts = torch.tensor([len(own) for own in self.labels], device=device, dtype=torch.int64)
         image = torch.arange(len(self), device=device).repeat_interleave(counts)
         boxes = torch.cat(self.boxes) if self.boxes else torch.zeros(0, 4, device=device)
         labels = torch.cat(self.labels) if self.labels else torch.zeros(0, dtype=torch.int64, device=device)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from synchromesh import seeds
 from synchromesh.data.augment import denormalized, normalize
+from synchromesh.data.colors import RandomColors
 from synchromesh.data.hiding import filled_bilinearly, filled_with_mean, random_cells
 from synchromesh.data.images import Preprocess, decode_image
 from synchromesh.data.photographs import PackagePhotographs, PhotographFolder, Photographs, PhotographSource
@@ -57,7 +58,8 @@ class CropData:
         train: crops of an epoch.
         test: crops to score on, the same ones always.
         scale: least and most side of a crop over its picture's shorter side.
-        flip: chance of a mirror image.
+        flip: chance of a mirror image, in training.
+        colors: random changes of colour, in training; none for the photographs' own.
     """
 
     source: PhotographSource = field(default_factory=PackagePhotographs)
@@ -68,6 +70,7 @@ class CropData:
     test: int = 256
     scale: tuple[float, float] = (0.2, 0.8)
     flip: float = 0.5
+    colors: RandomColors | None = field(default_factory=RandomColors)
 
     def __post_init__(self) -> None:
         at_least("data.", self, train=1, test=1, flip=0.0)
@@ -242,7 +245,9 @@ class CropSet:
         """Return a crop: where `draw` is given a new one, else the one of this number."""
         rng, data = seeds.numpy_generator(0, seeds.SPLIT, index) if draw is None else draw(), self.task.data
         image = self.photographs.crop(data.preprocess.image_size, rng, scale=data.scale)
-        image = image.flip(2) if draw is not None and rng.random() < data.flip else image
+        if draw is not None:
+            image = image.flip(2) if rng.random() < data.flip else image
+            image = image if data.colors is None else data.colors(image, rng)
         return Crop(image, self.task.hidden_of(image, rng))
 
 

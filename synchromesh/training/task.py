@@ -155,7 +155,7 @@ class Scorer(ABC):
 
     @abstractmethod
     def add(self, run: Run, batch: Batch) -> Sequence[float]:
-        """Run the model on a batch, which may be empty, and score it; return how good it was on each sample."""
+        """Run the model on a batch, which may be empty, without gradients; return how good it was on each sample."""
 
     @abstractmethod
     def state(self) -> Any:

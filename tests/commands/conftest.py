@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
 
 # A model of a few thousand parameters on scikit-learn's digits; every run of it takes about a second.
 TINY = [
@@ -32,18 +31,3 @@ def start() -> Callable[..., "subprocess.Popen[str]"]:
         return subprocess.Popen(command, cwd=cwd, text=True, env=environment, **pipes)
 
     return begin
-
-
-@pytest.fixture(scope="session")
-def weights() -> Callable[[Path], dict[str, list[bytes]]]:
-    """Read the last checkpoint's tensors, bit for bit, in the order of its files."""
-
-    def read(run: Path) -> dict[str, list[bytes]]:
-        found: dict[str, list[bytes]] = {}
-        for file in sorted(sorted((run / "checkpoints").glob("step-*"))[-1].glob("weights*.safetensors")):
-            with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118
-                    found.setdefault(name, []).append(tensors.get_tensor(name).numpy().tobytes())
-        return found
-
-    return read

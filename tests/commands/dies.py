@@ -1,4 +1,4 @@
-"""Run by torchrun in tests: `synchromesh ARGUMENTS`, in which rank 1 kills itself at one moment of the first attempt.
+"""Run in tests: `synchromesh ARGUMENTS`, in which rank 1, or a process alone, kills itself at one moment of the first try.
 
 dies.py forward|backward|exchange|save COUNT ARGUMENTS...
 """
@@ -31,7 +31,7 @@ def dying(original, count, when=lambda *args, **kwargs: True):
 
 def main() -> int:
     moment, count, *arguments = sys.argv[1:]
-    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if os.environ.get("RANK", "1") == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         if moment == "forward":
             MoE.forward = dying(MoE.forward, int(count))
         elif moment == "backward":

@@ -14,6 +14,7 @@ _RENAMED = (  # transformers, ours; ^ is the beginning of a key
     ("^layernorm.", "^norm."),
     ("^swinv2.", "^backbone."),
     ("^classifier.", "^head."),
+    ("^decoder.0.", "^decoder."),
     ("embeddings.patch_embeddings.projection.", "embed.proj."),
     ("embeddings.norm.", "embed.norm."),
     ("embeddings.mask_token", "embed.mask_token"),
@@ -31,7 +32,7 @@ _JOINED = ("query", "key", "value")
 
 
 def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of a transformers Swinv2 (model or classifier) to ours; join query, key and value weights.
+    """Rename the tensors of a transformers Swinv2 (alone, or with a classifier or SimMIM's decoder) to ours; join query, key and value weights.
 
     It is linear, so it maps gradients as well as weights.
     """

@@ -1,0 +1,160 @@
+"""Every task as a whole, by the commands: one process, two ranks, killed, looked at, gone on from."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from synchromesh import cli
+
+DIES = Path(__file__).parent.parent / "commands" / "dies.py"
+MODEL = [
+    "--model.embed-dim=8", "--model.depths", "1", "1", "--model.num-heads", "1", "2", "--model.experts.blocks.1", "0",
+    "--model.experts.num-experts=4", "--no-bf16", "--optim.eps=1e-3", "--epochs=3", "--twin=none",
+    "--loading.workers=1", "--keep.log-steps=1", "--keep.checkpoint-steps=2",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A small run of a task.
+
+    Attributes:
+        options: of `train`.
+        unit: of its samples.
+        headline: what it is scored by, in files.
+        title: some of what it is scored by, for people.
+    """
+
+    options: tuple[str, ...]
+    unit: str
+    headline: str
+    title: str
+
+
+# In many of the scenes, and so on many of the ranks' parts of a batch, there is no object at all.
+TRIALS = {
+    "detection": Trial(
+        ("detect_demo", *MODEL, "--data.source.train=24", "--data.source.test=7", "--data.preprocess.image-size=64",
+         "--data.source.fewest=0", "--data.source.most=1", "--batch-size=6", "--eval-batch-size=4", "--accumulate=2",
+         "--model.experts.losses.0.loss.weight=0"),  # which is a mean over each part of the batch
+        "scenes", "AP", "AP50",
+    ),
+    "simmim": Trial(
+        ("simmim_demo", *MODEL, "--data.train=24", "--data.test=7", "--batch-size=6", "--eval-batch-size=4"),
+        "crops", "masked_l1", "L1 of hidden pixels",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Done:
+    """A run that nothing disturbed, and how it was started."""
+
+    trial: Trial
+    folder: Path
+
+
+@pytest.fixture(scope="module", params=TRIALS)
+def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    trial = TRIALS[request.param]
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    assert cli.main(["train", *trial.options, "--nproc=1", f"--run={folder}"]) == 0
+    return Done(trial, folder)
+
+
+def metrics(run: Path, unit: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", f"{unit}_per_second")} for line in lines]
+
+
+@pytest.mark.parametrize("adaptive", ["--parallelism.adaptive", "--parallelism.no-adaptive"])
+def test_two_ranks_learn_and_score_what_one_process_does(done: Done, tmp_path: Path, adaptive: str) -> None:
+    command = ["train", *done.trial.options, "--nproc=2", adaptive, f"--run={tmp_path / 'run'}"]
+    subprocess.run([sys.executable, "-m", "synchromesh", *command], check=True, capture_output=True, text=True)
+    got, wanted = (metrics(run, done.trial.unit) for run in (tmp_path / "run", done.folder))
+    assert [(line["kind"], line["step"]) for line in got] == [(line["kind"], line["step"]) for line in wanted]
+    assert len(got) > 12
+    for one, other in zip(got, wanted, strict=True):
+        for name, value in other.items():
+            if isinstance(value, float):
+                assert one[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (name, one["step"])
+
+
+def test_a_run_killed_by_kill_9_goes_on_bit_for_bit(done: Done, tmp_path: Path, weights) -> None:
+    options = [*done.trial.options, "--nproc=1", f"--run={tmp_path / 'cut'}"]
+    killed = subprocess.run(
+        [sys.executable, str(DIES), "backward", "9", "train", *options], check=False, capture_output=True, text=True
+    )
+    assert killed.returncode == -9, killed.stderr
+    assert not (tmp_path / "cut" / "summary.json").exists()
+    assert cli.main(["train", *options, "--resume"]) == 0
+    assert metrics(tmp_path / "cut", done.trial.unit) == metrics(done.folder, done.trial.unit)
+    assert weights(tmp_path / "cut") == weights(done.folder)
+
+
+def test_report_and_summary_name_the_numbers_of_the_task_and_show_its_samples(done: Done) -> None:
+    summary = json.loads((done.folder / "summary.json").read_text())
+    assert isinstance(summary[f"test_{done.trial.headline}"], float)
+    assert summary[f"test_{done.trial.unit}"] == 7
+    assert not [name for name in summary if "accuracy" in name or "images" in name]
+    page = (done.folder / "report.html").read_text()
+    said = re.sub(r"<(script|style).*?</\1>", "", page, flags=re.DOTALL).lower()
+    assert "accuracy" not in said
+    assert done.trial.title.lower() in said
+    assert {name.partition("-")[0] for name in summary["pictures"]} == {"worst", "best"}
+    for name, caption in summary["pictures"].items():
+        assert (done.folder / "pictures" / name).read_bytes().startswith(b"\x89PNG")
+        assert caption in page
+    (done.folder / "report.html").unlink()
+    assert cli.main(["report", str(done.folder)]) == 0
+    assert (done.folder / "report.html").read_text() == page
+
+
+def test_eval_says_what_the_summary_says(done: Done, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert cli.main(["eval", str(done.folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    summary = json.loads((done.folder / "summary.json").read_text())
+    assert found[done.trial.headline] == pytest.approx(summary[f"test_{done.trial.headline}"])
+    assert found[done.trial.unit] == 7
+
+
+def test_predict_writes_json_and_a_picture_of_every_file(
+    done: Done, photo: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [photo(tmp_path / f"{n}.png", size=(80, 50), seed=n) for n in range(2)]
+    capsys.readouterr()
+    command = ["predict", *map(str, files), f"--run={done.folder}", "--json", f"--draw={tmp_path / 'drawn'}"]
+    assert cli.main(command) == 0
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["image"] for one in said] == [str(file) for file in files]
+    wanted = "objects" if done.trial.unit == "scenes" else "masked_l1"
+    assert all(wanted in one for one in said)
+    drawn = tmp_path / "drawn"
+    assert all((drawn / f"{n}.png").read_bytes().startswith(b"\x89PNG") for n in range(2))
+    assert [json.loads((drawn / f"{n}.json").read_text()) for n in range(2)] == said
+
+
+@pytest.mark.parametrize("done", ["simmim"], indirect=True)
+@pytest.mark.parametrize("recipe", ["digits", "detect_demo"])
+def test_what_simmim_learnt_goes_on_into_other_tasks_and_nowhere_it_does_not_fit(
+    done: Done, tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swin = ["--model.patch-size=4", "--model.window-size=8", "--model.style=swin_moe", "--data.preprocess.channels=3"]
+    swin += ["--data.preprocess.mean", *["0.5"] * 3, "--data.preprocess.std", *["0.25"] * 3]
+    scenes = ["--data.source.train=8", "--data.source.test=4"] if recipe == "detect_demo" else []
+    start = ["train", recipe, *MODEL, *swin, *scenes, "--epochs=1", "--nproc=1", f"--start.weights={done.folder}"]
+    capsys.readouterr()
+    assert cli.main([*start, f"--run={tmp_path / 'next'}"]) == 0
+    assert "tensors taken" in capsys.readouterr().out
+    assert cli.main([*start, "--model.embed-dim=16", f"--run={tmp_path / 'wider'}"]) == 2
+    said = capsys.readouterr().err
+    assert "backbone.embed.proj.weight" in said
+    assert not (tmp_path / "wider" / "checkpoints").exists()
