@@ -22,7 +22,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfi
 test: $(READY)
 	$(TEST) --jaxtyping-packages=synchromesh,beartype.beartype --ignore=tests/compile --ignore=tests/interpreted tests $(PYTEST_ARGS)
 	$(TEST) tests/compile $(PYTEST_ARGS)
-	$(TEST) tests/interpreted $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(TEST) tests/interpreted tests/kernels/*/test_fast.py $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

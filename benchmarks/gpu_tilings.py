@@ -17,10 +17,10 @@ from rich.table import Table
 from torch import Tensor
 from triton.errors import TritonError
 
-from synchromesh.kernels.fused_mlp.op import Net
 from synchromesh.kernels.fused_mlp.triton import _close_backward, _open
 from synchromesh.kernels.grouped_mm.tilings import tilings_of
 from synchromesh.kernels.grouped_mm.triton import product, weight_gradient
+from synchromesh.kernels.mlp import Net
 from synchromesh.kernels.tiles import Tiling, tiles_of
 from synchromesh.testing.compare import TOLERANCE, relative_rms
 
@@ -33,7 +33,7 @@ def tilings(*, tiny: bool) -> list[Tiling]:
 
 def launches(p: Problem) -> dict[str, Callable[[Tiling], Tensor]]:
     """Return the launch of each kind of tiling on a gated layer; tilings change their results in rounding only."""
-    net, tokens = Net(p.mlp.up, p.mlp.down, p.mlp.gate, None, None, None), (p.rowmap.pairs, p.shape.choices)
+    net, tokens = Net(p.mlp.up, p.mlp.down, p.mlp.gate), (p.rowmap.pairs, p.shape.choices)
     up, gate, hidden, opened = torch.randn(4, p.shape.rows, p.shape.hidden, device=p.x.device).bfloat16()
     out, d_down, weights = p.x.new_empty(p.shape.rows, p.shape.width), torch.empty_like(p.mlp.down), p.routing.weights
     tiles = cache(partial(tiles_of, p.rowmap.ends, p.shape.rows))

@@ -65,7 +65,7 @@ def with_boxes(picture: UInt8[np.ndarray, "H W 3"], boxes: Sequence[Box]) -> UIn
     return np.asarray(page)
 
 
-def side_by_side(pictures: Sequence[UInt8[np.ndarray, "H W 3"]]) -> UInt8[np.ndarray, "H W2 3"]:
+def side_by_side(pictures: Sequence[UInt8[np.ndarray, "H _ 3"]]) -> UInt8[np.ndarray, "H W 3"]:
     """Return pictures of one height in a row, with gaps between them."""
     gap = np.full((pictures[0].shape[0], 6, 3), _PAPER, dtype=np.uint8)
     return np.concatenate([part for picture in pictures for part in (gap, picture)][1:], axis=1)

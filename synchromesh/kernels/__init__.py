@@ -13,16 +13,14 @@ from synchromesh.kernels.direct_mlp import cpu as direct_mlp_cpu
 from synchromesh.kernels.direct_mlp import reference as direct_mlp_reference
 from synchromesh.kernels.fused_mlp import cpu as fused_mlp_cpu
 from synchromesh.kernels.fused_mlp import reference as fused_mlp_reference
-from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights
 from synchromesh.kernels.grouped_mm import cpu as grouped_mm_cpu
 from synchromesh.kernels.grouped_mm import reference as grouped_mm_reference
+from synchromesh.kernels.mlp import Activation, MLPWeights, quantize
 from synchromesh.kernels.permute import cpu as permute_cpu
 from synchromesh.kernels.permute import reference as permute_reference
 from synchromesh.kernels.positions import cpu as positions_cpu
 from synchromesh.kernels.positions import reference as positions_reference
 from synchromesh.kernels.quantized_mlp import cpu as quantized_mlp_cpu
-from synchromesh.kernels.quantized_mlp import reference as quantized_mlp_reference
-from synchromesh.kernels.quantized_mlp.reference import QuantizedMLP, quantize
 from synchromesh.kernels.scaled_mm import cpu as scaled_mm_cpu
 from synchromesh.kernels.scaled_mm import reference as scaled_mm_reference
 from synchromesh.kernels.scaled_mm.reference import Float8Products, MXFloat8Products, Products
@@ -38,7 +36,6 @@ __all__ = [
     "MLPWeights",
     "MXFloat8Products",
     "Products",
-    "QuantizedMLP",
     "kernels_for",
     "quantize",
 ]
@@ -54,10 +51,9 @@ class Kernels:
         gather: (x, rowmap) -> rows. combine: (buffer, weights, rowmap) -> y.
         grouped_mm: (rows, weight, ends, bias=None) -> rows.
         scaled_mm: as grouped_mm, with products=, which 8-bit numbers are multiplied.
-        fused_mlp: (x, weights, rowmap, mlp, activation) -> y, for any activation.
+        fused_mlp: (x, weights, rowmap, mlp, activation) -> y, for any activation, and for 8-bit weights too.
         fuses: tells whether fused_mlp runs an activation inside its fused kernel; others it composes from the pieces.
-        quantized_mlp: as fused_mlp, with a QuantizedMLP.
-        direct_mlp: (x, weights, expert_ids, mlp, activation) -> y, of MLPWeights or QuantizedMLP, without gradient.
+        direct_mlp: (x, weights, expert_ids, mlp, activation) -> y, without gradient.
         prefers_direct: (pairs, experts, activation) -> whether direct_mlp is faster, where no gradient is wanted.
     """
 
@@ -69,7 +65,6 @@ class Kernels:
     scaled_mm: Callable[..., Tensor]
     fused_mlp: Callable[..., Tensor]
     fuses: Callable[[Activation], bool]
-    quantized_mlp: Callable[..., Tensor]
     direct_mlp: Callable[..., Tensor]
     prefers_direct: Callable[[int, int, Activation], bool]
 
@@ -94,7 +89,6 @@ REFERENCE = Kernels(
     scaled_mm=scaled_mm_reference.scaled_mm,
     fused_mlp=fused_mlp_reference.fused_mlp,
     fuses=_fuses_nothing,
-    quantized_mlp=quantized_mlp_reference.quantized_mlp,
     direct_mlp=direct_mlp_reference.direct_mlp,
     prefers_direct=_never,
 )
@@ -105,9 +99,8 @@ CPU = Kernels(
     combine=permute_cpu.combine,
     grouped_mm=grouped_mm_cpu.grouped_mm,
     scaled_mm=scaled_mm_cpu.scaled_mm,
-    fused_mlp=fused_mlp_cpu.fused_mlp,
+    fused_mlp=quantized_mlp_cpu.fused_mlp,
     fuses=fused_mlp_cpu.fuses,
-    quantized_mlp=quantized_mlp_cpu.quantized_mlp,
     direct_mlp=direct_mlp_cpu.direct_mlp,
     prefers_direct=direct_mlp_cpu.prefers_direct,
 )

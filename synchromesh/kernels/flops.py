@@ -33,15 +33,23 @@ def _fused_mlp(*shapes: Any, **_: Any) -> int:
 
 
 def _fused_mlp_backward(
-    grad: Shape, saved: list[Shape], mlp: list[Shape | None], activation: str, needs: list[bool], **_: Any
+    grad: Shape, saved: list[Shape], net: list[Shape | None], activation: str, joint: bool, needs: list[bool], **_: Any
 ) -> int:
-    up, down, gate = map(_numbers, mlp[:3])
+    up, down, gate = map(_numbers, net[:3])
     own = sum(numbers for numbers, need in zip((up, down, gate), needs[2:5], strict=True) if need)
     return 2 * saved[2][0] * (down + (up + gate) * needs[0] + own)  # dA', d_x, and each matrix's own gradient
 
 
-def _direct_mlp(x: Shape, weights: Shape, expert_ids: Shape, activation: str, mlp: list[Shape | None], **_: Any) -> int:
-    return 2 * expert_ids[0] * expert_ids[1] * sum(map(_numbers, mlp[:3]))
+def _direct_mlp(
+    x: Shape, weights: Shape, expert_ids: Shape, activation: str, joint: bool, net: list[Shape | None], **_: Any
+) -> int:
+    return 2 * expert_ids[0] * expert_ids[1] * sum(map(_numbers, net[:3]))
+
+
+def _quantized_mlp(
+    x: Shape, weights: Shape, pairs: Shape, rows: Shape, ends: Shape, activation: str, net: list[Shape | None], **_: Any
+) -> int:
+    return 2 * pairs[0] * sum(map(_numbers, net[:3]))
 
 
 def _numbers(matrix: Shape | None) -> int:
@@ -56,6 +64,7 @@ def _register(device: str) -> None:
         "fused_mlp": _fused_mlp,
         "fused_mlp_backward": _fused_mlp_backward,
         "direct_mlp": _direct_mlp,
+        "quantized_mlp": _quantized_mlp,
     }
     for name, formula in formulas.items():
         register_flop_formula(getattr(torch.ops.synchromesh, f"{name}_{device}"))(formula)

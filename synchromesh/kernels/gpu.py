@@ -19,9 +19,8 @@ TRITON = Kernels(
     combine=permute.combine,
     grouped_mm=grouped_mm.grouped_mm,
     scaled_mm=scaled_mm.scaled_mm,
-    fused_mlp=fused_mlp.fused_mlp,
+    fused_mlp=quantized_mlp.fused_mlp,
     fuses=fused_mlp.fuses,
-    quantized_mlp=quantized_mlp.quantized_mlp,
     direct_mlp=direct_mlp.direct_mlp,
     prefers_direct=direct_mlp.prefers_direct,
 )

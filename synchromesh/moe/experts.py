@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from synchromesh.kernels import Kernels, MLPWeights, Products
-from synchromesh.types import Routing, RowMap
+from synchromesh.types import RowMap
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -89,16 +89,12 @@ class Experts(nn.Module, ABC):
             kernels: of the rows' device.
         """
 
-    @abstractmethod
-    def fused(
-        self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, weights: Mapping[str, Tensor], kernels: Kernels
-    ) -> Float[Tensor, "T D"] | None:
-        """Gather, compute and sum in one pass, where tokens and weights are all here; None if there is no such pass."""
+    def mlp(self, weights: Mapping[str, Tensor]) -> tuple[MLPWeights, Activation] | None:
+        """Return the networks as kernels know them, which then gather, compute and sum in one pass; None for others.
 
-    def direct(
-        self, x: Float[Tensor, "T D"], routing: Routing, weights: Mapping[str, Tensor], kernels: Kernels
-    ) -> Float[Tensor, "T D"] | None:
-        """Run tokens without a map of rows, dropping none; None where that is not faster, or a gradient is wanted."""
+        Args:
+            weights: as in `compute`.
+        """
         return None
 
 
@@ -148,11 +144,10 @@ class StackedExperts(Experts):
     def compute(
         self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " L"], weights: Mapping[str, Tensor], kernels: Kernels
     ) -> Float[Tensor, "R D"]:
-        if self._fuses(kernels):  # keeps the pre-activations for backward, and not the hidden rows
+        mlp = self.mlp(weights) if kernels.fuses(self.activation) else None
+        if mlp is not None:  # keeps the pre-activations for backward, and not the hidden rows
             rowmap = RowMap.of_rows(rows.shape[0], ends)
-            return kernels.fused_mlp(
-                rows, rows.new_ones(rows.shape[0], 1), rowmap, MLPWeights(**weights), self.activation
-            )
+            return kernels.fused_mlp(rows, rows.new_ones(rows.shape[0], 1), rowmap, *mlp)
         multiply = kernels.grouped_mm if self.products is None else partial(kernels.scaled_mm, products=self.products)
         hidden_RF = multiply(rows, weights["up"].mT, ends, weights.get("up_bias"))
         if "gate" in weights:
@@ -163,30 +158,9 @@ class StackedExperts(Experts):
         hidden_RF = F.dropout(hidden_RF, self.dropout, self.training)
         return multiply(hidden_RF, weights["down"], ends, weights.get("down_bias"))
 
-    def fused(
-        self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, weights: Mapping[str, Tensor], kernels: Kernels
-    ) -> Float[Tensor, "T D"] | None:
-        if not self._fuses(kernels):
-            return None
-        return kernels.fused_mlp(x, routing.weights, rowmap, MLPWeights(**weights), self.activation)
-
-    def direct(
-        self, x: Float[Tensor, "T D"], routing: Routing, weights: Mapping[str, Tensor], kernels: Kernels
-    ) -> Float[Tensor, "T D"] | None:
-        ids = routing.expert_ids
+    def mlp(self, weights: Mapping[str, Tensor]) -> tuple[MLPWeights, Activation] | None:
         drops = self.training and self.dropout > 0
-        if (
-            drops
-            or self.products is not None
-            or torch.is_grad_enabled()
-            or not kernels.prefers_direct(ids.numel(), len(weights["up"]), self.activation)
-        ):
-            return None
-        return kernels.direct_mlp(x, routing.weights, ids, MLPWeights(**weights), self.activation)
-
-    def _fuses(self, kernels: Kernels) -> bool:
-        """Tell whether there is a fused kernel for these experts; none has a place for dropout or 8-bit products."""
-        return self.products is None and kernels.fuses(self.activation) and not (self.training and self.dropout > 0)
+        return None if drops or self.products is not None else (MLPWeights.of(weights), self.activation)
 
     def _check_cut(self, cut: Cut) -> None:
         if self.num_experts % cut.count and cut.count % self.num_experts:
@@ -311,11 +285,6 @@ class ModuleExperts(Experts):
                 got, wanted = tuple(out[-1].shape), tuple(group.shape)
                 raise ValueError(f"expert {number} returned rows of shape {got}, wanted {wanted}, as they came in")
         return torch.cat([*out, out[0].new_zeros(tail.shape)])
-
-    def fused(
-        self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, weights: Mapping[str, Tensor], kernels: Kernels
-    ) -> None:
-        return None
 
 
 def set_products(model: nn.Module, products: Products | None) -> list[str]:

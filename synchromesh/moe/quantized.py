@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from synchromesh.kernels import Kernels, MLPWeights, QuantizedMLP, quantize
-from synchromesh.kernels.quantized_mlp.reference import LARGEST
-from synchromesh.moe.experts import Cut, Experts, StackedExperts
-from synchromesh.types import Routing, RowMap
+from synchromesh.kernels import Kernels, MLPWeights, quantize
+from synchromesh.kernels.mlp import LARGEST
+from synchromesh.moe.experts import Activation, Cut, Experts, StackedExperts
+from synchromesh.types import RowMap
 
 
 class QuantizedExperts(Experts):
@@ -37,8 +37,8 @@ class QuantizedExperts(Experts):
             raise ValueError(f"got experts cut into shards ({experts.cut}), wanted whole ones: quantize before cutting")
         self.num_experts, self.width, self.hidden = experts.num_experts, experts.width, experts.hidden
         self.activation, self.cut = experts.activation, experts.cut
-        mlp = quantize(MLPWeights(**{name: part.detach() for name, part in parts.items()}), dtype)
-        for name, part in vars(mlp).items():
+        mlp = quantize(MLPWeights.of({name: part.detach() for name, part in parts.items()}), dtype)
+        for name, part in mlp.tensors()._asdict().items():
             self.register_buffer(name, part if part is None else part.clone())
 
     def parts(self) -> dict[str, Tensor]:
@@ -60,20 +60,10 @@ class QuantizedExperts(Experts):
         self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " L"], weights: Mapping[str, Tensor], kernels: Kernels
     ) -> Float[Tensor, "R D"]:
         rowmap = RowMap.of_rows(rows.shape[0], ends)
-        return kernels.quantized_mlp(rows, rows.new_ones(rows.shape[0], 1), rowmap, self._mlp(), self.activation)
+        return kernels.fused_mlp(rows, rows.new_ones(rows.shape[0], 1), rowmap, *self.mlp(weights))
 
-    def fused(
-        self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, weights: Mapping[str, Tensor], kernels: Kernels
-    ) -> Float[Tensor, "T D"]:
-        return kernels.quantized_mlp(x, routing.weights, rowmap, self._mlp(), self.activation)
-
-    def direct(
-        self, x: Float[Tensor, "T D"], routing: Routing, weights: Mapping[str, Tensor], kernels: Kernels
-    ) -> Float[Tensor, "T D"] | None:
-        ids = routing.expert_ids
-        if torch.is_grad_enabled() or not kernels.prefers_direct(ids.numel(), len(self._mlp().up), self.activation):
-            return None
-        return kernels.direct_mlp(x, routing.weights, ids, self._mlp(), self.activation)
+    def mlp(self, weights: Mapping[str, Tensor]) -> tuple[MLPWeights, Activation]:
+        return MLPWeights.of(dict(self.named_buffers())), self.activation
 
     def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state_dict: Mapping[str, Tensor], prefix: str, *others: Any
@@ -98,9 +88,6 @@ class QuantizedExperts(Experts):
             return new if new.dtype == part.dtype else part.to(new.device)
 
         return super()._apply(moved, recurse)
-
-    def _mlp(self) -> QuantizedMLP:
-        return QuantizedMLP(**dict(self.named_buffers()))
 
 
 def quantize_experts(model: nn.Module, dtype: torch.dtype = torch.int8) -> list[str]:

@@ -5,15 +5,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from synchromesh.kernels import Kernels, kernels_for
+from synchromesh.kernels import Activation, Kernels, MLPWeights, kernels_for
 from synchromesh.moe.capacity import Capacity
 from synchromesh.moe.experts import WHOLE, Experts
 from synchromesh.types import Plan, Routing, RowMap, Workload
+
+
+@runtime_checkable
+class RowNetworks(Protocol):
+    """What `Experts`, and others who keep their weights elsewhere, compute: rows sorted by expert to rows."""
+
+    def compute(
+        self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " L"], weights: Mapping[str, Tensor], kernels: Kernels
+    ) -> Float[Tensor, "R D"]: ...
+
+    def mlp(self, weights: Mapping[str, Tensor]) -> tuple[MLPWeights, Activation] | None: ...
 
 
 class Strategy(ABC):
@@ -99,10 +111,10 @@ class Local(Strategy):
     ) -> Float[Tensor, "T D"]:
         kernels, dtype = self.kernels_on(x.device), compute_dtype(x)
         whole = {name: part.to(dtype) for name, part in _whole(experts).items()}
-        return compute_here(x.to(dtype), routing, rowmap, experts, whole, kernels)
+        return run_here(x.to(dtype), routing, rowmap, experts, whole, kernels)
 
     def direct(self, x: Float[Tensor, "T D"], routing: Routing, experts: Experts) -> Float[Tensor, "T D"] | None:
-        return experts.direct(x, routing, _whole(experts), self.kernels_on(x.device))  # which casts only what it runs
+        return run_few_here(x, routing, experts, _whole(experts), self.kernels_on(x.device))  # casts what it runs
 
     def kernels_on(self, device: torch.device) -> Kernels:
         return self.kernels or kernels_for(device)
@@ -119,20 +131,30 @@ def _whole(experts: Experts) -> dict[str, Tensor]:
     return {name: part.unflatten(0, (experts.num_experts, -1)) for name, part in experts.parts().items()}
 
 
-def compute_here(
+def run_here(
     x: Float[Tensor, "T D"],
     routing: Routing,
     rowmap: RowMap,
-    experts: Experts,
+    experts: RowNetworks,
     weights: Mapping[str, Tensor],
     kernels: Kernels,
 ) -> Float[Tensor, "T D"]:
-    """Run tokens whose experts are all here, with weights seen with dim 0 = E: fused where there is such a pass."""
-    y = experts.fused(x, routing, rowmap, weights, kernels)
-    if y is not None:
-        return y
+    """Run tokens whose experts are all here, with weights seen with dim 0 = E: in one pass where kernels have one."""
+    mlp = experts.mlp(weights)
+    if mlp is not None and kernels.fuses(mlp[1]):
+        return kernels.fused_mlp(x, routing.weights, rowmap, *mlp)
     rows = experts.compute(kernels.gather(x, rowmap), rowmap.ends, weights, kernels)
     return kernels.combine(rows, routing.weights, rowmap)
+
+
+def run_few_here(
+    x: Float[Tensor, "T D"], routing: Routing, experts: RowNetworks, weights: Mapping[str, Tensor], kernels: Kernels
+) -> Float[Tensor, "T D"] | None:
+    """Run all pairs without a map of rows; None where `run_here` is faster, or a gradient is wanted."""
+    mlp = None if torch.is_grad_enabled() else experts.mlp(weights)
+    if mlp is None or not kernels.prefers_direct(routing.expert_ids.numel(), len(mlp[0].up), mlp[1]):
+        return None
+    return kernels.direct_mlp(x, routing.weights, routing.expert_ids, *mlp)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -20,7 +20,7 @@ from synchromesh.kernels import Kernels, kernels_for
 from synchromesh.moe.capacity import Capacity
 from synchromesh.moe.experts import Cut, Experts
 from synchromesh.moe.recompute import checkpointed
-from synchromesh.moe.strategy import Strategy, compute_dtype, compute_here
+from synchromesh.moe.strategy import Strategy, compute_dtype, run_here
 from synchromesh.parallel.comm.all_to_all import AllToAll, all_to_all_between
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.dispatch import weights_per_row
@@ -86,7 +86,7 @@ class Sharded(Strategy):
         if layout.members == 1:
             token = pool.start(own)
             with pool.forgetting():
-                return self.leaving(pool.reopen(compute_here(x, routing, rowmap, experts, weights(), kernels)))
+                return self.leaving(pool.reopen(run_here(x, routing, rowmap, experts, weights(), kernels)))
         traffic_of = ragged_traffic if plan.ragged else even_traffic
         traffic = traffic_of(routing, rowmap, layout, self._between(layout, plan), chunks=plan.chunks, kernels=kernels)
         token = pool.start(own)

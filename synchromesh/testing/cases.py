@@ -109,6 +109,23 @@ def chosen_by_experts(num_tokens: int, num_experts: int, tokens_per_expert: int)
     return torch.where(chosen, torch.arange(num_experts), -1)
 
 
+NETWORKS = ("plain", "biased", "gated", "gated_biased", "joint", "joint_biased")
+"""Kinds of feed-forward networks, for `network_parts`."""
+
+
+def network_parts(kind: str, num_experts: int, dtype: torch.dtype, *, width: int, hidden: int) -> dict[str, Tensor]:
+    """Return random weights of feed-forward networks by the names of `MLPWeights`, whose outputs are of unit size."""
+    shapes: dict[str, tuple[int, ...]] = {"up": (hidden, width), "down": (hidden, width)}
+    if "gated" in kind:
+        shapes["gate"] = (hidden, width)
+    if "joint" in kind:
+        shapes["up"] = (2 * hidden, width)
+    if "biased" in kind:
+        shapes |= {f"{name}_bias": shape[:1] for name, shape in shapes.items() if name != "down"}
+        shapes["down_bias"] = (width,)
+    return {name: (torch.randn(num_experts, *shape) / width**0.5).to(dtype) for name, shape in shapes.items()}
+
+
 def evil_cases() -> list[Case]:
     """Return every case; names are unique."""
     every = balanced(12, 4, 2)

@@ -1,6 +1,8 @@
-"""Run in tests: `synchromesh ARGUMENTS`, in which rank 1, or a process alone, kills itself at one moment of the first try.
+"""Run in tests: `synchromesh ARGUMENTS`, in which rank 1, or a process alone, kills itself at one moment.
 
-dies.py forward|backward|exchange|save COUNT ARGUMENTS...
+Where it is started again after that, it lives.
+
+    dies.py forward|backward|exchange|save COUNT ARGUMENTS...
 """
 
 import os

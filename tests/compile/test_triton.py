@@ -209,7 +209,7 @@ def test_numbers_of_8_bits_for_few_tokens(arch, numbers, tmp_path):
     with patch.object(triton.JITFunction, "run", launch):
         ids, x = zipf(8, 16, 2), torch.ones(8, 512, dtype=torch.bfloat16)
         narrow = quantize(mlp, numbers)
-        TRITON.quantized_mlp(x, torch.ones(8, 2), row_map_of(ids, 16), narrow, F.silu)
+        TRITON.fused_mlp(x, torch.ones(8, 2), row_map_of(ids, 16), narrow, F.silu)
         TRITON.direct_mlp(x, torch.ones(8, 2), ids, narrow, F.silu)
     assert {"_open_few", "_close_few"} <= check(arch, recorder, tmp_path, narrow=True)
 

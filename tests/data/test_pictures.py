@@ -27,7 +27,9 @@ def test_grey_pictures_become_coloured_ones() -> None:
 def test_a_box_is_drawn_around_its_corners_and_says_its_text() -> None:
     black = np.zeros((40, 60, 3), np.uint8)
     drawn = with_boxes(black, [Box((10.0, 20.0, 30.0, 35.0), color=RED)])
-    assert drawn[20, 15].tolist() == drawn[35, 15].tolist() == drawn[25, 10].tolist() == drawn[25, 30].tolist() == [*RED]
+    assert (
+        drawn[20, 15].tolist() == drawn[35, 15].tolist() == drawn[25, 10].tolist() == drawn[25, 30].tolist() == [*RED]
+    )
     assert not drawn[25, 20].any()
     assert not black.any(), "the picture that was given is left as it is"
     assert (with_boxes(black, [Box((10.0, 20.0, 30.0, 35.0), "7", RED)]) != drawn).any()

@@ -46,7 +46,7 @@ def test_products_of_8_bit_numbers_are_counted_as_any(products):
 def test_gate_and_up_in_one_tensor_are_counted_as_two():
     rowmap = row_map_of(torch.randint(E, (T, K)), E)
     x, weights = torch.randn(T, D, requires_grad=True), torch.rand(T, K)
-    mlp = MLPWeights(*(torch.randn(E, hidden, D, requires_grad=True) for hidden in (2 * H, H)))
+    mlp = MLPWeights(*(torch.randn(E, hidden, D, requires_grad=True) for hidden in (2 * H, H)), joint=True)
     assert counted(lambda: CPU.fused_mlp(x, weights, rowmap, mlp, F.silu).sum().backward()) == 3 * 6 * T * K * D * H
 
 

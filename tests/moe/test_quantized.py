@@ -17,7 +17,7 @@ from synchromesh import (
     TopKRouter,
     quantize_experts,
 )
-from synchromesh.kernels.quantized_mlp.reference import LARGEST
+from synchromesh.kernels.mlp import LARGEST
 from synchromesh.moe.experts import Cut
 from synchromesh.testing.compare import assert_close, relative_rms
 from synchromesh.testing.distributed import run_ranks

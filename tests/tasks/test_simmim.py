@@ -23,7 +23,9 @@ SIZE = Preprocess(image_size=16, channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
 TINY = SwinV2Config(
     image_size=16, embed_dim=8, depths=(1, 1), num_heads=(1, 2), patch_size=2, window_size=4, drop_path=0.0
 )
-MIXED = dataclasses.replace(TINY, experts=ExpertsConfig(num_experts=4, blocks=((), (0,)), capacity=Dropless(), dropout=0.0))
+MIXED = dataclasses.replace(
+    TINY, experts=ExpertsConfig(num_experts=4, blocks=((), (0,)), capacity=Dropless(), dropout=0.0)
+)
 TASK = SimMIM(data=CropData(preprocess=SIZE, train=6, test=4), cell=4)
 
 

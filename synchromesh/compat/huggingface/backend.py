@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from synchromesh.compat.huggingface.networks import ExpertsModule, network_of
 from synchromesh.kernels import kernels_for
 from synchromesh.moe.capacity import Dropless
-from synchromesh.moe.strategy import Local
+from synchromesh.moe.strategy import Local, run_few_here, run_here
 from synchromesh.parallel.adaptive import Adaptive
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.sharded import Sharded
@@ -62,16 +62,12 @@ def experts_forward(
     An id outside 0..E-1 is an absent pair and adds nothing: transformers marks so what other ranks compute.
     """
     kernels, network = kernels_for(hidden_states.device), network_of(module)
-    x = hidden_states.to(network.mlp.down.dtype)  # norms may leave float32 before bfloat16 weights
+    x = hidden_states.to(network.weights.down.dtype)  # norms may leave float32 before bfloat16 weights
     routing = given_routing(top_k_index, top_k_weights, module.num_experts)
-    y = network.direct(x, routing, kernels)
-    if y is not None:
-        return y.to(hidden_states.dtype)
-    rowmap = Dropless()(routing, Local().agree_max)
-    y = network.fused(x, routing.weights, rowmap, kernels)
+    # A reentrant checkpoint runs without gradients what it computes again with them: in training both go one way.
+    y = None if module.training else run_few_here(x, routing, network, {}, kernels)
     if y is None:
-        rows = network.rows(kernels.gather(x, rowmap), rowmap.ends, kernels)
-        y = kernels.combine(rows, routing.weights, rowmap)
+        y = run_here(x, routing, Dropless()(routing, Local().agree_max), network, {}, kernels)
     return y.to(hidden_states.dtype)
 
 

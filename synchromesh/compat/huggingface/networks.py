@@ -17,8 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from synchromesh.kernels import Kernels, MLPWeights
-from synchromesh.types import Routing, RowMap
+from synchromesh.kernels import Activation, Kernels, MLPWeights
 
 # An nn.Module with the attributes that transformers' decorator and its class give it, unknown to type checkers.
 ExpertsModule: TypeAlias = Any
@@ -77,52 +76,41 @@ class Network:
     """The feed-forward networks of some experts of a module.
 
     Attributes:
-        module: whose gate, activation and norm they have. mlp: their weights, as views.
+        module: whose gate, activation and norm they have.
+        weights: theirs, as views, gate and up apart.
         opening: weights [E, D, 2F] and biases of gate and up in one, where they lie together.
     """
 
     module: ExpertsModule
-    mlp: MLPWeights
+    weights: MLPWeights
     opening: tuple[Tensor, Tensor | None] | None = None
 
-    def fused(
-        self, x: Float[Tensor, "T D"], weights: Float[Tensor, "T K"], rowmap: RowMap, kernels: Kernels
-    ) -> Float[Tensor, "T D"] | None:
-        """Run tokens in one pass; None where there is none for such a network."""
-        activation = plain_activation(self.module)
-        if activation is None or not kernels.fuses(activation):
-            return None
-        return kernels.fused_mlp(x, weights, rowmap, self._joint(), activation)
+    def mlp(self, weights: Mapping[str, Tensor]) -> tuple[MLPWeights, Activation] | None:
+        """Return the weights, gate and up in one where they lie so: their gradient is then made in one, too.
 
-    def direct(self, x: Float[Tensor, "T D"], routing: Routing, kernels: Kernels) -> Float[Tensor, "T D"] | None:
-        """Run few tokens without a map of rows; None where that is not the way, as in training.
-
-        A reentrant checkpoint runs without gradients what it computes again with them: both must go one way.
+        None where the module does more than kernels know. Its weights are its own: `weights` is not read.
         """
-        activation, ids = plain_activation(self.module), routing.expert_ids
-        if activation is None or self.module.training or torch.is_grad_enabled():
+        activation = plain_activation(self.module)
+        if activation is None:
             return None
-        if not kernels.prefers_direct(ids.numel(), len(self.mlp.up), activation):
-            return None
-        return kernels.direct_mlp(x, routing.weights, ids, self._joint(), activation)
+        if self.opening is None or not Form.of(self.module).is_concatenated:
+            return self.weights, activation
+        weight, bias = self.opening
+        down, down_bias = self.weights.down, self.weights.down_bias
+        return MLPWeights(weight.mT, down, up_bias=bias, down_bias=down_bias, joint=True), activation
 
-    def rows(self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " E"], kernels: Kernels) -> Float[Tensor, "R D"]:
-        """Run rows sorted by expert; the tail may hold anything, before and after."""
+    def compute(
+        self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " E"], weights: Mapping[str, Tensor], kernels: Kernels
+    ) -> Float[Tensor, "R D"]:
+        """Run rows sorted by expert; the tail may hold anything, before and after. `weights` is not read."""
         hidden = self._hidden(rows, ends, kernels)
-        out = kernels.grouped_mm(hidden, self.mlp.down, ends, self.mlp.down_bias)
+        out = kernels.grouped_mm(hidden, self.weights.down, ends, self.weights.down_bias)
         if not Form.of(self.module).has_post_expert_norm:
             return out
         return self.module.post_expert_norm(_without_tail(out, ends))  # the gradient of a norm's own weight sums rows
 
-    def _joint(self) -> MLPWeights:
-        """Return the weights with gate and up in one where they lie so: their gradient is then made in one, too."""
-        if self.opening is None or not Form.of(self.module).is_concatenated:
-            return self.mlp
-        weight, bias = self.opening
-        return MLPWeights(weight.mT, self.mlp.down, up_bias=bias, down_bias=self.mlp.down_bias)
-
     def _hidden(self, rows: Tensor, ends: Tensor, kernels: Kernels) -> Tensor:
-        module, mlp = self.module, self.mlp
+        module, mlp = self.module, self.weights
         if mlp.gate is None:
             return module.act_fn(self._safe(kernels.grouped_mm(rows, mlp.up.mT, ends, mlp.up_bias), ends))
         if self.opening is not None:

@@ -18,10 +18,9 @@ from synchromesh.compat.huggingface.networks import (
     weight_names,
     weights_from,
 )
-from synchromesh.kernels import Kernels, MLPWeights
+from synchromesh.kernels import Activation, Kernels, MLPWeights
 from synchromesh.moe.experts import WHOLE, Cut, Experts
 from synchromesh.parallel.comm.grid import Grid
-from synchromesh.types import Routing, RowMap
 
 # The fields of MLPWeights, under which shards of an expert are kept.
 SHARDS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
@@ -44,7 +43,7 @@ class TransformersExperts(Experts):
         super().__init__()
         self._owner = (module,)  # in a tuple: a child would be its own parent
         self._ranks = ranks
-        _, self.hidden, self.width = network_of(module).mlp.down.shape
+        _, self.hidden, self.width = network_of(module).weights.down.shape
         self.num_experts = module.num_experts * ranks  # the module says how many it holds
 
     @property
@@ -96,12 +95,10 @@ class TransformersExperts(Experts):
     def compute(
         self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " L"], weights: Mapping[str, Tensor], kernels: Kernels
     ) -> Float[Tensor, "R D"]:
-        return self._network(weights).rows(rows, ends, kernels)
+        return self._network(weights).compute(rows, ends, weights, kernels)
 
-    def fused(
-        self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, weights: Mapping[str, Tensor], kernels: Kernels
-    ) -> Float[Tensor, "T D"] | None:
-        return self._network(weights).fused(x, routing.weights, rowmap, kernels)
+    def mlp(self, weights: Mapping[str, Tensor]) -> tuple[MLPWeights, Activation] | None:
+        return self._network(weights).mlp(weights)
 
     def gathered(self, grid: Grid) -> Iterator[tuple[str, Tensor]]:
         """Yield the module's own parameters, whole; all ranks of the grid ask together."""
@@ -111,7 +108,7 @@ class TransformersExperts(Experts):
         parts = {name: _all_parts(getattr(self.module, name), grid) for name in self._names()}
         if self.in_shards:
             parts = {name: part.flatten(0, 1).unflatten(0, (self.num_experts, -1)) for name, part in parts.items()}
-            parts = weights_from(self.module, MLPWeights(**parts))
+            parts = weights_from(self.module, MLPWeights.of(parts))
         yield from parts.items()
 
     def _names(self) -> list[str]:
@@ -122,7 +119,7 @@ class TransformersExperts(Experts):
     def _network(self, weights: Mapping[str, Tensor]) -> Network:
         """See the weights of some experts [N, ...]; whole ones come as [N, 1, ...]."""
         if self.in_shards:
-            return Network(self.module, MLPWeights(**weights))
+            return Network(self.module, MLPWeights.of(weights))
         return network_from(self.module, {name: weight.flatten(0, 1) for name, weight in weights.items()})
 
     def _keep_whole(self, cut: Cut) -> None:
@@ -142,7 +139,7 @@ class TransformersExperts(Experts):
         if Form.of(module).has_post_expert_norm:
             raise ValueError(f"{type(module).__name__} has a norm after each expert, which no slice of one can apply")
         expert, shard = divmod(cut.index, shards)
-        like, mlp = module.down_proj, network_of(module).mlp
+        like, mlp = module.down_proj, network_of(module).weights
         for name in weight_names(module):
             delattr(module, name)
         for name in SHARDS:

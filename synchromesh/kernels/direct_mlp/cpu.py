@@ -9,11 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from synchromesh.kernels.activations import KNOWN, known_name
-from synchromesh.kernels.direct_mlp.op import Parts, define, run
-from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights
+from synchromesh.kernels.direct_mlp.op import define, run
+from synchromesh.kernels.mlp import Activation, MLPWeights, Net
 from synchromesh.kernels.permute.cpu import sum_dtype
 from synchromesh.kernels.positions.cpu import check_range
-from synchromesh.kernels.quantized_mlp.reference import QuantizedMLP
 
 MOST = 512  # pairs
 ALIGNED = 16  # bytes: what torch's grouped_mm wants of every stride
@@ -31,7 +30,7 @@ def direct_mlp(
     x: Float[Tensor, "T D"],
     weights: Float[Tensor, "T K"],
     expert_ids: Int[Tensor, "T K"],
-    mlp: MLPWeights | QuantizedMLP,
+    mlp: MLPWeights,
     activation: Activation,
 ) -> Float[Tensor, "T D"]:
     """Compute the reference's y.
@@ -41,15 +40,20 @@ def direct_mlp(
     return run(_direct_mlp, x, weights, expert_ids, mlp, activation)
 
 
-def _forward(x: Tensor, weights: Tensor, expert_ids: Tensor, activation: str, mlp: list[Tensor | None]) -> Tensor:
-    net = Parts(*mlp)
+def _forward(
+    x: Tensor, weights: Tensor, expert_ids: Tensor, activation: str, joint: bool, net: list[Tensor | None]
+) -> Tensor:
+    return _run(x, weights, expert_ids, activation, Net(*net), joint=joint)
+
+
+def _run(x: Tensor, weights: Tensor, expert_ids: Tensor, activation: str, net: Net, *, joint: bool) -> Tensor:
     pairs, experts, ends = _sorted(expert_ids, len(net.up))
     rows = x.index_select(0, pairs // expert_ids.shape[1])
     scale = weights.reshape(-1).index_select(0, pairs)[:, None].to(sum_dtype(x.dtype))
     opened = up = _product(rows, net.up.mT, net.up_scale, net.up_bias, experts, ends)
     if net.gate is not None:
         opened = _product(rows, net.gate.mT, net.gate_scale, net.gate_bias, experts, ends)
-    elif net.up.shape[1] != net.down.shape[1]:
+    elif joint:
         opened, up = up.chunk(2, 1)
     hidden = torch.empty(up.shape, dtype=up.dtype)
     KNOWN[activation].value(opened, hidden)

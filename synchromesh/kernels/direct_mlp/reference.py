@@ -6,19 +6,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights
-from synchromesh.kernels.quantized_mlp.reference import QuantizedMLP
+from synchromesh.kernels.mlp import Activation, MLPWeights
 
 
 def direct_mlp(
     x: Float[Tensor, "T D"],
     weights: Float[Tensor, "T K"],
     expert_ids: Int[Tensor, "T K"],
-    mlp: MLPWeights | QuantizedMLP,
+    mlp: MLPWeights,
     activation: Activation,
 ) -> Float[Tensor, "T D"]:
     """Compute y[t] = Σ_k weights[t, k] · mlp[expert_ids[t, k]](x[t]); an id of -1 is an absent pair."""
-    mlp = (mlp.dequantized(x.dtype) if isinstance(mlp, QuantizedMLP) else mlp).apart()
+    mlp = mlp.dequantized(x.dtype).apart()
     present_TK = (expert_ids >= 0) & (expert_ids < len(mlp.up))
     ids_TK = expert_ids.where(present_TK, 0)
     hidden = _product("td,tkfd->tkf", x, mlp.up[ids_TK], mlp.up_bias, ids_TK)

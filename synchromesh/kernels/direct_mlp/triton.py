@@ -8,13 +8,11 @@ from torch import Tensor
 
 from synchromesh.kernels.activations import known_name
 from synchromesh.kernels.direct_mlp import reference
-from synchromesh.kernels.direct_mlp.op import Parts, define, run
+from synchromesh.kernels.direct_mlp.op import define, run
 from synchromesh.kernels.fused_mlp.few import is_few, rows_of_few
-from synchromesh.kernels.fused_mlp.op import apart, is_joint
-from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights
 from synchromesh.kernels.launch import on_its_device
+from synchromesh.kernels.mlp import Activation, MLPWeights, Net
 from synchromesh.kernels.permute.triton import sum_rows
-from synchromesh.kernels.quantized_mlp.reference import QuantizedMLP
 from synchromesh.kernels.quantized_mlp.triton import widens
 
 
@@ -31,26 +29,25 @@ def direct_mlp(
     x: Float[Tensor, "T D"],
     weights: Float[Tensor, "T K"],
     expert_ids: Int[Tensor, "T K"],
-    mlp: MLPWeights | QuantizedMLP,
+    mlp: MLPWeights,
     activation: Activation,
 ) -> Float[Tensor, "T D"]:
     """Compute the reference's y. Raises ValueError where x and the expert weights are not of one dtype."""
     if x.dtype == torch.float64:
         return reference.direct_mlp(x, weights, expert_ids, mlp, activation)
-    if isinstance(mlp, QuantizedMLP) and not widens(mlp.up):
+    if mlp.quantized and not widens(mlp.up):
         mlp = mlp.dequantized(x.dtype)
     return run(_direct_mlp, x, weights, expert_ids, mlp, activation)
 
 
 @on_its_device
-def _forward(x: Tensor, weights: Tensor, expert_ids: Tensor, activation: str, mlp: list[Tensor | None]) -> Tensor:
-    net, scales = mlp[:6], Parts(*mlp)[6:]
-    up, down, gate, *biases = apart(net, joint=is_joint(net))
-    up_bias, gate_bias, down_bias = (None if bias is None else bias.contiguous() for bias in biases)
+def _forward(
+    x: Tensor, weights: Tensor, expert_ids: Tensor, activation: str, joint: bool, net: list[Tensor | None]
+) -> Tensor:
+    up, down, gate, *others = Net(*net).apart(joint=joint)
+    own = Net(up, down, gate, *(None if one is None else one.contiguous() for one in others))
     x, ids = x.contiguous(), expert_ids.contiguous()
-    out = rows_of_few(
-        x, ids, None, activation, up, down, gate, (up_bias, gate_bias, down_bias), ids.numel(), scales=scales
-    )
+    out = rows_of_few(x, ids, None, activation, own, ids.numel())
     return sum_rows(out, ids, weights.contiguous(), dtype=x.dtype, experts=len(up))
 
 

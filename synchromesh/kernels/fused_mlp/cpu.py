@@ -7,7 +7,7 @@ through hidden ones: d_down = Aᵀ·(s dy), d_up = dpre'ᵀ·(s x), dx = s (dpre
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,22 +15,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from synchromesh.kernels.activations import KNOWN, KnownActivation, known_name
-from synchromesh.kernels.autocast import autocast_alike
-from synchromesh.kernels.fused_mlp.op import Net, define, fields, is_joint, pre_activations, run, wanted
-from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights, compose_mlp
+from synchromesh.kernels.fused_mlp.op import define, pre_activations, run, wanted
+from synchromesh.kernels.fused_mlp.reference import compose_mlp
 from synchromesh.kernels.grouped_mm.cpu import grouped_mm, multiply, row_ranges
 from synchromesh.kernels.memory import room, room_like, scratch
+from synchromesh.kernels.mlp import Activation, MLPWeights, Net
 from synchromesh.kernels.permute.cpu import combine, gather, kept_pairs, sum_dtype
 from synchromesh.types import RowMap
 
 # Rows that go forward at a time: enough for a full-speed product, few enough for the last-level cache.
 BLOCK = 512
-
-
-def _nets(parts: Sequence[Tensor | None], num_experts: int) -> list[Net]:
-    """Return the parts of each expert."""
-    each = ([None] * num_experts if part is None else part.unbind(0) for part in parts)
-    return [Net(*own) for own in zip(*each, strict=True)]
 
 
 def fuses(activation: Activation) -> bool:
@@ -48,16 +42,15 @@ def fused_mlp(
     name = known_name(activation)
     if name is None:
         return compose_mlp(x, weights, rowmap, mlp, activation, pieces=(gather, grouped_mm, combine))
-    x, parts = autocast_alike(x, fields(mlp))
-    return run(_fused_mlp, x, weights, rowmap, name, parts)
+    return run(_fused_mlp, x, weights, rowmap, name, mlp)
 
 
 def _forward(
     x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, activation: str, save: bool,
-    *mlp: Tensor | None,
+    joint: bool, *mlp: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    x, (tokens, scale), joint = x.contiguous(), kept_pairs(weights, pairs, ends, x.dtype), is_joint(mlp)
-    y, net, nets = room(x.shape, scale.dtype).zero_(), Net(*mlp), _nets(mlp, len(ends))
+    x, (tokens, scale) = x.contiguous(), kept_pairs(weights, pairs, ends, x.dtype)
+    y, net, nets = room(x.shape, scale.dtype).zero_(), Net(*mlp), Net(*mlp).of_each(len(ends))
     pre_up, pre_gate = (room(shape, x.dtype) for shape in pre_activations(pairs, mlp, save=save))
     narrow, wide = (x.shape[1], x.dtype), (net.down.shape[1], x.dtype)
     opened = [] if save else [(net.up.shape[1], x.dtype), *([wide] if net.gate is not None else [])]
@@ -81,14 +74,14 @@ def _forward(
 
 
 def _backward(
-    grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, needs: list[bool]
+    grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, joint: bool, needs: list[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     x, weights, pairs, _, ends, pre_up, pre_gate = saved
     x, grad, (tokens, scale) = x.contiguous(), grad.contiguous(), kept_pairs(weights, pairs, ends, x.dtype)
     d_x, d_scale = room(x.shape if needs[0] else (0,), scale.dtype).zero_(), torch.zeros_like(scale)
-    d_mlp, joint = wanted(mlp, needs, room_like), is_joint(mlp)
-    into = _nets([d if need else None for d, need in zip(d_mlp, needs[2:], strict=True)], len(ends))
-    nets = _nets(mlp, len(ends))
+    d_mlp = wanted(mlp, needs, room_like)
+    into = Net(*(d if need else None for d, need in zip(d_mlp, needs[2:], strict=True))).of_each(len(ends))
+    nets = Net(*mlp).of_each(len(ends))
     most = max((stop - start for start, stop in row_ranges(ends)), default=0)
     space = _space(most, x, Net(*mlp).down.shape[1], gated=pre_gate.shape[0] > 0, joint=joint)
     for expert, (start, stop) in enumerate(row_ranges(ends)):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from synchromesh.kernels.activations_triton import activated
 from synchromesh.kernels.launch import given_or
+from synchromesh.kernels.mlp import Net
 
 MOST = 512  # rows
 SHARED = 4  # rows per expert, on average: with more, tiles that read a matrix once for all of them are faster
@@ -23,37 +24,36 @@ def is_few(num_rows: int, num_experts: int) -> bool:
     return num_rows <= min(MOST, SHARED * num_experts)
 
 
-def rows_of_few(
-    x: Tensor, places: Tensor, ends: Tensor | None, activation: str, up: Tensor, down: Tensor, gate: Tensor | None,
-    biases: tuple[Tensor | None, Tensor | None, Tensor | None], num_rows: int, *,
-    scales: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
-) -> Tensor:  # fmt: skip
+def rows_of_few(x: Tensor, places: Tensor, ends: Tensor | None, activation: str, net: Net, num_rows: int) -> Tensor:
     """Return the output rows [R, D] of the experts, without combine weights.
 
     Args:
-        x: [T, D]. places: [T, K], with ends [E] the row of each pair, sorted by expert, or -1; without ends the expert
-            of each pair, whose row then is its own number. biases: of up, gate and down, contiguous.
-            up, down and gate: [E, F, D], any strides.
-        scales: of up, gate and down, where these are 8-bit numbers: [E, F], [E, F], [E, D].
+        x: [T, D].
+        places: [T, K], with ends [E] the row of each pair, sorted by expert, or -1; without ends the expert of each
+            pair, whose row then is its own number.
+        ends: running sum of the rows of each expert, or none.
+        activation: a known one.
+        net: of all experts, gate and up apart; matrices of any strides, biases contiguous.
+        num_rows: R.
     """
-    experts, hidden_width, width = up.shape
+    experts, hidden_width, width = net.up.shape
     hidden, out = x.new_empty(num_rows, hidden_width), x.new_empty(num_rows, width)
-    up_bias, gate_bias, down_bias = biases
-    up_scale, gate_scale, down_scale = scales
-    other = up if gate is None else gate
+    other = net.up if net.gate is None else net.gate
     if not places.numel():
         return out
     choices, lookup = places.shape[1], {"MAPPED": ends is not None, "EXPERTS": max(2, triton.next_power_of_2(experts))}
     ends = given_or(ends, places)
     _open_few[(places.numel(), triton.cdiv(hidden_width, 32))](
-        x, places, ends, up, other, given_or(up_bias, x), given_or(gate_bias, x), given_or(up_scale, x),
-        given_or(gate_scale, x), hidden, width, hidden_width, choices, experts, *up.stride(), *other.stride(),
-        ACTIVATION=activation, GATED=gate is not None, UP_BIAS=up_bias is not None,
-        GATE_BIAS=gate_bias is not None, SCALED=up_scale is not None, BF=32, BD=128, **lookup,
+        x, places, ends, net.up, other, given_or(net.up_bias, x), given_or(net.gate_bias, x),
+        given_or(net.up_scale, x), given_or(net.gate_scale, x), hidden, width, hidden_width, choices, experts,
+        *net.up.stride(), *other.stride(), ACTIVATION=activation, GATED=net.gate is not None,
+        UP_BIAS=net.up_bias is not None, GATE_BIAS=net.gate_bias is not None, SCALED=net.up_scale is not None,
+        BF=32, BD=128, **lookup,
     )  # fmt: skip
     _close_few[(places.numel(), triton.cdiv(width, 64))](
-        hidden, places, ends, down, given_or(down_bias, x), given_or(down_scale, x), out, width, hidden_width, experts,
-        *down.stride(), BIAS=down_bias is not None, SCALED=down_scale is not None, BF=64, BD=64, **lookup,
+        hidden, places, ends, net.down, given_or(net.down_bias, x), given_or(net.down_scale, x), out, width,
+        hidden_width, experts, *net.down.stride(), BIAS=net.down_bias is not None, SCALED=net.down_scale is not None,
+        BF=64, BD=64, **lookup,
     )  # fmt: skip
     return out
 

@@ -6,64 +6,35 @@ Saved for backward: x, the combine weights, the map, the pre-activations and the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from synchromesh.kernels.fused_mlp.reference import MLPWeights
+from synchromesh.kernels.autocast import autocast_alike
+from synchromesh.kernels.mlp import LEARNABLE, MLPWeights, Net
 from synchromesh.types import RowMap
 
-Optionals = Sequence[Tensor | None]  # the fields of MLPWeights, in order
 
+def run(op: Any, x: Tensor, weights: Tensor, rowmap: RowMap, activation: str, mlp: MLPWeights) -> Tensor:
+    """Run an op in autocast's dtype; where no gradient is wanted, nothing is kept.
 
-class Net(NamedTuple):
-    """MLPWeights of all experts or of one, or their gradients: None where there is none, or none is wanted."""
-
-    up: Any
-    down: Any
-    gate: Any
-    up_bias: Any
-    gate_bias: Any
-    down_bias: Any
-
-
-def fields(mlp: MLPWeights) -> list[Tensor | None]:
-    """Return the tensors of MLPWeights in the order of `Net`."""
-    return [mlp.up, mlp.down, mlp.gate, mlp.up_bias, mlp.gate_bias, mlp.down_bias]
-
-
-def is_joint(mlp: Optionals) -> bool:
-    """Tell whether up holds gate too, its rows first."""
-    net = Net(*mlp)
-    return net.gate is None and net.up.shape[1] != net.down.shape[1]
-
-
-def apart(mlp: Optionals, *, joint: bool) -> Net:
-    """Return weights, or their gradients, with gate and up apart: views, where they were joint."""
-    net = Net(*mlp)
-    if not joint:
-        return net
-    gate, up = (None, None) if net.up is None else net.up.chunk(2, 1)
-    gate_bias, up_bias = (None, None) if net.up_bias is None else net.up_bias.chunk(2, 1)
-    return net._replace(up=up, gate=gate, up_bias=up_bias, gate_bias=gate_bias)
-
-
-def run(op: Any, x: Tensor, weights: Tensor, rowmap: RowMap, activation: str, mlp: Optionals) -> Tensor:
-    """Run an op; where no gradient is wanted, nothing is kept."""
-    learns = any(tensor is not None and tensor.requires_grad for tensor in (x, weights, *mlp))
+    Raises ValueError where x and the expert weights are not of one dtype then.
+    """
+    x, parts = autocast_alike(x, mlp.tensors()[:LEARNABLE])
+    learns = any(tensor is not None and tensor.requires_grad for tensor in (x, weights, *parts))
     save = torch.is_grad_enabled() and learns
-    return op(x, weights, rowmap.pairs, rowmap.rows, rowmap.ends, activation, save, *mlp)[0]
+    return op(x, weights, rowmap.pairs, rowmap.rows, rowmap.ends, activation, save, mlp.joint, *parts)[0]
 
 
 def define(name: str, forward: Callable[..., Any], backward: Callable[..., Any], *, device: str | None) -> Any:
     """Define `synchromesh::fused_mlp_<name>` and its backward; return the former.
 
     Args:
-        forward: (x, weights, pairs, rows, ends, activation, save, *Net) -> y and the pre-activations of up and of
-            gate, in the shapes of `pre_activations`.
-        backward: (grad, [x, weights, pairs, rows, ends, pre_up, pre_gate], Net, activation, needs) -> the gradients of
-            x, of weights and of each parameter, without numbers where not needed.
+        forward: (x, weights, pairs, rows, ends, activation, save, joint, *net) -> y and the pre-activations of up and
+            of gate, in the shapes of `pre_activations`.
+        backward: (grad, [x, weights, pairs, rows, ends, pre_up, pre_gate], net, activation, joint, needs) -> the
+            gradients of x, of weights and of each parameter, without numbers where not needed.
         device: what tensors it is for; None means any.
     """
     op = torch.library.custom_op(
@@ -71,7 +42,8 @@ def define(name: str, forward: Callable[..., Any], backward: Callable[..., Any],
         forward,
         mutates_args=(),
         device_types=device,
-        schema="(Tensor x, Tensor weights, Tensor pairs, Tensor rows, Tensor ends, str activation, bool save,"
+        schema="(Tensor x, Tensor weights, Tensor pairs, Tensor rows, Tensor ends,"
+        " str activation, bool save, bool joint,"
         " Tensor up, Tensor down, Tensor? gate, Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias)"
         " -> (Tensor, Tensor, Tensor)",
     )
@@ -80,7 +52,7 @@ def define(name: str, forward: Callable[..., Any], backward: Callable[..., Any],
         backward,
         mutates_args=(),
         device_types=device,
-        schema="(Tensor grad, Tensor[] saved, Tensor?[] mlp, str activation, bool[] needs)"
+        schema="(Tensor grad, Tensor[] saved, Tensor?[] mlp, str activation, bool joint, bool[] needs)"
         " -> (Tensor, Tensor, Tensor[])",
     )
 
@@ -88,9 +60,9 @@ def define(name: str, forward: Callable[..., Any], backward: Callable[..., Any],
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         tensors = list(ctx.saved_tensors)  # read once: activation checkpointing unpacks each a single time
-        d_x, d_weights, d_mlp = backward_op(grad, tensors[:7], tensors[7:], ctx.activation, ctx.needs)
+        d_x, d_weights, d_mlp = backward_op(grad, tensors[:7], tensors[7:], ctx.activation, ctx.joint, ctx.needs)
         grads = [d if need else None for d, need in zip([d_x, d_weights, *d_mlp], ctx.needs, strict=True)]
-        return *grads[:2], None, None, None, None, None, *grads[2:]
+        return *grads[:2], None, None, None, None, None, None, *grads[2:]
 
     op.register_fake(_fake)
     backward_op.register_fake(_fake_backward)
@@ -98,14 +70,16 @@ def define(name: str, forward: Callable[..., Any], backward: Callable[..., Any],
     return op
 
 
-def pre_activations(pairs: Tensor, mlp: Optionals, *, save: bool) -> list[Sequence[Any]]:  # Any: sizes may be symbols
+def pre_activations(
+    pairs: Tensor, mlp: Sequence[Tensor | None], *, save: bool
+) -> list[Sequence[Any]]:  # Any: sizes may be symbols
     """Return the shapes of what is saved of up and of gate; [R, 2 F] and nothing where they are joint."""
     net = Net(*mlp)
     rows = pairs.shape[0] if save else 0
     return [(rows, net.up.shape[1]), (0 if net.gate is None else rows, net.up.shape[1])]
 
 
-def wanted(mlp: Optionals, needs: list[bool], like: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def wanted(mlp: Sequence[Tensor | None], needs: list[bool], like: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Return room for each gradient that is needed, laid out as its parameter is, and an empty tensor for others."""
     some = next(part for part in mlp if part is not None)
     return [
@@ -115,8 +89,8 @@ def wanted(mlp: Optionals, needs: list[bool], like: Callable[[Tensor], Tensor]) 
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weights, pairs, rows, ends, ctx.activation, _, *mlp = inputs
-    needs_x, needs_weights, _, _, _, _, _, *needs_mlp = ctx.needs_input_grad[: len(inputs)]
+    x, weights, pairs, rows, ends, ctx.activation, _, ctx.joint, *mlp = inputs
+    needs_x, needs_weights, _, _, _, _, _, _, *needs_mlp = ctx.needs_input_grad[: len(inputs)]
     ctx.needs = [needs_x, needs_weights, *needs_mlp]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else zeros of the size of the pre-activations arrive with every backward
@@ -125,14 +99,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 def _fake(
     x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, activation: str, save: bool,
-    *mlp: Tensor | None,
+    joint: bool, *mlp: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     pre_up, pre_gate = pre_activations(pairs, mlp, save=save)
     return x.new_empty(x.shape), x.new_empty(pre_up), x.new_empty(pre_gate)
 
 
 def _fake_backward(
-    grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, needs: list[bool]
+    grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, joint: bool, needs: list[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     x, weights, *_ = saved
     d_mlp = wanted(mlp, needs, torch.empty_like)

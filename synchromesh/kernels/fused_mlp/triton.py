@@ -21,11 +21,10 @@ from torch import Tensor
 
 from synchromesh.kernels.activations import known_name
 from synchromesh.kernels.activations_triton import activated, derivative
-from synchromesh.kernels.autocast import autocast_alike
 from synchromesh.kernels.fused_mlp import reference
 from synchromesh.kernels.fused_mlp.few import is_few, rows_of_few
-from synchromesh.kernels.fused_mlp.op import Net, apart, define, fields, is_joint, pre_activations, run, wanted
-from synchromesh.kernels.fused_mlp.reference import Activation, MLPWeights, compose_mlp
+from synchromesh.kernels.fused_mlp.op import define, pre_activations, run, wanted
+from synchromesh.kernels.fused_mlp.reference import compose_mlp
 from synchromesh.kernels.grouped_mm.tilings import Tilings, tilings_of
 from synchromesh.kernels.grouped_mm.triton import (
     column_sums,
@@ -36,6 +35,7 @@ from synchromesh.kernels.grouped_mm.triton import (
     weight_gradient,
 )
 from synchromesh.kernels.launch import given_or, on_its_device
+from synchromesh.kernels.mlp import Activation, MLPWeights, Net
 from synchromesh.kernels.permute.triton import combine, gather, sum_rows
 from synchromesh.kernels.tiles import (
     Tiles,
@@ -65,23 +65,21 @@ def fused_mlp(
     name = known_name(activation)
     if name is None:
         return compose_mlp(x, weights, rowmap, mlp, activation, pieces=(gather, grouped_mm, combine))
-    x, parts = autocast_alike(x, fields(mlp))
     if x.dtype == torch.float64:
         return reference.fused_mlp(x, weights, rowmap, mlp, activation)
-    return run(_fused_mlp, x, weights, rowmap, name, parts)
+    return run(_fused_mlp, x, weights, rowmap, name, mlp)
 
 
 @on_its_device
 def _forward(
     x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, activation: str, save: bool,
-    *mlp: Tensor | None,
+    joint: bool, *mlp: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    net, x, rows, tokens = _net(mlp), x.contiguous(), rows.contiguous(), (pairs, rows.shape[1])
+    net, x, rows, tokens = _net(mlp, joint=joint), x.contiguous(), rows.contiguous(), (pairs, rows.shape[1])
     pre_up, pre_gate = (x.new_empty(shape) for shape in pre_activations(pairs, mlp, save=save))
-    pre = _pre(pre_up, pre_gate, joint=is_joint(mlp))
+    pre = _pre(pre_up, pre_gate, joint=joint)
     if not save and is_few(len(pairs), len(ends)):
-        biases = (net.up_bias, net.gate_bias, net.down_bias)
-        out = rows_of_few(x, rows, ends, activation, net.up, net.down, net.gate, biases, len(pairs))
+        out = rows_of_few(x, rows, ends, activation, net, len(pairs))
         return sum_rows(out, rows, weights.contiguous(), dtype=x.dtype), pre_up, pre_gate
     hidden = x.new_empty(len(pairs), net.up.shape[1])
     tilings = _tilings(x, pairs, ends)
@@ -91,11 +89,10 @@ def _forward(
     return sum_rows(out, rows, weights.contiguous(), dtype=x.dtype), pre_up, pre_gate
 
 
-def _net(mlp: Sequence[Tensor | None]) -> Net:
+def _net(mlp: Sequence[Tensor | None], *, joint: bool) -> Net:
     """Return the weights with gate and up apart, biases as kernels read them."""
-    net = apart(mlp, joint=is_joint(mlp))
-    up_bias, gate_bias, down_bias = (None if b is None else b.contiguous() for b in net[3:])
-    return net._replace(up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias)
+    up, down, gate, *biases = Net(*mlp).apart(joint=joint)
+    return Net(up, down, gate, *(None if b is None else b.contiguous() for b in biases))
 
 
 def _pre(pre_up: Tensor, pre_gate: Tensor, *, joint: bool) -> tuple[Tensor, Tensor]:
@@ -133,14 +130,13 @@ def _open(
 
 @on_its_device
 def _backward(
-    grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, needs: list[bool]
+    grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, joint: bool, needs: list[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     x, weights, pairs, rows, ends, *kept = saved
-    joint = is_joint(mlp)
-    net, pre, tokens, grad = _net(mlp), _pre(*kept, joint=joint), (pairs, rows.shape[1]), grad.contiguous()
+    net, pre, tokens, grad = _net(mlp, joint=joint), _pre(*kept, joint=joint), (pairs, rows.shape[1]), grad.contiguous()
     x, weights, rows = x.contiguous(), weights.contiguous(), rows.contiguous()
     d_mlp = wanted(mlp, needs, torch.empty_like)
-    into = apart([d if d.numel() else None for d in d_mlp], joint=joint)
+    into = Net(*(d if d.numel() else None for d in d_mlp)).apart(joint=joint)
     tilings = _tilings(x, pairs, ends)
     tiles = tiles_of(ends, len(pairs), tilings.closing.rows)
     hidden, d_up, d_gate, partial = _close_backward(grad, weights, net, tiles, tilings.closing, tokens, activation, pre)

@@ -1,4 +1,4 @@
-"""quantized_mlp on a CPU: of the experts in use, one at a time is widened to x's dtype."""
+"""fused_mlp with 8-bit weights on a CPU: of the experts in use, one at a time is widened to x's dtype."""
 
 from __future__ import annotations
 
@@ -7,51 +7,47 @@ from jaxtyping import Float
 from torch import Tensor
 
 from synchromesh.kernels.activations import KNOWN
-from synchromesh.kernels.fused_mlp.cpu import fused_mlp
+from synchromesh.kernels.fused_mlp import cpu
+from synchromesh.kernels.fused_mlp.reference import widened
 from synchromesh.kernels.grouped_mm.cpu import row_ranges
+from synchromesh.kernels.mlp import Activation, MLPWeights, Net
 from synchromesh.kernels.permute.cpu import kept_pairs
-from synchromesh.kernels.quantized_mlp import reference
 from synchromesh.kernels.quantized_mlp.op import define, run, serves
-from synchromesh.kernels.quantized_mlp.reference import Activation, QuantizedMLP
 from synchromesh.types import RowMap
 
 
-def quantized_mlp(
-    x: Float[Tensor, "T D"], weights: Float[Tensor, "T K"], rowmap: RowMap, mlp: QuantizedMLP, activation: Activation
+def fused_mlp(
+    x: Float[Tensor, "T D"], weights: Float[Tensor, "T K"], rowmap: RowMap, mlp: MLPWeights, activation: Activation
 ) -> Float[Tensor, "T D"]:
-    """Compute the reference's y; a matrix is never widened as a whole, but where gradients are wanted."""
-    if not serves(x, weights, mlp, activation):
-        return reference.quantized_mlp(x, weights, rowmap, mlp, activation, fused_mlp=fused_mlp)
-    return run(_quantized_mlp, x, weights, rowmap, mlp, activation)
+    """Compute the reference's y; an 8-bit matrix is never widened as a whole, but where gradients are wanted."""
+    if serves(x, weights, mlp, activation):
+        return run(_quantized_mlp, x, weights, rowmap, mlp, activation)
+    x, mlp = widened(x, mlp)
+    return cpu.fused_mlp(x, weights, rowmap, mlp, activation)
 
 
 def _forward(
-    x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, activation: str, mlp: list[Tensor | None]
+    x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, activation: str, net: list[Tensor | None]
 ) -> Tensor:
     tokens, scale = kept_pairs(weights, pairs, ends, x.dtype)
-    y = torch.zeros(x.shape, dtype=scale.dtype)
+    y, nets = torch.zeros(x.shape, dtype=scale.dtype), Net(*net).of_each(len(ends))
     for expert, (start, stop) in enumerate(row_ranges(ends)):
         if start == stop:
             continue
         at = tokens[start:stop]
-        out = _expert(x[at], [None if part is None else part[expert] for part in mlp], activation)
-        y.index_add_(0, at, out * scale[start:stop])
+        y.index_add_(0, at, _expert(x[at], nets[expert], activation) * scale[start:stop])
     return y.to(x.dtype)
 
 
-def _expert(rows: Tensor, parts: list[Tensor | None], activation: str) -> Tensor:
-    up, down, up_scale, down_scale, gate, gate_scale, up_bias, gate_bias, down_bias = parts
-    assert up is not None
-    assert down is not None
-    hidden = _product(rows, up.t(), up_scale, up_bias)
-    opened = hidden if gate is None else _product(rows, gate.t(), gate_scale, gate_bias)
+def _expert(rows: Tensor, net: Net, activation: str) -> Tensor:
+    hidden = _product(rows, net.up.t(), net.up_scale, net.up_bias)
+    opened = hidden if net.gate is None else _product(rows, net.gate.t(), net.gate_scale, net.gate_bias)
     active = torch.empty_like(opened)
     KNOWN[activation].value(opened, active)
-    return _product(active if gate is None else active * hidden, down, down_scale, down_bias)
+    return _product(active if net.gate is None else active * hidden, net.down, net.down_scale, net.down_bias)
 
 
-def _product(a: Tensor, matrix: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    assert scale is not None
+def _product(a: Tensor, matrix: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     out = torch.mm(a, matrix.to(a.dtype)) * scale.to(a.dtype)
     return out if bias is None else out + bias.to(a.dtype)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from synchromesh.kernels.activations import known_name
 from synchromesh.kernels.autocast import autocast
-from synchromesh.kernels.quantized_mlp.reference import Activation, QuantizedMLP
+from synchromesh.kernels.mlp import Activation, MLPWeights
 from synchromesh.types import RowMap
 
 
@@ -18,7 +18,7 @@ def define(name: str, forward: Callable[..., Tensor], *, device: str | None) -> 
     """Define `synchromesh::quantized_mlp_<name>`.
 
     Args:
-        forward: (x, weights, pairs, rows, ends, activation, mlp) -> y, with mlp in the order of `fields`.
+        forward: (x, weights, pairs, rows, ends, activation, net) -> y.
         device: what tensors it is for; None means any.
     """
     op = torch.library.custom_op(
@@ -26,28 +26,20 @@ def define(name: str, forward: Callable[..., Tensor], *, device: str | None) -> 
         forward,
         mutates_args=(),
         device_types=device,
-        schema="(Tensor x, Tensor weights, Tensor pairs, Tensor rows, Tensor ends, str activation, Tensor?[] mlp)"
+        schema="(Tensor x, Tensor weights, Tensor pairs, Tensor rows, Tensor ends, str activation, Tensor?[] net)"
         " -> Tensor",
     )
     op.register_fake(lambda x, *_: x.new_empty(x.shape))
     return op
 
 
-def fields(mlp: QuantizedMLP) -> list[Tensor | None]:
-    """Return the tensors of QuantizedMLP in their order."""
-    return [
-        mlp.up, mlp.down, mlp.up_scale, mlp.down_scale, mlp.gate, mlp.gate_scale,
-        mlp.up_bias, mlp.gate_bias, mlp.down_bias,
-    ]  # fmt: skip
+def serves(x: Tensor, weights: Tensor, mlp: MLPWeights, activation: Activation) -> bool:
+    """Tell whether the op is for these weights, knows the activation, and no gradient is wanted of it."""
+    learns = any(tensor is not None and tensor.requires_grad for tensor in (x, weights, *mlp.tensors()))
+    return mlp.quantized and known_name(activation) is not None and not (learns and torch.is_grad_enabled())
 
 
-def serves(x: Tensor, weights: Tensor, mlp: QuantizedMLP, activation: Activation) -> bool:
-    """Tell whether the op knows the activation, and no gradient is wanted of it."""
-    learns = any(tensor is not None and tensor.requires_grad for tensor in (x, weights, *fields(mlp)))
-    return known_name(activation) is not None and not (learns and torch.is_grad_enabled())
-
-
-def run(op: Any, x: Tensor, weights: Tensor, rowmap: RowMap, mlp: QuantizedMLP, activation: Activation) -> Tensor:
+def run(op: Any, x: Tensor, weights: Tensor, rowmap: RowMap, mlp: MLPWeights, activation: Activation) -> Tensor:
     """Run the op in autocast's dtype."""
     x, _ = autocast(x, [])
-    return op(x, weights, rowmap.pairs, rowmap.rows, rowmap.ends, known_name(activation), fields(mlp))
+    return op(x, weights, rowmap.pairs, rowmap.rows, rowmap.ends, known_name(activation), list(mlp.tensors()))

@@ -1,4 +1,4 @@
-"""quantized_mlp on a GPU: for few tokens the 8-bit numbers themselves are read, and widened in registers.
+"""fused_mlp with 8-bit weights on a GPU: for few tokens the numbers themselves are read, and widened in registers.
 
 Many tokens are bound by products, not by reading: there the matrices are dequantized first.
 """
@@ -9,45 +9,40 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from synchromesh.kernels.fused_mlp import triton
 from synchromesh.kernels.fused_mlp.few import is_few, rows_of_few
-from synchromesh.kernels.fused_mlp.triton import fused_mlp
+from synchromesh.kernels.fused_mlp.reference import widened
 from synchromesh.kernels.launch import on_its_device
+from synchromesh.kernels.mlp import Activation, MLPWeights, Net
 from synchromesh.kernels.permute.triton import sum_rows
-from synchromesh.kernels.quantized_mlp import reference
 from synchromesh.kernels.quantized_mlp.op import define, run, serves
-from synchromesh.kernels.quantized_mlp.reference import Activation, QuantizedMLP
 from synchromesh.types import RowMap
 
 
-def quantized_mlp(
-    x: Float[Tensor, "T D"], weights: Float[Tensor, "T K"], rowmap: RowMap, mlp: QuantizedMLP, activation: Activation
+def fused_mlp(
+    x: Float[Tensor, "T D"], weights: Float[Tensor, "T K"], rowmap: RowMap, mlp: MLPWeights, activation: Activation
 ) -> Float[Tensor, "T D"]:
     """Compute the reference's y."""
     few = is_few(len(rowmap.pairs), len(rowmap.ends)) and x.dtype != torch.float64 and widens(mlp.up)
     if few and serves(x, weights, mlp, activation):
         return run(_quantized_mlp, x, weights, rowmap, mlp, activation)
-    return reference.quantized_mlp(x, weights, rowmap, mlp, activation, fused_mlp=fused_mlp)
+    x, mlp = widened(x, mlp)
+    return triton.fused_mlp(x, weights, rowmap, mlp, activation)
 
 
 def widens(matrix: Tensor) -> bool:
     """Tell whether the device has an instruction for these numbers: float8_e4m3fn came with sm_89."""
-    if matrix.dtype == torch.int8 or not matrix.is_cuda:
+    if matrix.dtype != torch.float8_e4m3fn or not matrix.is_cuda:
         return True
     return torch.version.hip is None and torch.cuda.get_device_capability(matrix.device) >= (8, 9)
 
 
 @on_its_device
 def _forward(
-    x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, activation: str, mlp: list[Tensor | None]
+    x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, activation: str, net: list[Tensor | None]
 ) -> Tensor:
-    up, down, up_scale, down_scale, gate, gate_scale, up_bias, gate_bias, down_bias = mlp
-    assert up is not None
-    assert down is not None
     x, rows = x.contiguous(), rows.contiguous()
-    out = rows_of_few(
-        x, rows, ends, activation, up, down, gate, (up_bias, gate_bias, down_bias), len(pairs),
-        scales=(up_scale, gate_scale, down_scale),
-    )  # fmt: skip
+    out = rows_of_few(x, rows, ends, activation, Net(*net), len(pairs))
     return sum_rows(out, rows, weights.contiguous(), dtype=x.dtype)
 
 

@@ -34,7 +34,7 @@ class PixelDecoder(nn.Module):
         """
         patches = None if hidden is None else hidden_positions(hidden, self.backbone.strides[0])
         last = self.backbone(images, patches).last
-        drawn = self.shuffle(self.decoder(last.permute(0, 3, 1, 2)))
+        drawn = self.shuffle(self.decoder(last.permute(0, 3, 1, 2).contiguous()))
         return drawn[:, :, : images.shape[2], : images.shape[3]]
 
 

@@ -161,14 +161,14 @@ def test_weights_are_read_where_they_lie(form):
     module = experts_of(form)
     owned = {p.untyped_storage().data_ptr() for p in module.parameters()}
     network = network_of(module)
-    views = [*vars(network.mlp).values(), *(network.opening or ())]
+    views = [*network.weights.tensors(), *(network.opening or ())]
     assert {view.untyped_storage().data_ptr() for view in views if view is not None} <= owned
 
 
 @pytest.mark.parametrize("form", FORMS, ids=named)
 def test_weights_go_back_to_the_layout_they_came_from(form):
     module = experts_of(form)
-    again = weights_from(module, network_of(module).mlp)
+    again = weights_from(module, network_of(module).weights)
     assert list(again) == Form(**form).names
     for name, weight in again.items():
         assert torch.equal(weight, getattr(module, name))

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from synchromesh.kernels import REFERENCE, MLPWeights, quantize
-from synchromesh.kernels.quantized_mlp.reference import LARGEST
+from synchromesh.kernels.mlp import LARGEST
 from synchromesh.testing.cases import row_map_of, zipf
 
 DTYPES = pytest.mark.parametrize("dtype", list(LARGEST), ids=str)
@@ -50,7 +50,7 @@ def test_the_result_is_near_that_of_the_weights_it_came_from(dtype):
     mlp, rowmap = weights_of(hidden=64, width=48), row_map_of(zipf(40, 3, 2), 3)
     x, weights = torch.randn(40, 48), torch.rand(40, 2)
     wanted = REFERENCE.fused_mlp(x, weights, rowmap, mlp, F.silu)
-    got = REFERENCE.quantized_mlp(x, weights, rowmap, quantize(mlp, dtype), F.silu)
+    got = REFERENCE.fused_mlp(x, weights, rowmap, quantize(mlp, dtype), F.silu)
     assert (got - wanted).norm() <= {torch.int8: 0.02, torch.float8_e4m3fn: 0.06}[dtype] * wanted.norm()
 
 

@@ -90,16 +90,12 @@ def slow_losses(found: list[Level], truth: Objects) -> tuple[float, float]:
                     for column in range(width):
                         y = max((bump(truth.boxes[i], level, row, column) for i in here), default=0.0)
                         p = level.heat[image, label, row, column].sigmoid().item()
-                        centres -= (
-                            (1 - p) ** 2 * math.log(p) if y == 1 else (1 - y) ** 4 * p**2 * math.log(1 - p)
-                        )
+                        centres -= (1 - p) ** 2 * math.log(p) if y == 1 else (1 - y) ** 4 * p**2 * math.log(1 - p)
         cells: dict[int, list[tuple[float, float]]] = {i: [] for i in mine}
         for image in range(images):
             for row in range(height):
                 for column in range(width):
-                    near = [
-                        i for i in mine if truth.image[i] == image and is_near(truth.boxes[i], level, row, column)
-                    ]
+                    near = [i for i in mine if truth.image[i] == image and is_near(truth.boxes[i], level, row, column)]
                     sizes = {i: float((truth.boxes[i, 2:] - truth.boxes[i, :2]).prod()) for i in near}
                     for i in near:
                         if sizes[i] == min(sizes.values()):

@@ -32,9 +32,10 @@ _JOINED = ("query", "key", "value")
 
 
 def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of a transformers Swinv2 (alone, or with a classifier or SimMIM's decoder) to ours; join query, key and value weights.
+    """Rename the tensors of a transformers Swinv2 to ours; join query, key and value weights.
 
-    It is linear, so it maps gradients as well as weights.
+    The model may stand alone, or with a classifier or SimMIM's decoder.
+    The map is linear, so it maps gradients as well as weights.
     """
     ours: dict[str, Tensor] = {}
     for key, tensor in state.items():

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from synchromesh.compat.tutel.experts.share import Share, TutelExperts
 from synchromesh.kernels import Kernels, MLPWeights
 from synchromesh.moe.experts import Activation
-from synchromesh.types import Routing, RowMap
 
 
 class FFNExperts(TutelExperts):
@@ -101,17 +100,10 @@ class FFNExperts(TutelExperts):
         out = kernels.grouped_mm(hidden, weights["down"], ends, self._whole(weights).get("down_bias"))
         return F.pad(out, (0, self.row_dim - self.output_dim))
 
-    def fused(
-        self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, weights: Mapping[str, Tensor], kernels: Kernels
-    ) -> Float[Tensor, "T D"] | None:
-        if (
-            self.skip
-            or self._with_self is not None
-            or self.model_dim != self.output_dim
-            or not kernels.fuses(self._own)
-        ):
+    def mlp(self, weights: Mapping[str, Tensor]) -> tuple[MLPWeights, Activation] | None:
+        if self.skip or self._with_self is not None or self.model_dim != self.output_dim:
             return None
-        return kernels.fused_mlp(x, routing.weights, rowmap, MLPWeights(**self._whole(weights)), self._own)
+        return MLPWeights.of(self._whole(weights)), self._own
 
     def _named(self) -> dict[str, nn.Parameter]:
         named = {

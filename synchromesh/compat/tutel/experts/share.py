@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jaxtyping import Float
 from torch import Tensor
 
-from synchromesh.kernels import Kernels
 from synchromesh.moe.experts import Cut, Experts
-from synchromesh.types import Routing, RowMap
 
 
 @dataclass(frozen=True)
@@ -59,11 +55,6 @@ class TutelExperts(Experts):
     def hold(self, cut: Cut) -> None:
         if cut != self.cut:
             raise ValueError(f"got {cut}, these experts were created as {self.cut}: build the layer in its group")
-
-    def fused(
-        self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, weights: Mapping[str, Tensor], kernels: Kernels
-    ) -> Float[Tensor, "T D"] | None:
-        return None
 
     def _summed(self, part: Tensor) -> Tensor:
         """Return a view of a parameter whose gradient is the sum over ranks, given their mean."""

@@ -77,7 +77,8 @@ def metrics(run: Path, unit: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("adaptive", ["--parallelism.adaptive", "--parallelism.no-adaptive"])
 def test_two_ranks_learn_and_score_what_one_process_does(done: Done, tmp_path: Path, adaptive: str) -> None:
     command = ["train", *done.trial.options, "--nproc=2", adaptive, f"--run={tmp_path / 'run'}"]
-    subprocess.run([sys.executable, "-m", "synchromesh", *command], check=True, capture_output=True, text=True)
+    said = subprocess.run([sys.executable, "-m", "synchromesh", *command], check=True, capture_output=True, text=True)
+    assert "Warning" not in said.stderr
     got, wanted = (metrics(run, done.trial.unit) for run in (tmp_path / "run", done.folder))
     assert [(line["kind"], line["step"]) for line in got] == [(line["kind"], line["step"]) for line in wanted]
     assert len(got) > 12
