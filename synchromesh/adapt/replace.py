@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from torch import nn
 
+from synchromesh.torch_private import children_of
+
 
 def replace_ffn(
     model: nn.Module, select: Callable[[str, nn.Module], bool], factory: Callable[[nn.Module], nn.Module]
@@ -42,7 +44,7 @@ def _replace_inside(
 ) -> list[str]:
     """Replace below `parent`. `made` maps old to new, so that a module in two places stays one module."""
     replaced = []
-    for name, child in list(parent._modules.items()):  # named_children() would pass over the second place
+    for name, child in children_of(parent).items():
         child_path = f"{path}.{name}" if path else name
         if child is None:
             continue

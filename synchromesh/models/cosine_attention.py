@@ -17,6 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from synchromesh.torch_private import softmax_backward
+
 NARROW = 32  # numbers in a vector register at half precision; loops over fewer of them run one by one
 
 
@@ -124,4 +126,4 @@ def _softmax(scores: Tensor, bias: Tensor) -> Tensor:
 
 def _softmax_backward(dweights: Tensor, weights: Tensor) -> Tensor:
     wide = torch.promote_types(weights.dtype, torch.float32)
-    return torch.ops.aten._softmax_backward_data(dweights.to(wide), weights.to(wide), -1, wide)
+    return softmax_backward(dweights.to(wide), weights.to(wide))

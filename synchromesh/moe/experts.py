@@ -43,10 +43,12 @@ class Experts(nn.Module, ABC):
     """The networks of one layer, or one cut through them.
 
     Attributes:
-        num_experts: E, of the layer. width: D, of the rows in and out; None where the experts do not say.
+        num_experts: E, of the layer.
+        width: D, of the rows in and out; None where the experts do not say.
         cut: what is held here of all experts.
         output_parts: names of the parts that are added to the output rows, E * D numbers each.
-        matrices: number of matrices [hidden, width] of each expert. vectors: numbers in each of its biases.
+        matrices: number of matrices [hidden, width] of each expert.
+        vectors: numbers in each of its biases.
     """
 
     num_experts: int
@@ -105,7 +107,7 @@ class StackedExperts(Experts):
 
     Attributes:
         products: which 8-bit numbers are multiplied, in forward and for the gradient of the rows; None, as at first,
-            multiplies rows and weights themselves. `set_products` sets it.
+            multiplies rows and weights as they are. `set_products` sets it.
     """
 
     hidden: int
@@ -126,7 +128,7 @@ class StackedExperts(Experts):
         if cut == self.cut == WHOLE:
             return
         if self.cut != WHOLE:
-            raise ValueError(f"got {cut}, these experts hold {self.cut} already: build them anew")
+            raise ValueError(f"got {cut}, these experts hold {self.cut} already: build them again")
         self._check_cut(cut)
         for name, parameter in list(self.named_parameters(recurse=False)):
             own = parameter.detach().flatten(0, 1).chunk(cut.count)[cut.index]
@@ -135,7 +137,7 @@ class StackedExperts(Experts):
         self.cut = cut
 
     def reset_parameters(self) -> None:
-        """Draw E pairs of nn.Linear anew; a cut draws all, one expert at a time, and keeps its own numbers."""
+        """Draw E pairs of nn.Linear again; a cut draws all, one expert at a time, and keeps its own numbers."""
         assert self.width is not None
         for name, parameter in self.named_parameters(recurse=False):
             fan_in = self.hidden if name.startswith("down") else self.width
@@ -178,8 +180,11 @@ class MLPExperts(StackedExperts):
     """E feed-forward networks y = act(x up^T + up_bias) down + down_bias.
 
     Args:
-        num_experts: E. width: D. hidden: F.
-        activation: any elementwise callable. up_bias, down_bias: whether to have them.
+        num_experts: E.
+        width: D.
+        hidden: F.
+        activation: any elementwise callable.
+        up_bias, down_bias: whether to have them.
         dropout: probability, on the activated hidden rows while training.
 
     Parameters: `up [E F D]`, `up_bias [E F]`, `down [E F D]`, `down_bias [E D]`, initialised as E pairs of nn.Linear.
@@ -211,8 +216,11 @@ class GatedMLPExperts(StackedExperts):
     """E gated feed-forward networks y = (act(x gate^T) * (x up^T)) down: SwiGLU with F.silu, GEGLU with F.gelu.
 
     Args:
-        num_experts: E. width: D. hidden: F.
-        activation: any elementwise callable. bias: on gate, up and down.
+        num_experts: E.
+        width: D.
+        hidden: F.
+        activation: any elementwise callable.
+        bias: on gate, up and down.
         dropout: probability, on the product while training.
 
     Parameters: `gate`, `up`, `down [E F D]`; with bias `gate_bias`, `up_bias [E F]`, `down_bias [E D]`.
@@ -293,8 +301,8 @@ def set_products(model: nn.Module, products: Products | None) -> list[str]:
     Parameters, gradients and optimizer stay as they are. Output and gradients are a few per cent off.
 
     Args:
-        model: any model with `MLPExperts` or `GatedMLPExperts` in it, or such experts. products: `Float8Products()` or
-            `MXFloat8Products()`.
+        model: any model with `MLPExperts` or `GatedMLPExperts` in it, or such experts.
+        products: `Float8Products()` or `MXFloat8Products()`.
 
     Raises:
         ValueError: there are none.

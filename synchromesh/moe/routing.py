@@ -57,7 +57,8 @@ class NodeLimit:
     A group's score is the sum of its two best experts.
 
     Attributes:
-        groups: equal parts the experts are cut into, in order. selected: groups a token may choose from.
+        groups: equal parts the experts are cut into, in order.
+        selected: groups a token may choose from.
     """
 
     groups: int
@@ -147,7 +148,9 @@ class TopKRouter(Router):
         logits = x W^T,  scores = softmax or sigmoid (logits + noise),  ids = top k of scores (+ bias)
 
     Args:
-        width: D. num_experts: E. k: choices per token, 1 to E.
+        width: D.
+        num_experts: E.
+        k: choices per token, 1 to E.
         scores: `Softmax(...)` or `Sigmoid(...)`.
         noise: standard deviation of the Gaussian noise on the logits while training, times E (V-MoE: 1).
         balance: `BiasBalance(num_experts)` to balance without a loss.
@@ -209,8 +212,11 @@ class CosineRouter(Router):
     """Cosine gate (Tutel paper, eq. 2): logits = cos(W x, M_e) / temperature.
 
     Args:
-        width: D. num_experts: E. k: choices per token, 1 to E.
-        dim: width of the projection W x. temperature: its initial value; learnable, never below 0.01.
+        width: D.
+        num_experts: E.
+        k: choices per token, 1 to E.
+        dim: width of the projection W x.
+        temperature: its initial value; learnable, never below 0.01.
         noise, scores: as for `TopKRouter`.
     """
 
@@ -248,7 +254,7 @@ class CosineRouter(Router):
         nn.init.constant_(self.log_scale, -math.log(self.initial_temperature))
 
     def initialize(self, std: float) -> None:
-        """Draw the weights anew: its own rule is that of the release."""
+        """Draw the weights again, by the rule of the release."""
         self.reset_parameters()
 
     def forward(self, x: Float[Tensor, "T D"], k: int | None = None, *, kernels: Kernels | None = None) -> Routing:

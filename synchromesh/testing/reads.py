@@ -12,9 +12,8 @@ from unittest.mock import patch
 import jaxtyping
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from synchromesh.torch_private import CUSTOM_OPS, TorchDispatchMode, tree_leaves
 
 aten = torch.ops.aten
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
@@ -69,7 +68,7 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        definition = OPDEFS.get(func._schema.name)
+        definition = CUSTOM_OPS.get(func._schema.name)
         if definition is not None:
             with self._going_on():
                 return definition._init_fn(*args, **kwargs)

@@ -178,7 +178,7 @@ class _Loop:
         self.standing, self.window = Standing(), Window()
         self.last_evaluation: Evaluation | None = None
         self._saved: tuple[int, int] | None = None
-        self.saver, self._saving = Saver(job.checkpoints, job.grid.apart()), False
+        self.saver, self._saving = Saver(job.checkpoints, job.grid.with_own_group()), False
         size = self._restore()
         board = job.folder / "tensorboard" if job.config.keep.tensorboard else None
         self.metrics: MetricsWriter | None = None

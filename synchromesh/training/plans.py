@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from synchromesh.errors import InputError
+from synchromesh.moe.forward import chosen, workload_of
 from synchromesh.moe.layer import MoE
 from synchromesh.parallel.adaptive import Adaptive, Council
 from synchromesh.parallel.comm.grid import Grid
@@ -20,7 +21,7 @@ from synchromesh.planning.dictionary import Dictionary
 from synchromesh.training.agree import on_first
 from synchromesh.training.config import Parallelism
 from synchromesh.training.durable import write_atomically
-from synchromesh.types import Plan, Workload
+from synchromesh.types import Plan
 
 NAME = "plans.json"
 
@@ -137,12 +138,10 @@ def check_plan(model: nn.Module, plan: Plan | None, grid: Grid) -> None:
     """Raise InputError where a layer's experts cannot be cut over the ranks, or the plan cannot run; None is any."""
     strategy = Sharded(grid)
     for layer in (module for module in model.modules() if isinstance(module, MoE)):
-        experts = layer.experts
-        work = Workload(1, 1, experts.width or 1, 1, experts.num_experts, torch.float32, training=True)
+        work = workload_of(
+            layer.experts, rows=0, choices=1, dtype=torch.float32, training=True, capacity=layer.capacity
+        )
         try:
-            chosen = strategy.choose(work, layer.capacity) if plan is None else plan
-            reason = strategy.refusal(chosen, work, layer.capacity)
+            chosen(strategy, work, layer.capacity, plan)
         except ValueError as error:
-            raise InputError(str(error)) from error
-        if reason is not None:
-            raise InputError(f"parallelism is {chosen}, which cannot run on {grid.size} ranks: {reason}")
+            raise InputError(f"parallelism on {grid.size} ranks: {error}") from error

@@ -18,7 +18,7 @@ from synchromesh.errors import NonFiniteError
 from synchromesh.moe.record import aux_loss
 from synchromesh.moe.routing import update_balance
 from synchromesh.parallel.comm.grid import Grid
-from synchromesh.parallel.parallelize import accumulating, clip_grad_norm
+from synchromesh.parallel.gradients import accumulating, clip_grad_norm
 from synchromesh.training.agree import ALONE, first_said, summed
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.diagnose import first_non_finite

@@ -28,7 +28,8 @@ class Route(ABC):
     """One exchange: how many rows each member sends to each local expert of each other.
 
     Attributes:
-        received: [X, N], rows from each member for each expert here. num_sent: rows sent in all.
+        received: [X, N], rows from each member for each expert here.
+        num_sent: rows sent in all.
     """
 
     received: Counts
@@ -112,7 +113,8 @@ class TwoLevelAllToAll(AllToAll):
 
     Attributes:
         inside, across: groups of m members of this node, and of the n members of this place in each node.
-        nodes: n. local: m; members are numbered node * m + place.
+        nodes: n.
+        local: m; members are numbered node * m + place.
     """
 
     inside: ProcessGroup | None
