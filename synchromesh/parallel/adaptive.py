@@ -145,6 +145,7 @@ class Tuned(Chooser):
         plan = usual if refusal(plan) else plan
         self._agreement.see(workload)
         self._next = self._to_be_timed(workload, plan)
+        self._sample = self._next or self._sample
         if workload.training:
             if not self.record or self.record[-1][1] != plan:
                 self.record.append((self.forwards, plan))
@@ -153,10 +154,7 @@ class Tuned(Chooser):
 
     def take_clock(self, plan: Plan) -> Clock:
         sample, self._next = self._next, None  # a recomputation finds none
-        if sample is None or sample.plan != plan:
-            return UNTIMED
-        self._sample = sample
-        return sample.clock
+        return UNTIMED if sample is None or sample.plan != plan else sample.clock
 
     def numbers(self) -> list[int]:
         """Return this rank's numbers for an agreement."""
