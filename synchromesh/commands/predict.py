@@ -165,7 +165,7 @@ def _draw(
     answers: Sequence[Predicted],
     grid: Grid,
 ) -> list[Path]:
-    """Write pictures and JSON of this rank's answers; return the pictures of all ranks."""
+    """Write pictures and JSON of this rank's answers; return the pictures of all ranks, or the JSON where none are."""
     folder = request.draw
     if folder is None and trained.task.pictures_by_default():
         folder = run_folder / PREDICTIONS
@@ -176,10 +176,11 @@ def _draw(
         folder.mkdir(parents=True, exist_ok=True)
         made = []
         for (path, sample), answer in zip(samples, answers, strict=True):
-            picture = folder / f"{path.stem}.png"
-            write_atomically(picture, trained.task.draw(sample, answer.answer))
-            write_atomically(picture.with_suffix(".json"), answer.json() + "\n")
-            made.append(picture)
+            drawn, said = trained.task.draw(sample, answer.answer), folder / f"{path.stem}.json"
+            write_atomically(said, answer.json() + "\n")
+            if drawn is not None:
+                write_atomically(said.with_suffix(".png"), drawn)
+            made.append(said if drawn is None else said.with_suffix(".png"))
         return made
 
     return [path for own in on_all(grid, write) for path in own]

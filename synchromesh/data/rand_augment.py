@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
+from synchromesh.errors import InputError
+
 # An operation takes the images that drew it, its level per image (0..1) and a sign per image (-1 or 1).
 Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -90,8 +92,10 @@ def posterize(x: Float[Tensor, "B C H W"], bits: Tensor) -> Float[Tensor, "B C H
 
 
 def _equalize(x: Tensor) -> Tensor:
-    from kornia.enhance import equalize  # two seconds to import, and only RandAugment needs it
-
+    try:
+        from kornia.enhance import equalize  # two seconds to import, and only RandAugment needs it
+    except ModuleNotFoundError as error:
+        raise InputError("RandAugment needs the package kornia: pip install 'synchromesh[vision]'") from error
     return equalize(x)
 
 

@@ -36,11 +36,13 @@ def draw_gallery(
     model.train(was_training)
 
     def write() -> dict[str, str]:
-        (folder / PICTURES).mkdir(exist_ok=True)
         captions = {}
         for (kind, place, index), sample, answer in zip(chosen, samples, answers, strict=True):
-            name = f"{kind}-{place + 1}.png"
-            write_atomically(folder / PICTURES / name, task.draw(sample, answer))
+            name, picture = f"{kind}-{place + 1}.png", task.draw(sample, answer)
+            if picture is None:
+                continue
+            (folder / PICTURES).mkdir(exist_ok=True)
+            write_atomically(folder / PICTURES / name, picture)
             captions[name] = f"{kind} {place + 1}: test {task.unit} number {index}"
         return captions
 
