@@ -48,7 +48,8 @@ class Kernels:
     Attributes:
         select: (logits, k, gate=, normalize=, bias=, sums=) -> scores, expert_ids, weights, score_sums, choice_counts.
         positions: (expert_ids, num_experts, priority=None) -> places, counts.
-        gather: (x, rowmap) -> rows. combine: (buffer, weights, rowmap) -> y.
+        gather: (x, rowmap) -> rows.
+        combine: (buffer, weights, rowmap) -> y.
         grouped_mm: (rows, weight, ends, bias=None) -> rows.
         scaled_mm: as grouped_mm, with products=, which 8-bit numbers are multiplied.
         fused_mlp: (x, weights, rowmap, mlp, activation) -> y, for any activation, and for 8-bit weights too.

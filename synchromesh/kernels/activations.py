@@ -1,4 +1,4 @@
-"""The activations that fused kernels know, with their derivatives in closed form, in place where wished."""
+"""The activations that fused kernels know, with their derivatives in closed form; both can run in place."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, weight, ends, _ = inputs
     needs_rows, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
     ctx.needs = [needs_rows, needs_weight, needs_bias]
-    ctx.save_for_backward(rows if needs_weight else None, weight, ends)
+    ctx.save_for_backward(rows if needs_weight else None, weight, ends)  # only the weight's gradient reads rows
 
 
 def _fake(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
