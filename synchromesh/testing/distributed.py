@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -19,7 +20,9 @@ import torch.distributed as dist
 
 from synchromesh.testing.poison import poisoned_memory
 
-PRELOADED = ["torch", "torch.distributed", "numpy"]
+# Ranks are forked from a server that has imported this much: each is a fresh process, and imports none of it again.
+ALWAYS = ["torch", "torch.distributed", "torch._dynamo", "numpy"]  # torch's compiler: custom ops import it when called
+WHERE_USED = {"synchromesh", "transformers", "pytest", "hypothesis"}  # packages, as far as the caller imported them
 
 
 class RankError(AssertionError):
@@ -36,7 +39,7 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
         RankError: a rank raised, died, or was not done in time; the others are ended.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(_preloaded())  # heeded once, before the first rank is forked
     target = (function.__code__.co_filename, function.__qualname__)
     with tempfile.TemporaryDirectory() as folder:
         ranks, ends = [], []
@@ -54,6 +57,11 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
             for process in ranks:
                 process.kill()
                 process.join()
+
+
+def _preloaded() -> list[str]:
+    used = [name for name in sys.modules if name.partition(".")[0] in WHERE_USED and not name.endswith("__main__")]
+    return [*ALWAYS, *used]
 
 
 def _results(ends: list[Connection], folder: Path, deadline: float) -> list[Any]:
@@ -83,6 +91,7 @@ def _rank_main(
     target: tuple[str, str], place: tuple[int, int, str], end: Connection, arguments: tuple[Any, ...], timeout: int
 ) -> None:
     rank, world, folder = place
+    gc.freeze()  # to look through what was preloaded would copy its pages
     with _errors_of(Path(folder), rank).open("w") as file:
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
