@@ -66,6 +66,7 @@ class Decisions:
             return decision
         made = [] if frame is None else self._made.get(frame, [])
         used = {} if frame is None else self._next.setdefault(frame, {})
+        # A graph that is kept is run backwards several times; each of these reads the decisions from the first on.
         task = backward_task()
         index = used.get(task, 0)
         if index >= len(made):

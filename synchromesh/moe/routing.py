@@ -73,6 +73,7 @@ class NodeLimit:
     def mask(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """Return the scores, -inf outside the best groups of each token."""
         grouped = scores.unflatten(1, (self.groups, -1))
+        # A group is as good as the sum of its two best experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
         best = grouped.topk(min(2, grouped.shape[2]), dim=2).values.sum(dim=2).topk(self.selected, dim=1).indices
         outside = torch.ones_like(grouped[:, :, 0], dtype=torch.bool).scatter_(1, best, False)
         return grouped.masked_fill(outside[:, :, None], -math.inf).flatten(1)
@@ -108,7 +109,7 @@ class BiasBalance(nn.Module):
     def update(self) -> None:
         """Move the bias against the load seen since the last update."""
         load = self.tokens_per_expert
-        self.steps += (load.sum() - load * load.numel()).sign()
+        self.steps += (load.sum() - load * load.numel()).sign()  # of mean - load, in integers: exact
         self.tokens_per_expert.zero_()
 
 

@@ -94,6 +94,7 @@ def exchange_and_compute(
     going, coming = (
         [Exchange(route, wire, waiting, there=there) for route in traffic.routes] for there in (True, False)
     )
+    # On two levels a piece is relayed when the one before it arrives, so that its second hop runs under compute too.
     for first, second in pairwise(going):
         first.ahead = second
     for first, second in pairwise(reversed(coming)):  # gradients go there in the other order

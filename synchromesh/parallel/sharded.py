@@ -103,14 +103,14 @@ class Sharded(Strategy):
         def weights() -> Mapping[str, Tensor]:
             return _seen_by_expert(pool.finish(token), experts, layout, layout.member(self.grid.rank))
 
-        if layout.members == 1:
+        if layout.members == 1:  # every rank pools all experts: nothing is exchanged
             token = pool.start(own)
             with pool.forgetting():
                 return clock.leave(pool.reopen(run_here(x, routing, rowmap, experts, weights(), kernels)))
         slots = self._slots(layout, x.device)
         traffic_of = ragged_traffic if plan.ragged else even_traffic
         traffic = traffic_of(routing, rowmap, slots, self._between(layout, plan), chunks=plan.chunks, kernels=kernels)
-        token = pool.start(own)
+        token = pool.start(own)  # after the counts, so that these do not queue behind the weights
         rows = traffic.send.gather(x, kernels)
         with pool.forgetting():
             out = exchange_and_compute(rows, traffic, experts, wire=self.wire, waiting=self._waiting, weights=weights)
