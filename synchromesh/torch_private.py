@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._library.custom_ops import OPDEFS as CUSTOM_OPS  # by qualified name
+from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -43,6 +45,33 @@ def checkpoint_frame() -> object | None:
     held = inspect.getclosurevars(pack).nonlocals
     frame = held["target_frame_ref"]() if "target_frame_ref" in held else held.get("frame")
     return frame if isinstance(frame, _CheckpointFrame) else None
+
+
+def transformed() -> bool:
+    """Tell whether a transform of torch.func or forward-mode differentiation is at work.
+
+    torch.compile sees through neither question; there the answer is no.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or functorch.peek_interpreter_stack() is not None
+
+
+def vmapped() -> bool:
+    """Tell whether a transform at work is torch.vmap (or jacrev, jacfwd, hessian): then no number can be read."""
+    if torch.compiler.is_compiling():
+        return False
+    stack = functorch.get_interpreter_stack() or []
+    return any(one.key() == functorch.TransformType.Vmap for one in stack)
+
+
+def outlived(tensor: Tensor) -> bool:
+    """Tell whether a tensor belongs to a transform of torch.func that has ended."""
+    if torch.compiler.is_compiling():
+        return False
+    level = functorch.maybe_get_level(tensor)
+    now = functorch.maybe_current_level() or 0
+    return level == -2 or level > now
 
 
 def leave_to_owner(model: nn.Module, names: Iterable[str]) -> None:

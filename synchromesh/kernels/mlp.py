@@ -65,9 +65,9 @@ class MLPWeights:
             raise ValueError("got scales for some matrices, wanted one for each of up, down and gate, or none")
 
     @classmethod
-    def of(cls, parts: Mapping[str, Tensor | None]) -> MLPWeights:
-        """Return the weights of tensors by their names; gate and up are separate tensors."""
-        return cls(**cast(Any, parts))
+    def of(cls, parts: Mapping[str, Tensor | None], *, joint: bool = False) -> MLPWeights:
+        """Return those of tensors by their names."""
+        return cls(**cast(Any, parts), joint=joint)
 
     @property
     def quantized(self) -> bool:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from synchromesh.torch_private import has_forward_hooks, onednn_has_bfloat16, onednn_linear
+from synchromesh.torch_private import has_forward_hooks, onednn_has_bfloat16, onednn_linear, transformed
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -38,6 +38,8 @@ def apply(layer: nn.Module, x: Float[Tensor, "*T D"], *, gelu: bool = False) -> 
 
 def _fuses(x: Tensor) -> bool:
     if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() == 0:
+        return False
+    if transformed():
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     if dtype == torch.bfloat16 and not onednn_has_bfloat16():

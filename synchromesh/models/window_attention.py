@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from synchromesh.models.cosine_attention import cosine_attention
 from synchromesh.models.linear import apply, linear
+from synchromesh.torch_private import transformed
 
 MASKED = -200.0  # what transformers adds in all to the score of a pair from two image regions
 MAX_LOG_SCALE = math.log(100.0)
@@ -90,7 +91,8 @@ class CosineAttention(nn.Module):
         self, qkv: Float[Tensor, "W N QKV"], bias: Float[Tensor, "G h N N"], dropout: float
     ) -> Float[Tensor, "W N C"]:
         scale = self.log_scale.clamp(max=MAX_LOG_SCALE).exp()
-        if qkv.device.type == "cpu" and dropout == 0.0 and not torch.compiler.is_compiling():
+        by_hand = qkv.device.type == "cpu" and dropout == 0.0 and not torch.compiler.is_compiling()
+        if by_hand and not transformed():
             return cosine_attention(qkv, scale.flatten(), bias)
         q, k, v = _heads(qkv, self.num_heads)
         q, k = q * (scale / _norm(q)).to(q.dtype), k * _norm(k).reciprocal().to(k.dtype)
@@ -119,7 +121,8 @@ def attend(
     dropout: float,
 ) -> Float[Tensor, "W N C"]:
     """Return softmax(q k^T + bias) v, heads side by side; bias is one for all windows (G = 1) or one per window."""
-    if q.device.type == "cpu" and torch.is_grad_enabled():  # a bias that wants a gradient leaves no fused kernel there
+    # A bias that wants a gradient leaves no fused kernel on a CPU, and none of them has a forward-mode derivative.
+    if transformed() or (q.device.type == "cpu" and torch.is_grad_enabled()):
         scores = (q @ k.mT).unflatten(0, (-1, bias.shape[0])) + bias
         weights = F.dropout(scores.softmax(-1), dropout, dropout > 0).flatten(0, 1)
         y = weights.to(v.dtype) @ v

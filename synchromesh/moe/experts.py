@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from synchromesh.kernels import Kernels, MLPWeights, Products
+from synchromesh.kernels.composed import members_of
+from synchromesh.torch_private import vmapped
 from synchromesh.types import RowMap
 
 Activation = Callable[[Tensor], Tensor]
@@ -255,7 +257,8 @@ class ModuleExperts(Experts):
     """Any modules from rows to rows as experts, one each. They move whole, and run one after the other.
 
     Every module runs in every forward, on no rows if need be, so that its gradients exist on every rank. The number of
-    rows of each is read on the host, so torch.compile does not take them in one graph.
+    rows of each is read on the host, so torch.compile does not take them in one graph. Under vmap, which allows no such
+    read, each runs on all rows, others' being 0: the same for modules that treat every row by itself.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -282,17 +285,25 @@ class ModuleExperts(Experts):
     def compute(
         self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " L"], weights: Mapping[str, Tensor], kernels: Kernels
     ) -> Float[Tensor, "R D"]:
+        if vmapped():
+            out = []
+            for number, member in zip(self.experts, members_of(rows.shape[0], ends), strict=True):
+                own = member[:, None]
+                out.append(self._run(number, rows.where(own, 0), weights).where(own, 0))
+            return torch.stack(out).sum(0)
         sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
         *groups, tail = rows.split([*sizes, rows.shape[0] - sum(sizes)])
-        out = []
-        for (number, expert), group in zip(self.experts.items(), groups, strict=True):
-            prefix = f"experts.{number}."
-            own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-            out.append(functional_call(expert, own, (group,)) if own else expert(group))
-            if out[-1].shape != group.shape:
-                got, wanted = tuple(out[-1].shape), tuple(group.shape)
-                raise ValueError(f"expert {number} returned rows of shape {got}, wanted {wanted}, as they came in")
+        out = [self._run(number, group, weights) for number, group in zip(self.experts, groups, strict=True)]
         return torch.cat([*out, out[0].new_zeros(tail.shape)])
+
+    def _run(self, number: str, rows: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        prefix, expert = f"experts.{number}.", self.experts[number]
+        own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+        out = functional_call(expert, own, (rows,)) if own else expert(rows)
+        if out.shape != rows.shape:
+            got, wanted = tuple(out.shape), tuple(rows.shape)
+            raise ValueError(f"expert {number} returned rows of shape {got}, wanted {wanted}, as they came in")
+        return out
 
 
 def set_products(model: nn.Module, products: Products | None) -> list[str]:

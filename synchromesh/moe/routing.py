@@ -75,7 +75,7 @@ class NodeLimit:
         grouped = scores.unflatten(1, (self.groups, -1))
         # A group is as good as the sum of its two best experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
         best = grouped.topk(min(2, grouped.shape[2]), dim=2).values.sum(dim=2).topk(self.selected, dim=1).indices
-        outside = torch.ones_like(grouped[:, :, 0], dtype=torch.bool).scatter_(1, best, False)
+        outside = (best[:, :, None] != torch.arange(self.groups, device=best.device)).all(dim=1)
         return grouped.masked_fill(outside[:, :, None], -math.inf).flatten(1)
 
 

@@ -66,8 +66,8 @@ class Pool:
         finally:
             self._pooled = []
 
-    # `reopen` is the last node of the forward, so its backward is the first: the gather runs while gradients of the rows
-    # are still on their way. Saved tensors are asked for in the experts' backward, and the first to ask waits.
+    # `reopen` is the last node of the forward, so its backward is the first: the gather runs while gradients of the
+    # rows are still on their way. Saved tensors are asked for in the experts' backward, and the first to ask waits.
 
     def reopen(self, y: Tensor) -> Tensor:
         """Return y; in its backward, begin to gather again where nothing was kept."""
@@ -94,7 +94,7 @@ class Pool:
         return self._regathered[number]
 
     def _pack(self, tensor: Tensor) -> Tensor | _Forgotten:
-        # What is saved is often a view of a pooled part (a slice, a transpose): known by its memory, made again from it.
+        # What is saved is often a view of a pooled part: a slice, a transpose. It is known by its memory.
         memory = tensor.untyped_storage().data_ptr()
         for number, part in enumerate(self._pooled):
             if part.untyped_storage().data_ptr() == memory:

@@ -33,6 +33,7 @@ from synchromesh.parallel.pool import Pool
 from synchromesh.parallel.waiting import Waiting
 from synchromesh.parallel.wire import AS_IS, Wire
 from synchromesh.planning.lattice import check_sizes, every_plan, refusal
+from synchromesh.torch_private import transformed
 from synchromesh.types import Plan, Routing, RowMap, Workload
 
 
@@ -88,6 +89,11 @@ class Sharded(Strategy):
     def run(
         self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, experts: Experts, plan: Plan
     ) -> Float[Tensor, "T D"]:
+        if self.grid.size > 1 and transformed():
+            raise ValueError(
+                "got a layer on several ranks inside torch.func or forward-mode differentiation, which cannot exchange "
+                "rows; wanted it on one rank: build the model without parallelize, or use backward"
+            )
         x = x.to(compute_dtype(x))
         kernels = self.kernels_on(x.device)
         layout = self._layout(experts.num_experts, plan)
@@ -117,7 +123,7 @@ class Sharded(Strategy):
         return clock.leave(traffic.send.combine(pool.reopen(out), weights_per_row(routing, layout), kernels))
 
     def kernels_on(self, device: torch.device) -> Kernels:
-        return self.kernels or kernels_for(device)
+        return kernels_for(device, self.kernels)
 
     def agree_max(self, value: Tensor) -> Tensor:
         agreed = value.detach().clone()

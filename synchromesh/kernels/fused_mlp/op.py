@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from synchromesh.kernels import composed
+from synchromesh.kernels.activations import KNOWN
 from synchromesh.kernels.autocast import autocast_alike
 from synchromesh.kernels.mlp import LEARNABLE, MLPWeights, Net
 from synchromesh.types import RowMap
@@ -60,6 +62,9 @@ def define(name: str, forward: Callable[..., Any], backward: Callable[..., Any],
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         tensors = list(ctx.saved_tensors)  # read once: activation checkpointing unpacks each a single time
+        if torch.is_grad_enabled():  # this backward will be differentiated
+            grads = _composed(grad, tensors[:5], tensors[7:], ctx.activation, ctx.joint, ctx.needs)
+            return *grads[:2], None, None, None, None, None, None, *grads[2:]
         d_x, d_weights, d_mlp = backward_op(grad, tensors[:7], tensors[7:], ctx.activation, ctx.joint, ctx.needs)
         grads = [d if need else None for d, need in zip([d_x, d_weights, *d_mlp], ctx.needs, strict=True)]
         return *grads[:2], None, None, None, None, None, None, *grads[2:]
@@ -68,6 +73,19 @@ def define(name: str, forward: Callable[..., Any], backward: Callable[..., Any],
     backward_op.register_fake(_fake_backward)
     op.register_autograd(gradients, setup_context=_setup)
     return op
+
+
+def _composed(
+    grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, joint: bool, needs: list[bool]
+) -> list[Tensor | None]:
+    x, weights, pairs, rows, ends = saved
+    rowmap = RowMap(rows, pairs, ends, None)
+
+    def y(x: Tensor, weights: Tensor, *mlp: Tensor | None) -> Tensor:
+        net = MLPWeights.of(dict(zip(Net._fields, mlp, strict=False)), joint=joint)
+        return composed.fused_mlp(x, weights, rowmap, net, KNOWN[activation].function)
+
+    return composed.differentiable_gradients(y, [x, weights, *mlp], needs, grad)
 
 
 def pre_activations(

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from synchromesh.kernels import composed
 from synchromesh.kernels.memory import room
 from synchromesh.types import RowMap
 
@@ -70,6 +71,8 @@ def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     pairs, ends = ctx.saved_tensors
+    if torch.is_grad_enabled():  # this backward will be differentiated
+        return composed.added(grad, pairs, (ctx.num_tokens, ctx.choices)), None, None, None
     # A token's gradient is the sum of its rows': combine with weights of one.
     ones = grad.new_ones(ctx.num_tokens, ctx.choices, dtype=sum_dtype(grad.dtype))
     return _combine(grad, ones, pairs, ends), None, None, None
@@ -128,7 +131,10 @@ def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _combine_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    d_buffer, d_weights = _combine_backward(grad, *ctx.saved_tensors)
+    buffer, weights, pairs, ends = ctx.saved_tensors
+    if torch.is_grad_enabled():  # this backward will be differentiated
+        return *composed.combine_gradients(grad, buffer, weights, pairs), None, None
+    d_buffer, d_weights = _combine_backward(grad, buffer, weights, pairs, ends)
     return d_buffer, d_weights, None, None
 
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from synchromesh.kernels import composed
 from synchromesh.kernels.launch import on_its_device
 from synchromesh.kernels.permute import reference
 from synchromesh.types import RowMap
@@ -83,11 +84,14 @@ def _(grad: Tensor, rows: Tensor) -> Tensor:
 
 
 def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[2])
+    ctx.save_for_backward(*inputs[1:])
 
 
 def _gather_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _gather_backward(grad, *ctx.saved_tensors), None, None
+    pairs, rows = ctx.saved_tensors
+    if torch.is_grad_enabled():  # this backward will be differentiated
+        return composed.added(grad, pairs, tuple(rows.shape)), None, None
+    return _gather_backward(grad, rows), None, None
 
 
 _gather.register_autograd(_gather_grad, setup_context=_gather_setup)
@@ -135,6 +139,8 @@ def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _combine_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # this backward will be differentiated
+        return *composed.combine_gradients(grad, *ctx.saved_tensors), None, None
     return *_combine_backward(grad, *ctx.saved_tensors), None, None
 
 
