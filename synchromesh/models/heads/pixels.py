@@ -1,4 +1,4 @@
-"""Pixels: a head that draws the picture again from a backbone's last map (SimMIM, arXiv 2111.09886)."""
+"""Pixels: a head that reconstructs the picture from a backbone's last map (SimMIM, arXiv 2111.09886)."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class PixelDecoder(nn.Module):
         """
         patches = None if hidden is None else hidden_positions(hidden, self.backbone.strides[0])
         last = self.backbone(images, patches).last
+        # PixelShuffle turns the stride^2 * channels numbers of each position into its square of pixels.
         drawn = self.shuffle(self.decoder(last.permute(0, 3, 1, 2).contiguous()))
         return drawn[:, :, : images.shape[2], : images.shape[3]]
 
