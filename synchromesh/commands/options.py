@@ -167,7 +167,7 @@ def _plain(text: str) -> Any:
 
 
 def _walked(value: Any, parts: Sequence[str], kinds: Kinds, given: Sequence[str]) -> tuple[Any, bool]:
-    """Switch on what a dotted name leads through; return the value, and whether the name ends where a kind is chosen."""
+    """Switch on what a dotted name leads through; return the value, and whether the name ends at a choice of kinds."""
     where: list[str] = []
     for number, part in enumerate(parts):
         here = _get(value, where)

@@ -26,14 +26,7 @@ from synchromesh.parallel.sharded import Sharded
 from synchromesh.planning.cluster import ClusterProfile, Curve, Link, Matmul
 from synchromesh.types import Plan, Workload
 
-PRODUCT_SHAPES = [
-    (16, 256, 256),
-    (64, 512, 256),
-    (256, 256, 512),
-    (128, 1024, 512),
-    (512, 512, 512),
-    (1024, 1024, 1024),
-]
+MATMUL_SHAPES = [(16, 256, 256), (64, 512, 256), (256, 256, 512), (128, 1024, 512), (512, 512, 512), (1024,) * 3]
 MESSAGE_BYTES = [1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24]
 LONGEST_MESSAGE = 0.5  # seconds; larger messages are extrapolated from the last two
 ROUNDS = 7  # of a measurement, whose median counts
@@ -61,9 +54,7 @@ def measure(grid: Grid, name: str, *, device: torch.device, begins: Callable[[st
     kernel = meter.kernel()
     memory_rate = meter.memory_rate(matmul["float32"], kernel, alone)
     step, chunk = alone, (0.0, 0.0)
-    if (
-        grid.size > 1
-    ):  # without starting the exchanges: counts, rows there and back; in backward gradients there and back
+    if grid.size > 1:  # without the start of 3 exchanges in forward (counts, rows there and back) and 2 in backward
         plain, pieces = meter.exchanging(1), meter.exchanging(4)
         step = (max(alone[0], plain[0] - 3 * start), max(alone[1], plain[1] - 2 * start))
         chunk = tuple(max(0.0, (many - one) / 3 - 2 * start) for many, one in zip(pieces, plain, strict=True))
@@ -131,7 +122,7 @@ class _Meter:
 
     def matmul(self, dtype: torch.dtype) -> Matmul:
         found = []
-        for m, n, k in PRODUCT_SHAPES:
+        for m, n, k in MATMUL_SHAPES:
             a, b = (torch.randn(size, device=self.device, dtype=dtype) for size in ((m, k), (k, n)))
             out = torch.empty(m, n, device=self.device, dtype=dtype)
             count = max(1, round(2e8 / (m * n * k)))
@@ -149,7 +140,7 @@ class _Meter:
         return max(1e-7, (many - few) / 60 / 2)  # 60 more experts of 2 products
 
     def memory_rate(self, matmul: Matmul, kernel: float, step: tuple[float, float]) -> float:
-        """Return at which rate one process's layer moves what is not products, by the count of `planning.cost`."""
+        """Return the bytes per second that a layer moves besides its products, as `planning.cost` counts them."""
         work = Workload(4096, 2, 256, 256, 4, torch.float32, training=True)
         taken = sum(self.layer(work.experts, work.rows, work.width, work.hidden, k=work.choices)) - sum(step)
         each = matmul.seconds(work.rows * work.choices / work.experts, work.hidden, work.width) + kernel
