@@ -16,7 +16,7 @@ def replace_ffn(
 
     Args:
         model: any model.
-        select: called with each module's dotted name and the module; True replaces it, and nothing inside it is asked.
+        select: called with each module's dotted name and the module; True replaces it with all that is inside.
         factory: called with the old module; returns the new one, tensor in, tensor out.
 
     Raises:

@@ -30,7 +30,7 @@ def linear(
 
 
 def apply(layer: nn.Module, x: Float[Tensor, "*T D"], *, gelu: bool = False) -> Float[Tensor, "*T F"]:
-    """Call a linear layer by `linear`; with gradients, hooks, or of another kind, as it wants to be called."""
+    """Call a linear layer by `linear`; with gradients or hooks, or if it is another kind of layer, call the module."""
     if type(layer) is nn.Linear and not has_forward_hooks(layer) and not torch.is_grad_enabled():
         return linear(x, layer.weight, layer.bias, gelu=gelu)
     return F.gelu(layer(x)) if gelu else layer(x)

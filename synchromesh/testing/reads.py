@@ -18,7 +18,7 @@ from synchromesh.torch_private import CUSTOM_OPS, TorchDispatchMode, tree_leaves
 aten = torch.ops.aten
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-UNDISPATCHED = (  # on the CPU or the meta device these ask nobody
+UNDISPATCHED = (  # on the CPU or the meta device these do not go through the dispatcher
     *((Tensor, name) for name in ("tolist", "numpy", "new_tensor")),
     *((torch, name) for name in ("tensor", "as_tensor")),
 )
@@ -59,7 +59,7 @@ class HostReads(TorchDispatchMode):
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Note nothing inside: what stands for a kernel of the device may read."""
+        """Note nothing inside the block: stand-ins for kernels of a device may read."""
         before, self._aside = self._aside, True
         try:
             yield
@@ -78,7 +78,7 @@ class HostReads(TorchDispatchMode):
 
     @contextmanager
     def _going_on(self) -> Iterator[None]:
-        """Note what a custom op does inside: while an operation is looked at, nobody looks."""
+        """Note what a custom op does inside: torch switches the mode off while it handles an operation."""
         super().__enter__()
         try:
             yield

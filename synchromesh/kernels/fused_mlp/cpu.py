@@ -114,7 +114,7 @@ class _Space(NamedTuple):
         opened: [n, F], act of gate, or of up where nothing is gated.
         d_hidden: [n, F], the gradient of hidden; it becomes that of up's pre-activations.
         spare: [n, F], it becomes the gradient of gate's pre-activations.
-        hidden: [n, F], A: what down is multiplied with.
+        hidden: [n, F], the hidden rows A, which down multiplies.
         both: [n, 2 F], whose halves are spare and d_hidden where gate and up are joint; else without numbers.
     """
 
