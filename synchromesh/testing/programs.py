@@ -7,15 +7,17 @@ import os
 import re
 import runpy
 import signal
-import socket
 import sys
 import tempfile
 import types
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import TracebackType
+
+import torch.distributed as dist
 
 from synchromesh.testing.forks import fork
 
@@ -81,22 +83,29 @@ def run_program(
         return program.wait()
 
 
+@contextmanager
+def job(
+    ranks: int, *arguments: object, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+) -> Iterator[list[Program]]:
+    """Run `python ARGUMENTS` on each rank of a job on this machine, told what torchrun tells, as long as the block."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
+    told = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    told |= {"TORCHELASTIC_USE_AGENT_STORE": True}  # the ranks meet in that store, whose port is taken already
+    with ExitStack() as held:
+        programs: list[Program] = []
+        for rank in range(ranks):
+            own = {name: str(value) for name, value in (told | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            program = Program(arguments, cwd=cwd, environment={**own, **(environment or {})})
+            programs.append(held.enter_context(program))
+        yield programs
+
+
 def run_job(
     ranks: int, *arguments: object, cwd: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> list[CompletedProcess[str]]:
-    """Run `python ARGUMENTS` on each rank of a job on this machine, told what torchrun tells; return all, by rank."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    job = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    programs: list[Program] = []
-    try:
-        for rank in range(ranks):
-            told = {name: str(value) for name, value in (job | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-            programs.append(Program(arguments, cwd=cwd, environment={**told, **(environment or {})}))
+    """Run a `job` to its end; return all ranks' ends and what they said, by rank."""
+    with job(ranks, *arguments, cwd=cwd, environment=environment) as programs:
         return [program.wait() for program in programs]
-    finally:
-        for program in programs:
-            program.__exit__(None, None, None)
 
 
 def _run(arguments: list[str], cwd: str, environment: dict[str, str], said: str) -> None:
