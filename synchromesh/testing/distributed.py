@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
-import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from synchromesh.testing.forks import fork
 from synchromesh.testing.poison import poisoned_memory
-
-# Ranks are forked from a server that has imported this much: each is a fresh process, and imports none of it again.
-ALWAYS = ["torch", "torch.distributed", "torch._dynamo", "numpy"]  # torch's compiler: custom ops import it when called
-WHERE_USED = {"synchromesh", "transformers", "pytest", "hypothesis"}  # packages, as far as the caller imported them
 
 
 class RankError(AssertionError):
@@ -38,18 +33,14 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
     Raises:
         RankError: a rank raised, died, or was not done in time; the others are ended.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_preloaded())  # heeded once, before the first rank is forked
     target = (function.__code__.co_filename, function.__qualname__)
     with tempfile.TemporaryDirectory() as folder:
         ranks, ends = [], []
         for rank in range(world):
-            ours, theirs = context.Pipe(duplex=False)
+            ours, theirs = Pipe(duplex=False)
             place = (rank, world, folder)
-            process = context.Process(target=_rank_main, args=(target, place, theirs, arguments, timeout), daemon=True)
-            process.start()
+            ranks.append(fork(_rank_main, target, place, theirs, arguments, timeout, daemon=True))
             theirs.close()
-            ranks.append(process)
             ends.append(ours)
         try:
             return _results(ends, Path(folder), time.monotonic() + timeout)
@@ -57,11 +48,6 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
             for process in ranks:
                 process.kill()
                 process.join()
-
-
-def _preloaded() -> list[str]:
-    used = [name for name in sys.modules if name.partition(".")[0] in WHERE_USED and not name.endswith("__main__")]
-    return [*ALWAYS, *used]
 
 
 def _results(ends: list[Connection], folder: Path, deadline: float) -> list[Any]:
@@ -91,7 +77,6 @@ def _rank_main(
     target: tuple[str, str], place: tuple[int, int, str], end: Connection, arguments: tuple[Any, ...], timeout: int
 ) -> None:
     rank, world, folder = place
-    gc.freeze()  # to look through what was preloaded would copy its pages
     with _errors_of(Path(folder), rank).open("w") as file:
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
