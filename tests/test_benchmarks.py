@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,11 +21,17 @@ def test_the_benchmark_of_transformers_experts_runs(tmp_path):
     assert all(set(r["seconds"]) == {"eager", "batched_mm", "grouped_mm", "synchromesh"} for r in records)
 
 
+def loaded(name, monkeypatch):
+    """Return a benchmark as a module."""
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_demo_of_8_bit_products_is_the_recipe_with_such_experts_under_a_name_of_its_own(monkeypatch):
-    spec = importlib.util.spec_from_file_location("demo", BENCHMARKS / "demo.py")
-    demo = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "demo", demo)  # dataclasses look their module up
-    spec.loader.exec_module(demo)
+    demo = loaded("demo", monkeypatch)
     args = tyro.cli(demo.Args, args=["--products", "float8", "--tile", "64"])
     config, plain = demo.alone("moe", 0, args), demo.alone("moe", 0, demo.Args())
     differ = differences(encode(plain), encode(config))
@@ -35,3 +42,61 @@ def test_the_demo_of_8_bit_products_is_the_recipe_with_such_experts_under_a_name
     assert demo.name_of("moe", args) == "moe, tile 64, float8"
     assert demo.name_of("moe", demo.Args()) == "moe"
     assert demo.name_of("dense", args) == "dense"
+
+
+FILE = '''"""Accuracy of labels."""
+
+import os  # a comment
+
+
+class TopLabels:
+    """Detection."""
+
+    def accuracy_of(self, x):
+        """Classification."""
+        # argmax
+
+        def inner():
+            return "the detector"
+
+        return x
+'''
+
+
+def test_functions_comments_and_names_of_tasks_are_counted_as_the_page_says(monkeypatch):
+    house = loaded("house", monkeypatch)
+    assert sorted(house.functions(FILE)) == [("accuracy_of", 9, 8), ("inner", 13, 2)]
+    assert house.comments(FILE) == 2
+    assert house.task_words(FILE) == ["accuracy", "detector", "labels"]
+    assert house.task_words(FILE, house.CHARTS[0]) == ["accuracy", "detector"]
+    assert house.task_words("x = table.enlabelled + CrossEntropyLoss") == ["cross entropy"]
+
+
+def test_the_counts_of_this_tree_hold_what_a_reader_would_open_and_no_task_outside_its_home():
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "house.py", BENCHMARKS.parent, "--names", "now", "--json"],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["tree"] == "now"
+    # It writes the files of the released Swin-MoE, which are classifiers.
+    assert set(found["modules_that_name_a_task"]) <= {"commands/convert.py"}
+    whole, parts = found["config_files_as_a_whole"], found["config_files"]
+    assert whole["commands/train.py"] == "run(request: Request)"
+    assert whole["training/loop.py"] == "fit(job: Job)"
+    assert parts["tasks/classification.py"].endswith("(self: Classification)")
+    assert set(whole) < set(parts) <= set(found["files_that_run_before_the_loop"])
+    sharded, adaptive = found["forward_files_sharded"], found["forward_files_adaptive"]
+    assert {"moe/layer.py", "moe/routing.py", "parallel/sharded.py", "parallel/comm/all_to_all.py"} <= set(sharded)
+    assert {"planning/tuner.py", "moe/layer.py"} <= set(adaptive)
+    assert not {name for name in sharded if name.startswith(("training/", "commands/"))}
+    assert not {name for name in sharded if name.startswith("planning/tuner")}
+
+
+def test_a_folder_that_is_no_checkout_is_named(tmp_path):
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "house.py", tmp_path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert f"{tmp_path / 'synchromesh'} holds no Python files" in done.stderr

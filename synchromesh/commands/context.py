@@ -1,4 +1,4 @@
-"""Context: what every command is given besides its request."""
+"""Context: what every command is given in addition to its request."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from datetime import timedelta
 
 from rich.console import Console
 
-from synchromesh.commands.launch import launch
 from synchromesh.errors import InputError
 from synchromesh.parallel.comm.environment import in_job
 from synchromesh.parallel.comm.grid import TIMEOUT, Grid
@@ -39,9 +38,12 @@ class Context:
         """Return the catalog. Raises InputError where a package that it needs is not installed."""
         try:
             return self.load_catalog()
-        except ImportError as error:
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] == "synchromesh":
+                raise  # no extra would bring it
             raise InputError(
-                f"`synchromesh {self.given[0]}` needs the package {error.name}: pip install 'synchromesh[vision]'"
+                f"`synchromesh {self.given[0]}` needs packages of the extra vision, and there is no {error.name}: "
+                "pip install 'synchromesh[vision]'"
             ) from error
 
     def on_ranks(
@@ -49,7 +51,7 @@ class Context:
     ) -> int:
         """Run on some ranks of this machine, or on those of the job around this process; return the exit code.
 
-        Only the first rank is heard.
+        Only the first rank writes to the console.
 
         Args:
             ranks: to start where no job is around.
@@ -60,6 +62,8 @@ class Context:
         if ranks < 1 or restarts < 0:
             raise InputError(f"got {ranks} for the number of ranks and {restarts} restarts, wanted at least 1 and 0")
         if ranks > 1 and not in_job():
+            from synchromesh.commands.launch import launch  # torchrun's modules, which one rank and help do without
+
             return launch(self.program, self.given, ranks, errors=self.errors, restarts=restarts)
         with joined(timeout=timeout) as grid:
             return run(self if grid.rank == 0 else self._silent(), grid)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json as to_json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, product
 from pathlib import Path
@@ -25,7 +25,7 @@ from synchromesh.planning.lattice import Ranks
 from synchromesh.planning.planner import LayerKind, ModelShape, Planned, plan_model, worlds
 from synchromesh.types import Workload
 
-LARGEST = 1 << 16
+MOST_RANKS = 1 << 16
 
 
 ABOUT = """\
@@ -82,7 +82,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Case:
-    """One table: a model and what was changed of it."""
+    """One table.
+
+    Attributes:
+        model: with the changes.
+        changed: what was changed, for people.
+    """
 
     model: ModelShape
     changed: str
@@ -94,7 +99,7 @@ def run(request: Request, context: Context) -> int:
     Raises:
         InputError: no such model or cluster, or numbers that cannot be.
     """
-    console = context.console
+    console, page = context.console, None if request.html is None else _page_writer()
     try:
         profile = load_profile(request.cluster)
         sizes = _worlds(request.world)
@@ -107,12 +112,8 @@ def run(request: Request, context: Context) -> int:
                 console.print(to_json.dumps(as_json(case, one)), soft_wrap=True, highlight=False, markup=False)
         else:
             _show(console, case, planned, profile, request)
-    if request.html is not None:
-        try:
-            from synchromesh.commands.plan_page import write_page  # plotly is an extra
-        except ImportError as error:
-            raise InputError("--html needs the package plotly: pip install 'synchromesh[report]'") from error
-        write_page(request.html, {f"{c.model.name} {c.changed}": found for c, found in results.items()}, profile)
+    if request.html is not None and page is not None:
+        page(request.html, {f"{c.model.name} {c.changed}": found for c, found in results.items()}, profile)
         console.print(str(request.html), highlight=False, soft_wrap=True)
     return 0 if any(one.refused is None for planned in results.values() for one in planned) else 1
 
@@ -150,13 +151,21 @@ def as_json(case: Case, one: Planned) -> dict[str, Any]:
     }
 
 
+def _page_writer() -> Callable[..., None]:
+    try:
+        from synchromesh.commands.plan_page import write_page  # plotly is an extra
+    except ModuleNotFoundError as error:
+        raise InputError("--html needs the package plotly: pip install 'synchromesh[report]'") from error
+    return write_page
+
+
 def _worlds(text: str) -> list[int]:
     first, dots, last = text.partition("..")
     if not first.isdecimal() or (dots and not last.isdecimal()):
         raise InputError(f"--world is {text!r}, wanted a number of ranks, or two as in 8..2048")
     low, high = int(first), int(last or first)
-    if not 1 <= low <= high <= LARGEST:
-        raise InputError(f"--world is {text!r}, wanted ranks from 1 to {LARGEST:,}, the smaller number first")
+    if not 1 <= low <= high <= MOST_RANKS:
+        raise InputError(f"--world is {text!r}, wanted ranks from 1 to {MOST_RANKS:,}, the smaller number first")
     return list(worlds(low, high))
 
 

@@ -6,16 +6,12 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from synchromesh.errors import InputError
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
 from synchromesh.planning.cluster import ClusterProfile
 from synchromesh.planning.planner import Planned
 from synchromesh.training.durable import write_atomically
-
-try:
-    import plotly.graph_objects as go
-    from plotly.offline import get_plotlyjs
-except ImportError as error:  # an extra
-    raise InputError("a page of curves needs the package plotly: pip install 'synchromesh[report]'") from error
 
 PARTS = ("dense", "matmul", "permute", "waits", "other")
 

@@ -1,4 +1,4 @@
-"""Features: what every backbone sees in images and every head reads; and what a backbone says of itself besides.
+"""Features: what every backbone sees in images and every head reads; and what a backbone tells of itself.
 
 A new backbone is one file: a config, which is all that recipes, files and the planner know of it, and a module.
 """
@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.export import register_dataclass
 
+from synchromesh.models.initialize import initialize
 from synchromesh.models.mixtures import ExpertsConfig, FeedForwardFactory
 
 FromData = tyro.conf.Suppress
@@ -77,9 +78,9 @@ class Backbone(nn.Module, ABC):
     def forward(self, images: Float[Tensor, "B C H W"], hidden: Bool[Tensor, "B L"] | None = None) -> Features:
         """Return the features of normalised pixels; the mask token stands for hidden patches, counted row by row."""
 
-    @abstractmethod
     def reset_parameters(self) -> None:
-        """Initialise all weights and buffers anew."""
+        """Initialise all weights and buffers again; here those of torch's layers and the library's."""
+        initialize(self, self.init_std)
 
     @abstractmethod
     def multiply_adds(self) -> float:
@@ -112,6 +113,10 @@ class BackboneConfig(ABC):
     def sized(self: Settings, *, image_size: int, channels: int) -> Settings:
         """Return these settings for images of this side, in pixels, and this many channels."""
 
-    @abstractmethod
     def hiding(self: Settings) -> Settings:
-        """Return these settings with a mask token for hidden patches."""
+        """Return these settings with a mask token for hidden patches.
+
+        Raises:
+            ValueError: such a backbone has none.
+        """
+        raise ValueError(f"a {type(self).__name__} has no mask token: wanted a backbone that has, such as SwinV2Config")

@@ -23,7 +23,7 @@ def draw_gallery(
 ) -> dict[str, str]:
     """Write pictures of an evaluation's worst and best samples; return their captions by the names of the files.
 
-    All ranks call it, and answer for the same samples together; the first one writes.
+    All ranks call it and run the model on the same samples; the first one writes.
     """
     chosen = [("worst", i, index) for i, index in enumerate(found.worst)]
     chosen += [("best", i, index) for i, index in enumerate(found.best) if index not in found.worst]
@@ -36,11 +36,13 @@ def draw_gallery(
     model.train(was_training)
 
     def write() -> dict[str, str]:
-        (folder / PICTURES).mkdir(exist_ok=True)
         captions = {}
         for (kind, place, index), sample, answer in zip(chosen, samples, answers, strict=True):
-            name = f"{kind}-{place + 1}.png"
-            write_atomically(folder / PICTURES / name, task.draw(sample, answer))
+            name, picture = f"{kind}-{place + 1}.png", task.draw(sample, answer)
+            if picture is None:
+                continue
+            (folder / PICTURES).mkdir(exist_ok=True)
+            write_atomically(folder / PICTURES / name, picture)
             captions[name] = f"{kind} {place + 1}: test {task.unit} number {index}"
         return captions
 

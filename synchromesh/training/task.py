@@ -1,4 +1,4 @@
-"""Task: what a model is trained for. Loop, commands and report ask a task, and know nothing else of images or answers.
+"""Task: what a model is trained for. Loop, commands and report ask a task, and know nothing of images or labels.
 
 A task is a frozen dataclass of plain values, chosen by object in a recipe, and goes to disk as JSON:
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from synchromesh.errors import InputError
 from synchromesh.models.features import BackboneConfig
 
 Facts = Mapping[str, Any]
@@ -234,6 +235,8 @@ class Answer:
 class Task(ABC):
     """What a model is trained for.
 
+    Seven methods say it; the others have a default, which is to do without: no data in folders, no pictures.
+
     Attributes:
         unit: what samples are called.
         numbers: what a model is scored by; the first one is the headline, and chooses the best checkpoint.
@@ -245,18 +248,6 @@ class Task(ABC):
     @abstractmethod
     def splits(self, *, seed: int) -> Splits:
         """Return the data; the seed of the run chooses what is chosen at random. Raises InputError."""
-
-    @abstractmethod
-    def reading(self, folder: Path) -> Task:
-        """Return this task on the data of a folder, instead of its own."""
-
-    @abstractmethod
-    def scored_on(self, folder: Path, facts: Facts) -> Split:
-        """Return the samples of a folder that a model trained on such data can be scored on. Raises InputError."""
-
-    def sized(self, backbone: BackboneConfig) -> BackboneConfig:
-        """Return a backbone's settings as the data want them: size and channels of images, a mask token."""
-        return backbone
 
     @abstractmethod
     def build(self, backbone: BackboneConfig, facts: Facts) -> nn.Module:
@@ -284,24 +275,36 @@ class Task(ABC):
     def scorer(self, facts: Facts) -> Scorer:
         """Return what scores a model."""
 
-    def after_step(self, model: nn.Module) -> None:  # noqa: B027 - most tasks have nothing to do
-        """Do what is to be done after each optimizer step, such as moving an averaged copy."""
-
-    @abstractmethod
-    def open(self, path: Path) -> Any:
-        """Read a file as a sample without an answer. Raises InputError."""
-
     @abstractmethod
     def predict(self, run: Run, batch: Batch, facts: Facts, ask: Ask) -> list[Answer]:
         """Run the model on a batch, perhaps an empty one, and return an answer for each sample."""
 
-    @abstractmethod
+    def sized(self, backbone: BackboneConfig) -> BackboneConfig:
+        """Return a backbone's settings as the data want them: size and channels of images, a mask token."""
+        return backbone
+
+    def after_step(self, model: nn.Module) -> None:  # noqa: B027 - most tasks have nothing to do
+        """Do what is to be done after each optimizer step, such as moving an averaged copy."""
+
+    def reading(self, folder: Path) -> Task:
+        """Return this task on the data of a folder, instead of its own. Raises InputError."""
+        raise self._without("reads no folder of data", "reading")
+
+    def scored_on(self, folder: Path, facts: Facts) -> Split:
+        """Return the samples of a folder that a model trained on such data can be scored on. Raises InputError."""
+        raise self._without("is not scored on a folder", "scored_on")
+
+    def open(self, path: Path) -> Any:
+        """Read a file as a sample without an answer. Raises InputError."""
+        raise self._without(f"cannot read {path}", "open")
+
     def cells(self, answer: Answer) -> Mapping[str, str]:
         """Return an answer as the cells of a row, by column."""
+        return {name: str(value) for name, value in answer.said.items()}
 
-    @abstractmethod
-    def draw(self, sample: Any, answer: Answer) -> bytes:
-        """Return a PNG file that shows a sample, the answer to it, and the truth where it is known."""
+    def draw(self, sample: Any, answer: Answer) -> bytes | None:
+        """Return a PNG file that shows a sample, the answer to it, and the truth where it is known; None for none."""
+        return None
 
     def pictures_by_default(self) -> bool:
         """Tell whether a prediction is looked at rather than read."""
@@ -314,6 +317,9 @@ class Task(ABC):
     def panels(self, scores: Scores) -> Sequence[Panel]:
         """Return what a report shows of the scores besides their numbers."""
         return ()
+
+    def _without(self, what: str, method: str) -> InputError:
+        return InputError(f"the task {type(self).__name__} {what}: it has no method `{method}`")
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -1,4 +1,4 @@
-"""Pixels: a head that draws the picture again from a backbone's last map (SimMIM, arXiv 2111.09886)."""
+"""Pixels: a head that reconstructs the picture from a backbone's last map (SimMIM, arXiv 2111.09886)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ class PixelDecoder(nn.Module):
         super().__init__()
         self.backbone, self.stride = backbone, backbone.strides[-1]
         self.decoder = nn.Conv2d(backbone.widths[-1], self.stride**2 * channels, 1)
-        self.shuffle = nn.PixelShuffle(self.stride)
 
     def forward(
         self, images: Float[Tensor, "B C H W"], hidden: Bool[Tensor, "B H W"] | None = None
@@ -34,8 +33,17 @@ class PixelDecoder(nn.Module):
         """
         patches = None if hidden is None else hidden_positions(hidden, self.backbone.strides[0])
         last = self.backbone(images, patches).last
-        drawn = self.shuffle(self.decoder(last.permute(0, 3, 1, 2).contiguous()))
+        # Each position's stride^2 * channels numbers become its square of pixels.
+        drawn = shuffled(self.decoder(last.permute(0, 3, 1, 2).contiguous()), self.stride)
         return drawn[:, :, : images.shape[2], : images.shape[3]]
+
+
+def shuffled(x: Float[Tensor, "B _ H W"], side: int) -> Float[Tensor, "B _ _ _"]:
+    """Return the same as `pixel_shuffle`, whose backward refuses a batch without images, such as a rank may have."""
+    batch, _, height, width = x.shape
+    channels = x.shape[1] // side**2
+    apart = x.view(batch, channels, side, side, height, width).permute(0, 1, 4, 2, 5, 3)
+    return apart.reshape(batch, channels, height * side, width * side)
 
 
 def hidden_positions(hidden: Bool[Tensor, "B H W"], stride: int) -> Bool[Tensor, "B L"]:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from synchromesh.models.heads.pixels import PixelDecoder, hidden_positions, masked_l1
+from synchromesh.models.heads.pixels import PixelDecoder, hidden_positions, masked_l1, shuffled
 from synchromesh.models.swin_v2 import SwinV2Config
 
 TINY = SwinV2Config(
@@ -53,3 +53,12 @@ def test_only_hidden_pixels_are_compared() -> None:
     assert masked_l1(drawn, images, hidden & False) == 0
     half = masked_l1(drawn.bfloat16(), images.bfloat16(), hidden)
     assert half.dtype == torch.float32
+
+
+@pytest.mark.parametrize("side", [1, 2, 4])
+def test_channels_become_pixels_as_in_torch_and_a_batch_without_images_learns_too(side) -> None:
+    x = torch.randn(2, 3 * side**2, 5, 4, requires_grad=True)
+    assert torch.equal(shuffled(x, side), torch.nn.functional.pixel_shuffle(x, side))
+    none = x[:0]
+    shuffled(none, side).sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
