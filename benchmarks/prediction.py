@@ -38,7 +38,7 @@ from synchromesh.commands import profile
 from synchromesh.planning.cluster import load_profile
 from synchromesh.planning.cost import step_seconds
 from synchromesh.planning.lattice import Ranks
-from synchromesh.planning.search import LENGTH, Candidate, short_list
+from synchromesh.planning.search import SHORT_LIST_LENGTH, Candidate, short_list
 from synchromesh.planning.traffic import traffic
 from synchromesh.types import Workload
 
@@ -178,7 +178,7 @@ def regrets(own: Sequence[Point]) -> tuple[float, float, float]:
 def show(found: Sequence[Point]) -> None:
     cells = {cell: list(own) for cell, own in itertools.groupby(found, key=lambda point: point.cell)}
     table = Table(title="predicted against measured, by cluster; nothing fitted", title_justify="left")
-    for name in ("cluster", "cells", "median error", "90 %", "regret", "worst", "of three", f"of {LENGTH}"):
+    for name in ("cluster", "cells", "median error", "90 %", "regret", "worst", "of three", f"of {SHORT_LIST_LENGTH}"):
         table.add_column(name, justify="right" if name != "cluster" else "left")
     groups: dict[str, list[list[Point]]] = {}
     for (nodes, mbit, _), own in cells.items():

@@ -6,7 +6,7 @@ torchrun --nproc-per-node 2 examples/fsdp2.py
 import torch
 from torch import nn
 
-from synchromesh import FSDP2, MLPExperts, MoE, TopKRouter, clip_grad_norm, parallelize, split_by_kind
+from synchromesh import FullySharded, MLPExperts, MoE, TopKRouter, clip_grad_norm, parallelize, split_by_kind
 from synchromesh.parallel.comm.job import joined
 
 with joined() as grid:
@@ -17,7 +17,9 @@ with joined() as grid:
         MoE(TopKRouter(64, 8), MLPExperts(8, 64, hidden=128)),
         nn.Linear(64, 16),
     )
-    run = parallelize(model, grid, shared=FSDP2(blocks=lambda module: isinstance(module, nn.TransformerEncoderLayer)))
+    run = parallelize(
+        model, grid, shared=FullySharded(blocks=lambda module: isinstance(module, nn.TransformerEncoderLayer))
+    )
     # Plain tensors and DTensors never stand in one group: foreach and fused optimizers do not take both.
     optimizer = torch.optim.AdamW([{"params": group} for group in split_by_kind(run.parameters())], lr=1e-3)
     torch.manual_seed(grid.rank)

@@ -67,22 +67,30 @@ _HOMES = {
     "parallel.adaptive": (
         "Adaptive",
         "Council",
+        "Tuned",
     ),
+    "parallel.chooser": ("Chooser",),
     "parallel.comm.grid": ("Grid",),
     "parallel.comm.job": ("joined",),
-    "parallel.parallelize": (
-        "DDP",
-        "FSDP2",
+    "parallel.gradients": (
         "accumulating",
-        "adaptive_layers",
         "clip_grad_norm",
-        "distribute",
-        "expert_parameters",
-        "parallelize",
         "split_by_kind",
         "token_mean_loss",
     ),
+    "parallel.parallelize": (
+        "adaptive_layers",
+        "distribute",
+        "expert_parameters",
+        "parallelize",
+    ),
     "parallel.sharded": ("Sharded",),
+    "parallel.shared": (
+        "DDP",
+        "FSDP2",
+        "FullySharded",
+        "Replicated",
+    ),
     "parallel.wire": (
         "AsIs",
         "Float8",

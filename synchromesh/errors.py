@@ -23,7 +23,9 @@ class NonFiniteError(RuntimeError):
     """The loss or a gradient became NaN or infinite.
 
     Attributes:
-        step: optimizer step, counted from 1, that was not taken. layer: the first module that made such a number.
+        step: optimizer step, counted from 1, that was not taken.
+        layer: name of the first module whose output was not finite.
+        what: which number became NaN or infinite.
     """
 
     def __init__(self, *, step: int, layer: str, what: str) -> None:
@@ -35,7 +37,8 @@ class StoppedError(RuntimeError):
     """A signal asked the run to stop; it has saved itself.
 
     Attributes:
-        signal: the signal's number. step: optimizer steps done and saved.
+        signal: the signal's number.
+        step: optimizer steps done and saved.
     """
 
     def __init__(self, *, signal: int, step: int) -> None:

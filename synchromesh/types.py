@@ -31,8 +31,9 @@ class Routing:
         max_pairs: static bound on the number of present pairs; None means T * K.
         mean_choices: choices per token that a capacity is computed from, where the columns are not choices in order of
             preference; None means K, and that they are.
-        score_sums, choice_counts: what `with_sums` was given, else None; read them through `scores_per_expert` and
-            `tokens_per_expert`. They are sums over the tensors above, which are therefore not to be written to.
+        score_sums: [E], the sums that `with_sums` was given, else None; read them through `scores_per_expert`. They
+            are taken over the tensors above, which therefore must not be written to.
+        choice_counts: [2, E], the counts that `with_sums` was given, else None; read them through `tokens_per_expert`.
     """
 
     expert_ids: Int[Tensor, "T K"]
@@ -43,18 +44,19 @@ class Routing:
     noise_std: float | None = None
     max_pairs: int | None = None
     mean_choices: int | None = None
-    # No arguments of __init__: dataclasses.replace, whose result may hold other pairs or scores, then forgets them.
+    # Not arguments of __init__, so that dataclasses.replace drops them: its result may hold other pairs or scores.
     score_sums: Float[Tensor, " E"] | None = field(default=None, init=False)
     choice_counts: Int[Tensor, "2 E"] | None = field(default=None, init=False)
 
     def with_sums(self, score_sums: Float[Tensor, " E"] | None, choice_counts: Int[Tensor, "2 E"] | None) -> Routing:
-        """Return this routing with sums over its tokens that a kernel has made on its way; None is counted when asked.
+        """Return this routing with sums over its tokens that a kernel has computed already.
 
         Args:
-            score_sums: of the scores of each expert; gradients flow through it.
-            choice_counts: tokens of which each expert is the first choice, and of which it is any.
+            score_sums: sum of each expert's scores, through which gradients flow; None is computed when asked for.
+            choice_counts: for each expert, the tokens of which it is the first choice, and those of which it is any
+                choice; None is counted when asked for.
         """
-        known = dataclasses.replace(self)
+        known = dataclasses.replace(self)  # a frozen copy: what __init__ does not take has to be set past it
         object.__setattr__(known, "score_sums", score_sums)
         object.__setattr__(known, "choice_counts", choice_counts)
         return known
@@ -121,10 +123,17 @@ class Workload:
     """What a plan is chosen for; hashable, and equal on all ranks.
 
     Attributes:
-        rows: tokens per rank. choices: K. skew: bucket of largest over mean rows of an expert, in powers of two.
-        capacity: most rows of an expert from one rank, where all ranks know it beforehand.
+        rows: T, tokens per rank.
+        choices: K, experts per token.
+        width: D, the width of a token.
+        hidden: F, the hidden width of an expert.
+        experts: E, on all ranks together.
+        dtype: of the rows that travel and of the pooled weights.
+        training: whether a backward follows the forward.
+        skew: how uneven the routing is: log2, rounded, of the largest over the mean rows of an expert.
+        capacity: C, the most rows of an expert from one rank, where all ranks know it beforehand; else None.
         matrices: of an expert, [hidden, width] each: 2, 3 where it is gated, 0 where experts move whole.
-        vectors: numbers in each bias of an expert.
+        vectors: the length of each bias of an expert.
     """
 
     rows: int
@@ -149,10 +158,21 @@ class Workload:
 class Plan:
     """How the ranks share the work of one layer for one step.
 
+    The W ranks form W/g groups of g ranks that all-gather (pool) expert weights, and g groups of W/g ranks that
+    exchange rows by all-to-all. W/g is the expert-parallel degree, times the tensor-parallel degree r where experts
+    are cut into shards (E < W); g = 1 is expert parallelism alone, g = W data parallelism.
+
     Attributes:
-        gather: g, the ranks that pool their parts of the weights. near: neighbours in rank order, or every (W/g)-th.
-        chunks: pieces whose exchange overlaps compute. two_level: exchange inside nodes, then between them.
-        ragged: send real rows only, after their counts. regather: gather again in backward instead of keeping.
+        gather: g, the number of ranks that all-gather their parts of the expert weights for this step, and
+            reduce-scatter the gradients: the FSDP shard degree of the experts.
+        near: True pools between neighbours in rank order (inside a node, where g fits into one) and exchanges rows
+            between every g-th rank; False pools between every (W/g)-th rank and exchanges between neighbours.
+        chunks: the overlap (pipelining) degree: number of pieces in which rows travel, each piece's all-to-all during
+            the compute of another.
+        two_level: hierarchical (2DH) all-to-all: inside the nodes first, then between them in fewer, larger messages.
+        ragged: True sends real rows only, with split sizes exchanged first (dropless, or a capacity that is measured);
+            False pads each part to the capacity, so that all splits are equal and known on the host.
+        regather: FSDP's reshard_after_forward: all-gather the weights again in backward instead of keeping them.
     """
 
     gather: int = 1

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tyro
 
+from synchromesh.testing.programs import run_program
 from synchromesh.training.codec import differences, encode
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -13,8 +14,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 def test_the_benchmark_of_transformers_experts_runs(tmp_path):
     out = tmp_path / "figures.jsonl"
-    command = [sys.executable, BENCHMARKS / "huggingface.py", "--tiny", "--out", out]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = run_program(BENCHMARKS / "huggingface.py", "--tiny", "--out", out)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(records) == 8  # step and decode, two dtypes, two routings

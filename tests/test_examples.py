@@ -1,10 +1,15 @@
+"""The examples run as they are: alone, on ranks, and under torchrun."""
+
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+from synchromesh.testing.programs import run_job, run_program
+
+FOLDER = Path(__file__).parents[1] / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.py"))
 # What others warn of in code of their own.
 KNOWN = {"transformers_lightning.py": ["-W", "ignore:`isinstance(treespec:FutureWarning"]}
 ON_RANKS = [
@@ -14,9 +19,8 @@ ON_RANKS = [
 
 
 def run(*command: object) -> str:
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=120, check=False
-    )
+    """Run a command by an interpreter of its own."""
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -24,15 +28,20 @@ def run(*command: object) -> str:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_the_example_runs_and_is_short(path):
     assert len(path.read_text().splitlines()) <= 60
-    assert run("-W", "error", *KNOWN.get(path.name, []), path)
+    done = run_program("-W", "error", *KNOWN.get(path.name, []), path)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ON_RANKS)
 def test_the_example_runs_on_two_ranks(name):
-    path = next(path for path in EXAMPLES if path.name == name)
-    assert run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", path)
+    first, second = run_job(2, FOLDER / name)
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert first.stdout
+
+
+def test_torchrun_starts_an_example():
+    assert run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", FOLDER / "expert_parallel.py")
 
 
 def test_lightning_starts_its_own_ranks():
-    path = next(path for path in EXAMPLES if path.name == "transformers_lightning.py")
-    assert "step 10" in run(path, 2)
+    assert "step 10" in run(FOLDER / "transformers_lightning.py", 2)

@@ -4,8 +4,6 @@ import importlib
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import pytest
 from synchromesh.cli import COMMANDS
 from synchromesh.commands.options import parse
 from synchromesh.recipes.catalog import CATALOG, RECIPES
+from synchromesh.testing.programs import run_program
 from synchromesh.training.codec import encode
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +27,7 @@ def blocks(language: str) -> list[tuple[Path, str]]:
 
 @pytest.mark.parametrize(("page", "code"), blocks("python"), ids=lambda value: getattr(value, "name", ""))
 def test_python_on_the_page_runs(page, code):
-    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    run = run_program("-W", "error", "-c", code)
     assert run.returncode == 0, f"{page.name}: {run.stderr}"
 
 
@@ -51,8 +50,8 @@ def test_commands_on_the_page_are_understood(command, tmp_path, monkeypatch):
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif words[0].endswith("python"):
         script = ROOT / words[1]
-        run = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=False, cwd=ROOT)
         assert script.exists()
+        run = run_program(script, "--help", cwd=ROOT)
         assert run.returncode == 0, run.stderr
         for option in [word for word in words[2:] if word.startswith("--")]:
             assert option in run.stdout

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from torch import nn
 
+from synchromesh.torch_private import children_of
+
 
 def replace_ffn(
     model: nn.Module, select: Callable[[str, nn.Module], bool], factory: Callable[[nn.Module], nn.Module]
@@ -14,7 +16,7 @@ def replace_ffn(
 
     Args:
         model: any model.
-        select: called with each module's dotted name and the module; True replaces it, and nothing inside it is asked.
+        select: called with each module's dotted name and the module; True replaces it with all that is inside.
         factory: called with the old module; returns the new one, tensor in, tensor out.
 
     Raises:
@@ -42,7 +44,7 @@ def _replace_inside(
 ) -> list[str]:
     """Replace below `parent`. `made` maps old to new, so that a module in two places stays one module."""
     replaced = []
-    for name, child in list(parent._modules.items()):  # named_children() would pass over the second place
+    for name, child in children_of(parent).items():
         child_path = f"{path}.{name}" if path else name
         if child is None:
             continue

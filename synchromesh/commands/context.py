@@ -1,4 +1,4 @@
-"""Context: what every command is given besides its request."""
+"""Context: what every command is given in addition to its request."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Context:
     ) -> int:
         """Run on some ranks of this machine, or on those of the job around this process; return the exit code.
 
-        Only the first rank is heard.
+        Only the first rank writes to the console.
 
         Args:
             ranks: to start where no job is around.

@@ -42,7 +42,7 @@ class Request:
         best: the checkpoint of the best evaluation, instead of the last epoch's.
         on_bad_image: stop at an unreadable image, or skip it and count.
         json: print one JSON object.
-        capacity: room of the experts over an even load, instead of that of training; 0 drops nothing.
+        capacity: capacity factor of the experts, instead of that of training; 0 drops nothing.
         nproc: ranks to run on, on this machine.
         parallelism: how they share the experts.
     """
@@ -91,7 +91,7 @@ def _score(request: Request, context: Context, grid: Grid) -> int:
 
 @contextmanager
 def capacity_of(model: nn.Module, factor: float | None) -> Iterator[None]:
-    """Give the experts this capacity in the block, 0 for dropping nothing; None leaves them their own.
+    """Give the experts this capacity factor inside the block, 0 for dropping nothing; None leaves them their own.
 
     Raises:
         InputError: it is negative, or the model has no experts.

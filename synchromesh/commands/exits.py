@@ -1,4 +1,4 @@
-"""What becomes of a command: its exit code, and what the user is told of what went wrong."""
+"""How a command ends: its exit code, and what the user is told of errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from synchromesh.errors import InputError
 from synchromesh.parallel.comm.job import LostRankError
 from synchromesh.training.catalog import Catalog
 
-LOST = 5  # of a rank that lost the others
+LOST_RANK = 5  # exit code of a rank that lost the others
 
 
 def guarded(
@@ -37,6 +37,6 @@ def guarded(
     except LostRankError as error:
         errors.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
         sys.stderr.flush()
-        os._exit(LOST)  # threads of the broken exchange would keep the process from ending
+        os._exit(LOST_RANK)  # threads of the broken exchange would keep the process from ending
     except KeyboardInterrupt:
         return 130

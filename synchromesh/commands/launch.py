@@ -16,7 +16,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 def launch(program: Sequence[str], arguments: Sequence[str], ranks: int, *, errors: Console, restarts: int = 0) -> int:
     """Run `python PROGRAM ARGUMENTS` on some ranks; return 0, or the exit code of the first that failed.
 
-    A rank that dies ends the others; with restarts, all begin again, at most so often.
+    A rank that dies ends the others; all then begin again, at most `restarts` times.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its reports are for its own debugging
     config = LaunchConfig(

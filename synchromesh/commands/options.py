@@ -1,4 +1,4 @@
-"""Requests and configurations from the command line and from files, whose values are kept as they are, or changed.
+"""Requests and configurations from the command line and from files: defaults, and changes to them.
 
 A name such as `augment.mixing.mixup` is the way through the fields of a value. What is None, or of another kind, on
 that way is switched on: it becomes the first kind that has such a field. `--augment.mixing none` switches it off, and
@@ -127,6 +127,8 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 def _switched(value: Any, given: list[str], kinds: Kinds) -> tuple[Any, list[str]]:
     """Switch on what the names on the command line lead through; take out what chooses a kind."""
+    # What is off (None) has no options yet, and a parser knows only those of the default. So every name on the command
+    # line is walked through first, and what it leads through is switched on in the default.
     rest: list[str] = []
     while given:
         token = given.pop(0)
@@ -165,7 +167,7 @@ def _plain(text: str) -> Any:
 
 
 def _walked(value: Any, parts: Sequence[str], kinds: Kinds, given: Sequence[str]) -> tuple[Any, bool]:
-    """Make the way through a value passable; tell whether it ends where a kind is to be chosen."""
+    """Switch on what a dotted name leads through; return the value, and whether the name ends at a choice of kinds."""
     where: list[str] = []
     for number, part in enumerate(parts):
         here = _get(value, where)
@@ -226,7 +228,7 @@ def _reachable(value: Any, path: str = "", where: tuple[str, ...] = ()) -> Itera
 
 
 def _way(value: Any, name: str) -> list[str]:
-    """Return the fields that lead to a name: one, or more where settings stand among those of what holds them."""
+    """Return the fields that lead to a name: one, or two where the settings of a field have no prefix of their own."""
     if isinstance(value, tuple):
         return [name] if name.isdecimal() and int(name) < len(value) else []
     return _way_of(type(value), name, value) if dataclasses.is_dataclass(value) else []
@@ -237,7 +239,7 @@ def _way_of(kind: type, name: str, value: Any = None) -> list[str]:
         return []
     names = _fields(kind)
     short = name.removeprefix("no_")
-    for wanted in (name, short):
+    for wanted in (name, short):  # --no-best names the field best, unless there is a field no_best
         if wanted in names and not _is_flat(kind, wanted):
             return [wanted]
     for field in names:
@@ -313,7 +315,7 @@ def _fields(kind: Any) -> list[str]:
 
 
 def _is_flat(kind: type, field: str) -> bool:
-    """Tell whether the fields of this field stand among those of what holds it."""
+    """Tell whether the settings inside a field have no prefix of their own on the command line."""
     hint = typing.get_type_hints(kind, include_extras=True)[field]
     return any(getattr(mark, "name", None) == "" for mark in getattr(hint, "__metadata__", ()))
 

@@ -25,7 +25,7 @@ from synchromesh.planning.lattice import Ranks
 from synchromesh.planning.planner import LayerKind, ModelShape, Planned, plan_model, worlds
 from synchromesh.types import Workload
 
-LARGEST = 1 << 16
+MOST_RANKS = 1 << 16
 
 
 ABOUT = """\
@@ -82,7 +82,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Case:
-    """One table: a model and what was changed of it."""
+    """One table.
+
+    Attributes:
+        model: with the changes.
+        changed: what was changed, for people.
+    """
 
     model: ModelShape
     changed: str
@@ -159,8 +164,8 @@ def _worlds(text: str) -> list[int]:
     if not first.isdecimal() or (dots and not last.isdecimal()):
         raise InputError(f"--world is {text!r}, wanted a number of ranks, or two as in 8..2048")
     low, high = int(first), int(last or first)
-    if not 1 <= low <= high <= LARGEST:
-        raise InputError(f"--world is {text!r}, wanted ranks from 1 to {LARGEST:,}, the smaller number first")
+    if not 1 <= low <= high <= MOST_RANKS:
+        raise InputError(f"--world is {text!r}, wanted ranks from 1 to {MOST_RANKS:,}, the smaller number first")
     return list(worlds(low, high))
 
 

@@ -14,7 +14,7 @@ from synchromesh.commands.context import Context
 from synchromesh.errors import InputError
 from synchromesh.planning.dictionary import Dictionary
 from synchromesh.training.durable import write_atomically
-from synchromesh.training.plans import NAME
+from synchromesh.training.plans import PLANS_FILE
 from synchromesh.types import Workload
 
 ABOUT = "Show what the layers of runs found out about their plans, or merge it into one file."
@@ -61,7 +61,7 @@ def run(request: Request, context: Context) -> int:
 
 
 def _read(path: Path) -> Dictionary:
-    file = path / NAME if path.is_dir() else path
+    file = path / PLANS_FILE if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"{file} does not exist: a run on several ranks writes it, unless its plan is fixed")
     return Dictionary.from_json(file.read_text())

@@ -32,7 +32,7 @@ Say what a trained model sees in image files (JPEG, PNG, WebP; grey or colour, a
   synchromesh predict runs/demo *.png --json
   synchromesh predict runs/detect_demo *.png --draw answers/
 """
-BATCH = 64  # samples that go through the model at a time
+BATCH_SIZE = 64  # samples that go through the model at a time, on each rank
 PREDICTIONS = "predictions"
 
 
@@ -43,14 +43,14 @@ class Request:
     Attributes:
         images: image files; a run folder may stand first, instead of --run.
         run: folder of a run, or of a checkpoint.
-        top: most answers for each image; as many as usual for the task if not given.
-        least: lowest probability of an answer; as usual for the task if not given.
+        top: most answers for each image; the task's usual number if not given.
+        least: lowest probability of an answer; the task's usual one if not given.
         best: the checkpoint of the best evaluation, instead of the last epoch's.
         on_bad_image: stop at an unreadable image, or skip it and end with exit code 2.
         json: print one JSON object a line.
-        draw: folder for a picture of each answer, NAME.png, and its JSON, NAME.json. Where answers are to be looked at,
-            such as boxes, they go into `predictions` inside the run if it is not given.
-        capacity: room of the experts over an even load, instead of that of training; 0 drops nothing.
+        draw: folder for a picture of each answer, NAME.png, and its JSON, NAME.json; if not given, answers that are
+            pictures, such as boxes, go into `predictions` inside the run.
+        capacity: capacity factor of the experts, instead of that of training; 0 drops nothing.
         nproc: ranks to run on, on this machine.
         parallelism: how they share the experts.
     """
@@ -113,6 +113,7 @@ def _answer(request: Request, folder: Path, images: Sequence[Path], context: Con
         own = list(predict(trained, read, Ask(request.top, request.least), grid=grid))
     drawn = _draw(request, folder, trained, read, own, grid)
     told = [Predicted(one.path, Answer(one.answer.said)) for one in own]  # others need no pictures
+    # Rank r read every W-th file from r on: taking turns restores the order in which the files were given.
     answers = [one for turn in zip_longest(*on_all(grid, lambda: told)) for one in turn if one is not None]
     if request.json:
         for one in answers:
@@ -127,9 +128,9 @@ def _answer(request: Request, folder: Path, images: Sequence[Path], context: Con
 def predict(trained: Trained, samples: Sequence[tuple[Path, Any]], ask: Ask, *, grid: Grid) -> Iterator[Predicted]:
     """Answer for this rank's samples, batch by batch; all ranks run the model equally often."""
     device, run = next(trained.model.parameters()).device, Run(trained.model, trained.model)
-    batches = largest(grid, [-(-len(samples) // BATCH)], device)[0]
-    for start in range(0, batches * BATCH, BATCH):
-        part = samples[start : start + BATCH]
+    batches = largest(grid, [-(-len(samples) // BATCH_SIZE)], device)[0]
+    for start in range(0, batches * BATCH_SIZE, BATCH_SIZE):
+        part = samples[start : start + BATCH_SIZE]
         batch = trained.task.prepare([sample for _, sample in part], trained.facts, device, None)
         with torch.no_grad():
             found = trained.task.predict(run, batch, trained.facts, ask)

@@ -19,7 +19,7 @@ from synchromesh.parallel.comm.grid import Grid
 from synchromesh.planning.cluster import ClusterProfile
 from synchromesh.training.durable import write_atomically
 
-SHOWN = (1 << 10, 1 << 16, 1 << 20, 1 << 24)  # bytes of messages in the table
+SHOWN_BYTES = (1 << 10, 1 << 16, 1 << 20, 1 << 24)  # of messages, in the table
 
 
 ABOUT = """\
@@ -37,7 +37,7 @@ class Request:
     Attributes:
         file: to write, NAME.json.
         world: ranks to start on this machine; under torchrun or SLURM, the job's ranks are taken.
-        ranks_per_node: as if so many neighbours shared a machine; the truth if not given.
+        ranks_per_node: pretend that so many neighbours share a machine; the true number if not given.
         json: print the profile instead of a table.
     """
 
@@ -96,7 +96,7 @@ def _show(console: Console, found: ClusterProfile) -> None:
     table.add_row("a layer's fixed time", f"{found.step[0] * 1e3:.2f} ms forward, {found.step[1] * 1e3:.2f} backward")
     for name, link in (("in a node", found.node), ("between nodes", found.network)):
         if found.sources["node" if link is found.node else "network"].startswith("measured"):
-            times = ", ".join(f"{_size(size)} {link.message.at(size) * 1e3:.2f} ms" for size in SHOWN)
+            times = ", ".join(f"{_size(size)} {link.message.at(size) * 1e3:.2f} ms" for size in SHOWN_BYTES)
             table.add_row(f"messages {name}", f"{times}; start {link.start * 1e3:.2f} ms")
     if found.network.node_rate is not None:
         table.add_row("a node's link", f"{found.network.node_rate * 8 / 1e6:,.0f} Mbit/s")

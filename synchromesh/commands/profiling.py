@@ -26,10 +26,10 @@ from synchromesh.parallel.sharded import Sharded
 from synchromesh.planning.cluster import ClusterProfile, Curve, Link, Matmul
 from synchromesh.types import Plan, Workload
 
-SHAPES = [(16, 256, 256), (64, 512, 256), (256, 256, 512), (128, 1024, 512), (512, 512, 512), (1024, 1024, 1024)]
-SIZES = [1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24]  # bytes of a message
-LONGEST = 0.5  # seconds of a message; larger ones are left to the last slope
-ROUNDS = 7
+MATMUL_SHAPES = [(16, 256, 256), (64, 512, 256), (256, 256, 512), (128, 1024, 512), (512, 512, 512), (1024,) * 3]
+MESSAGE_BYTES = [1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24]
+LONGEST_MESSAGE = 0.5  # seconds; larger messages are extrapolated from the last two
+ROUNDS = 7  # of a measurement, whose median counts
 STAGES = ("products", "links", "layer", "overlap")
 
 
@@ -37,7 +37,10 @@ def measure(grid: Grid, name: str, *, device: torch.device, begins: Callable[[st
     """Return this cluster's profile; every rank calls it, and all get the same.
 
     Args:
-        begins: told each of `STAGES` as it begins.
+        grid: the ranks.
+        name: of the profile.
+        device: of the ranks.
+        begins: called with each of `STAGES` as it begins.
     """
     meter = _Meter(grid, device)
     begins("products")
@@ -51,7 +54,7 @@ def measure(grid: Grid, name: str, *, device: torch.device, begins: Callable[[st
     kernel = meter.kernel()
     memory_rate = meter.memory_rate(matmul["float32"], kernel, alone)
     step, chunk = alone, (0.0, 0.0)
-    if grid.size > 1:  # less what travels: counts, rows there and back; gradients there and back
+    if grid.size > 1:  # without the start of 3 exchanges in forward (counts, rows there and back) and 2 in backward
         plain, pieces = meter.exchanging(1), meter.exchanging(4)
         step = (max(alone[0], plain[0] - 3 * start), max(alone[1], plain[1] - 2 * start))
         chunk = tuple(max(0.0, (many - one) / 3 - 2 * start) for many, one in zip(pieces, plain, strict=True))
@@ -87,13 +90,14 @@ def device_name(device: torch.device) -> str:
 
 
 def fitted(seconds: Sequence[tuple[tuple[int, int, int], float]]) -> Matmul:
-    """Return the law of `Matmul` that is nearest to measured products (m, n, k), in the mean of squared logarithms."""
+    """Return the `Matmul` that fits measured products (m, n, k) best: by the variance of the logarithms of ratios."""
 
     def errors(half: float) -> tuple[float, float]:
         bare = Matmul(peak=1.0, half=half)
         logs = [math.log(bare.seconds(*shape) / taken) for shape, taken in seconds]
         return statistics.pvariance(logs), math.exp(statistics.mean(logs))
 
+    # For a given half the best peak is the mean ratio, and the variance is the error that is left.
     half = min((2 ** (power / 4) for power in range(48)), key=lambda half: errors(half)[0])
     return Matmul(peak=errors(half)[1], half=half)
 
@@ -118,7 +122,7 @@ class _Meter:
 
     def matmul(self, dtype: torch.dtype) -> Matmul:
         found = []
-        for m, n, k in SHAPES:
+        for m, n, k in MATMUL_SHAPES:
             a, b = (torch.randn(size, device=self.device, dtype=dtype) for size in ((m, k), (k, n)))
             out = torch.empty(m, n, device=self.device, dtype=dtype)
             count = max(1, round(2e8 / (m * n * k)))
@@ -133,13 +137,14 @@ class _Meter:
     def kernel(self) -> float:
         """Return what one more expert costs a forward, for each of its two products."""
         many, few = (self.layer(experts, 64, 16, 16)[0] for experts in (64, 4))
-        return max(1e-7, (many - few) / 60 / 2)
+        return max(1e-7, (many - few) / 60 / 2)  # 60 more experts of 2 products
 
     def memory_rate(self, matmul: Matmul, kernel: float, step: tuple[float, float]) -> float:
-        """Return at which rate one process's layer moves what is not products, by the count of `tuning.cost`."""
+        """Return the bytes per second that a layer moves besides its products, as `planning.cost` counts them."""
         work = Workload(4096, 2, 256, 256, 4, torch.float32, training=True)
         taken = sum(self.layer(work.experts, work.rows, work.width, work.hidden, k=work.choices)) - sum(step)
         each = matmul.seconds(work.rows * work.choices / work.experts, work.hidden, work.width) + kernel
+        # Three times the products of forward, of which each expert has two, make forward and backward.
         bare = taken - 3 * 2 * work.experts * each
         rows = work.rows * work.choices
         numbers = 2 * (2 * work.rows * work.width + 2 * rows * work.width + 2 * rows * work.hidden)
@@ -186,7 +191,7 @@ class _Meter:
         return node_link, found.get("network", node_link)
 
     def slowed(self) -> tuple[float, float]:
-        """Return how much longer products and an exchange take beside one another."""
+        """Return how much longer products, and an exchange, take while both run."""
         a = torch.randn(512, 512, device=self.device)
         sent = torch.zeros(self.grid.size, 1 << 16, device=self.device)
 
@@ -216,7 +221,7 @@ class _Meter:
         return max(1.0, beside / working), max(1.0, together / max(alone, beside))
 
     def _link(self, group: ProcessGroup | None, place: int, *, sends: bool) -> Link:
-        """Measure messages between the first two members of a group; all others have nothing to send."""
+        """Measure messages between the first two members of a group; all others take part and send nothing."""
         assert group is not None
         to = [int(sends and place < 2 and other == 1 - place) for other in range(group.size())]
 
@@ -225,17 +230,17 @@ class _Meter:
             return self._exchanged(lambda: all_to_all(rows, group, splits, splits).wait(), counts=sum(to) > 0)
 
         start, points = seconds(8), [(0.0, 0.0)]
-        for size in SIZES:
+        for size in MESSAGE_BYTES:
             taken = seconds(size)
             points.append((float(size), max(points[-1][1], taken - start)))
-            if taken > LONGEST:
+            if taken > LONGEST_MESSAGE:
                 break
         return Link(start, Curve(tuple(points)))
 
     def _node_rate(self, group: ProcessGroup | None) -> float:
         """Return the bytes per second that all ranks of a node send to the others together."""
         size, taken = 1 << 18, 0.0
-        while taken < LONGEST / 10 and size < 1 << 26:
+        while taken < LONGEST_MESSAGE / 10 and size < 1 << 26:
             size *= 2
             rows = torch.zeros(self.grid.nodes, size // 4, device=self.device)
             taken = self._exchanged(lambda rows=rows: all_to_all(rows, group).wait(), counts=True)

@@ -64,8 +64,8 @@ class Request:
         recipe: name of a recipe.
         config: file of settings, .json or .toml: a run's recipe.json, or changes to a recipe (docs/training.md).
         run: folder of the run; runs/RECIPE if not given. A run that is there already is moved aside, never deleted.
-        data: folder of data, instead of the recipe's; for images train/ and val/ with one folder per class, or the
-            class folders themselves.
+        data: folder of data, instead of the recipe's; for images train/ and val/ with one folder per class, or one
+            folder per class directly.
         resume: continue what was begun in the run folder; a crash loses nothing that was saved.
         on_bad_image: stop at an unreadable image, or skip it and count.
         tensorboard: also write TensorBoard events.
@@ -106,6 +106,7 @@ def read_request(given: list[str], catalog: Catalog) -> Request:
     Raises:
         InputError: there is no such recipe or file, or a setting cannot be.
     """
+    # The defaults of all other options come from the recipe and the file, so these two are found before parsing.
     name = given[0] if not given[0].startswith("-") else None
     if name is not None and name not in catalog.recipes:
         raise InputError(f"there is no recipe {name!r}: wanted one of {', '.join(catalog.recipes)}")
@@ -203,6 +204,7 @@ def train(
     note = on_first(grid, lambda: prepare_folder(folder, config, catalog, resume=resume, job=job))
     if note:
         console.print(note, style="yellow", highlight=False, soft_wrap=True)
+    # The first rank holds the folder's lock for all, until the summary is written.
     with ExitStack() as held, stop_on_signals() as stop:
         on_first(grid, lambda: held.enter_context(claimed(folder)))
         try:
@@ -316,7 +318,7 @@ def _size(size: ModelSize) -> str:
 def _say_loaded(console: Console, path: Path, loaded: Loaded) -> None:
     text = f"{path}: {loaded.taken} tensors taken"
     if loaded.fresh:
-        text += f"; {len(loaded.fresh)} start afresh, such as {loaded.fresh[0]}"
+        text += f"; {len(loaded.fresh)} keep their random start, such as {loaded.fresh[0]}"
     if loaded.unused:
         text += f"; {len(loaded.unused)} of the file are not used, such as {loaded.unused[0]}"
     console.print(text, highlight=False, soft_wrap=True)

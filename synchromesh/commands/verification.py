@@ -62,7 +62,14 @@ class Trial:
     """One layer, its tokens, and how it is run.
 
     Attributes:
-        choices: K. tokens: of each rank. recomputed: under activation checkpointing.
+        num_experts: E.
+        choices: K.
+        capacity: of the experts.
+        tokens: of each rank.
+        pattern: draws the experts of tokens.
+        recomputed: whether it runs under activation checkpointing.
+        dtype: of all tensors.
+        device: of all tensors.
     """
 
     num_experts: int
@@ -85,7 +92,10 @@ class Finding:
     """How far a plan was from the definition.
 
     Attributes:
-        worst: largest relative RMS error over all results and ranks. where: of which result.
+        plan: that ran.
+        trial: that it ran in.
+        worst: largest relative RMS error over all results and ranks.
+        where: name of the result with that error.
         seconds: of forward and backward on the slowest rank.
     """
 
@@ -120,6 +130,8 @@ def verify(grid: Grid, trials: list[Trial], *, thorough: bool = True) -> Iterato
     """Run plans of each trial on the grid's ranks, one after the other on the same layer, and compare.
 
     Args:
+        grid: the ranks; all of them call it.
+        trials: what to run.
         thorough: every legal plan in every trial; else each plan once for each number of experts.
     """
     for trial, plans in _schedule(grid, trials, thorough=thorough):
@@ -139,6 +151,8 @@ def _schedule(grid: Grid, trials: list[Trial], *, thorough: bool) -> Iterator[tu
     for number, trial in enumerate(trials):
         legal = _legal(Sharded(grid), trial)
         if not thorough:
+            # A third of the plans that are still to run in each trial, so that they meet different capacities and
+            # patterns; the last trial with this number of experts takes all that are left.
             last = all(later.num_experts != trial.num_experts for later in trials[number + 1 :])
             legal = [plan for turn, plan in enumerate(legal) if last or (turn + number) % 3 == 0]
             legal = [plan for plan in legal if (trial.num_experts, plan) not in seen]
@@ -246,7 +260,10 @@ def _defined(
 
 
 def _held(num_experts: int, cut: Cut) -> Callable[[Tensor], Tensor]:
-    """Return how a whole [E, ...] is cut, written without the library: rows of all experts, the index-th part."""
+    """Return what cuts this rank's part out of a whole [E, ...]: the index-th of equal ranges of all experts' rows.
+
+    Written without the library's own cuts, which it is to check.
+    """
     leading = max(1, num_experts // cut.count)
 
     def part(whole: Tensor) -> Tensor:

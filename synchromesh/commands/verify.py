@@ -39,7 +39,7 @@ class Request:
 
     Attributes:
         world: ranks to start on this machine; under torchrun or SLURM, the job's ranks are taken.
-        ranks_per_node: as if so many neighbours shared a machine; the truth if not given.
+        ranks_per_node: pretend that so many neighbours share a machine; the true number if not given.
         dtype: of all tensors; its tolerance is that of `synchromesh.testing.compare`.
         quick: each plan once, instead of in every trial.
         json: print one JSON object a line, one for each plan and trial.

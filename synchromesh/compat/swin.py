@@ -154,7 +154,8 @@ def save_swin(model: Classifier, path: Path, *, ranks: int | None = None, everyt
 
     Args:
         model: whole, and all files are written; or with its experts spread over ranks, and each writes its own.
-        path: NAME.pth. ranks: 1 of a whole model if not given; else the ranks that it is spread over.
+        path: NAME.pth.
+        ranks: 1 of a whole model if not given; else the ranks that it is spread over.
         everything: whether files of ranks hold what is shared too, instead of NAME.pth.master.
 
     Raises:

@@ -121,7 +121,7 @@ def _entry(archive: ZipFile, name: str) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows tensors and containers. What it hands out is made anew each time, or cannot be changed: a pickle may set
+    """Knows tensors and containers. What it hands out is made each time, or cannot be changed: a pickle may set
     attributes of whatever it is given."""
 
     def __init__(self, file: Any, path: Path, archive: ZipFile) -> None:

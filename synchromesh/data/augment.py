@@ -18,13 +18,13 @@ from synchromesh.data.rand_augment import RandAugment
 
 @dataclass(frozen=True)
 class Affine:
-    """A small random rotation, shear, zoom and shift, drawn for each image from even ranges around none.
+    """A small random rotation, shear, zoom and shift, drawn for each image uniformly around no change.
 
     Attributes:
         rotate: largest angle, degrees.
         shear: largest angle, degrees.
         zoom: largest change of the size, a share of it.
-        shift: longest way along each side, a share of it.
+        shift: largest distance along each side, a share of it.
     """
 
     rotate: float = 10.0
@@ -91,6 +91,7 @@ def random_affine(x: Float[Tensor, "B C H W"], affine: Affine, rng: np.random.Ge
     zoom = 1 + rng.uniform(-affine.zoom, affine.zoom, (2, count))
     shift = rng.uniform(-2 * affine.shift, 2 * affine.shift, (2, count))  # the grid runs from -1 to 1
     cos, sin = np.cos(angle), np.sin(angle)
+    # Rows of [rotation * shear * zoom | shift]: where in the input each output position is read.
     theta = np.empty((count, 2, 3), dtype=np.float32)
     theta[:, 0] = np.stack([cos * zoom[0], (cos * shear - sin) * zoom[0], shift[0]], axis=1)
     theta[:, 1] = np.stack([sin * zoom[1], (sin * shear + cos) * zoom[1], shift[1]], axis=1)

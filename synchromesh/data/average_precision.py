@@ -49,7 +49,7 @@ def average_precision(truths: Sequence[Instances], found: Sequence[Instances], c
         for box, label in zip(_with_sizes(one.boxes), one.labels.tolist(), strict=True)
     ]
     for number, annotation in enumerate(annotations):
-        annotation["id"] = number + 1  # an object of number 0 counts as never found
+        annotation["id"] = number + 1  # from 1: faster-coco-eval takes a match with number 0 for none
     results = [
         {"image_id": image + 1, "category_id": label, "bbox": box, "score": score}
         for image, one in enumerate(found)

@@ -1,4 +1,4 @@
-"""Other colours for the same shapes: what keeps a model from learning a handful of photographs by heart."""
+"""Other colours for the same shapes, so that a model cannot memorise a handful of photographs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class RandomColors:
 
     Attributes:
         contrast: least and most factor on a channel's distance from mid grey.
-        brightness: farthest that a channel is shifted, of its whole range.
+        brightness: largest shift of a channel, as a share of its range.
         invert: chance of a negative.
         permute: chance that the channels change places.
     """

@@ -1,4 +1,4 @@
-"""Hiding parts of a picture: which cells, and what fills the hole without learning anything."""
+"""Hiding parts of a picture: which cells, and simple ways to fill them that a model must do better than."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ def filled_with_mean(image: Float[np.ndarray, "C H W"], hidden: Bool[np.ndarray,
 def filled_bilinearly(image: Float[np.ndarray, "C H W"], hidden: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, "C H W"]:
     """Return the image with each hidden pixel between the nearest visible ones of its row and of its column.
 
-    Along each line the colour goes from one to the other in a straight line; the two lines count by how near their
-    visible pixels are. Lines without a visible pixel say nothing; where neither says anything stands the mean colour.
+    Colours are interpolated linearly along the row and along the column; the two results are averaged, each weighted
+    by how near its visible pixel is. A line without a visible pixel has no weight; where both have none, the mean
+    colour of the visible pixels is taken.
     """
     across, near_across = _along_rows(image, hidden)
     down, near_down = _along_rows(image.transpose(0, 2, 1), hidden.T)
@@ -48,7 +49,7 @@ def filled_bilinearly(image: Float[np.ndarray, "C H W"], hidden: Bool[np.ndarray
 
 
 def _along_rows(image: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the colours along rows, and how near a visible pixel is: one over the distance, 0 where there is none."""
+    """Return the colours along rows and their weights: 1 / (1 + pixels to the nearest visible one), 0 without any."""
     filled, near = np.zeros_like(image), np.zeros(hidden.shape)
     places = np.arange(hidden.shape[1])
     for row, own in enumerate(hidden):

@@ -123,7 +123,7 @@ class MemoryImages(Images):
         return resized[0].round_().clamp_(0, 255).to(torch.uint8)
 
     def prepared(self) -> MemoryImages:
-        """Return the set with every image as `read` gives it without a random crop: resized once and for all."""
+        """Return the set with every image as `read` gives it without a random crop: resized once."""
         if self.images.shape[-2:] == (self.preprocess.image_size,) * 2 and self.preprocess.crop_ratio == 1:
             return self
         small = torch.stack([self.read(i) for i in range(len(self))])
@@ -159,7 +159,8 @@ def decode_image(
         InputError: the file is missing or not a readable picture; the message names it.
     """
     size = preprocess.image_size
-    # JPEG is decoded at 1/2, 1/4 or 1/8 size where that still exceeds what is needed.
+    # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, where that is still twice what is needed; not for random
+    # crops, which may enlarge a small part.
     image = read_picture(path, preprocess.channels, draft=2 * size if crop is None else None)
     width, height = image.size
     box = _centre(height, width, preprocess.crop_ratio) if crop is None else crop[0].box(height, width, crop[1])

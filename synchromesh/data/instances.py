@@ -1,4 +1,4 @@
-"""Instances: the objects of one picture, whoever says so: an annotation or a model."""
+"""Instances: the objects of one picture, from an annotation or from a model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Instances:
     Attributes:
         boxes: left, top, right and bottom, in pixels; a box of one pixel has right = left + 1.
         labels: int64 class of each.
-        scores: probability of each; None where they are known.
-        masks: the pixels of each; None where nobody asks.
+        scores: probability of each; None for the truth.
+        masks: the pixels of each; None where they are not needed.
     """
 
     boxes: Float[Tensor, "M 4"]
@@ -35,5 +35,5 @@ class Instances:
         return Instances(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
 
     def scaled(self, x: float, y: float) -> Instances:
-        """Return the objects of a picture stretched by so much; masks are left behind."""
+        """Return the objects of a picture stretched by these factors, without masks."""
         return dataclasses.replace(self, boxes=self.boxes * torch.tensor([x, y, x, y]), masks=None)

@@ -35,7 +35,12 @@ class Mixing:
 
 @dataclass(frozen=True)
 class Mixed:
-    """Blended images and the probability of each class."""
+    """Blended images and their targets.
+
+    Attributes:
+        images: blended.
+        targets: probability of each class.
+    """
 
     images: Float[Tensor, "B C H W"]
     targets: Float[Tensor, "B N"]
@@ -74,7 +79,7 @@ def mix(
 
 
 def _box(height: int, width: int, share: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    side = math.sqrt(1 - share)
+    side = math.sqrt(1 - share)  # of the box over that of the image, so that 1 - share of the area is covered
     h, w = int(height * side), int(width * side)
     y, x = int(rng.integers(height)), int(rng.integers(width))
     top, bottom = (min(max(y + d, 0), height) for d in (-(h // 2), h - h // 2))

@@ -18,7 +18,7 @@ from synchromesh import seeds
 from synchromesh.data.images import SUFFIXES, read_picture
 from synchromesh.errors import InputError
 
-# All photographs of scikit-image and scikit-learn that are of something; drawings, text and test patterns left out.
+# All photographs of scikit-image and scikit-learn; drawings, text and test patterns are left out.
 LEARNT_FROM = (
     *("skimage/data/astronaut.png", "skimage/data/brick.png", "skimage/data/camera.png", "skimage/data/cell.png"),
     *("skimage/data/clock_motion.png", "skimage/data/coins.png", "skimage/data/gravel.png", "skimage/data/ihc.png"),
@@ -38,7 +38,7 @@ class Photographs:
     Attributes:
         paths: of the files.
         channels: 1 for grey, 3 for colour.
-        longest: pixels of a longer side, to which larger photographs are shrunk.
+        longest: pixels of the longer side, to which larger photographs are shrunk.
     """
 
     paths: tuple[Path, ...]

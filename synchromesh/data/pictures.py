@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE = 192  # pixels that a small picture is enlarged to, at least
+LEAST_SIDE = 192  # pixels that the longer side of a small picture is enlarged to
 COLORS = ((37, 99, 235), (217, 119, 6), (13, 148, 136), (190, 24, 93), (101, 163, 13), (147, 51, 234))
-TRUTH = (255, 255, 255)
+TRUTH = (255, 255, 255)  # colour of true boxes, and of text
 _INK, _PAPER = (31, 41, 51), (245, 247, 250)
 
 
@@ -32,14 +32,14 @@ class Box:
     color: tuple[int, int, int] = COLORS[0]
 
 
-def enlarged(image: UInt8[np.ndarray, "C H W"], side: int = SIDE) -> UInt8[np.ndarray, "H2 W2 3"]:
+def enlarged(image: UInt8[np.ndarray, "C H W"], side: int = LEAST_SIDE) -> UInt8[np.ndarray, "H2 W2 3"]:
     """Return an image with three channels, each pixel repeated until the longer side is long enough to see."""
     times = factor_of(image.shape[1], image.shape[2], side)
     wide = np.repeat(np.repeat(image, times, axis=1), times, axis=2)
     return np.ascontiguousarray(np.broadcast_to(wide, (3, *wide.shape[1:])).transpose(1, 2, 0))
 
 
-def factor_of(height: int, width: int, side: int = SIDE) -> int:
+def factor_of(height: int, width: int, side: int = LEAST_SIDE) -> int:
     """Return how often `enlarged` repeats a pixel along each side."""
     return max(1, -(-side // max(height, width)))
 

@@ -50,13 +50,14 @@ class RandAugment:
             x = x.clone()
             for i, operation in enumerate(operations):
                 members = torch.from_numpy(np.flatnonzero(chosen == i)).to(x.device)
-                if len(members):
+                if len(members):  # each operation runs once, on the images that drew it
                     level, sign = (torch.from_numpy(v[chosen == i]).to(x.device) for v in (levels, signs))
                     x[members] = operation(x[members], level, sign).clamp(0, 1)
         return x
 
 
 def _operations(fill: float) -> tuple[Operation, ...]:
+    # The order is that of the draws: an operation is chosen by its number.
     def moved(theta: Callable[[Tensor], dict[tuple[int, int], Tensor]]) -> Operation:
         return lambda x, level, sign: _warp(x, theta(level * sign), fill)
 
@@ -132,6 +133,7 @@ def _grey(x: Tensor) -> Tensor:
 
 def _rotate(x: Tensor, degrees: Tensor, fill: float) -> Tensor:
     angle = torch.deg2rad(degrees)
+    # The grid counts both sides as 2, whatever their length, so a rotation needs the aspect ratio.
     aspect = x.shape[-1] / x.shape[-2]
     cos, sin = angle.cos(), angle.sin()
     return _warp(x, {(0, 0): cos, (0, 1): -sin / aspect, (1, 0): sin * aspect, (1, 1): cos}, fill)
@@ -142,6 +144,7 @@ def _warp(x: Tensor, entries: dict[tuple[int, int], Tensor], fill: float) -> Ten
     for (row, column), value in entries.items():
         theta[:, row, column] = value
     grid = affine_grid(theta, list(x.shape), align_corners=False)
+    # Zeros from outside, after the fill value is subtracted, are the fill value.
     return grid_sample(x - fill, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + fill
 
 

@@ -18,11 +18,11 @@ from synchromesh.data.photographs import PackagePhotographs, Photographs, Photog
 from synchromesh.data.sources import MnistDigits
 from synchromesh.errors import at_least
 
-INK = 64  # of 255, from which a pixel belongs to a digit
-DARKER = 0.45  # of the photograph's brightness, so that white ink stands out
-APART = 0.1  # most of the smaller box that two boxes may share
-TRIES = 8  # places for a digit before it is left out
-PHOTOGRAPH = (0.15, 0.6)  # of a photograph's shorter side, that a background shows
+LEAST_INK = 64  # of 255, from which a pixel belongs to a digit
+BACKGROUND_BRIGHTNESS = 0.45  # of the photograph's own, so that white ink stands out
+MOST_OVERLAP = 0.1  # common area of two boxes over the smaller one's area
+PLACES_TRIED = 8  # for a digit, before it is left out
+BACKGROUND_SCALE = (0.15, 0.6)  # least and most side of a background over its photograph's shorter side
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class ComposedScenes:
         photographs: of the backgrounds.
         train: scenes of an epoch.
         test: scenes to score on, the same ones always.
-        fewest: digits of a scene.
-        most: digits of a scene.
-        smallest: side of a digit, pixels.
-        largest: side of a digit, pixels.
+        fewest: digits of a scene, at least.
+        most: digits of a scene, at most.
+        smallest: side of a digit, pixels, at least.
+        largest: side of a digit, pixels, at most.
     """
 
     photographs: PhotographSource = field(default_factory=PackagePhotographs)
@@ -111,12 +111,12 @@ class SceneSet:
         return self.count
 
     def read(self, index: int, draw: Callable[[], np.random.Generator] | None = None) -> Scene:
-        """Return a scene: where `draw` is given a new one, else the one of this number."""
+        """Return a scene: a new one where `draw` is given, else the fixed one of this number."""
         rng = seeds.numpy_generator(0, seeds.SPLIT, index) if draw is None else draw()
         return self._composed(rng)
 
     def _composed(self, rng: np.random.Generator) -> Scene:
-        ground = self.photographs.crop(self.size, rng, scale=PHOTOGRAPH).float() * DARKER
+        ground = self.photographs.crop(self.size, rng, scale=BACKGROUND_SCALE).float() * BACKGROUND_BRIGHTNESS
         boxes: list[tuple[int, int, int, int]] = []
         labels: list[int] = []
         masks: list[Tensor] = []
@@ -132,7 +132,7 @@ class SceneSet:
             alpha = ink.float() / 255
             spot.copy_(spot * (1 - alpha) + 255 * alpha)
             mask = torch.zeros(self.size, self.size, dtype=torch.bool)
-            mask[top : top + ink.shape[0], left : left + ink.shape[1]] = ink > INK
+            mask[top : top + ink.shape[0], left : left + ink.shape[1]] = ink > LEAST_INK
             boxes.append(box)
             labels.append(int(self.labels[number]))
             masks.append(mask)
@@ -145,14 +145,15 @@ class SceneSet:
         self, ink: Tensor, boxes: list[tuple[int, int, int, int]], rng: np.random.Generator
     ) -> tuple[int, int, tuple[int, int, int, int]] | None:
         """Draw a place that shares little with other boxes; return top, left, and the tight box of the ink there."""
-        rows, columns = (ink > INK).any(1).nonzero()[:, 0], (ink > INK).any(0).nonzero()[:, 0]
+        rows, columns = (ink > LEAST_INK).any(1).nonzero()[:, 0], (ink > LEAST_INK).any(0).nonzero()[:, 0]
         if not len(rows):
             return None
+        # The tight box around the ink, inside the digit's square.
         inner = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-        for _ in range(TRIES):
+        for _ in range(PLACES_TRIED):
             top, left = (int(rng.integers(self.size - side + 1)) for side in ink.shape)
             box = (left + inner[0], top + inner[1], left + inner[2], top + inner[3])
-            if all(_shared(box, other) <= APART for other in boxes):
+            if all(_shared(box, other) <= MOST_OVERLAP for other in boxes):
                 return top, left, box
         return None
 

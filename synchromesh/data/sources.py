@@ -19,7 +19,12 @@ _DIGITS = tuple(str(i) for i in range(10))
 
 @dataclass(frozen=True)
 class TwoSets:
-    """The images to learn from and those to score on."""
+    """The images to learn from and those to score on.
+
+    Attributes:
+        train: to learn from.
+        test: to score on.
+    """
 
     train: Images
     test: Images
@@ -71,7 +76,7 @@ class ScikitDigits:
 class ImageFolder:
     """A folder of class folders of JPEG, PNG or WebP files.
 
-    Either `train/` and `val/`, each with one folder per class, or the class folders themselves; then a share of each
+    Either `train/` and `val/`, each with one folder per class, or one folder per class directly; then a share of each
     class is scored on, chosen by the seed and the file names alone.
 
     Attributes:
@@ -89,7 +94,7 @@ class ImageFolder:
         _check_folder(self.path)
         train, test = self.path / "train", self.path / "val"
         if train.is_dir() and not test.is_dir():
-            raise InputError(f"{self.path} has train/ but no val/: give both, or the class folders themselves")
+            raise InputError(f"{self.path} has train/ but no val/: give both, or the class folders directly")
         if train.is_dir():
             classes = _class_names(train)
             extra = sorted(set(_class_names(test)) - set(classes))
@@ -100,7 +105,7 @@ class ImageFolder:
         return _split_at_random(everything, self.test_share, self.split_seed)
 
     def load_all(self, preprocess: Preprocess, classes: tuple[str, ...]) -> Images:
-        """List every image to score a model of these classes on: those of val/, or of the class folders themselves.
+        """List every image to score a model of these classes on: those of val/, or else of all class folders.
 
         Raises:
             InputError: the folder is missing or empty, or has a class that is not among these.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from synchromesh.kernels import composed
 from synchromesh.kernels.direct_mlp import cpu as direct_mlp_cpu
 from synchromesh.kernels.direct_mlp import reference as direct_mlp_reference
 from synchromesh.kernels.fused_mlp import cpu as fused_mlp_cpu
@@ -26,8 +28,10 @@ from synchromesh.kernels.scaled_mm import reference as scaled_mm_reference
 from synchromesh.kernels.scaled_mm.reference import Float8Products, MXFloat8Products, Products
 from synchromesh.kernels.select import reference as select_reference
 from synchromesh.kernels.select.reference import Selection
+from synchromesh.torch_private import transformed, vmapped
 
 __all__ = [
+    "COMPOSED",
     "CPU",
     "REFERENCE",
     "Activation",
@@ -48,7 +52,8 @@ class Kernels:
     Attributes:
         select: (logits, k, gate=, normalize=, bias=, sums=) -> scores, expert_ids, weights, score_sums, choice_counts.
         positions: (expert_ids, num_experts, priority=None) -> places, counts.
-        gather: (x, rowmap) -> rows. combine: (buffer, weights, rowmap) -> y.
+        gather: (x, rowmap) -> rows.
+        combine: (buffer, weights, rowmap) -> y.
         grouped_mm: (rows, weight, ends, bias=None) -> rows.
         scaled_mm: as grouped_mm, with products=, which 8-bit numbers are multiplied.
         fused_mlp: (x, weights, rowmap, mlp, activation) -> y, for any activation, and for 8-bit weights too.
@@ -106,8 +111,19 @@ CPU = Kernels(
 )
 
 
-def kernels_for(device: torch.device) -> Kernels:
-    """Return the fastest kernels for a device: Triton's on GPUs from sm_80 and on AMD's, where torch brought it."""
+TRANSFORMABLE = dataclasses.replace(REFERENCE, scaled_mm=composed.scaled_mm)
+COMPOSED = dataclasses.replace(TRANSFORMABLE, grouped_mm=composed.grouped_mm, fused_mlp=composed.fused_mlp)
+
+
+def kernels_for(device: torch.device, given: Kernels | None = None) -> Kernels:
+    """Return the given kernels, or else the fastest for a device; inside torch.func those that it can transform.
+
+    On GPUs from sm_80 and on AMD's these are Triton's, where torch brought it.
+    """
+    if transformed():
+        return COMPOSED if vmapped() else TRANSFORMABLE
+    if given is not None:
+        return given
     if device.type == "cpu":
         return CPU
     if device.type != "cuda" or not HAS_TRITON:

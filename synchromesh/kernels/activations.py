@@ -1,4 +1,4 @@
-"""The activations that fused kernels know, with their derivatives in closed form, in place where wished."""
+"""The activations that fused kernels know, with their derivatives in closed form; both can run in place."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ class KnownActivation:
     """An elementwise function and its derivative, both written into a given tensor.
 
     Attributes:
+        function: h -> act(h), which autograd differentiates any number of times.
         value: (h, out) -> None. out may be h.
         derivative: (grad, h, out) -> None: out = grad * act'(h). out may be grad.
     """
 
+    function: Callable[[Tensor], Tensor]
     value: Callable[[Tensor, Tensor], object]
     derivative: Callable[[Tensor, Tensor, Tensor], object]
 
@@ -29,18 +31,22 @@ class KnownActivation:
 # Names are what the custom ops carry: an operator's arguments cannot be functions.
 KNOWN = {
     "gelu": KnownActivation(
+        F.gelu,
         lambda h, out: aten.gelu.out(h, out=out),
         lambda grad, h, out: aten.gelu_backward.grad_input(grad, h, grad_input=out),
     ),
     "gelu_tanh": KnownActivation(
+        functools.partial(F.gelu, approximate="tanh"),
         lambda h, out: aten.gelu.out(h, approximate="tanh", out=out),
         lambda grad, h, out: aten.gelu_backward.grad_input(grad, h, approximate="tanh", grad_input=out),
     ),
     "silu": KnownActivation(
+        F.silu,
         lambda h, out: aten.silu.out(h, out=out),
         lambda grad, h, out: aten.silu_backward.grad_input(grad, h, grad_input=out),
     ),
     "relu": KnownActivation(
+        F.relu,
         lambda h, out: aten.relu.out(h, out=out),
         lambda grad, h, out: aten.threshold_backward.grad_input(grad, h, 0, grad_input=out),
     ),

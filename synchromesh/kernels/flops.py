@@ -25,10 +25,12 @@ def _grouped_mm(rows: Shape, weight: Shape, *_: Any, **__: Any) -> int:
 def _grouped_mm_backward(
     grad: Shape, rows: Shape | None, weight: Shape, ends: Shape, needs: list[bool], **_: Any
 ) -> int:
+    # The gradients of rows and of the weight cost one product each; that of a bias costs none.
     return sum(needs[:2]) * 2 * grad[0] * weight[1] * weight[2]
 
 
 def _fused_mlp(*shapes: Any, **_: Any) -> int:
+    # The third argument is pairs [R]; the last six are a Net without scales, whose matrices come first.
     return 2 * shapes[2][0] * sum(map(_numbers, shapes[-6:-3]))
 
 

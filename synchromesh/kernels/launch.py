@@ -22,5 +22,5 @@ def on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def given_or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """Return something to point to where a kernel reads nothing."""
+    """Return the tensor, or another one to pass as the pointer of an argument that the kernel does not read."""
     return other if tensor is None else tensor

@@ -24,7 +24,7 @@ def room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if nbytes < HUGE_FROM:
         return torch.empty(shape, dtype=dtype)
     raw = np.empty(nbytes + ALIGNED_TO, np.uint8)
-    start = -raw.ctypes.data % ALIGNED_TO
+    start = -raw.ctypes.data % ALIGNED_TO  # numpy aligns to 16 bytes only; torch expects cache lines
     return torch.from_numpy(raw[start : start + nbytes]).view(dtype).view(*shape)
 
 
@@ -37,6 +37,7 @@ def room_like(tensor: Tensor) -> Tensor:
 
 def scratch(num_rows: int, *parts: tuple[int, torch.dtype]) -> list[Tensor]:
     """Return matrices of `num_rows` rows, of the given widths and dtypes, out of one piece of memory."""
+    # Each size is rounded up, so that every piece begins on a cache line.
     sizes = [-(-num_rows * width * dtype.itemsize // ALIGNED_TO) * ALIGNED_TO for width, dtype in parts]
     pieces = room((sum(sizes),), torch.uint8).split(sizes)
     return [

@@ -65,9 +65,9 @@ class MLPWeights:
             raise ValueError("got scales for some matrices, wanted one for each of up, down and gate, or none")
 
     @classmethod
-    def of(cls, parts: Mapping[str, Tensor | None]) -> MLPWeights:
-        """Return those of tensors by their names, gate and up apart."""
-        return cls(**cast(Any, parts))
+    def of(cls, parts: Mapping[str, Tensor | None], *, joint: bool = False) -> MLPWeights:
+        """Return those of tensors by their names."""
+        return cls(**cast(Any, parts), joint=joint)
 
     @property
     def quantized(self) -> bool:
@@ -79,11 +79,11 @@ class MLPWeights:
         return Net(*(getattr(self, name) for name in Net._fields))
 
     def apart(self) -> MLPWeights:
-        """Return the same weights with gate and up apart, as views."""
+        """Return the same weights with gate and up as separate tensors: views of a joint one."""
         return MLPWeights.of(self.tensors().apart(joint=True)._asdict()) if self.joint else self
 
     def dequantized(self, dtype: torch.dtype) -> MLPWeights:
-        """Return the numbers that are meant by 8-bit ones."""
+        """Return the weights that 8-bit numbers and their scales stand for, in a dtype; others as they are."""
         if self.up_scale is None or self.down_scale is None:
             return self
         gate = None
@@ -114,7 +114,7 @@ class Net(NamedTuple):
     down_scale: Any = None
 
     def apart(self, *, joint: bool) -> Net:
-        """Return them with gate and up apart: views, where they were joint."""
+        """Return them with gate and up as separate tensors: views, where they were joint."""
         if not joint:
             return self
         gate, up = (None, None) if self.up is None else self.up.chunk(2, 1)
@@ -122,7 +122,7 @@ class Net(NamedTuple):
         return self._replace(up=up, gate=gate, up_bias=up_bias, gate_bias=gate_bias)
 
     def of_each(self, num_experts: int) -> list[Net]:
-        """Return those of each expert."""
+        """Return the tensors of each expert, one net an expert."""
         each = ([None] * num_experts if part is None else part.unbind(0) for part in self)
         return [Net(*own) for own in zip(*each, strict=True)]
 
@@ -159,6 +159,7 @@ def _quantized(matrix: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Te
     if not wide.isfinite().all():
         raise ValueError("got experts with infinite weights or NaN, wanted finite ones: load or train them again")
     largest = wide.abs().amax(dim, keepdim=True)
+    # A channel of zeros gets scale 1; no other scale is so small that a division by it gives infinity.
     scale = (torch.where(largest > 0, largest, 1.0) / LARGEST[dtype]).clamp(min=torch.finfo(torch.float32).tiny)
     numbers = wide / scale
     return (numbers.round() if dtype == torch.int8 else numbers).to(dtype), scale.squeeze(dim)

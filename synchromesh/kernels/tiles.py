@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED_PROGRAMS = 3  # of a persistent kernel, where there is no GPU: enough for each to take several tiles
-LEAST = 32  # columns and depth of a block
-MAPPED = 64  # tiles that one program of the map works out
+LEAST_BLOCK = 32  # columns, or depth, of a block that is halved
+TILES_PER_PROGRAM = 64  # of the kernel that assigns tiles to experts
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,11 @@ class Tiling:
     """What a matrix-product kernel is compiled for.
 
     Attributes:
-        rows, cols, depth: of a tile of the product, and of one step along the summed dimension.
-        warps, stages: of a program, and of its pipeline of loads.
+        rows: of a tile of the product.
+        cols: of a tile of the product.
+        depth: of one step along the summed dimension.
+        warps: of a program.
+        stages: of a program's software pipeline of loads.
     """
 
     rows: int
@@ -36,13 +39,13 @@ class Tiling:
     stages: int
 
     def fitted(self, *, cols: int, depth: int) -> Tiling:
-        """Return a tiling of smaller steps where that spares it the masks of blocks that are cut short."""
+        """Return a tiling with smaller blocks where they then divide the sizes evenly, so that loads need no masks."""
         return replace(self, cols=_halved(self.cols, cols), depth=_halved(self.depth, depth))
 
 
 def _halved(block: int, size: int) -> int:
-    """Halve a block until it divides the size, but not below what multiplies at a good rate."""
-    while block > LEAST and size % block:
+    """Halve a block until it divides the size, but not below LEAST_BLOCK: smaller products are slow."""
+    while block > LEAST_BLOCK and size % block:
         block //= 2
     return block
 
@@ -52,9 +55,11 @@ class Tiles:
     """The tiles of one layout of rows.
 
     Attributes:
-        expert, first, stop: of each tile, its expert and its range of rows; int32, undefined past those in use.
-        count: how many are in use, on the device.
-        rows: of a tile.
+        expert: int32, each tile's expert; like first and stop undefined past the tiles in use.
+        first: int32, each tile's first row in the buffer.
+        stop: int32, one past each tile's last row.
+        count: int32 [1], how many tiles are in use, on the device.
+        rows: of a tile, at most.
     """
 
     expert: Tensor
@@ -73,15 +78,18 @@ def tiles_of(ends: Tensor, num_rows: int, rows: int) -> Tiles:
     """Cut the rows of each expert into tiles.
 
     Args:
-        ends: int32 [E], running sum of the rows of each expert. num_rows: R, of the whole buffer. rows: of a tile.
+        ends: int32 [E], running sum of the rows of each expert.
+        num_rows: R, of the whole buffer.
+        rows: of a tile.
     """
     experts = len(ends)
+    # Each expert adds at most one tile that is not full: the sum of ceil(n_e / rows) is never more than this.
     bound = max(1, num_rows // rows + min(experts, num_rows))
     parts = torch.empty(3, bound, dtype=torch.int32, device=ends.device)
     count = torch.empty(1, dtype=torch.int32, device=ends.device)
     padded = max(2, triton.next_power_of_2(experts))
-    grid = (triton.cdiv(bound, MAPPED),)
-    _map_tiles[grid](ends, *parts, count, experts, bound, EXPERTS=padded, ROWS=rows, MAPPED=MAPPED)
+    grid = (triton.cdiv(bound, TILES_PER_PROGRAM),)
+    _map_tiles[grid](ends, *parts, count, experts, bound, EXPERTS=padded, ROWS=rows, MAPPED=TILES_PER_PROGRAM)
     return Tiles(*parts.unbind(), count, rows)
 
 
@@ -104,9 +112,12 @@ def _map_tiles(
     e = tl.arange(0, EXPERTS)
     end = tl.load(ends + e, mask=e < experts, other=0)
     start = tl.load(ends + e - 1, mask=(e > 0) & (e < experts), other=0)
+    # Triton cannot index registers by a tensor: below, a sum under a mask with one hit stands for a look-up.
     own = tl.where(e < experts, (end - start + ROWS - 1) // ROWS, 0)
-    last = tl.cumsum(own, 0)
+    last = tl.cumsum(own, 0)  # one past the last tile of each expert
     tile = tl.program_id(0) * MAPPED + tl.arange(0, MAPPED)
+    # The number of experts whose tiles all lie before this one. An expert without rows ends where the one before it
+    # does, so it is passed over. Past the tiles in use no expert is hit, and nobody reads what is stored.
     owner = tl.sum((last[None, :] <= tile[:, None]).to(tl.int32), 1)
     hit = e[None, :] == owner[:, None]
     row = tl.sum(tl.where(hit, start[None, :] + (tile[:, None] - (last - own)[None, :]) * ROWS, 0), 1)
@@ -121,9 +132,11 @@ def _map_tiles(
 @triton.jit
 def swizzled(item, tiles, across, GROUP: tl.constexpr):
     """Return (tile, column) of an item, in an order in which neighbours share rows and weights in the L2 cache."""
+    # Items go down GROUP tiles of rows, then to the next column: programs that run together share a block of weights,
+    # and the rows of the group stay in the cache for all columns.
     wide = GROUP * across
     start = (item // wide) * GROUP
-    high = tl.minimum(tiles - start, GROUP)
+    high = tl.minimum(tiles - start, GROUP)  # the last group may be smaller
     return start + (item % wide) % high, (item % wide) // high
 
 
@@ -137,6 +150,7 @@ def multiplied(
     WHOLE: no block of columns, nor of the summed dimension, is cut short.
     """
     k = tl.arange(0, BK)
+    # Rows are widened because a may have 2^31 numbers or more; one expert's matrix has fewer.
     a_at = a + rows.to(tl.int64)[:, None] * depth + k[None, :]
     w_at = w + (k[:, None] * step_k + cols[None, :] * step_n)
     for done in range(0, depth, BK):
@@ -193,4 +207,5 @@ def tile_rows(tile, first, stop, BM: tl.constexpr):
     start = tl.load(first + tile)
     rows = tl.load(stop + tile) - start
     row = tl.arange(0, BM)
+    # With the last row repeated, loads by row need no mask; stores are masked by `row < rows`.
     return start, tl.minimum(row, rows - 1), row < rows

@@ -1,4 +1,4 @@
-"""Boxes as rows (left, top, right, bottom): overlaps, and suppression of what was found twice."""
+"""Boxes as rows (left, top, right, bottom): overlaps, and non-maximum suppression."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def area(boxes: Float[Tensor, "*M 4"]) -> Float[Tensor, "*M"]:
-    """Return width times height, 0 where a box is turned inside out."""
+    """Return width times height, 0 where right < left or bottom < top."""
     return (boxes[..., 2] - boxes[..., 0]).clamp(min=0) * (boxes[..., 3] - boxes[..., 1]).clamp(min=0)
 
 
@@ -29,7 +29,7 @@ def giou(one: Float[Tensor, "M 4"], other: Float[Tensor, "M 4"]) -> Float[Tensor
 
     IoU - (hull - union) / hull, the hull being the smallest box around both
     """
-    one, other = one.float(), other.float()  # its divisions overflow in half precision
+    one, other = one.float(), other.float()  # areas overflow in half precision
     inner = torch.cat([torch.maximum(one[:, :2], other[:, :2]), torch.minimum(one[:, 2:], other[:, 2:])], dim=1)
     outer = torch.cat([torch.minimum(one[:, :2], other[:, :2]), torch.maximum(one[:, 2:], other[:, 2:])], dim=1)
     both, hull = area(inner), area(outer)
@@ -42,9 +42,11 @@ def suppressed(
 ) -> Bool[Tensor, " M"]:
     """Tell which boxes overlap a kept box of their class with a higher score by more than `most` (IoU).
 
-    The greedy rule as the fixpoint of a matrix: a box is kept if no kept box before it covers it. Of equal scores the
-    first comes before.
+    Non-maximum suppression: by falling score, a box is kept if no kept box covers it; of equal scores the first in the
+    input comes first.
     """
+    # The greedy rule without a loop over boxes: applied to all at once until nothing changes. After n rounds the n
+    # boxes of highest score are decided, so it ends; in practice soon, because chains of overlaps are short.
     order = scores.argsort(descending=True, stable=True)
     same = labels[order][:, None] == labels[order][None]
     covers = (iou(boxes[order], boxes[order]) > most) & same

@@ -1,8 +1,8 @@
 """Scaled cosine attention inside windows, forward and backward by hand for the CPU.
 
-There the products of small windows are quick and what surrounds them is slow: norms, copies to heads-first layout,
-bias, softmax. So each is done once, in place where it can be, and backward writes one gradient of queries, keys and
-values. `window_attention.CosineAttention` has the definition.
+On a CPU the matrix products of small windows are fast, and what surrounds them is slow: norms, copies to heads-first
+layout, bias, softmax. So each of these is done once, in place where possible, and backward writes one gradient tensor
+of queries, keys and values. `window_attention.CosineAttention` has the definition.
 
 Shape letters: W windows of all images, G windows of a map, N positions of a window, T = W N, h heads, d width of a
 head, C = h d.
@@ -17,7 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-NARROW = 32  # numbers in a vector register at half precision; loops over fewer of them run one by one
+from synchromesh.torch_private import softmax_backward
+
+VECTOR_NUMBERS = 32  # of half precision in a vector register; torch does not vectorise loops over fewer
 
 
 def cosine_attention(
@@ -36,6 +38,8 @@ class _CosineAttention(torch.autograd.Function):
         (W, N, C), h = qkv.shape, scale.shape[0]
         C = C // 3
         with torch.autocast("cpu", enabled=False):
+            # Queries are divided by their norm and multiplied by the scale, keys divided by their norm: one factor for
+            # each position and head of both.
             factors = torch.cat((scale, torch.ones_like(scale))).to(qkv.dtype)
             qk = qkv.view(-1, 3, h, C // h)[:, :2].flatten(1, 2)
             factors_Th = _sum_heads(qk.square()).sqrt_().clamp_min_(1e-12).reciprocal_().mul_(factors)
@@ -65,7 +69,8 @@ class _CosineAttention(torch.autograd.Function):
             dscores = dscores.to(q.dtype)
             torch.bmm(dscores, k, out=dqk[0])
             torch.bmm(dscores.mT, q, out=dqk[1])
-            # From here on along positions: gradient of a vector divided by its norm, and of its factor.
+            # Positions first from here on. For u = f x / |x| with gradient du: dx = (f / |x|) (du - u <u, du> / f^2).
+            # The factor f is the scale for queries, whose gradient is <u, du> / f, and 1 for keys.
             dunit = _positions_first(dqk, h).view(-1, 2 * h, C // h)
             along_Th = _sum_heads(unit * dunit)
             dscale = along_Th[:, :h].sum(0, dtype=scale.dtype) / scale
@@ -76,31 +81,31 @@ class _CosineAttention(torch.autograd.Function):
 
 
 def _sum_heads(x: Tensor) -> Tensor:
-    """[T heads d] to [T heads]."""
+    """Sum over the width of heads: [T, heads, d] to [T, heads]."""
     if not _slow(x):
         return x.sum(-1)
     return x.flatten(1) @ _spread(x).T
 
 
 def _scale_heads(x: Tensor, factors: Tensor) -> Tensor:
-    """[T heads d] times [T heads]."""
+    """Multiply the vectors of heads by their factors: [T, heads, d] times [T, heads]."""
     if not _slow(x):
         return x * factors[..., None]
     return (factors @ _spread(x)).view(x.shape).mul_(x)
 
 
 def _slow(x: Tensor) -> bool:
-    """Whether a product with a 0/1 matrix beats a loop over the width of a head."""
-    return x.dtype.itemsize == 2 and x.shape[2] < NARROW
+    """Tell whether a product with a 0/1 matrix is faster than a loop over the width of a head."""
+    return x.dtype.itemsize == 2 and x.shape[2] < VECTOR_NUMBERS
 
 
 def _spread(x: Tensor) -> Tensor:
-    """Matrix [heads, heads * d] that gives each head's number to its whole width; its transpose sums over heads."""
+    """Return the 0/1 matrix [heads, heads * d] that repeats each head's number over its width; its transpose sums."""
     return torch.eye(x.shape[1], dtype=x.dtype, device=x.device).repeat_interleave(x.shape[2], 1)
 
 
 def _heads_first(x: Tensor) -> Tensor:
-    """[W N P h d] to [P W*h N d]."""
+    """Copy [W, N, P, h, d] to [P, W * h, N, d], the layout of batched products; P is 1 to 3 of q, k, v."""
     W, N, P, h, d = x.shape
     y = x.new_empty(P, W, h, N, d)
     y.copy_(x.permute(2, 0, 3, 1, 4))
@@ -108,7 +113,7 @@ def _heads_first(x: Tensor) -> Tensor:
 
 
 def _positions_first(x: Tensor, h: int) -> Tensor:
-    """[P W*h N d] to [W N P h d]."""
+    """Copy [P, W * h, N, d] back to [W, N, P, h, d]."""
     P, _, N, d = x.shape
     y = x.new_empty(x.shape[1] // h, N, P, h, d)
     y.copy_(x.view(P, -1, h, N, d).permute(1, 3, 0, 2, 4))
@@ -124,4 +129,4 @@ def _softmax(scores: Tensor, bias: Tensor) -> Tensor:
 
 def _softmax_backward(dweights: Tensor, weights: Tensor) -> Tensor:
     wide = torch.promote_types(weights.dtype, torch.float32)
-    return torch.ops.aten._softmax_backward_data(dweights.to(wide), weights.to(wide), -1, wide)
+    return softmax_backward(dweights.to(wide), weights.to(wide))

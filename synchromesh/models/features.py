@@ -1,4 +1,4 @@
-"""Features: what every backbone sees in images and every head reads; and what a backbone says of itself besides.
+"""Features: what every backbone sees in images and every head reads; and what a backbone tells of itself.
 
 A new backbone is one file: a config, which is all that recipes, files and the planner know of it, and a module.
 """
@@ -79,7 +79,7 @@ class Backbone(nn.Module, ABC):
         """Return the features of normalised pixels; the mask token stands for hidden patches, counted row by row."""
 
     def reset_parameters(self) -> None:
-        """Initialise all weights and buffers anew; here those of torch's layers and the library's."""
+        """Initialise all weights and buffers again; here those of torch's layers and the library's."""
         initialize(self, self.init_std)
 
     @abstractmethod

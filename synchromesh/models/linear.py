@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from synchromesh.torch_private import has_forward_hooks, onednn_has_bfloat16, onednn_linear, transformed
+
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -24,14 +26,12 @@ def linear(
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    activation = ("gelu", [], "none") if gelu else ("none", [], "")
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *activation)
+    return onednn_linear(x, weight, bias, gelu=gelu)
 
 
 def apply(layer: nn.Module, x: Float[Tensor, "*T D"], *, gelu: bool = False) -> Float[Tensor, "*T F"]:
-    """Call a linear layer by `linear`; with gradients, hooks, or of another kind, as it wants to be called."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks
-    if type(layer) is nn.Linear and not hooked and not torch.is_grad_enabled():
+    """Call a linear layer by `linear`; with gradients or hooks, or if it is another kind of layer, call the module."""
+    if type(layer) is nn.Linear and not has_forward_hooks(layer) and not torch.is_grad_enabled():
         return linear(x, layer.weight, layer.bias, gelu=gelu)
     return F.gelu(layer(x)) if gelu else layer(x)
 
@@ -39,7 +39,9 @@ def apply(layer: nn.Module, x: Float[Tensor, "*T D"], *, gelu: bool = False) -> 
 def _fuses(x: Tensor) -> bool:
     if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() == 0:
         return False
+    if transformed():
+        return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if dtype == torch.bfloat16 and not onednn_has_bfloat16():
         return False
     return x.dtype in _DTYPES and dtype in _DTYPES and torch.backends.mkldnn.is_available()

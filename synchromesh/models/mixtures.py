@@ -167,7 +167,7 @@ def mixture(settings: ExpertsConfig, width: int, hidden: int) -> MoE:
 def multiply_adds_per_token(ffn: nn.Module) -> float:
     """Return the multiplications that a token costs in a feed-forward, routers left out.
 
-    Experts compute k f rows per token, f the room of their capacity over an even load where that is fixed, else 1.
+    Experts compute k f rows per token, with f the capacity factor where the capacity is fixed, else 1.
     """
     if not isinstance(ffn, MoE):
         return float(sum(module.weight.numel() for module in ffn.modules() if isinstance(module, nn.Linear)))
@@ -179,7 +179,7 @@ def multiply_adds_per_token(ffn: nn.Module) -> float:
 
 
 def choices_of(moe: MoE) -> int:
-    """Return k, as set around the layer or by its router."""
+    """Return k: that of the layer's options if it is set, else that of its router."""
     return moe.options.k or getattr(moe.router, "k", 1)
 
 

@@ -19,8 +19,9 @@ from synchromesh.planning.planner import LayerKind, ModelShape
 from synchromesh.types import Workload
 
 # One calibration: the paper's table 7, its dense SwinV2-B on one node of 8 A100: 1,198 images/s inferred and 291
-# trained per GPU. Of its 11.78 thousand million multiply-adds 3.02 are in the ten feed-forwards that experts replace;
-# these run at the speed of the profile's products in either model, and the rest takes what is left of the time.
+# trained per GPU. Of its 11.78e9 multiply-adds 3.02e9 are in the ten feed-forwards that experts replace. These run at
+# the speed of the profile's products in either model; the rest takes what is left of the time of an image. A
+# multiply-add is 2 operations in forward, and 6 in forward and backward.
 FFN_PRODUCTS, PRODUCTS, SPEED = 3.02e9, 11.78e9, 250e12 / 1.17
 INFERRED, TRAINED = 1 / 1198 - 2 * FFN_PRODUCTS / SPEED, 1 / 291 - 6 * FFN_PRODUCTS / SPEED  # seconds of an image
 DENSE_SHARE = (2 * (PRODUCTS - FFN_PRODUCTS) / INFERRED / 250e12, 6 * (PRODUCTS - FFN_PRODUCTS) / TRAINED / 250e12)
@@ -42,6 +43,7 @@ def shape_of(
             key = (place.stage, kind.work.width)
             kinds[key] = dataclasses.replace(kind, count=kinds[key].count + 1 if key in kinds else 1)
     counted = costs(model)
+    # Subtracted below, because the planner counts experts itself: their products, and their parameters.
     own = sum(kind.count * kind.work.choices * 2 * kind.work.width * kind.work.hidden * kind.tokens
               for kind in kinds.values())  # fmt: skip
     in_experts = sum(kind.count * sum(kind.work.parts_per_expert) * kind.work.experts for kind in kinds.values())

@@ -1,7 +1,7 @@
 """SwinV2: a hierarchical vision transformer with shifted windows (arXiv 2111.09883; released under MIT by Microsoft).
 
 - attention inside square windows, shifted by half a window in every second block, with log-spaced position bias;
-- scaled cosine similarity and normalisation at the end of each residual branch, or whatever else a `BlockStyle` holds;
+- scaled cosine attention and normalisation at the end of each residual branch, or what another `BlockStyle` holds;
 - any image size: patches, windows and merges pad with zeros on the right and at the bottom;
 - the feed-forward of every block comes from a factory, so that mixtures of experts need no subclass;
 - two styles of blocks: SwinV2's own, and the one in which Microsoft released Swin-MoE;
@@ -163,7 +163,7 @@ class SwinV2Config(BackboneConfig):
 
     def window(self, stage: int) -> int:
         """Side of the windows of a stage."""
-        return max(1, min(self.window_size, self.grid[0] >> stage))
+        return max(1, min(self.window_size, self.grid[0] >> stage))  # the height decides, of wide maps too
 
     def shift(self, stage: int, block: int) -> int:
         """Positions by which the windows of a block are shifted."""
@@ -283,6 +283,7 @@ class SwinBlock(nn.Module):
         super().__init__()
         self.side, self.shift = config.window(stage), config.shift(stage, block)
         self.residual = config.style.parts.residual
+        # Map size padded to whole windows; the mask of this size is kept, others are computed when they come.
         height, width = config.map_size(stage)
         self.size = (height + -height % self.side, width + -width % self.side)
         self.attention = WindowAttention(config.attention(stage))
@@ -307,17 +308,19 @@ class SwinBlock(nn.Module):
     def multiply_adds(self, positions: int, channels: int) -> float:
         """Return those of one image, whose map has so many positions."""
         padded = self.size[0] * self.size[1]
+        # Projections of q, k, v and output, the two products of attention; below the two norms and the feed-forward.
         attention = padded * (4 * channels**2 + 2 * self.side**2 * channels)
         return attention + 2 * positions * channels + positions * multiply_adds_per_token(self.ffn)
 
     def _attend(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        # Shifted windows: the map is rolled, attended in plain windows under the mask, and rolled back.
         height, width = x.shape[1:3]
         x = pad_map(x, self.side)
         size = x.shape[1:3]
         x = torch.roll(x, (-self.shift, -self.shift), (1, 2)) if self.shift else x
         x = from_windows(self.attention(to_windows(x, self.side), self._mask(*size)), *size)
         x = torch.roll(x, (self.shift, self.shift), (1, 2)) if self.shift else x
-        return x[:, :height, :width]
+        return x[:, :height, :width]  # without the padding, which attention sees as zeros
 
     def _mask(self, height: int, width: int) -> Float[Tensor, "G N N"] | None:
         if self.mask is None or (height, width) == self.size:
@@ -412,7 +415,7 @@ class SwinV2(Backbone):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as the release does: truncated normal weights, zero biases, norms that end branches as configured.
+        """Initialise as the release does: truncated normal weights, zero biases, final norms of branches as configured.
 
         Experts and linear routers count as weights and biases; other modules of a custom factory keep their own.
         """

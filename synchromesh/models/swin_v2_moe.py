@@ -67,7 +67,8 @@ def _published(embed_dim: int, *, drop_path: float, style: BlockStyle) -> SwinV2
 # demo sizes
 
 # The released block style, pre-norm, learns faster from few images than post-norm. At such small widths SwinV2's first
-# weights (standard deviation 0.02) are so small that the branches hardly speak at first, and every step is a large one.
+# weights (standard deviation 0.02) are so small that branches add almost nothing at first, and each step is relatively
+# large; hence 0.1.
 DEMO = SwinV2Config(
     image_size=32,
     in_channels=1,

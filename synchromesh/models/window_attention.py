@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from synchromesh.models.cosine_attention import cosine_attention
 from synchromesh.models.linear import apply, linear
+from synchromesh.torch_private import transformed
 
-MASKED = -200.0  # what transformers adds in all to the score of a pair from two image regions
-MAX_LOG_SCALE = math.log(100.0)
-BIAS_HIDDEN = 512
+MASKED = -200.0  # added to the score of a pair from two image regions; transformers adds -100 twice
+MAX_LOG_SCALE = math.log(100.0)  # of cosine attention
+BIAS_HIDDEN = 512  # hidden width of the position bias MLP
 
 
 def pad_map(x: Float[Tensor, "B H W C"], multiple: int) -> Float[Tensor, "B H2 W2 C"]:
@@ -46,6 +47,8 @@ def from_windows(x: Float[Tensor, "B G N C"], height: int, width: int) -> Float[
 
 def shift_mask(height: int, width: int, side: int, shift: int) -> Float[Tensor, "G N N"]:
     """Score to add so that a shifted window attends only inside one region of the image: 0 or `MASKED`."""
+    # After the roll by `shift` the last window along each side holds positions from both ends of the image. That makes
+    # three bands along each side, of which the last window holds two, and nine regions: 3 * row band + column band.
     region = torch.zeros(1, height, width, 1)
     for weight, length, dim in ((3.0, height, 1), (1.0, width, 2)):
         place = torch.arange(length)
@@ -56,7 +59,7 @@ def shift_mask(height: int, width: int, side: int, shift: int) -> Float[Tensor, 
 
 
 def relative_coordinates(side: int, pretrained: int) -> Float[Tensor, "M 2"]:
-    """Log-spaced offsets of all pairs of a window: sign(o) log2(1 + 8 |o| / (P - 1)) / 3, P the side once trained."""
+    """Log-spaced offsets of pairs of a window: sign(o) log2(1 + 8 |o| / (P - 1)) / 3, P the side in pre-training."""
     offsets = torch.arange(1 - side, side, dtype=torch.float32) / max(1, (pretrained or side) - 1) * 8.0
     spaced = offsets.sign() * torch.log2(offsets.abs() + 1.0) / math.log2(8.0)
     return torch.cartesian_prod(spaced, spaced)
@@ -64,6 +67,7 @@ def relative_coordinates(side: int, pretrained: int) -> Float[Tensor, "M 2"]:
 
 def relative_index(side: int) -> Int[Tensor, " NN"]:
     """Row of `relative_coordinates` for each pair of positions of a window."""
+    # Offsets run from 1 - side to side - 1; moved to begin at 0, a pair (dy, dx) is row dy * (2 side - 1) + dx.
     place = torch.arange(side)
     offset = place[:, None] - place[None, :] + side - 1
     return (offset[:, None, :, None] * (2 * side - 1) + offset[None, :, None, :]).reshape(-1)
@@ -90,9 +94,11 @@ class CosineAttention(nn.Module):
         self, qkv: Float[Tensor, "W N QKV"], bias: Float[Tensor, "G h N N"], dropout: float
     ) -> Float[Tensor, "W N C"]:
         scale = self.log_scale.clamp(max=MAX_LOG_SCALE).exp()
-        if qkv.device.type == "cpu" and dropout == 0.0 and not torch.compiler.is_compiling():
+        by_hand = qkv.device.type == "cpu" and dropout == 0.0 and not torch.compiler.is_compiling()
+        if by_hand and not transformed():
             return cosine_attention(qkv, scale.flatten(), bias)
         q, k, v = _heads(qkv, self.num_heads)
+        # Scale and norms go into the narrow q and k, not into the wide scores.
         q, k = q * (scale / _norm(q)).to(q.dtype), k * _norm(k).reciprocal().to(k.dtype)
         return attend(q, k, v, bias, dropout)
 
@@ -119,7 +125,8 @@ def attend(
     dropout: float,
 ) -> Float[Tensor, "W N C"]:
     """Return softmax(q k^T + bias) v, heads side by side; bias is one for all windows (G = 1) or one per window."""
-    if q.device.type == "cpu" and torch.is_grad_enabled():  # a bias that wants a gradient leaves no fused kernel there
+    # No fused kernel of a CPU has a gradient for the bias, and none of any device has a forward-mode derivative.
+    if transformed() or (q.device.type == "cpu" and torch.is_grad_enabled()):
         scores = (q @ k.mT).unflatten(0, (-1, bias.shape[0])) + bias
         weights = F.dropout(scores.softmax(-1), dropout, dropout > 0).flatten(0, 1)
         y = weights.to(v.dtype) @ v
@@ -142,6 +149,9 @@ class PositionBias(nn.Module):
     """Maps the offset of two positions of a window to one score per head: squash(MLP(log-spaced offset)) (section 3.3).
 
     Args:
+        side: of a window, positions.
+        pretrained: side of a window in pre-training, 0 for the same as now.
+        num_heads: h.
         squash: applied to the MLP's output.
     """
 
@@ -182,10 +192,14 @@ class AttentionConfig:
     """What window attention is made of.
 
     Attributes:
-        window: side of a window. pretrained_window: that in pre-training, 0 for the same as now.
+        width: C, channels.
+        num_heads: h.
+        window: side of a window, positions.
+        pretrained_window: side of a window in pre-training, 0 for the same as now.
         kernel: (num_heads, head_width) -> module from (qkv, bias, dropout) to heads side by side.
         squash: applied to the position bias.
-        qkv_bias: whether queries and values have a bias. key_bias: whether keys then have one too.
+        qkv_bias: whether queries and values have a bias.
+        key_bias: whether keys have a bias too, where queries and values have one.
         dropout: on attention weights and output.
     """
 
@@ -224,7 +238,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Float[Tensor, "B G N C"], mask: Float[Tensor, "G N N"] | None) -> Float[Tensor, "B G N C"]:
         B, G, N, C = x.shape
         qkv = linear(x, self.qkv.weight, self._bias()).view(B * G, N, 3 * C)
-        bias = self.position_bias()[None]
+        bias = self.position_bias()[None]  # [1, h, N, N]; with a mask one for each window
         bias = bias if mask is None else bias + mask[:, None]
         rate = self.dropout if self.training else 0.0
         return F.dropout(apply(self.proj, self.kernel(qkv, bias, rate).view(B, G, N, C)), rate, self.training)

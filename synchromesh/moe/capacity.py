@@ -206,6 +206,7 @@ def _map_rows(
     ids = routing.expert_ids
     pairs = ids.numel() if routing.max_pairs is None else min(ids.numel(), routing.max_pairs)
     num_rows = pairs if most is None else min(pairs, routing.num_experts * most)
+    # Kept pairs of an expert are those first in its queue, so their places are their rows from its start on: no sort.
     kept_counts = counts if capacity is None else counts.clamp(max=capacity)
     ends = kept_counts.cumsum(0)
     starts = ends - kept_counts

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from synchromesh.kernels import Kernels, MLPWeights, Products
+from synchromesh.kernels.composed import members_of
+from synchromesh.torch_private import vmapped
 from synchromesh.types import RowMap
 
 Activation = Callable[[Tensor], Tensor]
@@ -43,10 +45,12 @@ class Experts(nn.Module, ABC):
     """The networks of one layer, or one cut through them.
 
     Attributes:
-        num_experts: E, of the layer. width: D, of the rows in and out; None where the experts do not say.
+        num_experts: E, of the layer.
+        width: D, of the rows in and out; None where the experts do not say.
         cut: what is held here of all experts.
         output_parts: names of the parts that are added to the output rows, E * D numbers each.
-        matrices: number of matrices [hidden, width] of each expert. vectors: numbers in each of its biases.
+        matrices: number of matrices [hidden, width] of each expert.
+        vectors: numbers in each of its biases.
     """
 
     num_experts: int
@@ -105,7 +109,7 @@ class StackedExperts(Experts):
 
     Attributes:
         products: which 8-bit numbers are multiplied, in forward and for the gradient of the rows; None, as at first,
-            multiplies rows and weights themselves. `set_products` sets it.
+            multiplies rows and weights as they are. `set_products` sets it.
     """
 
     hidden: int
@@ -126,7 +130,7 @@ class StackedExperts(Experts):
         if cut == self.cut == WHOLE:
             return
         if self.cut != WHOLE:
-            raise ValueError(f"got {cut}, these experts hold {self.cut} already: build them anew")
+            raise ValueError(f"got {cut}, these experts hold {self.cut} already: build them again")
         self._check_cut(cut)
         for name, parameter in list(self.named_parameters(recurse=False)):
             own = parameter.detach().flatten(0, 1).chunk(cut.count)[cut.index]
@@ -135,7 +139,7 @@ class StackedExperts(Experts):
         self.cut = cut
 
     def reset_parameters(self) -> None:
-        """Draw E pairs of nn.Linear anew; a cut draws all, one expert at a time, and keeps its own numbers."""
+        """Draw E pairs of nn.Linear again; a cut draws all, one expert at a time, and keeps its own numbers."""
         assert self.width is not None
         for name, parameter in self.named_parameters(recurse=False):
             fan_in = self.hidden if name.startswith("down") else self.width
@@ -178,8 +182,11 @@ class MLPExperts(StackedExperts):
     """E feed-forward networks y = act(x up^T + up_bias) down + down_bias.
 
     Args:
-        num_experts: E. width: D. hidden: F.
-        activation: any elementwise callable. up_bias, down_bias: whether to have them.
+        num_experts: E.
+        width: D.
+        hidden: F.
+        activation: any elementwise callable.
+        up_bias, down_bias: whether to have them.
         dropout: probability, on the activated hidden rows while training.
 
     Parameters: `up [E F D]`, `up_bias [E F]`, `down [E F D]`, `down_bias [E D]`, initialised as E pairs of nn.Linear.
@@ -211,8 +218,11 @@ class GatedMLPExperts(StackedExperts):
     """E gated feed-forward networks y = (act(x gate^T) * (x up^T)) down: SwiGLU with F.silu, GEGLU with F.gelu.
 
     Args:
-        num_experts: E. width: D. hidden: F.
-        activation: any elementwise callable. bias: on gate, up and down.
+        num_experts: E.
+        width: D.
+        hidden: F.
+        activation: any elementwise callable.
+        bias: on gate, up and down.
         dropout: probability, on the product while training.
 
     Parameters: `gate`, `up`, `down [E F D]`; with bias `gate_bias`, `up_bias [E F]`, `down_bias [E D]`.
@@ -247,7 +257,8 @@ class ModuleExperts(Experts):
     """Any modules from rows to rows as experts, one each. They move whole, and run one after the other.
 
     Every module runs in every forward, on no rows if need be, so that its gradients exist on every rank. The number of
-    rows of each is read on the host, so torch.compile does not take them in one graph.
+    rows of each is read on the host, so torch.compile does not take them in one graph. Under vmap, which allows no such
+    read, each runs on all rows, others' being 0: the same for modules that treat every row by itself.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -274,17 +285,25 @@ class ModuleExperts(Experts):
     def compute(
         self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " L"], weights: Mapping[str, Tensor], kernels: Kernels
     ) -> Float[Tensor, "R D"]:
+        if vmapped():
+            out = []
+            for number, member in zip(self.experts, members_of(rows.shape[0], ends), strict=True):
+                own = member[:, None]
+                out.append(self._run(number, rows.where(own, 0), weights).where(own, 0))
+            return torch.stack(out).sum(0)
         sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
         *groups, tail = rows.split([*sizes, rows.shape[0] - sum(sizes)])
-        out = []
-        for (number, expert), group in zip(self.experts.items(), groups, strict=True):
-            prefix = f"experts.{number}."
-            own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-            out.append(functional_call(expert, own, (group,)) if own else expert(group))
-            if out[-1].shape != group.shape:
-                got, wanted = tuple(out[-1].shape), tuple(group.shape)
-                raise ValueError(f"expert {number} returned rows of shape {got}, wanted {wanted}, as they came in")
+        out = [self._run(number, group, weights) for number, group in zip(self.experts, groups, strict=True)]
         return torch.cat([*out, out[0].new_zeros(tail.shape)])
+
+    def _run(self, number: str, rows: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        prefix, expert = f"experts.{number}.", self.experts[number]
+        own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+        out = functional_call(expert, own, (rows,)) if own else expert(rows)
+        if out.shape != rows.shape:
+            got, wanted = tuple(out.shape), tuple(rows.shape)
+            raise ValueError(f"expert {number} returned rows of shape {got}, wanted {wanted}, as they came in")
+        return out
 
 
 def set_products(model: nn.Module, products: Products | None) -> list[str]:
@@ -293,8 +312,8 @@ def set_products(model: nn.Module, products: Products | None) -> list[str]:
     Parameters, gradients and optimizer stay as they are. Output and gradients are a few per cent off.
 
     Args:
-        model: any model with `MLPExperts` or `GatedMLPExperts` in it, or such experts. products: `Float8Products()` or
-            `MXFloat8Products()`.
+        model: any model with `MLPExperts` or `GatedMLPExperts` in it, or such experts.
+        products: `Float8Products()` or `MXFloat8Products()`.
 
     Raises:
         ValueError: there are none.

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from synchromesh.moe.capacity import Capacity, Dropless, mapped
 from synchromesh.moe.experts import Experts
+from synchromesh.moe.forward import chosen, note, workload_of
 from synchromesh.moe.losses import AgreeSum, Loss, OverRanks
 from synchromesh.moe.recompute import Decisions
-from synchromesh.moe.record import Forward, Record
+from synchromesh.moe.record import Record
 from synchromesh.moe.routing import routed
 from synchromesh.moe.strategy import Local, Strategy, compute_dtype
-from synchromesh.types import Plan, Routing, RowMap, Workload
+from synchromesh.types import Plan, Routing, RowMap
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class MoE(nn.Module):
             rowmap = mapped(choice.capacity, routing, self._agree_max, self.strategy.kernels_on(x.device))
             y_TD = self.strategy.run(x_TD, routing, rowmap, self.experts, choice.plan)
             self._note(routing, rowmap, choice.plan)
-        y_TD = y_TD.masked_fill(_broken(routing), math.nan)
+        if choice.capacity.drops:  # a NaN weight of a pair that was dropped must show too
+            y_TD = y_TD.masked_fill(_broken(routing), math.nan)
         if self.shared is not None:
             y_TD = y_TD + _checked_shared(self.shared(x_TD), x_TD)
         return y_TD.view(x.shape)
@@ -128,24 +130,15 @@ class MoE(nn.Module):
 
     def _choose(self, x_TD: Tensor, options: Options) -> Choice:
         capacity = options.capacity or self.capacity
-        choices = options.k or getattr(self.router, "k", 1)
-        workload = Workload(
+        workload = workload_of(
+            self.experts,
             rows=x_TD.shape[0],
-            choices=choices,
-            width=x_TD.shape[1],
-            hidden=getattr(self.experts, "hidden", x_TD.shape[1]),
-            experts=self.experts.num_experts,
+            choices=options.k or getattr(self.router, "k", 1),
             dtype=compute_dtype(x_TD),
             training=self.training,
-            capacity=capacity.rows_known(choices=choices, experts=self.experts.num_experts),
-            matrices=self.experts.matrices if self.experts.parts() else 0,  # modules move whole
-            vectors=self.experts.vectors,
+            capacity=capacity,
         )
-        plan = self.strategy.choose(workload, capacity) if options.plan is None else options.plan
-        reason = self.strategy.refusal(plan, workload, capacity)
-        if reason is not None:
-            raise ValueError(f"a MoE layer got the plan {plan}, which cannot run: {reason}; see strategy.legal_plans()")
-        return Choice(options.k, capacity, plan)
+        return Choice(options.k, capacity, chosen(self.strategy, workload, capacity, options.plan))
 
     def _routed(self, x_TD: Tensor, choice: Choice) -> Routing:
         with self._decisions.same_random(x_TD.device):
@@ -172,11 +165,9 @@ class MoE(nn.Module):
         training = self.training and torch.is_grad_enabled()
         if not training and not self.record.observing:
             return
-        counts = routing.tokens_per_expert()
         losses = [loss(routing, self._agreed(loss)) for loss in self.losses] if training else []
-        loss, dropped = torch.stack(losses).sum() if losses else None, counts.sum() - rowmap.ends[-1]
-        forward = Forward(loss, counts, dropped, plan, self.strategy.take_waited())
-        trained = self.record.add(forward, training=training)
+        loss = torch.stack(losses).sum() if losses else None
+        trained = note(self.record, routing, rowmap, plan, self.strategy, loss=loss, training=training)
         if trained is not None:
             for module in self.router.modules():
                 observe = getattr(module, "observe", None)  # such as that of `BiasBalance`
@@ -213,7 +204,7 @@ def _alone(value: Tensor) -> Tensor:
 
 
 def _broken(routing: Routing) -> Tensor:
-    """Return [T, 1]: tokens with a NaN weight, whose result is NaN also where a capacity dropped the pair."""
+    """Return [T, 1]: tokens with a NaN weight, whose result is NaN whether or not a capacity dropped the pair."""
     return (routing.weights.isnan() & (routing.expert_ids >= 0)).any(dim=1, keepdim=True)
 
 

@@ -53,7 +53,7 @@ class ImportanceLoad(Loss):
     """weight * (CV²(importance) + CV²(load)) / 2, CV = standard deviation over mean, over the experts.
 
         importance_e = sum_t softmax(logits)[t, e]
-        load_e       = sum_t P(e is among the k of t when its noise is drawn anew)
+        load_e       = sum_t P(e is among the k of t when its noise is drawn again)
                      = sum_t Phi((logits[t, e] - threshold_t) / noise_std)
 
     threshold_t is the k-th largest noisy logit of the token, so logits meet logits. (Tutel compares the softmax of the

@@ -24,7 +24,8 @@ class QuantizedExperts(Experts):
     whole experts. Dropout is left out.
 
     Args:
-        experts: `MLPExperts` or `GatedMLPExperts`. dtype: torch.int8 or torch.float8_e4m3fn.
+        experts: `MLPExperts` or `GatedMLPExperts`.
+        dtype: torch.int8 or torch.float8_e4m3fn.
 
     Raises:
         ValueError: another dtype; weights that are not finite; a cut through experts.
@@ -94,7 +95,8 @@ def quantize_experts(model: nn.Module, dtype: torch.dtype = torch.int8) -> list[
     """Replace the experts of every MoE layer of a model by quantized ones, in place; return their names.
 
     Args:
-        model: any model with `MLPExperts` or `GatedMLPExperts` in it. dtype: torch.int8 or torch.float8_e4m3fn.
+        model: any model with `MLPExperts` or `GatedMLPExperts` in it.
+        dtype: torch.int8 or torch.float8_e4m3fn.
 
     Raises:
         ValueError: there are none; or as `QuantizedExperts`.

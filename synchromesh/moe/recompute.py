@@ -1,13 +1,11 @@
-"""Activation checkpointing: a recomputation decides nothing anew.
+"""Activation checkpointing: a recomputation repeats the decisions of its first forward.
 
 `torch.utils.checkpoint` (use_reentrant=False) runs a forward a second time inside backward. By then options, plan and
-random state may have moved on, so the first forward's decisions are kept with its checkpoint and used again. There is
-no public way to ask which checkpoint a forward belongs to; `_checkpoint_frame` is the one place that looks inside.
+random state may have moved on, so the first forward's decisions are kept with its checkpoint and used again.
 """
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,19 +13,20 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import _CheckpointFrame
+
+from synchromesh.torch_private import backward_task, checkpoint_frame
 
 T = TypeVar("T")
 
 
 def in_backward() -> bool:
     """Tell whether autograd is running a backward in this thread; a forward under it is a recomputation."""
-    return torch._C._current_graph_task_id() != -1
+    return backward_task() is not None
 
 
 def checkpointed() -> bool:
     """Tell whether this forward is inside a checkpoint, and so is run again in backward."""
-    return not torch.compiler.is_compiling() and _checkpoint_frame() is not None
+    return not torch.compiler.is_compiling() and checkpoint_frame() is not None
 
 
 @torch.library.custom_op("synchromesh::first_forward", mutates_args=(), schema="(Tensor anchor) -> Tensor")
@@ -49,7 +48,7 @@ class Decisions:
 
     def __init__(self) -> None:
         self._made: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
-        self._next: weakref.WeakKeyDictionary[Any, dict[int, int]] = weakref.WeakKeyDictionary()
+        self._next: weakref.WeakKeyDictionary[Any, dict[int | None, int]] = weakref.WeakKeyDictionary()
 
     def once(self, decide: Callable[[], T]) -> T:
         """Return what decide() returns; in a recomputation, what it returned in the first forward.
@@ -59,7 +58,7 @@ class Decisions:
         """
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return decide()
-        frame = _checkpoint_frame()
+        frame = checkpoint_frame()
         if not in_backward():
             decision = decide()
             if frame is not None:
@@ -67,7 +66,8 @@ class Decisions:
             return decision
         made = [] if frame is None else self._made.get(frame, [])
         used = {} if frame is None else self._next.setdefault(frame, {})
-        task = torch._C._current_graph_task_id()
+        # A graph that is kept is run backwards several times; each of these reads the decisions from the first on.
+        task = backward_task()
         index = used.get(task, 0)
         if index >= len(made):
             raise ValueError(
@@ -80,7 +80,7 @@ class Decisions:
     @contextmanager
     def same_random(self, device: torch.device) -> Iterator[None]:
         """Draw in a recomputation what the first forward drew, also under checkpoint(..., preserve_rng_state=False)."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _checkpoint_frame() is None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or checkpoint_frame() is None:
             yield
             return
         before = self.once(lambda: _random_state(device))
@@ -103,16 +103,3 @@ class Decisions:
 def _random_state(device: torch.device) -> list[Tensor]:
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def _checkpoint_frame() -> object | None:
-    """Return the object that a checkpointed forward and its recomputations share; None outside of a checkpoint."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
-    if hooks is None:
-        return None
-    pack = inspect.unwrap(hooks[0])
-    if not inspect.isfunction(pack):
-        return None
-    held = inspect.getclosurevars(pack).nonlocals
-    frame = held["target_frame_ref"]() if "target_frame_ref" in held else held.get("frame")
-    return frame if isinstance(frame, _CheckpointFrame) else None

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from synchromesh.moe.recompute import first_forward, in_backward
+from synchromesh.torch_private import outlived, transformed
 from synchromesh.types import LoadStats, Plan
 
 UNREAD_LIMIT = 64  # forwards whose losses are kept until they are read
@@ -45,8 +46,13 @@ class Record(nn.Module):
     def add(self, forward: Forward, *, training: bool) -> Int[Tensor, " E"] | None:
         """Take note of a forward; return the tokens per expert that it trains with, None where it trains nothing.
 
-        A recomputation adds nothing.
+        A recomputation adds nothing. Inside torch.func only losses are kept, for `aux_loss` there: all else would be of
+        the transform, and die with it.
         """
+        if transformed():
+            if training and forward.aux_loss is not None:
+                self._keep(forward.aux_loss, True)
+            return None
         if torch.compiler.is_compiling():
             first = first_forward(forward.tokens_per_expert)
             return self._add(forward, training=training, first=first)
@@ -78,7 +84,8 @@ class Record(nn.Module):
     def take_losses(self) -> list[Tensor]:
         """Return the losses of the forwards since the last call, and forget them."""
         kept, self._losses = self._losses, (None,) * UNREAD_LIMIT
-        return [entry[0] for entry in kept if entry is not None and bool(entry[1])]
+        alive = (entry for entry in kept if entry is not None and not outlived(entry[0]))
+        return [loss for loss, first in alive if bool(first)]
 
     def take_load(self) -> LoadStats | None:
         """Return the load of the training forwards since the last call, and forget it."""

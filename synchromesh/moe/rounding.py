@@ -22,7 +22,8 @@ class TokenRounding(Router):
     by the other router alone.
 
     Args:
-        router: the other one; its scores must lie in 0 .. 1. tile: tokens in a tile.
+        router: the other one; its scores must lie in 0 .. 1.
+        tile: tokens in a tile.
 
     The Routing has one column per expert, with holes. A `BiasBalance` of the other router sees the rounded load, so it
     balances to half a tile.

@@ -57,7 +57,8 @@ class NodeLimit:
     A group's score is the sum of its two best experts.
 
     Attributes:
-        groups: equal parts the experts are cut into, in order. selected: groups a token may choose from.
+        groups: equal parts the experts are cut into, in order.
+        selected: groups a token may choose from.
     """
 
     groups: int
@@ -72,8 +73,9 @@ class NodeLimit:
     def mask(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """Return the scores, -inf outside the best groups of each token."""
         grouped = scores.unflatten(1, (self.groups, -1))
+        # A group is as good as the sum of its two best experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
         best = grouped.topk(min(2, grouped.shape[2]), dim=2).values.sum(dim=2).topk(self.selected, dim=1).indices
-        outside = torch.ones_like(grouped[:, :, 0], dtype=torch.bool).scatter_(1, best, False)
+        outside = (best[:, :, None] != torch.arange(self.groups, device=best.device)).all(dim=1)
         return grouped.masked_fill(outside[:, :, None], -math.inf).flatten(1)
 
 
@@ -107,7 +109,7 @@ class BiasBalance(nn.Module):
     def update(self) -> None:
         """Move the bias against the load seen since the last update."""
         load = self.tokens_per_expert
-        self.steps += (load.sum() - load * load.numel()).sign()
+        self.steps += (load.sum() - load * load.numel()).sign()  # of mean - load, in integers: exact
         self.tokens_per_expert.zero_()
 
 
@@ -147,7 +149,9 @@ class TopKRouter(Router):
         logits = x W^T,  scores = softmax or sigmoid (logits + noise),  ids = top k of scores (+ bias)
 
     Args:
-        width: D. num_experts: E. k: choices per token, 1 to E.
+        width: D.
+        num_experts: E.
+        k: choices per token, 1 to E.
         scores: `Softmax(...)` or `Sigmoid(...)`.
         noise: standard deviation of the Gaussian noise on the logits while training, times E (V-MoE: 1).
         balance: `BiasBalance(num_experts)` to balance without a loss.
@@ -209,8 +213,11 @@ class CosineRouter(Router):
     """Cosine gate (Tutel paper, eq. 2): logits = cos(W x, M_e) / temperature.
 
     Args:
-        width: D. num_experts: E. k: choices per token, 1 to E.
-        dim: width of the projection W x. temperature: its initial value; learnable, never below 0.01.
+        width: D.
+        num_experts: E.
+        k: choices per token, 1 to E.
+        dim: width of the projection W x.
+        temperature: its initial value; learnable, never below 0.01.
         noise, scores: as for `TopKRouter`.
     """
 
@@ -248,7 +255,7 @@ class CosineRouter(Router):
         nn.init.constant_(self.log_scale, -math.log(self.initial_temperature))
 
     def initialize(self, std: float) -> None:
-        """Draw the weights anew: its own rule is that of the release."""
+        """Draw the weights again, by the rule of the release."""
         self.reset_parameters()
 
     def forward(self, x: Float[Tensor, "T D"], k: int | None = None, *, kernels: Kernels | None = None) -> Routing:

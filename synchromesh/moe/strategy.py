@@ -117,7 +117,7 @@ class Local(Strategy):
         return run_few_here(x, routing, experts, _whole(experts), self.kernels_on(x.device))  # casts what it runs
 
     def kernels_on(self, device: torch.device) -> Kernels:
-        return self.kernels or kernels_for(device)
+        return kernels_for(device, self.kernels)
 
     def agree_max(self, value: Tensor) -> Tensor:
         return value

@@ -1,8 +1,7 @@
-"""Adaptive: a strategy that asks a tuner. Every layer runs the plan that is best for its workload, and finds it itself.
+"""Adaptive: every layer runs the plan that is best for its workload, and finds it by itself.
 
-Ranks must never run different plans in one forward, yet each sees its own tokens and its own clock. So a plan follows
-from agreed numbers alone: between two steps all ranks take the maximum of what they saw (`Council`), and until they
-have, a layer stays with what was agreed before.
+`Tuned` chooses, from what ranks agreed on alone (`planning.agreement`); `Council` is where they agree, between two
+steps, for all layers of a model at once.
 """
 
 from __future__ import annotations
@@ -16,29 +15,23 @@ from itertools import pairwise
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
-from torch import Tensor
 
 from synchromesh.kernels import Kernels
-from synchromesh.moe.capacity import Capacity
-from synchromesh.moe.experts import Experts
-from synchromesh.parallel.clock import Clock
+from synchromesh.parallel.chooser import Chooser, Refusal
+from synchromesh.parallel.clock import UNTIMED, Clock
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.sharded import Sharded
 from synchromesh.parallel.wire import AS_IS, Wire
+from synchromesh.planning.agreement import NUMBERS_PER_LAYER, Agreement, Timed
 from synchromesh.planning.cluster import ClusterProfile, load_profile
 from synchromesh.planning.lattice import Ranks
 from synchromesh.planning.search import Candidate, predicted, short_list
 from synchromesh.planning.tuner import Tuner, bucket
-from synchromesh.types import Plan, Routing, RowMap, Workload
+from synchromesh.types import Plan, Workload
 
 SETTLED_EVERY = 16  # steps between two agreements of a model whose trials are over, unless its loop carries them
 WATCH_EVERY = 4  # forwards between two that are timed, once trials are over
 GPUS, CPUS = "h100_ndr", "cpu_gloo"  # shipped profiles
-SKEW = 100  # parts of a power of two that skew is told in
-CLEARLY = 0.75  # powers of two that skew must differ by to be another: it is noisy where tokens are few
-REMEMBERED = 1024  # workloads, where tokens are of another number in every step
-NUMBERS = 4  # of a layer in an agreement: tokens, skew, microseconds forward and backward
 
 
 class Council:
@@ -54,25 +47,25 @@ class Council:
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
-        self._layers: list[Adaptive] = []
+        self._layers: list[Tuned] = []
         self._carried = False
-        self._ran: list[Adaptive] = []  # since the last step began
+        self._ran: list[Tuned] = []  # since the last step began
         self._steps = 0
 
-    def join(self, layer: Adaptive) -> None:
+    def join(self, layer: Tuned) -> None:
         self._layers.append(layer)
 
     def ask(self) -> list[int]:
         """Return what this rank saw since the last agreement; all numbers are >= 0, `tell` wants their maxima."""
         self._carried = True
-        return [number for layer in self._layers for number in layer.seen()]
+        return [number for layer in self._layers for number in layer.numbers()]
 
     def tell(self, numbers: Sequence[int]) -> None:
         """Hand over the maxima over all ranks."""
         for index, layer in enumerate(self._layers):
-            layer.agree(numbers[index * NUMBERS : (index + 1) * NUMBERS])
+            layer.agree(numbers[index * NUMBERS_PER_LAYER : (index + 1) * NUMBERS_PER_LAYER])
 
-    def before_forward(self, layer: Adaptive) -> None:
+    def before_forward(self, layer: Tuned) -> None:
         """Agree, where it is time to and nobody carries the numbers."""
         if self._carried:
             return
@@ -83,7 +76,7 @@ class Council:
         self._steps += 1
         if all(layer.settled for layer in self._layers) and self._steps % SETTLED_EVERY:
             return
-        numbers = [number for layer in self._layers for number in layer.seen()]
+        numbers = [number for layer in self._layers for number in layer.numbers()]
         gloo = dist.get_backend(self.grid.group) == "gloo"
         agreed = torch.tensor(numbers, device="cpu" if gloo else "cuda")
         dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.grid.group)
@@ -92,7 +85,14 @@ class Council:
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed forward: the workload it was taken for, its plan, its clock, and whether a backward is to follow."""
+    """One timed forward.
+
+    Attributes:
+        work: what ranks had agreed on when it ran.
+        plan: by which it ran.
+        clock: that timed it.
+        backward: whether a backward is to follow.
+    """
 
     work: Workload
     plan: Plan
@@ -100,18 +100,107 @@ class Sample:
     backward: bool
 
 
+class Tuned(Chooser):
+    """Chooses by a tuner: tries the plans that a cost model puts first, and keeps the fastest for each workload.
+
+    Args:
+        grid: the ranks.
+        council: shared by the layers of a model; None makes one for this layer.
+        profile: of the cluster, for what to try first; None takes the shipped one that is most like this machine.
+
+    Attributes:
+        tuner: what is known so far.
+        record: (training forward, plan) wherever the plan changed.
+        forwards: number of training forwards so far.
+    """
+
+    def __init__(self, grid: Grid, *, council: Council | None = None, profile: ClusterProfile | None = None) -> None:
+        self.grid = grid
+        self.council = Council(grid) if council is None else council
+        self.council.join(self)
+        self.tuner = Tuner(functools.partial(_candidates, ranks=grid.ranks, profile=profile))
+        self.record: list[tuple[int, Plan]] = []
+        self.forwards = 0
+        self._agreement = Agreement()
+        self._calls = 0
+        self._replay: list[tuple[int, Plan]] = []
+        self._sample: Sample | None = None  # the last forward that was timed
+        self._next: Sample | None = None  # the forward that is about to run, where it is to be timed
+
+    def replay(self, record: Sequence[tuple[int, Plan]]) -> None:
+        """Run the training forwards by the plans of a record again: nothing is timed, numbers come out bit for bit."""
+        self._replay = sorted(record, key=lambda entry: entry[0])
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is tried for the workload of the last forward."""
+        if self.grid.size == 1 or self._replay or self._agreement.idle:
+            return True
+        current = self._agreement.current
+        return current is not None and self.tuner.settled(current)
+
+    def choose(self, workload: Workload, usual: Plan, refusal: Refusal) -> Plan:
+        self.council.before_forward(self)
+        plan = self._plan(workload, usual)
+        plan = usual if refusal(plan) else plan
+        self._agreement.see(workload)
+        self._next = self._to_be_timed(workload, plan)
+        self._sample = self._next or self._sample
+        if workload.training:
+            if not self.record or self.record[-1][1] != plan:
+                self.record.append((self.forwards, plan))
+            self.forwards += 1
+        return plan
+
+    def take_clock(self, plan: Plan) -> Clock:
+        sample, self._next = self._next, None  # a recomputation finds none
+        return UNTIMED if sample is None or sample.plan != plan else sample.clock
+
+    def numbers(self) -> list[int]:
+        """Return this rank's numbers for an agreement."""
+        sample = self._sample
+        if sample is None or not sample.clock.ready(wait=not self.settled, backward=sample.backward):
+            return self._agreement.numbers(None)
+        self._sample = dataclasses.replace(sample, clock=Clock())  # its times are told once
+        return self._agreement.numbers(Timed(_skew(sample.clock.noted()), *sample.clock.seconds()))
+
+    def agree(self, maxima: Sequence[int]) -> None:
+        """Take the maxima of the numbers over all ranks."""
+        agreed, sample = self._agreement.agree(maxima), self._sample
+        if agreed is not None and sample is not None and agreed.forward and bucket(agreed.work) == bucket(sample.work):
+            self.tuner.observe(agreed.work, sample.plan, agreed.forward, agreed.backward)
+
+    def _plan(self, workload: Workload, usual: Plan) -> Plan:
+        if self._replay and workload.training:
+            return next((plan for first, plan in reversed(self._replay) if first <= self.forwards), usual)
+        known = self._agreement.known(workload)
+        return usual if known is None else self.tuner.choose(known)
+
+    def _to_be_timed(self, workload: Workload, plan: Plan) -> Sample | None:
+        """Time every forward during trials, every few after them; none that is neither training nor evaluation."""
+        watched, known = self._calls % WATCH_EVERY == 0, self._agreement.known(workload)
+        self._calls += 1
+        plain = torch.is_grad_enabled() or not workload.training
+        if known is None or not plain or self._replay or (self.tuner.settled(known) and not watched):
+            return None
+        return Sample(known, plan, Clock(), workload.training)
+
+
 class Adaptive(Sharded):
-    """Runs each step of a layer by the plan that is best for its workload.
+    """Runs each step of a layer by the plan that is best for its workload: `Sharded(grid, chooser=Tuned(grid))`.
 
     Args:
         grid: the ranks; see `Sharded`. On one rank there is one plan, and nothing is timed.
-        council: shared by the layers of a model; None makes one for this layer.
-        profile: of the cluster, for what to try first; None takes the shipped one that is most like this machine.
-        kernels, wire: see `Sharded`.
+        council: see `Tuned`.
+        profile: see `Tuned`.
+        kernels: see `Sharded`.
+        wire: see `Sharded`.
 
     Attributes:
-        tuner: what is known so far. record: (training forward, plan) wherever the plan changed.
+        chooser: where what follows lives.
     """
+
+    chooser: Tuned
 
     def __init__(
         self,
@@ -122,119 +211,36 @@ class Adaptive(Sharded):
         kernels: Kernels | None = None,
         wire: Wire = AS_IS,
     ) -> None:
-        super().__init__(grid, kernels=kernels, wire=wire)
-        self.council = Council(grid) if council is None else council
-        self.council.join(self)
-        self.tuner = Tuner(functools.partial(_candidates, ranks=grid.ranks, profile=profile))
-        self.record: list[tuple[int, Plan]] = []
-        self.forwards = 0  # of training
-        self._calls = 0
-        self._replay: list[tuple[int, Plan]] = []
-        self._kinds: dict[Workload, Workload] = {}
-        self._agreed: dict[Workload, Workload] = {}
-        self._elsewhere: Workload | None = None  # a bucket seen once, not yet believed
-        self._now: Workload | None = None  # the largest of its kind since the last agreement, as this rank sees it
-        self._told = True
-        self._sample: Sample | None = None
-        self._clock: Clock | None = None  # of the forward that is about to run
+        super().__init__(grid, chooser=Tuned(grid, council=council, profile=profile), kernels=kernels, wire=wire)
 
-    def replay(self, record: Sequence[tuple[int, Plan]]) -> None:
-        """Run the training forwards by the plans of a record again: nothing is timed, numbers come out bit for bit."""
-        self._replay = sorted(record, key=lambda entry: entry[0])
+    @property
+    def council(self) -> Council:
+        """Where this layer agrees with those of other ranks."""
+        return self.chooser.council
+
+    @property
+    def tuner(self) -> Tuner:
+        """What is known so far."""
+        return self.chooser.tuner
+
+    @property
+    def record(self) -> list[tuple[int, Plan]]:
+        """(training forward, plan) wherever the plan changed."""
+        return self.chooser.record
+
+    @property
+    def forwards(self) -> int:
+        """The number of training forwards so far."""
+        return self.chooser.forwards
 
     @property
     def settled(self) -> bool:
         """Whether nothing is tried for the workload of the last forward."""
-        if self.grid.size == 1 or self._replay or self._now is None:
-            return True
-        known = self._agreed.get(self._kind(self._now))
-        return known is not None and self.tuner.settled(known)
+        return self.chooser.settled
 
-    def choose(self, workload: Workload, capacity: Capacity) -> Plan:
-        if self.grid.size == 1 or torch.compiler.is_compiling():  # in a compiled graph the plan is a constant
-            return super().choose(workload, capacity)
-        self.council.before_forward(self)
-        plan, self._now, self._clock = self._choose(workload, capacity), self._largest(workload), None
-        known = self._agreed.get(self._kind(workload))
-        watched = self._calls % WATCH_EVERY == 0
-        counts = torch.is_grad_enabled() or not workload.training  # else it is timed as neither
-        if known is not None and counts and not self._replay and (watched or not self.tuner.settled(known)):
-            self._clock = Clock()
-            self._sample = Sample(known, plan, self._clock, workload.training)
-        self._calls += 1
-        if workload.training:
-            if not self.record or self.record[-1][1] != plan:
-                self.record.append((self.forwards, plan))
-            self.forwards += 1
-        return plan
-
-    def _choose(self, workload: Workload, capacity: Capacity) -> Plan:
-        plain = super().choose(workload, capacity)
-        if self._replay and workload.training:
-            return next((plan for first, plan in reversed(self._replay) if first <= self.forwards), plain)
-        known = self._agreed.get(self._kind(workload))
-        plan = plain if known is None else self.tuner.choose(known)
-        return plain if self.refusal(plan, workload, capacity) else plan
-
-    def _largest(self, work: Workload) -> Workload:
-        same = self._now is not None and not self._told and self._kind(self._now) == self._kind(work)
-        self._told = False
-        return max(self._now, work, key=lambda one: one.rows) if self._now is not None and same else work
-
-    def _kind(self, work: Workload) -> Workload:
-        """Return what ranks know of a workload without agreeing."""
-        if work not in self._kinds:
-            if len(self._kinds) >= REMEMBERED:
-                self._kinds.clear()
-            self._kinds[work] = dataclasses.replace(bucket(work), rows=0, skew=0)
-        return self._kinds[work]
-
-    def run(
-        self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, experts: Experts, plan: Plan
-    ) -> Float[Tensor, "T D"]:
-        if self._clock is not None:
-            self._clock.note(rowmap.ends)
-        try:
-            return super().run(x, routing, rowmap, experts, plan)
-        finally:
-            self._clock = None  # a recomputation is not timed
-
-    def entering(self, x: Tensor, own: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        if self._clock is None:
-            return x, own
-        x, *parts = self._clock.enter([x, *own.values()])
-        return x, dict(zip(own, parts, strict=True))
-
-    def leaving(self, y: Tensor) -> Tensor:
-        return y if self._clock is None else self._clock.leave(y)
-
-    def seen(self) -> list[int]:
-        """Return this rank's numbers for an agreement, each 0 where there is nothing to say."""
-        if self._now is None:
-            return [0] * NUMBERS
-        rows, sample, self._told = self._now.rows + 1, self._sample, True
-        if sample is None or not sample.clock.ready(wait=not self.settled, backward=sample.backward):
-            return [rows, 0, 0, 0]
-        self._sample = dataclasses.replace(sample, clock=Clock())  # its numbers are told once
-        forward, backward = sample.clock.seconds()
-        return [rows, 1 + round(SKEW * _skew(sample.clock.noted())), round(forward * 1e6), round(backward * 1e6)]
-
-    def agree(self, numbers: Sequence[int]) -> None:
-        """Take what all ranks agreed on, in the order of `seen`."""
-        rows, skew, forward, backward = numbers
-        if self._now is None or not rows:
-            return
-        kind = self._kind(self._now)
-        before = self._agreed.get(kind)
-        old = before.skew if before else 0
-        now = (skew - 1) / SKEW if skew else float(old)
-        work = dataclasses.replace(kind, rows=rows - 1, skew=old if abs(now - old) < CLEARLY else round(now))
-        if self._sample is not None and forward and bucket(work) == bucket(self._sample.work):
-            self.tuner.observe(work, self._sample.plan, forward / 1e6, backward / 1e6)
-        if before is None or bucket(work) in (bucket(before), self._elsewhere):
-            self._agreed[kind], self._elsewhere = work, None  # the second of its kind: no mere last batch of an epoch
-        else:
-            self._elsewhere = bucket(work)
+    def replay(self, record: Sequence[tuple[int, Plan]]) -> None:
+        """Run the training forwards by the plans of a record again: see `Tuned.replay`."""
+        self.chooser.replay(record)
 
 
 def _candidates(work: Workload, *, ranks: Ranks, profile: ClusterProfile | None) -> Sequence[Candidate]:

@@ -23,8 +23,10 @@ class Exchange:
     """One piece of rows in one direction.
 
     Args:
-        route: who gets how many. there: towards the experts; else back to where the tokens are.
-        wire: how rows are written for the way. waiting: adds up the time until they arrive.
+        route: who gets how many.
+        there: towards the experts; else back to where the tokens are.
+        wire: how rows are written for the way.
+        waiting: adds up the time until they arrive.
 
     Attributes:
         ahead: the piece that arrives at its experts after this one. On two levels it is sent on from the first to the

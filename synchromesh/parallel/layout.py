@@ -8,13 +8,8 @@ what member m holds follows from m alone, so one table [E, r] tells every sender
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from synchromesh.planning.lattice import check_sizes, layout_refusal, shards_of_an_expert
 
@@ -24,6 +19,9 @@ class Layout:
     """The places of parts and rows for W ranks, E experts and one gather degree.
 
     Attributes:
+        world: W.
+        num_experts: E.
+        gather: g, ranks that pool their parts.
         near: gather groups are neighbours in rank order; else every (W/g)-th rank.
     """
 
@@ -31,7 +29,6 @@ class Layout:
     num_experts: int
     gather: int
     near: bool
-    _tensors: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_sizes(self.world, self.num_experts)
@@ -100,18 +97,10 @@ class Layout:
                 table[expert].append(member * self.local_experts + place)
         return table
 
-    def table(self, device: torch.device) -> Tensor:
-        """Return `destinations` as an int64 tensor; sent to a device once."""
-        return self._sent("table", device, lambda: self.destinations)
-
-    def expert_of_slot(self, device: torch.device) -> Tensor:
-        """Return the expert of each of the X * N slots, int64; sent to a device once."""
-        return self._sent("experts", device, lambda: [e for m in range(self.members) for e in self.experts_of(m)])
-
-    def _sent(self, name: str, device: torch.device, numbers: Callable[[], list[Any]]) -> Tensor:
-        if (name, device) not in self._tensors:
-            self._tensors[name, device] = torch.tensor(numbers(), device=device)
-        return self._tensors[name, device]
+    @cached_property
+    def expert_of_slot(self) -> list[int]:
+        """The expert of each of the X * N slots."""
+        return [expert for member in range(self.members) for expert in self.experts_of(member)]
 
     @cached_property
     def in_expert_order(self) -> bool:

@@ -16,13 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from synchromesh.kernels import REFERENCE, Kernels
+from synchromesh.kernels import Kernels
 from synchromesh.kernels.grouped_mm import equal
 from synchromesh.moe.experts import Experts
 from synchromesh.parallel.comm.all_to_all import AllToAll, Route
-from synchromesh.parallel.dispatch import even_map, ragged_map, rows_per_slot
+from synchromesh.parallel.dispatch import SendMap, Slots, even_map, ragged_map, rows_per_slot
 from synchromesh.parallel.exchange import Exchange
-from synchromesh.parallel.layout import Layout
 from synchromesh.parallel.waiting import Waiting
 from synchromesh.parallel.wire import Wire
 from synchromesh.types import Routing, RowMap
@@ -33,12 +32,14 @@ class Traffic:
     """What one forward exchanges.
 
     Attributes:
-        rowmap: onto the send buffer. sizes: its rows in each piece. routes: of each piece.
-        ends: running sum of the rows that each local expert receives, of each piece.
-        kernels: that suit these buffers.
+        send: where rows lie in the send buffer.
+        sizes: rows of the send buffer in each piece.
+        routes: of each piece.
+        ends: of each piece, running sum of the rows that each local expert receives.
+        kernels: that suit what experts receive.
     """
 
-    rowmap: RowMap
+    send: SendMap
     sizes: list[int]
     routes: list[Route]
     ends: list[Tensor]
@@ -46,35 +47,33 @@ class Traffic:
 
 
 def ragged_traffic(
-    routing: Routing, rowmap: RowMap, layout: Layout, between: AllToAll, *, chunks: int, kernels: Kernels
+    routing: Routing, rowmap: RowMap, slots: Slots, between: AllToAll, *, chunks: int, kernels: Kernels
 ) -> Traffic:
     """Exchange counts, and read them once on the host: only real rows travel."""
-    counts = rows_per_slot(rowmap, layout)
+    counts = rows_per_slot(rowmap, slots)
     host = torch.cat([counts.flatten(), between.exchange_counts(counts)]).cpu().numpy()
     sent, read = host[: counts.numel()].reshape(counts.shape), host[counts.numel() :]
     routes = between.routes(read, sent, chunks)
     ends = [torch.from_numpy(route.rows_per_expert.cumsum()).to(rowmap.ends) for route in routes]
     sizes = [route.num_sent for route in routes]
-    return Traffic(ragged_map(routing, rowmap, layout, chunks), sizes, routes, ends, kernels)
+    return Traffic(ragged_map(routing, rowmap, slots, chunks), sizes, routes, ends, kernels)
 
 
 def even_traffic(
-    routing: Routing, rowmap: RowMap, layout: Layout, between: AllToAll, *, chunks: int, kernels: Kernels
+    routing: Routing, rowmap: RowMap, slots: Slots, between: AllToAll, *, chunks: int, kernels: Kernels
 ) -> Traffic:
     """Send equal, padded parts: every shape is known beforehand, and nothing is read on the host."""
     assert isinstance(rowmap.capacity, int)
     rows = max(1, math.ceil(rowmap.capacity / chunks))
+    layout = slots.layout
     route = between.even_route(layout.local_experts, rows)
     ends = torch.arange(1, layout.local_experts + 1, device=rowmap.ends.device, dtype=torch.int32)
-    padded = dataclasses.replace(
-        kernels, gather=REFERENCE.gather, combine=REFERENCE.combine, grouped_mm=equal.grouped_mm
-    )
     return Traffic(
-        even_map(routing, rowmap, layout, chunks=chunks, rows=rows),
+        even_map(routing, rowmap, slots, chunks=chunks, rows=rows),
         [route.num_sent] * chunks,
         [route] * chunks,
         [ends * (layout.members * rows)] * chunks,
-        padded,
+        dataclasses.replace(kernels, grouped_mm=equal.grouped_mm),
     )
 
 
@@ -95,6 +94,7 @@ def exchange_and_compute(
     going, coming = (
         [Exchange(route, wire, waiting, there=there) for route in traffic.routes] for there in (True, False)
     )
+    # On two levels a piece is relayed when the one before it arrives, so that its second hop runs under compute too.
     for first, second in pairwise(going):
         first.ahead = second
     for first, second in pairwise(reversed(coming)):  # gradients go there in the other order

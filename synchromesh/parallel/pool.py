@@ -1,4 +1,4 @@
-"""Pool: the parts of a gather group put together for one step, and their gradients taken apart again."""
+"""Pool: the parts of a gather group put together for one step, and their gradients split among their owners."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Pool:
 
     Args:
         group: who pools; None is this rank alone, with nothing to send.
-        waiting: adds up the time until parts arrive. again: keep nothing for backward, gather once more there.
+        waiting: adds up the time until parts arrive.
+        again: keep nothing for backward, gather once more there.
     """
 
     def __init__(self, group: ProcessGroup | None, waiting: Waiting, *, again: bool = False) -> None:
@@ -32,7 +33,7 @@ class Pool:
         self._flights: list[InFlight] = []
         self._own: list[Tensor] = []  # what to gather again
         self._pooled: list[Tensor] = []  # held while others may save views, so that their memory stays theirs
-        self._anew: list[Tensor] = []
+        self._regathered: list[Tensor] = []
 
     def start(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Begin to gather; return the token that `finish` wants."""
@@ -65,6 +66,9 @@ class Pool:
         finally:
             self._pooled = []
 
+    # `reopen` is the last node of the forward, so its backward is the first: the gather runs while gradients of the
+    # rows are still on their way. Saved tensors are asked for in the experts' backward, and the first to ask waits.
+
     def reopen(self, y: Tensor) -> Tensor:
         """Return y; in its backward, begin to gather again where nothing was kept."""
         return _Reopen.apply(y, self) if self._again else y
@@ -77,19 +81,20 @@ class Pool:
         self._flights = [all_gather(part, self._group) for part in self._own]
 
     def begin_reduce(self, grads: Sequence[Tensor]) -> None:
-        self._anew, self._flights = [], [reduce_scatter(grad, self._group) for grad in grads]
+        self._regathered, self._flights = [], [reduce_scatter(grad, self._group) for grad in grads]
 
     def end(self) -> list[Tensor]:
         flights, self._flights = self._flights, []
         return [self._waiting.during(flight.wait) for flight in flights]
 
-    def anew(self, number: int) -> Tensor:
+    def regathered(self, number: int) -> Tensor:
         """Return a part as gathered in this backward."""
         if self._flights:
-            self._anew = self.end()
-        return self._anew[number]
+            self._regathered = self.end()
+        return self._regathered[number]
 
     def _pack(self, tensor: Tensor) -> Tensor | _Forgotten:
+        # What is saved is often a view of a pooled part: a slice, a transpose. It is known by its memory.
         memory = tensor.untyped_storage().data_ptr()
         for number, part in enumerate(self._pooled):
             if part.untyped_storage().data_ptr() == memory:
@@ -110,7 +115,7 @@ class _Forgotten:
 
 def _unpack(saved: Tensor | _Forgotten) -> Tensor:
     if isinstance(saved, _Forgotten):
-        return saved.pool.anew(saved.number).as_strided(saved.shape, saved.stride, saved.offset)
+        return saved.pool.regathered(saved.number).as_strided(saved.shape, saved.stride, saved.offset)
     return saved
 
 

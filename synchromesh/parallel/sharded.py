@@ -7,6 +7,7 @@ rows between the W/g groups; g = 1 is expert parallelism, g = W data parallelism
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,15 +22,18 @@ from synchromesh.moe.capacity import Capacity
 from synchromesh.moe.experts import Cut, Experts
 from synchromesh.moe.recompute import checkpointed
 from synchromesh.moe.strategy import Strategy, compute_dtype, run_here
+from synchromesh.parallel.chooser import Chooser
+from synchromesh.parallel.clock import UNTIMED
 from synchromesh.parallel.comm.all_to_all import AllToAll, all_to_all_between
 from synchromesh.parallel.comm.grid import Grid
-from synchromesh.parallel.dispatch import weights_per_row
+from synchromesh.parallel.dispatch import Slots, weights_per_row
 from synchromesh.parallel.layout import Layout
 from synchromesh.parallel.pipeline import even_traffic, exchange_and_compute, ragged_traffic
 from synchromesh.parallel.pool import Pool
 from synchromesh.parallel.waiting import Waiting
 from synchromesh.parallel.wire import AS_IS, Wire
 from synchromesh.planning.lattice import check_sizes, every_plan, refusal
+from synchromesh.torch_private import transformed
 from synchromesh.types import Plan, Routing, RowMap, Workload
 
 
@@ -39,16 +43,24 @@ class Sharded(Strategy):
     Args:
         grid: the ranks. Each must run the same layers in the same order, with any number of tokens, none included.
         plan: of calls that name none; None pools just the shards of an expert, g = max(1, W/E).
+        chooser: chooses a plan for each call that names none; None is always `plan`.
         kernels: None takes the fastest of the device.
         wire: how rows travel; `Float8()` sends a quarter of the bytes and is no longer exact.
     """
 
     def __init__(
-        self, grid: Grid, *, plan: Plan | None = None, kernels: Kernels | None = None, wire: Wire = AS_IS
+        self,
+        grid: Grid,
+        *,
+        plan: Plan | None = None,
+        chooser: Chooser | None = None,
+        kernels: Kernels | None = None,
+        wire: Wire = AS_IS,
     ) -> None:
-        self.grid, self.plan, self.kernels, self.wire = grid, plan, kernels, wire
+        self.grid, self.plan, self.chooser, self.kernels, self.wire = grid, plan, chooser, kernels, wire
         self._waiting = Waiting()
         self._layouts: dict[tuple[int, int, bool], Layout] = {}
+        self._sent: dict[tuple[Layout, torch.device], Slots] = {}
         self._exchanges: dict[tuple[tuple[int, ...], bool], AllToAll] = {}
         self._refusals: dict[tuple[Plan, int, bool, bool], str | None] = {}
 
@@ -57,7 +69,11 @@ class Sharded(Strategy):
         experts.hold(Cut(self.grid.rank, self.grid.size))
 
     def choose(self, workload: Workload, capacity: Capacity) -> Plan:
-        return self.plan or Plan(gather=max(1, self.grid.size // workload.experts))
+        usual = self.plan or Plan(gather=max(1, self.grid.size // workload.experts))
+        chooser = self._asked()
+        if chooser is None:
+            return usual
+        return chooser.choose(workload, usual, partial(self.refusal, workload=workload, capacity=capacity))
 
     def plans(self) -> Iterable[Plan]:
         return every_plan(self.grid.size)
@@ -73,38 +89,41 @@ class Sharded(Strategy):
     def run(
         self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, experts: Experts, plan: Plan
     ) -> Float[Tensor, "T D"]:
+        if self.grid.size > 1 and transformed():
+            raise ValueError(
+                "got a layer on several ranks inside torch.func or forward-mode differentiation, which cannot exchange "
+                "rows; wanted it on one rank: build the model without parallelize, or use backward"
+            )
         x = x.to(compute_dtype(x))
         kernels = self.kernels_on(x.device)
         layout = self._layout(experts.num_experts, plan)
         again = plan.regather and not checkpointed()
         pool = Pool(self.grid.axis(layout.gather_group(self.grid.rank)), self._waiting, again=again)
-        x, own = self.entering(x, _own_parts(experts, x.dtype, self.grid.size))
+        chooser = self._asked()
+        clock = UNTIMED if chooser is None else chooser.take_clock(plan)
+        clock.note(rowmap.ends)
+        own = _own_parts(experts, x.dtype, self.grid.size)
+        x, *parts = clock.enter([x, *own.values()])
+        own = dict(zip(own, parts, strict=True))
 
         def weights() -> Mapping[str, Tensor]:
             return _seen_by_expert(pool.finish(token), experts, layout, layout.member(self.grid.rank))
 
-        if layout.members == 1:
+        if layout.members == 1:  # every rank pools all experts: nothing is exchanged
             token = pool.start(own)
             with pool.forgetting():
-                return self.leaving(pool.reopen(run_here(x, routing, rowmap, experts, weights(), kernels)))
+                return clock.leave(pool.reopen(run_here(x, routing, rowmap, experts, weights(), kernels)))
+        slots = self._slots(layout, x.device)
         traffic_of = ragged_traffic if plan.ragged else even_traffic
-        traffic = traffic_of(routing, rowmap, layout, self._between(layout, plan), chunks=plan.chunks, kernels=kernels)
-        token = pool.start(own)
-        rows = traffic.kernels.gather(x, traffic.rowmap)
+        traffic = traffic_of(routing, rowmap, slots, self._between(layout, plan), chunks=plan.chunks, kernels=kernels)
+        token = pool.start(own)  # after the counts, so that these do not queue behind the weights
+        rows = traffic.send.gather(x, kernels)
         with pool.forgetting():
             out = exchange_and_compute(rows, traffic, experts, wire=self.wire, waiting=self._waiting, weights=weights)
-        return self.leaving(traffic.kernels.combine(pool.reopen(out), weights_per_row(routing, layout), traffic.rowmap))
-
-    def entering(self, x: Tensor, own: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """See, and return, what a forward starts with: tokens, and what this rank owns of the experts."""
-        return x, own
-
-    def leaving(self, y: Tensor) -> Tensor:
-        """See, and return, what a forward ends with."""
-        return y
+        return clock.leave(traffic.send.combine(pool.reopen(out), weights_per_row(routing, layout), kernels))
 
     def kernels_on(self, device: torch.device) -> Kernels:
-        return self.kernels or kernels_for(device)
+        return kernels_for(device, self.kernels)
 
     def agree_max(self, value: Tensor) -> Tensor:
         agreed = value.detach().clone()
@@ -121,11 +140,20 @@ class Sharded(Strategy):
     def __deepcopy__(self, memo: dict[int, Any]) -> Sharded:
         return self  # a copied layer runs on the same ranks
 
+    def _asked(self) -> Chooser | None:
+        """Return who chooses; nobody where there is one plan, and in a compiled graph, where it is a constant."""
+        return None if self.grid.size == 1 or torch.compiler.is_compiling() else self.chooser
+
     def _layout(self, num_experts: int, plan: Plan) -> Layout:
         key = (num_experts, plan.gather, plan.near)
         if key not in self._layouts:
             self._layouts[key] = Layout(self.grid.size, num_experts, plan.gather, plan.near)
         return self._layouts[key]
+
+    def _slots(self, layout: Layout, device: torch.device) -> Slots:
+        if (layout, device) not in self._sent:
+            self._sent[layout, device] = Slots.on(device, layout)
+        return self._sent[layout, device]
 
     def _between(self, layout: Layout, plan: Plan) -> AllToAll:
         key = (layout.exchange_group(self.grid.rank), plan.two_level)

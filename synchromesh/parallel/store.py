@@ -41,7 +41,8 @@ def model_tensors(
     """Return what of a model is kept, by the names of its state dict; reading into them changes the model.
 
     Args:
-        grid: the ranks that its experts are spread over. take: how to take hold of a tensor, such as by a copy.
+        grid: the ranks that its experts are spread over.
+        take: how to take hold of a tensor, such as by a copy.
     """
     experts = _parts_of_experts(model)
     kept = dict(model.state_dict())
@@ -94,14 +95,14 @@ def write_tensors(folder: Path, stem: str, tensors: dict[str, Tensor], grid: Gri
     Raises:
         StoreError: on all ranks, where any could not write.
     """
-    apart = folder / f".{stem}"
-    writer = HuggingFaceStorageWriter(str(apart), save_distributed=True)
+    staging = folder / f".{stem}"
+    writer = HuggingFaceStorageWriter(str(staging), save_distributed=True)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with _quiet(), _translated(f"cannot write to {folder}"):
         save(contiguous, storage_writer=writer, process_group=grid.group, no_dist=grid.group is None)
     name = stem if grid.size == 1 else f"{stem}-{grid.rank + 1:05d}-of-{grid.size:05d}"
     written = []
-    for file in apart.glob(f"shard-{grid.rank + 1:05d}-*.safetensors"):  # none where a rank has nothing of its own
+    for file in staging.glob(f"shard-{grid.rank + 1:05d}-*.safetensors"):  # none where a rank has nothing of its own
         written.append(file.rename(folder / f"{name}.safetensors"))
     if grid.group is not None:
         dist.barrier(grid.group)  # whoever looks next finds the files of all

@@ -44,6 +44,7 @@ class Curve:
         if size <= points[0][0]:
             return points[0][1]
         index = min(bisect_left(points, size, key=lambda point: point[0]), len(points) - 1)
+        # Past the last point the line through the last two goes on.
         (low, before), (high, after) = points[index - 1], points[index]
         return max(0.0, before + (after - before) * (size - low) / (high - low))
 
@@ -71,7 +72,8 @@ class Matmul:
     """How fast a matrix product [m, k] x [k, n] is: peak * m/(m + half) * n/(n + half) * k/(k + half).
 
     Attributes:
-        peak: floating-point operations per second. half: the size of a dimension at which half of it is reached.
+        peak: floating-point operations per second of very large products.
+        half: the size of one dimension, the others being large, at which half of the peak is reached.
     """
 
     peak: float
@@ -89,14 +91,19 @@ class ClusterProfile:
     """One kind of cluster.
 
     Attributes:
-        name: short. about: for people. per_node: ranks that share a node.
+        name: short.
+        about: a sentence for people.
+        per_node: ranks that share a node.
         backend: of collectives; gloo sums a reduce-scatter from an all-to-all and gathers over one ring.
-        memory_bytes: of one rank. memory_rate: bytes per second that one rank's kernels read and write.
-        kernel: seconds that launching one kernel takes. step: seconds of one layer that do not depend on its size,
-            forward and backward. chunk: the same of each further chunk.
-        matmul: by dtype, such as "bfloat16".
-        node, network: links between ranks of one node, and of two.
-        slowed: factors on compute and on exchange while both run.
+        memory_bytes: of one rank.
+        memory_rate: bytes per second that one rank's kernels read and write.
+        kernel: seconds that launching one kernel takes.
+        step: seconds of one layer that do not depend on its size, in forward and in backward.
+        chunk: seconds that each chunk after the first adds, in forward and in backward.
+        matmul: speed of matrix products by dtype, such as "bfloat16".
+        node: the links between ranks of one node.
+        network: the links between ranks of two nodes.
+        slowed: factors on the time of compute and of exchange while both run.
         sources: where each number is from, by field.
     """
 

@@ -14,7 +14,7 @@ from synchromesh.planning.lattice import Ranks, row_copies
 from synchromesh.planning.traffic import Collective, Traffic, kept_pairs, traffic
 from synchromesh.types import Plan, Workload
 
-BACKWARD = 2  # products for the gradients of rows and of weights, over those of forward
+BACKWARD_PRODUCTS = 2  # for each product of forward: the gradients of rows and of weights
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,12 @@ class Seconds:
     """Where the time of one pass goes, on the slowest rank.
 
     Attributes:
-        route: scores, positions, and what does not depend on the size. permute: rows to and from their buffers.
-        matmul: of experts. exchange, gather: of rows and of weights, as if alone on the links.
-        exposed: how long the device waits for them. total: route + permute + matmul + exposed.
+        route: scores, positions, and what does not depend on the size.
+        permute: moving rows to and from their buffers, and the activation.
+        matmul: matrix products of the experts.
+        exchange: all-to-all of rows and of split sizes, as if alone on the links.
+        gather: all-gather of weights and reduce-scatter of their gradients, as if alone on the links.
+        exposed: how long the device waits for communication.
     """
 
     route: float
@@ -36,6 +39,7 @@ class Seconds:
 
     @property
     def total(self) -> float:
+        """Seconds of the pass: communication counts only where it is exposed."""
         return self.route + self.permute + self.matmul + self.exposed
 
     def __add__(self, other: Seconds) -> Seconds:
@@ -49,13 +53,13 @@ class Seconds:
         )
 
 
-NOTHING = Seconds(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+NO_SECONDS = Seconds(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def forward_and_backward(work: Workload, plan: Plan, ranks: Ranks, profile: ClusterProfile) -> tuple[Seconds, Seconds]:
     """Predict both passes of a legal plan; the backward of inference is 0."""
     model = _Model(work, plan, ranks, profile)
-    return model.forward(), model.backward() if work.training else NOTHING
+    return model.forward(), model.backward() if work.training else NO_SECONDS
 
 
 def step_seconds(work: Workload, plan: Plan, ranks: Ranks, profile: ClusterProfile) -> float:
@@ -66,6 +70,7 @@ def step_seconds(work: Workload, plan: Plan, ranks: Ranks, profile: ClusterProfi
 
 def load_of_busiest(work: Workload, plan: Plan, ranks: Ranks) -> float:
     """Return the rows of the rank that gets most over the mean, where one expert gets 2**skew times the mean."""
+    # One hot expert, the others equal: the worst rank holds the hot one and held - 1 others, in units of the mean.
     hot, experts = min(2.0**work.skew, work.experts), work.experts
     held = max(1.0, experts * row_copies(ranks.size, experts, plan) / (ranks.size // plan.gather))
     if experts == 1 or held >= experts:
@@ -86,7 +91,7 @@ class _Model:
         self.scatter = self._together(self.sent.scatter)
         self.exchange = self._together(self.sent.there) * self.load
         self.permute = self._permute()
-        self.matmul = self._matmul() / self.sent.chunks
+        self.matmul = self._matmul() / self.sent.chunks  # exchange and matmul are of one chunk
 
     def forward(self) -> Seconds:
         counts = self._together(self.sent.counts)
@@ -99,28 +104,37 @@ class _Model:
 
     def backward(self) -> Seconds:
         again = self.gather if self.plan.regather else 0.0
-        compute = BACKWARD * self.matmul
+        compute = BACKWARD_PRODUCTS * self.matmul
         exposed = self._exposed(first=again, last=self.scatter, compute=compute)
         exchange = 2 * self.exchange * self.sent.chunks
-        route = BACKWARD * self._route() + self._fixed(1)
+        route = BACKWARD_PRODUCTS * self._route() + self._fixed(1)
         return Seconds(route, self.permute, compute * self.sent.chunks, exchange, again + self.scatter, exposed)
 
     def _exposed(self, *, first: float, last: float, compute: float) -> float:
-        """Return how long the device waits: for weights and pieces, for the way back, for the gradients of weights."""
+        """Return how long the device waits for communication in a pass.
+
+        Args:
+            first: seconds of the all-gather that must end before the first product.
+            last: seconds of the reduce-scatter that can begin after the last product.
+            compute: seconds of the products of one chunk.
+        """
+        # Two queues, as `parallel.pipeline` fills them. The links carry the weights, all chunks to the experts, then
+        # each chunk back when its products are done; the device takes a chunk when it has arrived. `device` and `back`
+        # are the moments at which the device and the links are free.
         chunks = self.sent.chunks
         overlapping = chunks > 1 and self.exchange > 0
         slow_compute, slow_wire = self.profile.slowed if overlapping else (1.0, 1.0)
         piece, work = self.exchange * slow_wire, compute * slow_compute
-        leaves = 0.0 if self._apart() else first
-        device, back = first, leaves + piece * chunks  # the way back begins when all pieces have been sent there
+        leaves = 0.0 if self._separate_links() else first  # when the first chunk can leave
+        device, back = first, leaves + piece * chunks  # a chunk goes back only after all have been sent there
         for chunk in range(chunks):
             device = max(device, leaves + piece * (chunk + 1)) + work
             back = max(back, device) + piece
         end = max(device, back)
-        end = max(end, device + last) if self._apart() else end + last
+        end = max(end, device + last) if self._separate_links() else end + last
         return max(0.0, end - compute * chunks)
 
-    def _apart(self) -> bool:
+    def _separate_links(self) -> bool:
         """Whether weights and rows travel on different links."""
         crossing = [one.group.far > 0 for one in (*self.sent.gather[:1], *self.sent.there[-1:])]
         return len(crossing) == 2 and crossing[0] != crossing[1]
@@ -131,11 +145,13 @@ class _Model:
     def _route(self) -> float:
         work = self.work
         scores = self.speed.seconds(work.rows, work.experts, work.width)
+        # Scores are float32 and are read or written about four times.
         return scores + 4 * work.rows * work.experts * 4 / self.profile.memory_rate
 
     def _permute(self) -> float:
         """Return the time to move rows: once on each side of each exchange, by the combine, by the activation."""
         work = self.work
+        # How often a row is read or written: an exchange aligns, sends and receives rows in both directions.
         passes = (10 if self.plan.two_level else 6) if self.sent.there else 2
         rows = (self.sent.rows if self.sent.there else kept_pairs(work)) * self.load
         copies = row_copies(self.ranks.size, work.experts, self.plan) if self.sent.there else 1
@@ -151,6 +167,7 @@ class _Model:
         hidden = work.hidden / copies
         rows = (self.sent.rows if self.sent.there else kept_pairs(work)) * self.load
         each, chunks = rows / experts, self.sent.chunks
+        # Chunks make products smaller, hence slower, and read the weights once a chunk.
         one = self.speed.seconds(each / chunks, hidden, work.width)
         products = work.matrices * experts * chunks * (one + self.profile.kernel)
         weights = experts * work.matrices * hidden * work.width * chunks
@@ -166,11 +183,13 @@ class _Model:
         crossing = group.far > 0
         start = (profile.network if crossing else profile.node).start
         if one.kind == "all_to_all" or (one.kind == "reduce_scatter" and profile.backend == "gloo"):
+            # Messages inside the node and across run at the same time; a rank sends those of one kind in turn. The link
+            # of the node, shared by its ranks, may be the limit.
             near = group.near * profile.node.message.at(one.size)
             crowded = 1 + profile.network.crowding * group.far if group.near else 1.0
             far = group.far * profile.network.message.at(one.size * crowded)
             return start + max(near, far, _shared(profile.network, one.size * group.crossing))
-        steps = group.size - 1
+        steps = group.size - 1  # of a ring, in each of which every rank sends one part to the next
         near = steps * profile.node.message.at(one.size)
         if not crossing:
             return start + near

@@ -15,7 +15,7 @@ from synchromesh.planning.tuner import Entry, Trial, Tuner
 from synchromesh.types import Plan, Workload
 
 VERSION = 1
-STATE = ("settled", "next", "watched", "usual", "strikes", "patience", "was")  # of an entry, besides its plans
+ENTRY_STATE = ("settled", "next", "watched", "usual", "strikes", "patience", "was")  # of an entry, besides its plans
 Record = Sequence[tuple[int, Plan]]
 
 
@@ -25,7 +25,8 @@ class Dictionary:
 
     Attributes:
         ranks: of the grid they were found on; plans of other grids tell nothing.
-        layers: by name, what is known of each workload. records: by name, (training forward, plan) at each change.
+        layers: by the layer's name, what is known of each workload.
+        records: by the layer's name, (number of the training forward, plan) at each change of plan.
     """
 
     ranks: Ranks
@@ -55,7 +56,7 @@ class Dictionary:
             raise ValueError(f"this is no file of plans: {error!r}") from error
 
     def merged(self, other: Dictionary) -> Dictionary:
-        """Return what both know; of one workload the entry with more trials, or else the other's, counts.
+        """Return what both know; of one workload the entry with more trials is kept, the other's if they are equal.
 
         Raises:
             ValueError: they are of different grids.
@@ -95,7 +96,7 @@ def _plan_in(fields: Any) -> Plan:
 def _entry_out(work: Workload, entry: Entry) -> dict[str, Any]:
     workload = {**dataclasses.asdict(work), "dtype": str(work.dtype).removeprefix("torch.")}
     trials = [{**dataclasses.asdict(trial), "plan": _plan_out(trial.plan)} for trial in entry.trials]
-    state = {name: getattr(entry, name) for name in STATE}
+    state = {name: getattr(entry, name) for name in ENTRY_STATE}
     state["was"] = None if entry.was is None else _plan_out(entry.was)
     return {"workload": workload, "best": _plan_out(entry.best), **state, "trials": trials}
 
@@ -107,7 +108,7 @@ def _entry_in(found: Any) -> tuple[Workload, Entry]:
         raise ValueError(f"{fields['dtype']!r} is no dtype")
     work = Workload(**{**fields, "dtype": dtype, "vectors": tuple(fields["vectors"])})
     trials = [Trial(**{**trial, "plan": _plan_in(trial["plan"])}) for trial in found["trials"]]
-    state = {name: found[name] for name in STATE}
+    state = {name: found[name] for name in ENTRY_STATE}
     state["was"] = None if found["was"] is None else _plan_in(found["was"])
     entry = Entry(trials, _plan_in(found["best"]), **state)
     if entry.trial(entry.best) is None or not 0 <= entry.next < len(trials):

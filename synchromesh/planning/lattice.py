@@ -18,6 +18,10 @@ CHUNKS = (1, 2, 4, 8)
 class Ranks:
     """Some ranks in a row, and how many neighbours share a node.
 
+    Attributes:
+        size: number of ranks.
+        per_node: ranks on each node.
+
     Raises:
         ValueError: per_node does not divide the number of ranks.
     """
@@ -68,8 +72,11 @@ def refusal(plan: Plan, ranks: Ranks, num_experts: int, *, known_beforehand: boo
     """Return why a plan cannot run, the same on every rank; None where it can.
 
     Args:
+        plan: the plan.
+        ranks: of the grid.
+        num_experts: E.
         known_beforehand: whether all ranks know the capacity without a look at the routing.
-        pooled: whether the experts can be cut and pooled; modules move whole.
+        pooled: whether the experts' weights can be cut and pooled; experts that are modules move whole.
     """
     world = ranks.size
     check_sizes(world, num_experts)
@@ -100,6 +107,8 @@ def layout_refusal(world: int, num_experts: int, gather: int, *, near: bool) -> 
         return f"gather = {gather} does not divide the {world} ranks"
     if gather in (1, world) and not near:
         return f"near and far are one plan at gather = {gather}: take near"
+    # The shards of an expert lie on neighbours in rank order. A block of neighbours, the gather group of a near plan or
+    # the exchange group of a far one, must hold whole experts, or an equal part of one.
     kind, pooled = ("gather", gather) if near else ("ranks / gather", world // gather)
     if pooled % shards and shards % pooled:
         return (
@@ -121,6 +130,7 @@ def two_level_refusal(nodes: Sequence[int] | NDArray[np.int64]) -> str | None:
 
 def _two_level_refusal(ranks: Ranks, plan: Plan) -> str | None:
     """Answer for all exchange groups; where their sizes fit into nodes or nodes into them, one stands for all."""
+    # Near plans exchange between every g-th rank (columns of the reshaped ranks), far ones between neighbours (rows).
     numbers, members = np.arange(ranks.size), ranks.size // plan.gather
     groups = numbers.reshape(members, plan.gather).T if plan.near else numbers.reshape(plan.gather, members)
     stride = plan.gather if plan.near else members

@@ -8,7 +8,7 @@ from synchromesh.planning.lattice import Ranks, row_copies
 from synchromesh.planning.traffic import kept_pairs, traffic
 from synchromesh.types import Plan, Workload
 
-MASTER = 4  # bytes of a parameter, of its gradient, and of each of the optimizer's two moments
+MASTER_BYTES = 4  # of a parameter, of its gradient, and of each of the optimizer's two moments
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,12 @@ class Bytes:
     """Where the memory goes.
 
     Attributes:
-        weights, gradients, optimizer: of this rank's own part, kept for ever.
-        gathered: pooled weights, from forward to backward; with regather only while they are used.
-        activations: what forward keeps for backward. buffers: at most at one moment besides.
+        weights: of this rank's own part of the experts, always held.
+        gradients: of the same part.
+        optimizer: its state of the same part.
+        gathered: pooled weights kept from forward to backward; 0 with regather.
+        activations: what forward keeps for backward.
+        buffers: the most that is held besides at any one moment.
     """
 
     weights: float
@@ -56,9 +59,9 @@ def layer_bytes(work: Workload, plan: Plan, ranks: Ranks) -> Bytes:
         buffers = pairs * (work.hidden + work.width)
     training = float(work.training)
     return Bytes(
-        weights=own * MASTER,
-        gradients=training * own * MASTER,
-        optimizer=training * 2 * own * MASTER,
+        weights=own * MASTER_BYTES,
+        gradients=training * own * MASTER_BYTES,
+        optimizer=training * 2 * own * MASTER_BYTES,
         gathered=training * (0.0 if plan.regather else pooled),
         activations=training * kept * element,
         buffers=buffers * element + pooled * (2 if plan.regather and work.training else 1),

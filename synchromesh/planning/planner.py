@@ -12,16 +12,23 @@ import torch
 from synchromesh.planning.cluster import ClusterProfile
 from synchromesh.planning.cost import Seconds, forward_and_backward, step_seconds
 from synchromesh.planning.lattice import Ranks, every_plan, refusal
-from synchromesh.planning.memory import MASTER, Bytes, layer_bytes
+from synchromesh.planning.memory import MASTER_BYTES, Bytes, layer_bytes
 from synchromesh.types import Plan, Workload
 
-ROOM = 0.92  # of a device's memory: the rest is the framework's
-BUCKET = 25e6  # bytes of gradients that are averaged last, when no backward is left to hide them
+USABLE_MEMORY = 0.92  # of a device's memory: the rest is the framework's
+LAST_BUCKET = 25e6  # bytes of gradients that are averaged last, when no backward is left to hide them
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """MoE layers of one shape. count: of them. tokens: that each gets of one sample. work: rows are not read."""
+    """MoE layers of one shape.
+
+    Attributes:
+        name: for people.
+        count: how many of them the model has.
+        tokens: that each gets from one sample.
+        work: of one layer; its rows and training are not read.
+    """
 
     name: str
     count: int
@@ -34,9 +41,12 @@ class ModelShape:
     """What a planner knows of a model.
 
     Attributes:
-        name, unit: "image" or "sequence", what a batch is counted in. layers: its MoE layers.
-        dense_products: multiply-adds of one sample's forward outside of the experts.
-        dense_parameters: outside of the experts. dense_saved: numbers kept for backward of one sample, outside.
+        name: for people.
+        unit: what a batch is counted in, "image" or "sequence".
+        layers: its MoE layers, kind by kind.
+        dense_products: multiply-adds of one sample's forward in the dense part, which is all but the experts.
+        dense_parameters: of the dense part.
+        dense_saved: numbers that the dense part keeps for the backward of one sample.
         dense_share: of the peak of products that the dense part reaches, in forward and in training; a calibration.
         calibrated_by: where dense_share is from.
     """
@@ -56,7 +66,13 @@ class PlannedLayer:
     """One kind of layer and its plan; seconds and bytes are of all layers of the kind.
 
     Attributes:
-        static, static_kept: seconds and bytes by the plan that E and W alone would fix, g = max(1, W/E).
+        kind: of the layers.
+        plan: the fastest that fits.
+        forward: predicted.
+        backward: predicted; 0 in inference.
+        memory: bytes of a rank.
+        static: seconds by the plan that E and W alone would fix, g = max(1, W/E).
+        static_kept: bytes by that plan.
     """
 
     kind: LayerKind
@@ -77,10 +93,15 @@ class Planned:
     """A model on a number of ranks.
 
     Attributes:
-        dense: seconds of everything but experts. reduce: seconds that the average of dense gradients is waited for.
-        memory: bytes of a rank. refused: why it cannot run; None where it can. efficiency: samples per second and
-            rank over those of one device that holds all experts. static: seconds of a step with the plans that E and W
-            alone would fix; None where they have no room.
+        ranks: of the grid.
+        batch: samples of a rank.
+        layers: with their plans.
+        dense: seconds of everything but experts.
+        reduce: seconds that the all-reduce of dense gradients is waited for.
+        memory: bytes of a rank.
+        refused: why it cannot run; None where it can.
+        efficiency: samples per second and rank, over those of one device that holds all experts.
+        static: seconds of a step with the plans that E and W alone would fix; None where they do not fit into memory.
     """
 
     ranks: Ranks
@@ -118,13 +139,20 @@ def plan_model(
     """Choose the fastest plans that fit into memory, kind by kind.
 
     Args:
-        batch: samples of a rank. sharded: the dense part is spread by FSDP instead of copied by DDP.
+        model: what is known of it.
+        profile: of the cluster.
+        ranks: of the grid.
+        batch: samples of a rank.
+        training: whether there is a backward and an optimizer.
+        sharded: whether the dense part is sharded by FSDP rather than copied by DDP.
 
     Raises:
         ValueError: the experts cannot be cut over the ranks, or the profile tells no speed of the dtype.
     """
     dense_bytes = _dense_bytes(model, ranks, batch, training=training, sharded=sharded)
-    room = ROOM * profile.memory_bytes - dense_bytes
+    room = USABLE_MEMORY * profile.memory_bytes - dense_bytes
+    # Kind by kind, in order: each takes the fastest plan in the memory that is left when every later kind takes the
+    # plan that E and W alone would fix.
     layers: list[PlannedLayer] = []
     for number, kind in enumerate(model.layers):
         left = room - sum((layer.memory.kept for layer in layers), 0.0)
@@ -137,10 +165,10 @@ def plan_model(
     reduce = _reduce_seconds(model, profile, ranks, dense) if training else 0.0
     total = dense + reduce + sum(layer.seconds for layer in layers)
     static = dense + reduce + sum(layer.static for layer in layers)
-    static_fits = dense_bytes + sum(layer.static_kept for layer in layers) <= ROOM * profile.memory_bytes
+    static_fits = dense_bytes + sum(layer.static_kept for layer in layers) <= USABLE_MEMORY * profile.memory_bytes
     alone = dense + sum(_alone(layer.kind, profile, batch, training=training) for layer in layers)
     gigabytes = f"{memory / 1e9:,.1f} GB a rank, the device has {profile.memory_bytes / 1e9:,.0f}"
-    refused = None if memory <= ROOM * profile.memory_bytes else gigabytes
+    refused = None if memory <= USABLE_MEMORY * profile.memory_bytes else gigabytes
     return Planned(
         ranks, batch, tuple(layers), dense, reduce, memory, refused, alone / total, static if static_fits else None
     )
@@ -202,19 +230,20 @@ def _dense_seconds(model: ModelShape, profile: ClusterProfile, batch: int, *, tr
 def _dense_bytes(model: ModelShape, ranks: Ranks, batch: int, *, training: bool, sharded: bool) -> float:
     parameters = model.dense_parameters / (ranks.size if sharded else 1)
     saved = model.dense_saved * batch * _dtype(model).itemsize
-    return parameters * MASTER * 4 + saved if training else parameters * MASTER
+    return parameters * MASTER_BYTES * 4 + saved if training else parameters * MASTER_BYTES
 
 
 def _reduce_seconds(model: ModelShape, profile: ClusterProfile, ranks: Ranks, dense: float) -> float:
-    """Return what is not hidden by the dense backward of averaging gradients, by rings in nodes and trees across."""
+    """Return the seconds of the gradient all-reduce that the dense backward does not hide."""
     if ranks.size == 1 or model.dense_parameters == 0:
         return 0.0
-    size = model.dense_parameters * MASTER
+    size = model.dense_parameters * MASTER_BYTES
     link = profile.network if ranks.nodes > 1 else profile.node
     rails = ranks.per_node if ranks.nodes > 1 and profile.backend == "nccl" else 1
     latency = 2 * math.log2(ranks.size) * link.message.at(0) + link.start
     moved = 2 * (link.message.at(size / rails) - link.message.at(0)) * (1 - 1 / ranks.size)
-    last = min(1.0, BUCKET / size) * moved
+    # Two thirds of the dense time are backward, which hides all but the last bucket.
+    last = min(1.0, LAST_BUCKET / size) * moved
     return latency + max(last, moved - dense * 2 / 3)
 
 

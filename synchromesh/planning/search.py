@@ -1,4 +1,4 @@
-"""Which plans are worth a try: all legal ones by predicted time, and a short list of unlike ones."""
+"""Which plans are worth a try: all legal ones by predicted time, and a short list of ones that differ."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from synchromesh.planning.cost import step_seconds
 from synchromesh.planning.lattice import Ranks, every_plan, refusal
 from synchromesh.types import Plan, Workload
 
-LENGTH = 6  # plans on a short list
-WORSE = 4.0  # predicted times over the best that are not tried: the model errs by less
+SHORT_LIST_LENGTH = 6  # plans, at most
+TOO_SLOW = 4.0  # times the best predicted time: such plans are not tried, the cost model errs by less
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Candidate:
 
 
 def predicted(work: Workload, ranks: Ranks, profile: ClusterProfile) -> list[Candidate]:
-    """Return all legal plans, the fastest first. Plans that gather again are left out: they save memory, not time."""
+    """Return all legal plans, the fastest first. Plans with regather are left out: they save memory, not time."""
     known, pooled = work.capacity is not None, work.matrices > 0
     found = [
         Candidate(plan, step_seconds(work, plan, ranks, profile))
@@ -35,15 +35,17 @@ def predicted(work: Workload, ranks: Ranks, profile: ClusterProfile) -> list[Can
 
 
 def short_list(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Choose unlike plans among sorted ones: the best of each layout, then variants of the two best layouts."""
-    near = [one for one in candidates if one.seconds <= WORSE * candidates[0].seconds]
+    """Choose plans that differ among sorted ones: the best of each layout, then variants of the two best layouts."""
+    # The cost model errs most between layouts (who holds which weights), so each of them gets a trial; at least two
+    # places are left for variants in chunks, levels and padding.
+    near = [one for one in candidates if one.seconds <= TOO_SLOW * candidates[0].seconds]
     by_layout: dict[Plan, list[Candidate]] = {}
     for one in near:
         by_layout.setdefault(_layout(one.plan), []).append(one)
     layouts = list(by_layout.values())
-    chosen = [layout[0] for layout in layouts][: LENGTH - 2]
+    chosen = [layout[0] for layout in layouts][: SHORT_LIST_LENGTH - 2]
     variants = [one for layout in layouts[:2] for one in layout[1:]]
-    chosen += sorted(variants, key=lambda one: one.seconds)[: LENGTH - len(chosen)]
+    chosen += sorted(variants, key=lambda one: one.seconds)[: SHORT_LIST_LENGTH - len(chosen)]
     return sorted(chosen, key=lambda one: one.seconds)
 
 

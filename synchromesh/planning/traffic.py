@@ -13,17 +13,18 @@ from synchromesh.planning.lattice import Ranks, row_copies
 from synchromesh.types import Plan, Workload
 
 Kind = Literal["all_to_all", "all_gather", "reduce_scatter"]
-COUNT = 8  # bytes of a count of rows
+COUNT_BYTES = 8  # of a number of rows, int64
 
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks of one collective, as a rank of the first node sees them.
+    """The ranks of one collective, as a rank of the first node sees them; all groups of its kind run at once.
 
     Attributes:
-        size: ranks. near: others on the same node. crossing: of every node's ranks together, messages to ranks on
-            other nodes in an all-to-all. ring: edges of all the node's groups that leave it, each rank sending to
-            the next.
+        size: ranks.
+        near: others of the group on the same node, at least.
+        crossing: messages that all ranks of the node together send to other nodes in an all-to-all.
+        ring: edges that leave the node when each group forms a ring.
     """
 
     size: int
@@ -38,7 +39,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective call of a rank. size: bytes to each member of the group (its own part, where it gathers)."""
+    """One collective call of a rank.
+
+    Attributes:
+        kind: which collective.
+        group: its ranks.
+        size: bytes to each member of an all-to-all; of a rank's own part in an all-gather or a reduce-scatter.
+    """
 
     kind: Kind
     group: Group
@@ -55,8 +62,11 @@ class Traffic:
     """What one forward and its backward send.
 
     Attributes:
-        counts: sent before the rows, where they are ragged. there: of one chunk towards the experts, level by level;
-            the way back is the same in reverse. gather: of each parameter tensor. chunks, regather: of the plan.
+        counts: the exchange of split sizes before ragged rows, level by level; else empty.
+        there: the all-to-all of one chunk towards the experts, level by level; the way back is the same in reverse.
+        gather: the all-gather of each parameter tensor.
+        chunks: of the plan.
+        regather: of the plan.
         rows: sent by a rank in all chunks, those for itself included.
     """
 
@@ -74,6 +84,7 @@ class Traffic:
 
     def leaving_a_node(self, backend: str, *, training: bool = True) -> float:
         """Return the bytes that the ranks of a node send to other nodes in one forward, and its backward."""
+        # Forward and backward each exchange rows twice, there and back; gloo has no reduce-scatter of its own.
         exchanged = sum(one.size * one.group.crossing for one in self.there) * self.chunks
         counted = sum(one.size * one.group.crossing for one in self.counts)
         gathered = sum(one.size * (one.group.size - 1) * one.group.ring for one in self.gather)
@@ -96,7 +107,7 @@ def traffic(work: Workload, plan: Plan, ranks: Ranks) -> Traffic:
     slots = work.experts * copies / members  # local experts, whole or in shards
     to_each = rows_to_each(work, plan, ranks) / plan.chunks
     there = _levels(ranks, plan, to_each * work.width * element)
-    counts = _levels(ranks, plan, slots * COUNT) if plan.ragged else ()
+    counts = _levels(ranks, plan, slots * COUNT_BYTES) if plan.ragged else ()
     return Traffic(counts, there, gather, plan.chunks, plan.regather, to_each * plan.chunks * members)
 
 
@@ -112,6 +123,7 @@ def rows_to_each(work: Workload, plan: Plan, ranks: Ranks) -> float:
     slots = work.experts * row_copies(ranks.size, work.experts, plan) / members
     if work.capacity is None or plan.ragged:
         return slots * kept_pairs(work) / work.experts
+    # Padded: each chunk of each slot has the same number of places, so the capacity is rounded up to whole chunks.
     return slots * max(1, math.ceil(work.capacity / plan.chunks)) * plan.chunks
 
 
@@ -119,6 +131,8 @@ def _levels(ranks: Ranks, plan: Plan, size: float) -> tuple[Collective, ...]:
     group = _exchange_group(ranks, plan)
     if not plan.two_level:
         return (Collective("all_to_all", group, size),)
+    # Inside the node a rank sends to each neighbour what is for that place on every node; between the nodes equal
+    # places exchange what their node has collected for the other.
     inside = group.near + 1
     nodes = group.size // inside
     first = Collective("all_to_all", Group(inside, inside - 1, 0, 0), size * nodes)
@@ -136,7 +150,8 @@ def _gather_group(ranks: Ranks, plan: Plan) -> Group:
 
 
 def _block(ranks: Ranks, size: int) -> Group:
-    """Neighbours in rank order."""
+    """Return a group of neighbours in rank order."""
+    # Counted over the ranks r of the first node: the members beside each, and where its ring sends next.
     node = ranks.per_node
     near = [min(node, r - r % size + size) - (r - r % size) for r in range(node)]
     ring = [r + 1 if (r + 1) % size else r + 1 - size for r in range(node)]
@@ -144,7 +159,7 @@ def _block(ranks: Ranks, size: int) -> Group:
 
 
 def _comb(ranks: Ranks, stride: int) -> Group:
-    """Every stride-th rank."""
+    """Return a group of every stride-th rank."""
     node, size = ranks.per_node, ranks.size // stride
     near = [math.ceil((node - r % stride) / stride) for r in range(node)]
     ring = [(r + stride) % ranks.size for r in range(node)]

@@ -1,4 +1,4 @@
-"""Tuner: the dictionary from workload to plan (Tutel paper, section 3.3), filled in by the training steps themselves.
+"""Tuner: the dictionary from workload to plan (Tutel paper, section 3.3), filled in by timing the training steps.
 
 A new workload starts with the plan that the cost model likes best. Its short list is then tried in turn, one plan a
 step, round after round, so that whatever slows the machine for a while slows all; plans that cannot win any more leave
@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from synchromesh.planning.search import Candidate
 from synchromesh.types import Plan, Workload
 
-ROUNDS = 4  # trials of each plan; the first one does not count: groups and buffers are made in it
-HOPELESS = 1.3  # over the fastest after two trials that count, twice as much after one: not tried again
-CLEARLY = 0.95  # of the time of the plan in use, to be changed for
-DRIFT = 1.3  # times, up or down, from what a settled plan usually takes
-PATIENCE = 16  # windows that must differ at most, where trials have been begun anew in vain
-REMEMBERED = 1024  # workloads whose buckets are not computed again
-WATCHED = 4  # timed steps in a window, whose median is compared
+ROUNDS = 4  # trials of each plan; the first does not count, because it makes process groups and buffers
+HOPELESSLY_SLOWER = 1.3  # times the fastest plan's time: a plan leaves the rounds; twice that after one counted trial
+CLEARLY_FASTER = 0.95  # of the time of the plan in use: a plan must take less to replace it
+DRIFT = 1.3  # factor, up or down, by which a window must differ from the usual time of a settled plan
+MOST_PATIENCE = 16  # windows in a row that must differ, after trials that changed nothing have doubled the patience
+WATCHED_STEPS = 4  # timed steps in a window, whose median is compared
+REMEMBERED_WORKLOADS = 1024  # whose buckets are not computed again
 
 
 @dataclass
@@ -33,8 +33,11 @@ class Trial:
     """What is known of one plan for one workload.
 
     Attributes:
-        predicted: seconds, by the cost model. seconds: measured, forward and backward, in trials that count.
-        warm: whether it has run before. hopeless: whether it left the rounds.
+        plan: the plan.
+        predicted: seconds of a step, by the cost model.
+        seconds: measured forward and backward, of each trial that counts.
+        warm: whether it has run before.
+        hopeless: whether it left the rounds.
     """
 
     plan: Plan
@@ -54,10 +57,16 @@ class Entry:
     """One workload of the dictionary.
 
     Attributes:
-        trials: of the short list, as the cost model orders them. best: the plan in use. settled: rounds are over.
-        next: whose turn it is. watched: times of the settled plan in this window. usual: the median of a window, None
-            before the first one: while other plans ran in between, times were others.
-        strikes: windows in a row that differed. patience: how many it takes. was: the plan before these trials.
+        trials: of the short list, in the order of the cost model.
+        best: the plan in use.
+        settled: whether the rounds are over.
+        next: index of the trial whose turn it is.
+        watched: seconds of the settled plan in this window.
+        usual: the median of the first window; None before it. Times in the rounds do not serve: other plans ran in
+            between.
+        strikes: windows in a row that differed from the usual time.
+        patience: how many strikes it takes to begin trials again.
+        was: the plan before these trials; None in the first ones.
     """
 
     trials: list[Trial]
@@ -122,7 +131,7 @@ class Tuner:
 
     def _bucket(self, work: Workload) -> Workload:
         if work not in self._buckets:
-            if len(self._buckets) >= REMEMBERED:
+            if len(self._buckets) >= REMEMBERED_WORKLOADS:
                 self._buckets.clear()
             self._buckets[work] = bucket(work)
         return self._buckets[work]
@@ -137,13 +146,15 @@ class Tuner:
         """Give the turn to the next plan in the round, or settle."""
         fastest = min(trial.median for trial in entry.trials)
         for trial in entry.trials:
-            limit = HOPELESS * fastest * (2 if len(trial.seconds) == 1 else 1)
-            trial.hopeless |= bool(trial.seconds) and min(trial.seconds) > limit  # one stall is no verdict
+            limit = HOPELESSLY_SLOWER * fastest * (2 if len(trial.seconds) == 1 else 1)
+            # By the shortest time: one stalled step decides nothing.
+            trial.hopeless |= bool(trial.seconds) and min(trial.seconds) > limit
         left = [index for index, trial in enumerate(entry.trials) if not trial.hopeless]
         unfinished = [index for index in left if len(entry.trials[index].seconds) < ROUNDS - 1]
         if not unfinished or len(left) == 1:
             self._settle(entry)
             return
+        # Round after round: the next plan is the first among those with the fewest runs, warm-ups included.
         fewest = min(len(entry.trials[i].seconds) + entry.trials[i].warm for i in unfinished)
         entry.next = next(i for i in unfinished if len(entry.trials[i].seconds) + entry.trials[i].warm == fewest)
 
@@ -151,18 +162,19 @@ class Tuner:
         """Keep the fastest plan; the one in use stays where the other is not clearly faster."""
         fastest = min(entry.trials, key=lambda trial: trial.median)
         used = entry.trial(entry.best)
-        if used is None or not used.seconds or fastest.median < CLEARLY * used.median:
+        if used is None or not used.seconds or fastest.median < CLEARLY_FASTER * used.median:
             entry.best = fastest.plan
+        # Trials that end with the plan they began with changed nothing: the next ones wait for twice as many strikes.
         vain = entry.was == entry.best
-        entry.patience = min(PATIENCE, 2 * entry.patience) if vain else 1
+        entry.patience = min(MOST_PATIENCE, 2 * entry.patience) if vain else 1
         entry.settled, entry.watched, entry.usual, entry.strikes = True, [], None, 0
 
     def _watch(self, entry: Entry, trial: Trial, seconds: float) -> None:
-        """Begin anew where the plan in use takes another time than it usually did."""
+        """Begin trials again where the plan in use takes longer, or shorter, than usual for several windows."""
         if trial.plan != entry.best:
             return
         entry.watched.append(seconds)
-        if len(entry.watched) < WATCHED:
+        if len(entry.watched) < WATCHED_STEPS:
             return
         now, entry.watched = statistics.median(entry.watched), []
         if entry.usual is None:
@@ -173,6 +185,7 @@ class Tuner:
             self._forget(entry)
 
     def _forget(self, entry: Entry) -> None:
+        """Begin the rounds again, with the plan in use; plans stay warm, so every new trial counts."""
         for trial in entry.trials:
             trial.seconds, trial.hopeless = [], False
         entry.was, entry.usual, entry.strikes = entry.best, None, 0
@@ -187,4 +200,5 @@ def bucket(work: Workload) -> Workload:
 
 
 def _rounded(number: int) -> int:
+    # Twice the logarithm, rounded, counts half powers of two.
     return 0 if number < 1 else round(2 ** (round(2 * math.log2(number)) / 2))

@@ -40,8 +40,8 @@ from synchromesh.training.task import (
 )
 
 LABEL_SEEN = "accuracy"  # a term that is only watched
-TOP = 3  # classes that a prediction names
-HARDEST = 20  # classes that a report lists
+NAMED_CLASSES = 3  # by a prediction, where nobody asks for another number
+LISTED_CLASSES = 20  # by a report, the hardest first
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,11 @@ class Classification(Task):
         return {"cross_entropy": len(batch), LABEL_SEEN: len(batch)}
 
     def loss(self, run: Run, batch: Batch) -> Mapping[str, Term]:
-        """Return the cross-entropy with the targets, in float32, and beside it the images right, as augmented."""
+        """Return the cross-entropy with the targets, in float32, and, only watched, how many images are right."""
         assert isinstance(batch, Labelled)
         assert batch.targets is not None
         logits = run(batch.images)
+        # An empty batch still needs a loss with a gradient: other ranks wait for this one's backward.
         total = cross_entropy(logits.float(), batch.targets, reduction="sum") if len(batch) else logits.float().sum()
         right = (logits.argmax(1) == batch.targets.argmax(1)).sum()
         return {"cross_entropy": Term(total), LABEL_SEEN: Term(right, weight=0.0)}
@@ -157,7 +158,7 @@ class Classification(Task):
     def predict(self, run: Run, batch: Batch, facts: Facts, ask: Ask) -> list[Answer]:
         assert isinstance(batch, Labelled)
         classes = facts["classes"]
-        best = run(batch.images).float().softmax(1).topk(min(ask.top or TOP, len(classes)))
+        best = run(batch.images).float().softmax(1).topk(min(ask.top or NAMED_CLASSES, len(classes)))
         found = []
         for indices, shares in zip(best.indices.tolist(), best.values.tolist(), strict=True):
             top = [
@@ -185,7 +186,7 @@ class Classification(Task):
     def panels(self, scores: Scores) -> Sequence[Sheet]:
         found = sorted((own["accuracy"], own["images"], name) for name, own in scores.details["classes"].items())
         rows = [(name, f"{count:,}", f"{accuracy:.1%}" if count else "-") for accuracy, count, name in found]
-        return (Sheet("hardest classes first", ("class", "images", "accuracy"), tuple(rows[:HARDEST])),)
+        return (Sheet("hardest classes first", ("class", "images", "accuracy"), tuple(rows[:LISTED_CLASSES])),)
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ from synchromesh.training.task import (
     Term,
 )
 
-CONSIDERED = 0.01  # lowest probability of a box that is scored
-SURE = 0.3  # lowest probability of a box that is told, where nobody asks for another
+LEAST_SCORED = 0.01  # lowest probability of a box that is scored
+LEAST_TOLD = 0.3  # lowest probability of a box in a prediction, where nobody asks for another
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Detection(Task):
         """Run the model and return the objects of each picture, their boxes cut off at its border."""
         assert isinstance(batch, Scenes)
         if not len(batch):
-            run(batch.images)  # among other ranks it takes part in their exchanges
+            run(batch.images)  # with other ranks it must run too, to take part in their exchanges
             return []
         found = []
         for (boxes, scores, labels), (height, width) in zip(
@@ -182,7 +182,7 @@ class Detection(Task):
 
     def predict(self, run: Run, batch: Batch, facts: Facts, ask: Ask) -> list[Answer]:
         assert isinstance(batch, Scenes)
-        found = self.found(run, batch, least=SURE if ask.least is None else ask.least)
+        found = self.found(run, batch, least=LEAST_TOLD if ask.least is None else ask.least)
         as_given = [one.scaled(1 / x, 1 / y) for one, (x, y) in zip(found, batch.scales, strict=True)]
         return [Answer(_said(one, facts["classes"], ask.top)) for one in as_given]
 
@@ -226,7 +226,7 @@ class _Scorer(Scorer):
 
     def add(self, run: Run, batch: Batch) -> Sequence[float]:
         assert isinstance(batch, Scenes)
-        found = self._task.found(run, batch, least=CONSIDERED)
+        found = self._task.found(run, batch, least=LEAST_SCORED)
         truths = [Instances(b.cpu(), n.cpu()) for b, n in zip(batch.boxes, batch.labels, strict=True)]
         self._found += found
         self._truths += truths
@@ -243,12 +243,13 @@ class _Scorer(Scorer):
 
 
 def _quality(found: Instances, truth: Instances) -> float:
-    """Return the sum of IoU of what was found over found, wrong and missing objects: 1 is perfect, also of nothing.
+    """Return the panoptic quality of boxes (arXiv 1801.00868), sum of IoU / (TP + FP / 2 + FN / 2); 1 for no objects.
 
-    Of the boxes that would be told each takes the object of its class that it overlaps most, by more than half.
+    Of the boxes with probability LEAST_TOLD or more, each takes the object of its class that it overlaps most, if by an
+    IoU above 0.5.
     """
     assert found.scores is not None
-    sure = found.scores >= SURE
+    sure = found.scores >= LEAST_TOLD
     boxes, labels = found.boxes[sure], found.labels[sure]
     overlap = iou(boxes, truth.boxes) * (labels[:, None] == truth.labels[None])
     total, taken = 0.0, set()

@@ -1,6 +1,6 @@
-"""SimMIM: hide parts of pictures and draw them from the rest (arXiv 2111.09886). Needs no labels.
+"""SimMIM: hide parts of pictures and reconstruct them from the rest (arXiv 2111.09886). Needs no labels.
 
-The weights of the backbone go on into any other task: `--start.weights` of its folder.
+Any other task can start from the backbone's weights: give the run's folder to its `--start.weights`.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class SimMIM(Task):
         return {"L1 of hidden pixels": f"{answer.said['masked_l1']:.4f}", "hidden": f"{answer.said['hidden']:.0%}"}
 
     def draw(self, sample: Any, answer: Answer) -> bytes:
-        """Draw what the model saw, what it drew into the holes, and the picture itself."""
+        """Draw what the model saw, what it drew into the holes, and the true picture."""
         image, hidden = sample.image, sample.hidden
         shown = [torch.where(hidden, 128, image), torch.where(hidden, answer.seen, image), image]
         row = side_by_side([enlarged(one.to(torch.uint8).numpy()) for one in shown])
@@ -242,7 +242,7 @@ class CropSet:
         return self.count
 
     def read(self, index: int, draw: Draw | None = None) -> Crop:
-        """Return a crop: where `draw` is given a new one, else the one of this number."""
+        """Return a crop: a new one where `draw` is given, else the fixed one of this number."""
         rng, data = seeds.numpy_generator(0, seeds.SPLIT, index) if draw is None else draw(), self.task.data
         image = self.photographs.crop(data.preprocess.image_size, rng, scale=data.scale)
         if draw is not None:
@@ -252,7 +252,7 @@ class CropSet:
 
 
 class _Scorer(Scorer):
-    """Adds up errors over hidden pixels, of the model and of what fills holes without learning; and experts' loads."""
+    """Adds up errors over hidden pixels, of the model and of simple fillings, and the load of experts."""
 
     def __init__(self, task: SimMIM) -> None:
         self._task = task
@@ -298,6 +298,7 @@ def loads_apart(model: nn.Module, hidden: Bool[Tensor, "B H W"], into: dict[str,
 
     def watch(name: str) -> Any:
         def count(_module: nn.Module, _inputs: Any, routing: Routing) -> None:
+            # Ids are moved by one, so that the count of absent pairs (-1) is the first and can be dropped.
             flags = _flags_of(hidden, len(routing.expert_ids), strides)
             ids = routing.expert_ids
             found = [
@@ -319,7 +320,7 @@ def loads_apart(model: nn.Module, hidden: Bool[Tensor, "B H W"], into: dict[str,
 
 
 def _flags_of(hidden: Bool[Tensor, "B H W"], tokens: int, strides: Sequence[int]) -> Bool[Tensor, " T"]:
-    """Return which tokens of a map see a hidden pixel; the map is told by its number of tokens."""
+    """Return which tokens of a map see a hidden pixel; its number of tokens tells which map it is."""
     for stride in strides:
         flags = hidden_positions(hidden, stride).flatten()
         if len(flags) == tokens:

@@ -15,10 +15,10 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Case:
-    """A routing of few tokens that some layer, somewhere, got wrong.
+    """A routing of few tokens that implementations easily get wrong.
 
     Attributes:
-        name: what is evil about it.
+        name: what is special about it.
         expert_ids: of each token and choice; -1 is an absent pair.
         num_experts: E.
         capacity: most rows of one expert; None means all.
@@ -66,7 +66,7 @@ def routing_of(
 def row_map_of(
     expert_ids: Int[Tensor, "T K"], num_experts: int, *, capacity: int | None = None, max_pairs: int | None = None
 ) -> RowMap:
-    """Map pairs to rows by a plain loop: slow, and plainly right."""
+    """Map pairs to rows by a plain loop: slow, and easy to check."""
     num_tokens, choices = expert_ids.shape
     kept: list[list[int]] = [[] for _ in range(num_experts)]
     for pair in (t * choices + k for k in range(choices) for t in range(num_tokens)):
@@ -154,7 +154,8 @@ class EvenRouter(nn.Module):
     """Gives every expert the same number of rows of each rank.
 
     Args:
-        num_experts: E. k: choices K of each token.
+        num_experts: E.
+        k: K, choices of each token.
     """
 
     def __init__(self, num_experts: int, k: int) -> None:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from synchromesh.testing.forks import fork
 from synchromesh.testing.poison import poisoned_memory
-
-PRELOADED = ["torch", "torch.distributed", "numpy"]
 
 
 class RankError(AssertionError):
@@ -35,18 +33,14 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
     Raises:
         RankError: a rank raised, died, or was not done in time; the others are ended.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     target = (function.__code__.co_filename, function.__qualname__)
     with tempfile.TemporaryDirectory() as folder:
         ranks, ends = [], []
         for rank in range(world):
-            ours, theirs = context.Pipe(duplex=False)
+            ours, theirs = Pipe(duplex=False)
             place = (rank, world, folder)
-            process = context.Process(target=_rank_main, args=(target, place, theirs, arguments, timeout), daemon=True)
-            process.start()
+            ranks.append(fork(_rank_main, target, place, theirs, arguments, timeout, daemon=True))
             theirs.close()
-            ranks.append(process)
             ends.append(ours)
         try:
             return _results(ends, Path(folder), time.monotonic() + timeout)

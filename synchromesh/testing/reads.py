@@ -12,14 +12,13 @@ from unittest.mock import patch
 import jaxtyping
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from synchromesh.torch_private import CUSTOM_OPS, TorchDispatchMode, tree_leaves
 
 aten = torch.ops.aten
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-UNDISPATCHED = (  # on the CPU or the meta device these ask nobody
+UNDISPATCHED = (  # on the CPU or the meta device these do not go through the dispatcher
     *((Tensor, name) for name in ("tolist", "numpy", "new_tensor")),
     *((torch, name) for name in ("tensor", "as_tensor")),
 )
@@ -60,7 +59,7 @@ class HostReads(TorchDispatchMode):
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Note nothing inside: what stands for a kernel of the device may read."""
+        """Note nothing inside the block: stand-ins for kernels of a device may read."""
         before, self._aside = self._aside, True
         try:
             yield
@@ -69,7 +68,7 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        definition = OPDEFS.get(func._schema.name)
+        definition = CUSTOM_OPS.get(func._schema.name)
         if definition is not None:
             with self._going_on():
                 return definition._init_fn(*args, **kwargs)
@@ -79,7 +78,7 @@ class HostReads(TorchDispatchMode):
 
     @contextmanager
     def _going_on(self) -> Iterator[None]:
-        """Note what a custom op does inside: while an operation is looked at, nobody looks."""
+        """Note what a custom op does inside: torch switches the mode off while it handles an operation."""
         super().__enter__()
         try:
             yield

@@ -30,6 +30,7 @@ def on_all(grid: Grid, action: Callable[[], T]) -> list[T]:
     """
     if grid.group is None:
         return [action()]
+    # Errors travel with the results, so that a rank that fails does not leave the others waiting in a collective.
     mine: tuple[Any, str] = (None, "")
     try:
         mine = (action(), "")
@@ -44,7 +45,7 @@ def on_all(grid: Grid, action: Callable[[], T]) -> list[T]:
 
 
 def summed(grid: Grid, values: Tensor) -> Tensor:
-    """Return the sum over ranks; the values themselves where there is one."""
+    """Sum a tensor over ranks, in place, and return it."""
     if grid.group is not None:
         dist.all_reduce(values, group=grid.group)
     return values
@@ -68,6 +69,7 @@ def loads_over_ranks(grid: Grid, loads: dict[str, LoadStats]) -> dict[str, LoadS
     """Return the load of each layer over the tokens of all ranks. Every rank has the same layers."""
     if grid.group is None or not loads:
         return loads
+    # All layers in one all-reduce; the loop below takes the pieces in the same order.
     pieces = [part for load in loads.values() for part in (load.tokens_per_expert, load.dropped[None])]
     total = iter(summed(grid, torch.cat(pieces)).split([len(piece) for piece in pieces]))
     return {

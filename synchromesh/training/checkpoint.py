@@ -7,7 +7,7 @@ checkpoints/step-00000310/
     SHA256SUMS              of the others; `sha256sum -c SHA256SUMS` checks by hand
 
 On several ranks each writes files of its own, weights-00002-of-00004.safetensors and so on; any number of ranks reads
-what any number wrote (`checkpoint.store`).
+what any number wrote (`parallel.store`).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from synchromesh.training.agree import ALONE, on_all, on_first
 from synchromesh.training.durable import sha256, sync_directory, sync_file, write_atomically, write_json
 
 STATE, SUMS = "state.json", "SHA256SUMS"
-OLD = ".old"
-KEPT = 2  # the newest, and one to fall back on
+OLD_SUFFIX = ".old"
+KEPT_CHECKPOINTS = 2  # the newest, and one to fall back on
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Checkpoint:
     """A checkpoint as read.
 
     Attributes:
-        folder: where it lies. state: contents of state.json.
+        folder: where it lies.
+        state: contents of state.json.
     """
 
     folder: Path
@@ -59,7 +60,9 @@ class Snapshot:
     """What one checkpoint holds, as it was at one moment.
 
     Attributes:
-        state: contents of state.json, with "step". weights, optimizer: tensors by name, each rank's own part.
+        state: contents of state.json, with "step".
+        weights: parameters and buffers by name, each rank's own part.
+        optimizer: tensors of the optimizer's state by name, each rank's own part.
     """
 
     state: dict[str, Any]
@@ -70,7 +73,7 @@ class Snapshot:
     def of(
         model: nn.Module, optimizer: Optimizer, state: dict[str, Any], grid: Grid = ALONE, *, copy: bool = False
     ) -> Snapshot:
-        """Look at what is there as it is; copy=True copies it, tensors to the CPU, and training may go on."""
+        """Return the state of this moment. Only with copy=True, which copies tensors to the CPU, may training go on."""
         take = _copied if copy else Tensor.detach
         weights, moments = model_tensors(model, grid, take=take), optimizer_tensors(model, optimizer, grid, take=take)
         return Snapshot(deepcopy(state) if copy else state, weights, moments)
@@ -84,7 +87,7 @@ def save_checkpoint(
 
 
 def write_checkpoint(root: Path, snapshot: Snapshot, grid: Grid = ALONE) -> Path:
-    """Write `root/step-N` for state["step"] = N, and remove all but the newest `KEPT`. Return its folder.
+    """Write `root/step-N` for state["step"] = N, and remove all but the newest `KEPT_CHECKPOINTS`. Return its folder.
 
     Every rank of the grid calls it; what is there already stays until all of it is written.
 
@@ -201,18 +204,20 @@ def _sums_of(files: list[Path]) -> list[str]:
 
 
 def _finish(temporary: Path, folder: Path, state: dict[str, Any], sums: list[str]) -> None:
-    for apart in (".weights", ".optimizer"):
-        shutil.rmtree(temporary / apart, ignore_errors=True)
+    for pieces in (".weights", ".optimizer"):
+        shutil.rmtree(temporary / pieces, ignore_errors=True)
+    # The checksums come last inside the folder, and the folder gets its name last: at every moment a complete
+    # checkpoint is there, under its own name or under `.old`, from where `_folders` takes it back.
     write_json(temporary / STATE, state)
     write_atomically(temporary / SUMS, "".join([*sums, f"{sha256(temporary / STATE)}  {STATE}\n"]))
-    before = folder.with_name(folder.name + OLD)  # of the same step: without an evaluation, or damaged
+    before = folder.with_name(folder.name + OLD_SUFFIX)  # one of the same step: damaged, or saved before the evaluation
     shutil.rmtree(before, ignore_errors=True)
     if folder.exists():
         folder.rename(before)
     temporary.rename(folder)
     sync_directory(folder.parent)
     unfinished = list(folder.parent.glob("step-*.tmp"))
-    for old in [before, *unfinished, *_folders(folder.parent)[KEPT:]]:
+    for old in [before, *unfinished, *_folders(folder.parent)[KEPT_CHECKPOINTS:]]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -238,7 +243,7 @@ def _folders(root: Path) -> list[Path]:
     """Return the checkpoints of a run, the newest first."""
     if not root.is_dir():
         return []
-    for before in root.glob(f"step-*{OLD}"):  # a kill came between two renames: take the first one back
+    for before in root.glob(f"step-*{OLD_SUFFIX}"):  # killed between two renames: undo the first one
         if not before.with_suffix("").exists():
             before.rename(before.with_suffix(""))
     return sorted((p for p in root.glob("step-*") if not p.suffix and p.is_dir()), reverse=True)

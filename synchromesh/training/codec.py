@@ -90,6 +90,7 @@ class _Decoder:
                 return wanted(data)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}: {error}") from error
+        # JSON writes 1.0 and 1 alike; True is an int to isinstance, and is refused.
         if wanted is float and isinstance(data, int) and not isinstance(data, bool):
             return float(data)
         if wanted is Any:

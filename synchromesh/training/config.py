@@ -31,9 +31,9 @@ class Start:
 
     Attributes:
         weights: a run folder, a checkpoint folder, a .safetensors file, or a file that torch.load reads with
-            weights_only=True; none for random weights. The whole backbone must be in it; heads may start afresh.
+            weights_only=True; none for random weights. The whole backbone must be in it; heads may stay random.
         freeze: what stays as it was.
-        partial: take what fits, and let the rest of the backbone start afresh too.
+        partial: take what fits, also where a part of the backbone is missing and stays random.
     """
 
     weights: Path | None = None
@@ -49,7 +49,7 @@ class Keep:
         log_steps: steps between two lines of metrics.
         evaluate_epochs: epochs between two evaluations.
         checkpoint_seconds: time between checkpoints, besides those at evaluations.
-        checkpoint_steps: steps between checkpoints, besides; 0 for none.
+        checkpoint_steps: steps between further checkpoints; 0 for none.
         best: also keep the checkpoint of the best evaluation; off where the score is a test that must not choose.
         tensorboard: also write TensorBoard events.
         device: such as 'cpu' or 'cuda:1'; None takes the first GPU, or the CPU where there is none.
@@ -75,11 +75,12 @@ class Parallelism:
 
     Attributes:
         adaptive: let every layer find its best plan while it trains, where the next five settings say no other.
-        gather: ranks that pool their parts of the experts in each step; 0 pools just the shards of an expert.
-        near: they are neighbours in rank order; else they lie as far apart as can be.
-        chunks: pieces whose exchange runs under the compute of others.
-        two_level: exchange inside nodes, then between them.
-        regather: gather weights again in backward instead of keeping them.
+        gather: ranks that all-gather (pool) their parts of the experts in each step, the FSDP shard degree of experts;
+            0 pools just the shards of an expert.
+        near: these ranks are neighbours in rank order; else they are as far from each other as possible.
+        chunks: the overlap degree: pieces whose all-to-all runs during the compute of others.
+        two_level: hierarchical (2DH) all-to-all: inside nodes, then between them.
+        regather: all-gather weights again in backward instead of keeping them (reshard after forward).
         cluster: whose profile tells what to try first: a name of `synchromesh plan --help`, or a file.
         known: run folder or plans.json to begin with, of an earlier run on as many ranks.
         replay: run folder or plans.json whose plans are repeated step by step, for the same numbers bit for bit.
@@ -128,7 +129,7 @@ class TrainConfig:
     """
 
     name: str
-    task: Annotated[Task, tyro.conf.arg(name="")]  # on the command line its settings stand beside those of the run
+    task: Annotated[Task, tyro.conf.arg(name="")]  # no prefix on the command line: its settings are options of the run
     model: BackboneConfig
     twin: BackboneConfig | None = None
     optim: Optim = field(default_factory=Optim)

@@ -20,7 +20,7 @@ from synchromesh.training.task import Facts, Scores, Split, Task
 from synchromesh.types import LoadStats
 
 DEAD_SHARE = 0.1  # of an expert's fair part 1/E
-SHOWN = 6  # of the samples that a model did worst on, and of those it did best on
+SHOWN_SAMPLES = 6  # of those that a model did worst on, and as many that it did best on
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,14 @@ def evaluate(
             for loaded in eval_batches(split, options.batch_size, loading=options.loading, part=part):
                 bad += loaded.bad
                 if not loaded.samples and grid.size == 1:
-                    continue  # among other ranks it takes part in their exchanges
+                    continue  # with other ranks it must run empty batches too, to take part in their exchanges
                 found = scorer.add(run, task.prepare(loaded.samples, facts, device, None))
                 merits += zip(found, loaded.indices, strict=True)
                 between()
     finally:
         model.train(was_training)
     loads = loads_over_ranks(grid, loads)
-    worst, best = heapq.nsmallest(SHOWN, merits), heapq.nlargest(SHOWN, merits)
+    worst, best = heapq.nsmallest(SHOWN_SAMPLES, merits), heapq.nlargest(SHOWN_SAMPLES, merits)
     states, counts, worse, better, missing = zip(
         *on_all(grid, lambda: (scorer.state(), len(merits), worst, best, bad)), strict=True
     )
@@ -107,8 +107,8 @@ def evaluate(
         loads=loads,
         seconds=time.perf_counter() - started,
         bad=tuple(text for own in missing for text in own),
-        worst=tuple(index for _, index in heapq.nsmallest(SHOWN, chain(*worse))),
-        best=tuple(index for _, index in heapq.nlargest(SHOWN, chain(*better))),
+        worst=tuple(index for _, index in heapq.nsmallest(SHOWN_SAMPLES, chain(*worse))),
+        best=tuple(index for _, index in heapq.nlargest(SHOWN_SAMPLES, chain(*better))),
     )
 
 

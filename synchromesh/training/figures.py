@@ -14,7 +14,7 @@ from synchromesh.training.task import Bars, Number
 Line = dict[str, Any]
 
 INK, PALE = "#1f2933", "#e4e7eb"
-COLORS = ("#2563eb", "#d97706")  # the model, its twin: apart for colour-blind eyes too
+COLORS = ("#2563eb", "#d97706")  # the model, its twin; colour-blind readers can tell them from each other
 LAYER_COLORS = ("#1d4ed8", "#0d9488", "#9333ea", "#be185d", "#65a30d", "#475569")
 
 

@@ -23,7 +23,7 @@ def draw_gallery(
 ) -> dict[str, str]:
     """Write pictures of an evaluation's worst and best samples; return their captions by the names of the files.
 
-    All ranks call it, and answer for the same samples together; the first one writes.
+    All ranks call it and run the model on the same samples; the first one writes.
     """
     chosen = [("worst", i, index) for i, index in enumerate(found.worst)]
     chosen += [("best", i, index) for i, index in enumerate(found.best) if index not in found.worst]

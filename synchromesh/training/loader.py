@@ -61,7 +61,12 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Part:
-    """Which part of every batch this rank reads; parts differ by one image at most."""
+    """Which part of every batch this rank reads; parts differ by one sample at most.
+
+    Attributes:
+        index: of this part, from 0.
+        count: of all parts.
+    """
 
     index: int = 0
     count: int = 1
@@ -76,7 +81,13 @@ WHOLE = Part()
 
 @dataclass(frozen=True)
 class EpochPlace:
-    """Where reading starts: the epoch and its first batch still to come, both from 0."""
+    """Where reading starts.
+
+    Attributes:
+        seed: of the run.
+        epoch: from 0.
+        first: number of the first batch of the epoch that is still to come, from 0.
+    """
 
     seed: int
     epoch: int
@@ -103,7 +114,8 @@ def train_batches(
 def eval_batches(split: Split, batch_size: int, *, loading: Loading, part: Part = WHOLE) -> Iterator[Loaded]:
     """Yield a part of every batch, each sample once over all parts, shuffled in a fixed order.
 
-    Class by class, as files lie on disk, one batch would flood few experts, and a capacity would drop its tokens.
+    In the order of files on disk a batch would hold few classes: it would overload few experts, and a capacity would
+    drop its tokens.
     """
     order = seeds.numpy_generator(0, seeds.SPLIT).permutation(len(split))
     groups = [part.of(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
@@ -119,6 +131,7 @@ def _read_ahead(groups: Sequence[np.ndarray], read: Read, loading: Loading) -> I
     waiting: deque[tuple[np.ndarray, list[Future[list[Any]]]]] = deque()
     pool = ThreadPoolExecutor(loading.workers, thread_name_prefix="read")
     try:
+        # At most ahead + 1 batches are held or being read: another is begun before the oldest is handed out.
         for group in groups:
             pieces = np.array_split(group, max(1, min(loading.workers, len(group))))
             waiting.append((group, [pool.submit(_read_piece, read, piece) for piece in pieces]))
@@ -126,12 +139,12 @@ def _read_ahead(groups: Sequence[np.ndarray], read: Read, loading: Loading) -> I
                 yield _collect(*waiting.popleft(), skip=loading.skip_bad_images)
         while waiting:
             yield _collect(*waiting.popleft(), skip=loading.skip_bad_images)
-    finally:
+    finally:  # also where the caller stops early: no thread reads on
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _read_piece(read: Read, indices: np.ndarray) -> list[Any]:
-    """Read one worker's part of a batch: a future for each sample would cost more than a small one does."""
+    """Read one worker's part of a batch. One future per sample would cost more than reading a small image."""
     found: list[Any] = []
     for index in indices:
         try:

@@ -33,7 +33,7 @@ from synchromesh.training.config import TrainConfig
 from synchromesh.training.evaluate import EvalOptions, Evaluation, evaluate
 from synchromesh.training.interrupt import StopWish
 from synchromesh.training.loader import EpochPlace, Loaded, Part, steps_per_epoch, train_batches
-from synchromesh.training.metrics import NAME, MetricsWriter, drop_rate, load_shares
+from synchromesh.training.metrics import METRICS_FILE, MetricsWriter, drop_rate, load_shares
 from synchromesh.training.optim import build_optimizer, make_schedule
 from synchromesh.training.plans import Plans, expert_counts, strategies
 from synchromesh.training.saver import Saver
@@ -178,12 +178,14 @@ class _Loop:
         self.standing, self.window = Standing(), Window()
         self.last_evaluation: Evaluation | None = None
         self._saved: tuple[int, int] | None = None
-        self.saver, self._saving = Saver(job.checkpoints, job.grid.apart()), False
+        self.saver, self._saving = Saver(job.checkpoints, job.grid.with_own_group()), False
         size = self._restore()
         board = job.folder / "tensorboard" if job.config.keep.tensorboard else None
         self.metrics: MetricsWriter | None = None
         if job.grid.rank == 0:
-            self.metrics = MetricsWriter(job.folder / NAME, size=size, tensorboard=board, step=self.standing.step)
+            self.metrics = MetricsWriter(
+                job.folder / METRICS_FILE, size=size, tensorboard=board, step=self.standing.step
+            )
         self._saved_at = self._clock = time.perf_counter()
 
     def __enter__(self) -> _Loop:
@@ -192,7 +194,7 @@ class _Loop:
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         if self.grid.group is None or isinstance(error, StoppedError | NonFiniteError):
-            self.saver.join()  # else other ranks may be gone, and what they write with this one stays unfinished
+            self.saver.join()  # after other errors ranks may be gone: what they write together is never finished
         if self.metrics is not None:
             self.metrics.close()
 
@@ -232,7 +234,7 @@ class _Loop:
             now.step_seconds += taken
             now.samples += samples
             self._tell("step", line={"loss": numbers.loss, "learning_rate": rate, task.unit: samples})
-        now.step += 1
+        now.step += 1  # without readable samples too: every rank, and a resumed run, counts the same steps
 
     def _after_step(self) -> None:
         keep, step = self.config.keep, self.standing.step
@@ -295,12 +297,12 @@ class _Loop:
             "versions": {"synchromesh": version("synchromesh"), "torch": torch.__version__},
             **self.job.identity,
         }
-        apart = self.saver.grid
-        snapshot = Snapshot.of(self.model, self.optimizer, state, apart, copy=True)
+        own_group = self.saver.grid  # the thread's collectives must not mix with those of training
+        snapshot = Snapshot.of(self.model, self.optimizer, state, own_group, copy=True)
 
         def then(folder: Path) -> None:
             if best:
-                on_first(apart, lambda: save_best(self.job.checkpoints, folder))
+                on_first(own_group, lambda: save_best(self.job.checkpoints, folder))
 
         on_first(self.grid, lambda: self.plans.save(self.job.folder))
         self.saver.start(snapshot, then)
@@ -326,13 +328,13 @@ class _Loop:
             )
         restore_model(found.folder, self.model, self.grid)
         restore_optimizer(found.folder, self.model, self.optimizer, self.grid)
-        if "plans" in state:  # checkpoints of before have none
+        if "plans" in state:  # older checkpoints have none
             self.plans.restore(state["plans"])
         self.standing = Standing(**state["standing"])
         self.window = Window.from_json(state["window"], self.device)
         self._saved = (self.standing.step, self.standing.evaluated)
         if self.standing.best_step == self.standing.step and self.config.keep.best:
-            on_first(self.grid, lambda: save_best(self.job.checkpoints, found.folder))  # it may have ended in between
+            on_first(self.grid, lambda: save_best(self.job.checkpoints, found.folder))  # it may have been killed before
         self._tell("note", text=f"continuing {self.job.folder} after step {self.standing.step} of {self.job.total}")
         return state["metrics_bytes"]
 
@@ -345,6 +347,8 @@ class _Loop:
     def _heed_others(self) -> bool:
         """Save and stop where any rank was asked to; else tell whether the first rank finds a checkpoint due."""
         late = self.grid.rank == 0 and time.perf_counter() - self._saved_at > self.config.keep.checkpoint_seconds
+        # One all-reduce for all that ranks must decide alike: stopping, saving, joining the writer (once no rank is
+        # busy: whoever waits for it blocks training), and what the adaptive plans have to agree on.
         wishes = [self.job.stop.signal or 0, int(late), int(self.saver.busy)]
         signal, due, busy, *plans = largest(self.grid, [*wishes, *self.plans.ask()], self.device)
         self.plans.tell(plans)
@@ -383,7 +387,7 @@ def _deterministic_on_cpu(device: torch.device) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
     torch.use_deterministic_algorithms(True)
-    # What fills fresh memory for debugging, and costs time.
+    # Deterministic mode also fills fresh memory, which helps to debug and costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield

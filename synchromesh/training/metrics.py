@@ -8,14 +8,14 @@ UNIT is what the task calls its samples, such as images.
         TERM             each term of the task's loss, where there are several; and what the task watches beside it
                          (accuracy: the share of training images right, as augmented)
         learning_rate    of the last step                     gradient_norm         before clipping, of the last step
-        UNIT_per_second  trained, without evaluations         seconds               of training so far, all in
+        UNIT_per_second  trained, without evaluations         seconds               since the start, with everything
         drop_rate        (token, expert) pairs dropped for lack of capacity, a share
         load             per MoE layer, the share of its pairs that each expert got; sums to 1
         bad_UNIT         unreadable samples left out so far
     kind "test"      over all test samples:
         NUMBER           each number of the task (classification: accuracy, a share; loss, nats)
         drop_rate, load  as above
-        UNIT_per_second  evaluated                            seconds               of training so far, all in
+        UNIT_per_second  evaluated                            seconds               since the start, with everything
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ from typing import Any
 from synchromesh.errors import InputError
 from synchromesh.types import LoadStats
 
-NAME = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends lines; knows its length in bytes, so that a resumed run cuts off what its checkpoint does not know.
+    """Appends lines; a resumed run cuts off the lines that were written after its checkpoint.
 
     Args:
-        path: the file. size: bytes to keep of what is there.
+        path: the file.
+        size: bytes to keep of what is there.
         tensorboard: folder for TensorBoard events; None for none.
+        step: TensorBoard events from this step on, of an earlier run, are hidden.
     """
 
     def __init__(self, path: Path, *, size: int = 0, tensorboard: Path | None = None, step: int = 0) -> None:

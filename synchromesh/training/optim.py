@@ -25,8 +25,8 @@ class Optim:
         betas: of AdamW.
         eps: of AdamW.
         clip_norm: largest norm of the whole gradient; 0 turns clipping off.
-        layer_decay: factor on the rate from layer to layer, the deeper a layer the larger its rate, the head's being
-            lr; 1 for one rate.
+        layer_decay: factor on the learning rate from each layer to the one below it; the head's rate is lr. 1 for the
+            same rate everywhere.
     """
 
     lr: float = 1.25e-4
@@ -54,7 +54,11 @@ class Schedule:
     """The learning rate at every step, steps counted from 0.
 
     Attributes:
-        peak, start, end: learning rates. warmup, total: steps.
+        peak: learning rate at the end of the warm-up.
+        start: learning rate at the first step.
+        end: learning rate at the last step.
+        warmup: steps of the warm-up.
+        total: steps in all.
     """
 
     peak: float
@@ -104,8 +108,9 @@ class Trait:
 def traits(model: nn.Module) -> dict[str, Trait]:
     """Return how each parameter is to be treated, by name, as the modules around it say.
 
-    A module's `undecayed` names those of its parameters and children that have no weight decay; without it all of two
-    dims and more have, but biases (an expert's is 2-D). Its `layer_depth` holds for all inside without one of its own.
+    Parameters of two dims and more have weight decay, except biases (an expert's bias has two dims) and the parameters
+    and children that a module names in its `undecayed`. A module's `layer_depth` holds for all modules inside it that
+    have none of their own.
     """
     found: dict[str, Trait] = {}
 
@@ -133,6 +138,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             trait = known[name]
+            # Layers between this one and the head; one group for all of them where the rate does not change.
             above = last - (last if trait.depth is None else trait.depth) if layer_decay < 1 else 0
             groups.setdefault((above, trait.decays), []).append(parameter)
     return [

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from synchromesh.errors import InputError
+from synchromesh.moe.forward import chosen, workload_of
 from synchromesh.moe.layer import MoE
 from synchromesh.parallel.adaptive import Adaptive, Council
 from synchromesh.parallel.comm.grid import Grid
@@ -20,9 +21,9 @@ from synchromesh.planning.dictionary import Dictionary
 from synchromesh.training.agree import on_first
 from synchromesh.training.config import Parallelism
 from synchromesh.training.durable import write_atomically
-from synchromesh.types import Plan, Workload
+from synchromesh.types import Plan
 
-NAME = "plans.json"
+PLANS_FILE = "plans.json"
 
 
 def strategies(parallelism: Parallelism, grid: Grid) -> Callable[[], Sharded]:
@@ -40,7 +41,9 @@ class Plans:
     """What the adaptive layers of a model know and agree on; empty where plans are fixed.
 
     Args:
-        model: its layers have their strategies. parallelism: tells what they begin with.
+        model: its layers have their strategies.
+        grid: the ranks.
+        parallelism: which plans they begin with, or repeat.
 
     Raises:
         InputError: a file of plans cannot be read, or is of another grid.
@@ -80,7 +83,7 @@ class Plans:
         return {"dictionary": self.dictionary().to_json(), "forwards": forwards}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what a checkpoint kept; what other numbers of ranks found tells nothing."""
+        """Continue from what a checkpoint kept; plans that were found on another grid are left out."""
         found = Dictionary.from_json(state["dictionary"])
         for name, layer in self._layers.items():
             layer.forwards = state["forwards"].get(name, 0)
@@ -92,12 +95,13 @@ class Plans:
     def save(self, folder: Path) -> None:
         """Write the file that `synchromesh plans` shows, and other runs begin with or repeat."""
         if self._layers:
-            write_atomically(folder / NAME, self.dictionary().to_json())
+            write_atomically(folder / PLANS_FILE, self.dictionary().to_json())
 
     def ran(self) -> dict[str, dict[str, int]]:
         """Return, by layer, how many training forwards ran by each plan."""
         counts: dict[str, dict[str, int]] = {}
         for name, layer in self._layers.items():
+            # A plan runs from its entry in the record to the next one; the last plan runs until now.
             starts = [first for first, _ in layer.record]
             own = counts.setdefault(name, {})
             for (first, plan), end in zip(layer.record, [*starts[1:], layer.forwards], strict=True):
@@ -113,7 +117,7 @@ class Plans:
             known.warm(name, layer.tuner)
 
     def _read(self, path: Path) -> Dictionary:
-        file = path / NAME if path.is_dir() else path
+        file = path / PLANS_FILE if path.is_dir() else path
         text = on_first(self._grid, lambda: _readable(file, lambda name: Path(name).read_text()))
         found = _readable(file, lambda _: Dictionary.from_json(text))
         if found.ranks != self._ranks:
@@ -137,12 +141,10 @@ def check_plan(model: nn.Module, plan: Plan | None, grid: Grid) -> None:
     """Raise InputError where a layer's experts cannot be cut over the ranks, or the plan cannot run; None is any."""
     strategy = Sharded(grid)
     for layer in (module for module in model.modules() if isinstance(module, MoE)):
-        experts = layer.experts
-        work = Workload(1, 1, experts.width or 1, 1, experts.num_experts, torch.float32, training=True)
+        work = workload_of(
+            layer.experts, rows=0, choices=1, dtype=torch.float32, training=True, capacity=layer.capacity
+        )
         try:
-            chosen = strategy.choose(work, layer.capacity) if plan is None else plan
-            reason = strategy.refusal(chosen, work, layer.capacity)
+            chosen(strategy, work, layer.capacity, plan)
         except ValueError as error:
-            raise InputError(str(error)) from error
-        if reason is not None:
-            raise InputError(f"parallelism is {chosen}, which cannot run on {grid.size} ranks: {reason}")
+            raise InputError(f"parallelism on {grid.size} ranks: {error}") from error

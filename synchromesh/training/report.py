@@ -14,7 +14,7 @@ from synchromesh.training.catalog import Catalog
 from synchromesh.training.codec import decode, encode
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.durable import write_atomically
-from synchromesh.training.metrics import NAME, read_metrics
+from synchromesh.training.metrics import METRICS_FILE, read_metrics
 from synchromesh.training.run_folder import PICTURES, REPORT, TWIN, read_config, read_summary
 from synchromesh.training.task import Bars, Sheet
 
@@ -30,10 +30,10 @@ def write_report(folder: Path, catalog: Catalog) -> Path:
     except ImportError as error:
         raise InputError("the report needs the package plotly: pip install 'synchromesh[report]'") from error
     config, summary = read_config(folder, catalog), read_summary(folder) or {}
-    main, task = figures.Series(main_title(config), tuple(read_metrics(folder / NAME))), config.task
+    main, task = figures.Series(main_title(config), tuple(read_metrics(folder / METRICS_FILE))), config.task
     series = [main]
-    if (folder / TWIN / NAME).is_file():
-        series.append(figures.Series("dense twin", tuple(read_metrics(folder / TWIN / NAME))))
+    if (folder / TWIN / METRICS_FILE).is_file():
+        series.append(figures.Series("dense twin", tuple(read_metrics(folder / TWIN / METRICS_FILE))))
     wide = [figures.number_figure(series, number) for number in task.numbers]
     if "loss" not in {number.name for number in task.numbers}:
         wide.append(figures.training_loss_figure(series))

@@ -37,7 +37,7 @@ from synchromesh.types import Plan
 
 RECIPE, SUMMARY, REPORT, PICTURES = "recipe.json", "summary.json", "report.html", "pictures"
 TWIN, CHECKPOINTS, LOCK, JOB = "dense", "checkpoints", ".lock", ".job"
-# Parts of a configuration that do not change the numbers, so that a resumed run may have others.
+# Parts of a configuration that do not change the numbers: a resumed run may have other values.
 _FREE = ("keep.", "loading.", "parallelism.")
 
 
@@ -131,7 +131,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise InputError(f"{path} is damaged: remove it, and --resume writes it anew") from error
+        raise InputError(f"{path} is damaged: remove it, and --resume writes it again") from error
 
 
 def identity(task: Task, settings: BackboneConfig, facts: Facts) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def _check_same(folder: Path, config: TrainConfig, catalog: Catalog) -> None:
     if changed:
         raise InputError(
             f"{folder} was begun with other settings ({'; '.join(changed[:4])}): "
-            "resume with the same, or leave --resume out to start anew"
+            "resume with the same, or leave --resume out for a new run"
         )
 
 

@@ -11,13 +11,14 @@ from synchromesh.training.checkpoint import Snapshot, write_checkpoint
 
 
 class Saver:
-    """Writes one checkpoint at a time behind the training loop's back.
+    """Writes one checkpoint at a time in a thread, while training goes on.
 
-    Its thread has collectives of its own, in a group made for them: they never mix with those of training. Each rank
-    may only `join` when all are done, or all are about to wait.
+    Its thread runs its own collectives, in a process group made for them, so that they never mix with those of
+    training. A rank may call `join` only when all ranks have finished writing, or when all call it.
 
     Args:
-        root: folder of the checkpoints. grid: the ranks, in a group of their own.
+        root: folder of the checkpoints.
+        grid: the ranks, in a process group of their own.
     """
 
     def __init__(self, root: Path, grid: Grid) -> None:

@@ -37,7 +37,7 @@ class Loaded:
 
 
 def load_weights(model: nn.Module, path: Path, catalog: Catalog, *, partial: bool = False) -> Loaded:
-    """Copy every tensor of the same name and shape into the model; heads for other answers so start afresh.
+    """Copy every tensor of the same name and shape into the model; others, such as a new head, stay random.
 
     Args:
         model: with its backbone in `backbone`.
@@ -62,8 +62,8 @@ def load_weights(model: nn.Module, path: Path, catalog: Catalog, *, partial: boo
         why = f" ({_some(wrong)} are there in another shape)" if wrong else ""
         raise InputError(
             f"{path} lacks {len(missing)} of the backbone's {sum(n.startswith(BACKBONE) for n in own)} tensors: "
-            f"{_some({name: own[name] for name in missing})}{why}; give weights of the same backbone, or let these "
-            "start afresh with --start.partial"
+            f"{_some({name: own[name] for name in missing})}{why}; give weights of the same backbone, or keep the "
+            "random start of these with --start.partial"
         )
     model.load_state_dict(fits, strict=False)
     return Loaded(len(fits), fresh, tuple(n for n in given if n not in own))

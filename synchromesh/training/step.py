@@ -18,7 +18,7 @@ from synchromesh.errors import NonFiniteError
 from synchromesh.moe.record import aux_loss
 from synchromesh.moe.routing import update_balance
 from synchromesh.parallel.comm.grid import Grid
-from synchromesh.parallel.parallelize import accumulating, clip_grad_norm
+from synchromesh.parallel.gradients import accumulating, clip_grad_norm
 from synchromesh.training.agree import ALONE, first_said, summed
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.diagnose import first_non_finite
@@ -114,13 +114,15 @@ def train_step(
     grid, model = trainee.grid, trainee.model
     parts = _Parts(trainee, batch, config, step, counts, device)
     names = list(counts.terms)
+    # All that is reported of the step in one tensor, for one all-reduce at its end.
     totals = torch.zeros(2 + len(names), device=device, dtype=torch.float64)
     watched: set[str] = set()
     for part in range(config.accumulate):
-        last = part == config.accumulate - 1
+        last = part == config.accumulate - 1  # gradients are averaged over ranks once, in the last backward
         with parts.at(part), nullcontext() if last else accumulating(trainee.run):
             found = parts.loss(part)
             found.loss.backward()
+        # The loss is multiplied by the ranks, because DDP takes the mean of gradients; reported is the sum.
         means = [found.task / grid.size, found.aux / grid.size]
         if found.terms:
             totals[2:] += torch.stack([found.terms[name].total.detach().double() for name in names])
@@ -128,7 +130,7 @@ def train_step(
         watched |= {name for name, term in found.terms.items() if term.weight == 0}
     norm = clip_grad_norm(model, grid, config.optim.clip_norm or math.inf)
     task, aux, *sums, norm_value = [*summed(grid, totals).tolist(), float(norm)]
-    if not math.isfinite(task + aux + norm_value):
+    if not math.isfinite(task + aux + norm_value):  # the same on all ranks, so that all raise
         optimizer.zero_grad(set_to_none=True)
         raise parts.diagnosed(loss_is_finite=math.isfinite(task + aux))
     set_learning_rate(optimizer, rate)
@@ -141,7 +143,13 @@ def train_step(
 
 @dataclass(frozen=True)
 class _Found:
-    """The loss of one part, so weighted that its means over ranks sum up to that of the batch."""
+    """The loss of one part, weighted so that the sum over parts of its means over ranks is the loss of the batch.
+
+    Attributes:
+        task: the weighted terms of the task.
+        aux: the losses of the MoE layers.
+        terms: as the task returned them.
+    """
 
     task: Tensor
     aux: Tensor
@@ -182,18 +190,20 @@ class _Parts:
         return _Found(torch.stack(weighted).sum() if len(weighted) > 1 else weighted[0], aux, terms)
 
     def _mean(self, name: str, term: Term, own: int) -> Tensor:
-        """Return a term over its count, times the ranks, whose mean DDP takes; over 1 where nobody counts anything."""
+        """Return a term over its count in the whole batch (at least 1), times the ranks: DDP takes their mean."""
         count = max(1, self.counts.terms[name])
-        if own == 0:  # such as an image without objects, whose background still speaks
+        if own == 0:  # such as images without objects, whose background still has a loss
             return term.total * (self.trainee.grid.size / count)
+        # The part's own mean first: with one rank and one part its factor is exactly 1, and rounds nothing.
         return term.total / own * (own * self.trainee.grid.size / count)
 
     def at(self, part: int) -> AbstractContextManager[None]:
-        """Seed what a part draws; ranks draw numbers of their own."""
+        """Seed the random numbers of a part (dropout, router noise); each rank draws its own."""
         own = own_numbers(Part(self.trainee.grid.rank, self.trainee.grid.size))
         return seeds.torch_seeded(self.device, self.config.seed, seeds.FORWARD, self.step, part, *own)
 
     def diagnosed(self, *, loss_is_finite: bool) -> NonFiniteError:
+        """Run the parts again, with the same random numbers, until one shows where the first bad number was made."""
         what = "the gradient is NaN or infinite" if loss_is_finite else "the loss is NaN or infinite"
         layer = ""
         for part in range(self.config.accumulate):

@@ -60,11 +60,15 @@ class Finished:
     def numbers(self, task: Task, prefix: str) -> dict[str, Any]:
         """Return its part of the summary, each name with the prefix.
 
-        test_NAME: each number of the task. best_NAME: its headline's best, at best_step. train_seconds: wall time of
-        all training, with evaluations and checkpoints. UNIT_per_second: trained, in steps. parameters,
-        active_parameters: counts. bad_UNIT, test_bad_UNIT: unreadable ones left out, in all epochs and in the last
-        evaluation. plans: by layer, how many training forwards ran by each plan; empty where it was fixed. pictures:
-        captions by file.
+        test_NAME                  each number of the task
+        best_NAME, best_step       the best value of its headline, and the step it was reached at
+        train_seconds              wall time of all training, with evaluations and checkpoints
+        UNIT_per_second            trained, in the time of steps alone
+        evaluated_UNIT_per_second  in the last evaluation
+        steps                      of the optimizer
+        bad_UNIT, test_bad_UNIT    unreadable ones left out, in all epochs and in the last evaluation
+        plans                      by layer, how many training forwards ran by each plan; empty if it was fixed
+        pictures                   captions by file
         """
         now, found, unit = self.outcome.standing, self.outcome.evaluation, task.unit
         values = {

@@ -1,4 +1,4 @@
-"""Task: what a model is trained for. Loop, commands and report ask a task, and know nothing else of images or answers.
+"""Task: what a model is trained for. Loop, commands and report ask a task, and know nothing of images or labels.
 
 A task is a frozen dataclass of plain values, chosen by object in a recipe, and goes to disk as JSON:
 

@@ -21,8 +21,8 @@ class Window:
 
     Attributes:
         sums: per name of `_SUMS`.
-        terms: of the loss, sums of the means of steps.
-        watched: (sum, count) of what is watched beside the loss.
+        terms: by term of the loss, the sum over steps of its mean in each step.
+        watched: by name, [sum, count] of a term that is no part of the loss.
         gradient_norm: of the last step.
         loads: per layer.
     """
@@ -54,10 +54,10 @@ class Window:
     def line(self, unit: str) -> dict[str, Any]:
         """Return the means, as the fields of a line of metrics; samples are called by their unit."""
         steps = max(1.0, self.sums["steps"])
-        apart = self.terms if len(self.terms) > 1 else {}  # one term alone is the task's loss
+        terms = self.terms if len(self.terms) > 1 else {}  # a single term would repeat task_loss
         return {
             **{name: self.sums[name] / steps for name in ("loss", "task_loss", "aux_loss")},
-            **{name: total / steps for name, total in apart.items()},
+            **{name: total / steps for name, total in terms.items()},
             **{name: total / max(1.0, count) for name, (total, count) in self.watched.items()},
             "gradient_norm": self.gradient_norm,
             f"{unit}_per_second": self.sums["samples"] / max(1e-9, self.sums["seconds"]),

@@ -1,8 +1,8 @@
-"""Run in tests: `synchromesh ARGUMENTS`, in which rank 1, or a process alone, kills itself at one moment.
+"""Run in tests: `synchromesh ARGUMENTS`, in which rank 1, or a process alone, sends itself a signal at one moment.
 
-Where it is started again after that, it lives.
+Where it is started again after that, it lives. Without a signal, SIGKILL is sent.
 
-    dies.py forward|backward|exchange|save COUNT ARGUMENTS...
+    dies.py [SIGTERM|SIGINT|SIGSTOP] forward|backward|exchange|save COUNT ARGUMENTS...
 """
 
 import os
@@ -13,36 +13,36 @@ import torch
 
 from synchromesh import cli
 from synchromesh.moe.layer import MoE
-from synchromesh.parallel import store
 from synchromesh.parallel.exchange import Exchange
 from synchromesh.training import checkpoint
 
+MOMENTS = {
+    "forward": (MoE, "forward"),
+    "backward": (torch.Tensor, "backward"),
+    "exchange": (Exchange, "end"),
+    "save": (checkpoint, "write_tensors"),
+}
 
-def dying(original, count, when=lambda *args, **kwargs: True):
+
+def dying(original, count, number):
     calls = []
 
     def call(*args, **kwargs):
-        if when(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == count:
-                os.kill(os.getpid(), signal.SIGKILL)
+        calls.append(1)
+        if len(calls) == count:
+            os.kill(os.getpid(), number)
         return original(*args, **kwargs)
 
     return call
 
 
 def main() -> int:
-    moment, count, *arguments = sys.argv[1:]
+    given = sys.argv[1:]
+    number = signal.Signals[given.pop(0)] if given[0] in signal.Signals.__members__ else signal.SIGKILL
+    moment, count, *arguments = given
     if os.environ.get("RANK", "1") == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        if moment == "forward":
-            MoE.forward = dying(MoE.forward, int(count))
-        elif moment == "backward":
-            torch.Tensor.backward = dying(torch.Tensor.backward, int(count))
-        elif moment == "exchange":
-            back = dying(Exchange.end, int(count))
-            Exchange.end = back
-        elif moment == "save":
-            checkpoint.write_tensors = dying(store.write_tensors, int(count))
+        place, name = MOMENTS[moment]
+        setattr(place, name, dying(getattr(place, name), int(count), number))
     return cli.main(arguments)
 
 

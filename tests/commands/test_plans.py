@@ -1,9 +1,6 @@
 """A run on two ranks that finds its own plans: what it keeps, shows, continues and repeats."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,16 +8,15 @@ import pytest
 
 from synchromesh import cli
 from synchromesh.planning.dictionary import Dictionary
+from synchromesh.testing.programs import run_job
 
 Reader = Callable[[Path], dict[str, list[bytes]]]
 
 
 def train(folder: Path, options: list[str], *more: str) -> str:
-    command = [sys.executable, "-m", "synchromesh.cli", "train", "digits", *options, "--nproc=2", *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    ranks = run_job(2, "-m", "synchromesh.cli", "train", "digits", *options, *more, cwd=folder)
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stdout + ranks[0].stderr + ranks[1].stderr
+    return ranks[0].stdout
 
 
 @pytest.fixture(scope="module")

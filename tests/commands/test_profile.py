@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,13 +6,16 @@ import pytest
 from synchromesh import cli
 from synchromesh.commands.profiling import fitted
 from synchromesh.planning.cluster import Matmul, load_profile
+from synchromesh.testing.programs import run_job
 
 
-def test_ranks_measure_themselves_and_plan_reads_what_they_wrote(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "synchromesh.cli", "profile", "here.json", "--world=4", "--ranks-per-node=2"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "messages between nodes" in done.stdout
+def test_ranks_measure_themselves_and_plan_reads_what_they_wrote(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["-m", "synchromesh.cli", "profile", "here.json", "--ranks-per-node=2"]
+    for done in run_job(4, *command, cwd=tmp_path):
+        assert done.returncode == 0, done.stderr
+        assert ("messages between nodes" in done.stdout) == bool(done.stdout)
     profile = load_profile(tmp_path / "here.json")
     assert (profile.name, profile.per_node, profile.backend) == ("here", 2, "gloo")
     assert all("measured on" in source for source in profile.sources.values())
@@ -22,9 +23,8 @@ def test_ranks_measure_themselves_and_plan_reads_what_they_wrote(tmp_path: Path)
     for law in profile.matmul.values():
         assert law.peak > 1e9
     layer = ["--layer", "256", "64", "128", "4", "2", "--dtype=float32", "--json"]
-    command = [sys.executable, "-m", "synchromesh.cli", "plan", "--cluster=here.json", "--world=4", *layer]
-    planned = json.loads(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout)
-    assert planned["world"] == 4
+    assert cli.main(["plan", f"--cluster={tmp_path / 'here.json'}", "--world=4", *layer]) == 0
+    assert json.loads(capsys.readouterr().out)["world"] == 4
 
 
 def test_one_process_measures_all_but_links(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,15 +3,17 @@
 import json
 import signal
 import subprocess
-import time
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from synchromesh.testing.programs import run_program
+
 Reader = Callable[[Path], dict[str, list[bytes]]]
-Start = Callable[..., "subprocess.Popen[str]"]
+DIES = Path(__file__).parent / "dies.py"
 TIMES = ("seconds", "images_per_second")
 
 
@@ -20,66 +22,50 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
-def wait_for(process: "subprocess.Popen[str]", ready: Callable[[], bool]) -> None:
-    until = time.monotonic() + 120
-    while not ready():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until, "the run did not get so far in two minutes"
-        time.sleep(0.005)
-
-
-def lines_in(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
-def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == code, (out, err)
-    return out + err
-
-
 @pytest.fixture(scope="module")
 def options(tiny_options: list[str]) -> list[str]:
     return ["train", "digits", *tiny_options, "--epochs=3", "--keep.checkpoint-steps=5"]
 
 
 @pytest.fixture(scope="module")
-def whole(start: Start, options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing disturbed."""
+def whole(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed, by an interpreter of its own."""
     folder = tmp_path_factory.mktemp("whole")
-    finish(start(*options, "--run=whole", cwd=folder))
+    command = [sys.executable, "-W", "error", "-m", "synchromesh.cli", *options, "--run=whole"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     return folder / "whole"
 
 
-@pytest.mark.parametrize("after", [3, 20])
+def resumed(options: list[str], folder: Path) -> str:
+    done = run_program("-W", "error", "-m", "synchromesh.cli", *options, "--run=cut", "--resume", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+# Both are after the beginning of a second checkpoint, and so after the end of the first.
+@pytest.mark.parametrize("moment", ["backward 12", "save 8"])
 def test_kill_9_and_resume_gives_the_same_weights_and_metrics(
-    start: Start, options: list[str], whole: Path, tmp_path: Path, after: int, weights: Reader
+    options: list[str], whole: Path, tmp_path: Path, moment: str, weights: Reader
 ) -> None:
-    process = start(*options, "--run=cut", cwd=tmp_path)
-    wait_for(process, lambda: lines_in(tmp_path / "cut") >= after)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    killed = run_program(DIES, *moment.split(), *options, "--run=cut", cwd=tmp_path)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "cut" / "summary.json").exists()
-    said = finish(start(*options, "--run=cut", "--resume", cwd=tmp_path))
-    assert "continuing cut after step" in said
+    assert "continuing cut after step" in resumed(options, tmp_path)
     assert weights(tmp_path / "cut") == weights(whole)
     assert metrics(tmp_path / "cut") == metrics(whole)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_polite_signal_saves_says_how_to_go_on_and_loses_nothing(
-    start: Start, options: list[str], whole: Path, tmp_path: Path, number: signal.Signals, code: int, weights: Reader
+    options: list[str], whole: Path, tmp_path: Path, name: str, code: int, weights: Reader
 ) -> None:
-    process = start(*options, "--run=cut", cwd=tmp_path)
-    wait_for(process, lambda: lines_in(tmp_path / "cut") >= 6)
-    process.send_signal(number)
-    said = finish(process, code)
-    assert f"{number.name}: saved after step" in said
-    assert "--resume" in said
-    assert "Traceback" not in said
-    finish(start(*options, "--run=cut", "--resume", cwd=tmp_path))
+    stopped = run_program(DIES, name, "backward", 12, *options, "--run=cut", cwd=tmp_path)
+    assert stopped.returncode == code, stopped.stderr
+    assert f"{name}: saved after step 12" in stopped.stdout
+    assert "--resume" in stopped.stdout
+    assert "Traceback" not in stopped.stderr
+    assert "continuing cut after step 12" in resumed(options, tmp_path)
     assert weights(tmp_path / "cut") == weights(whole)
     assert metrics(tmp_path / "cut") == metrics(whole)
 

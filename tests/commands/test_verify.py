@@ -3,13 +3,13 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 
 from synchromesh import cli
 from synchromesh.commands import verification
+from synchromesh.testing.programs import run_job
 
 BROKEN = """
 import sys
@@ -39,14 +39,11 @@ def test_ranks_of_its_own_verify_every_plan_and_say_so_in_json() -> None:
     assert {one["plan"]["gather"] for one in found} == {1, 2}
 
 
-def test_a_broken_exchange_ends_with_exit_code_1_and_names_the_plan(tmp_path: Path) -> None:
-    script = tmp_path / "broken.py"
-    script.write_text(BROKEN)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "g=1 differs in" in done.stdout
-    assert "g=2 differs in" not in done.stdout
+def test_a_broken_exchange_ends_with_exit_code_1_and_names_the_plan() -> None:
+    first, second = run_job(2, "-c", BROKEN)
+    assert first.returncode == second.returncode == 1
+    assert "g=1 differs in" in first.stdout
+    assert "g=2 differs in" not in first.stdout
 
 
 def test_a_wrong_result_of_one_process_is_found(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from synchromesh.kernels.grouped_mm import tilings
 from synchromesh.kernels.grouped_mm import triton as grouped
 from synchromesh.kernels.scaled_mm import triton as scaled
 from synchromesh.kernels.select.reference import GATES
-from synchromesh.kernels.select.triton import MOST_EXPERTS, PROGRAMS
+from synchromesh.kernels.select.triton import MOST_EXPERTS, MOST_PROGRAMS
 from synchromesh.testing.cases import row_map_of, zipf
 
 TARGETS = {
@@ -115,7 +115,7 @@ def recorded(arch, dtype, *, gated, width=512, hidden=1024, tokens=512):
                 TRITON.fused_mlp(x[:8], weights[:8], row_map_of(ids[:8], 4), mlp, F.silu)
                 TRITON.direct_mlp(x[:8], weights[:8], ids[:8], mlp, F.silu)
                 TRITON.select(torch.ones(8, 128), 8, gate="softmax", normalize=True, sums=False)
-            turns = [(gate, number) for gate in GATES for number in (tokens, 16 * PROGRAMS)]  # one, and more
+            turns = [(gate, number) for gate in GATES for number in (tokens, 16 * MOST_PROGRAMS)]  # one, and more
             for gate, number in [*turns, ("softmax", 8)]:
                 logits = torch.ones(number, 128, requires_grad=True)
                 scores, _, chosen, sums, _ = TRITON.select(logits, 8, gate=gate, normalize=True, bias=torch.ones(128))
@@ -188,7 +188,7 @@ def test_tilings_for_few_rows(arch, tokens, tmp_path):
 
 @ARCHITECTURES
 def test_choices_among_the_most_experts(arch, tmp_path):
-    recorder, logits = Recorder(), torch.ones(PROGRAMS + 1, MOST_EXPERTS, requires_grad=True)
+    recorder, logits = Recorder(), torch.ones(MOST_PROGRAMS + 1, MOST_EXPERTS, requires_grad=True)
     launch = functools.partialmethod(lambda kernel, *args, **kwargs: recorder.run(kernel, *args, **kwargs))
     with patch.object(triton.JITFunction, "run", launch):
         TRITON.select(logits, 8, gate="softmax", normalize=True)[2].sum().backward()

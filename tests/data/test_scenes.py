@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from synchromesh.data.images import Preprocess
-from synchromesh.data.scenes import APART, ComposedScenes, Scene, SceneSet
+from synchromesh.data.scenes import MOST_OVERLAP, ComposedScenes, Scene, SceneSet
 from synchromesh.models.boxes import area
 
 SIZE = 64
@@ -53,7 +53,7 @@ def test_boxes_are_tight_around_the_ink_and_share_little(sets) -> None:
         for i, one in enumerate(truth.boxes):
             for other in truth.boxes[:i]:
                 corners = torch.cat([torch.maximum(one[:2], other[:2]), torch.minimum(one[2:], other[2:])])
-                assert area(corners) <= APART * min(area(one), area(other)) + 1e-6
+                assert area(corners) <= MOST_OVERLAP * min(area(one), area(other)) + 1e-6
     assert 40 * 2 < objects < 40 * 5
 
 

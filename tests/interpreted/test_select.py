@@ -73,7 +73,8 @@ def test_every_case(case):
 
 @pytest.mark.parametrize("programs", [1, 2, 5])
 def test_programs_that_take_several_blocks_and_the_same_bits_twice(programs, monkeypatch):
-    for name, value in {"PROGRAMS": programs, "NUMBERS": 128, "ROWS": 2}.items():  # 5 blocks of 4 tokens
+    small = {"MOST_PROGRAMS": programs, "BLOCK_NUMBERS": 128, "PART_ROWS": 2}  # 5 blocks of 4 tokens
+    for name, value in small.items():
         monkeypatch.setattr(select_triton, name, value)
     logits = torch.randn(5 * 4 - 2, 20)
     compare(logits, 3, gate="softmax", normalize=True)

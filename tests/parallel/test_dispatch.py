@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from synchromesh.parallel.comm.all_to_all import piece
-from synchromesh.parallel.dispatch import even_map, ragged_map, rows_per_slot, weights_per_row
+from synchromesh.parallel.dispatch import Slots, even_map, ragged_map, rows_per_slot, weights_per_row
 from synchromesh.parallel.layout import Layout
 from synchromesh.planning.lattice import layout_refusal
 from synchromesh.testing.cases import routing_of, row_map_of
@@ -42,8 +42,9 @@ def kept_pairs_of(routing: Routing, rowmap: RowMap) -> list[tuple[int, int, int]
 @settings(deadline=None, max_examples=150)
 def test_a_ragged_buffer_is_sorted_by_piece_and_slot_without_gaps(drawn):
     routing, rowmap, layout, chunks = drawn
-    sent = ragged_map(routing, rowmap, layout, chunks)
-    counts = rows_per_slot(rowmap, layout).flatten().numpy()
+    slots = Slots.on(torch.device("cpu"), layout)
+    sent = ragged_map(routing, rowmap, slots, chunks)
+    counts = rows_per_slot(rowmap, slots).flatten().numpy()
     sizes = torch.stack([torch.from_numpy(piece(counts, c, chunks)) for c in range(chunks)])
     starts = (sizes.flatten().cumsum(0) - sizes.flatten()).view(sizes.shape)
     found = set()
@@ -64,7 +65,7 @@ def test_a_ragged_buffer_is_sorted_by_piece_and_slot_without_gaps(drawn):
 def test_an_even_buffer_gives_every_slot_the_same_room(drawn):
     routing, rowmap, layout, chunks = drawn
     rows = max(1, -(-rowmap.capacity // chunks))
-    sent = even_map(routing, rowmap, layout, chunks=chunks, rows=rows)
+    sent = even_map(routing, rowmap, Slots.on(torch.device("cpu"), layout), chunks=chunks, rows=rows)
     slots = layout.members * layout.local_experts
     assert len(sent.pairs) == chunks * slots * rows
     taken = 0

@@ -1,7 +1,6 @@
 """Where parts lie and rows go: pure arithmetic, over every number of ranks and experts."""
 
 import pytest
-import torch
 
 from synchromesh.parallel.layout import Layout
 from synchromesh.planning.lattice import layout_refusal, row_copies
@@ -33,8 +32,8 @@ def test_rows_reach_every_member_that_holds_a_piece_of_their_expert(layout):
             member, place = divmod(slot, layout.local_experts)
             assert layout.experts_of(member)[place] == expert
     assert layout.copies * layout.num_experts == layout.members * layout.local_experts
-    of_slot = layout.expert_of_slot(torch.device("cpu"))
-    assert [of_slot[slot].item() for slots in layout.destinations for slot in slots] == [
+    of_slot = layout.expert_of_slot
+    assert [of_slot[slot] for slots in layout.destinations for slot in slots] == [
         expert for expert, slots in enumerate(layout.destinations) for _ in slots
     ]
 

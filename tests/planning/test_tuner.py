@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from synchromesh.planning.search import Candidate
-from synchromesh.planning.tuner import ROUNDS, WATCHED, Tuner, bucket
+from synchromesh.planning.tuner import ROUNDS, WATCHED_STEPS, Tuner, bucket
 from synchromesh.types import Plan, Workload
 
 PLANS = [Plan(gather=1 << power) for power in range(5)]
@@ -78,7 +78,7 @@ def test_a_link_that_slows_down_is_noticed_and_the_plans_are_tried_again():
     tuner = tuner_of()
     steps(tuner, lambda plan: 1.0 if plan == PLANS[0] else 1.4, 40)
     ran = steps(tuner, lambda plan: 3.0 if plan == PLANS[0] else 1.4, 60)
-    assert ran[:WATCHED] == [PLANS[0]] * WATCHED
+    assert ran[:WATCHED_STEPS] == [PLANS[0]] * WATCHED_STEPS
     assert tuner.settled(WORK)
     assert tuner.choose(WORK) != PLANS[0]
 

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 
 from synchromesh import cli
+from synchromesh.testing.programs import run_job, run_program
 
 DIES = Path(__file__).parent.parent / "commands" / "dies.py"
 MODEL = [
@@ -76,9 +75,10 @@ def metrics(run: Path, unit: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("adaptive", ["--parallelism.adaptive", "--parallelism.no-adaptive"])
 def test_two_ranks_learn_and_score_what_one_process_does(done: Done, tmp_path: Path, adaptive: str) -> None:
-    command = ["train", *done.trial.options, "--nproc=2", adaptive, f"--run={tmp_path / 'run'}"]
-    said = subprocess.run([sys.executable, "-m", "synchromesh", *command], check=True, capture_output=True, text=True)
-    assert "Warning" not in said.stderr
+    command = ["train", *done.trial.options, adaptive, f"--run={tmp_path / 'run'}"]
+    for rank in run_job(2, "-m", "synchromesh", *command):
+        assert rank.returncode == 0, rank.stderr
+        assert "Warning" not in rank.stderr
     got, wanted = (metrics(run, done.trial.unit) for run in (tmp_path / "run", done.folder))
     assert [(line["kind"], line["step"]) for line in got] == [(line["kind"], line["step"]) for line in wanted]
     assert len(got) > 12
@@ -90,9 +90,7 @@ def test_two_ranks_learn_and_score_what_one_process_does(done: Done, tmp_path: P
 
 def test_a_run_killed_by_kill_9_goes_on_bit_for_bit(done: Done, tmp_path: Path, weights) -> None:
     options = [*done.trial.options, "--nproc=1", f"--run={tmp_path / 'cut'}"]
-    killed = subprocess.run(
-        [sys.executable, str(DIES), "backward", "9", "train", *options], check=False, capture_output=True, text=True
-    )
+    killed = run_program(DIES, "backward", 9, "train", *options)
     assert killed.returncode == -9, killed.stderr
     assert not (tmp_path / "cut" / "summary.json").exists()
     assert cli.main(["train", *options, "--resume"]) == 0

@@ -64,7 +64,7 @@ def test_an_error_of_the_thread_is_raised_where_it_is_joined(tmp_path: Path) -> 
 
 def saves_beside_collectives(folder: str) -> str:
     grid = Grid.from_group(dist.group.WORLD)
-    saver = Saver(Path(folder), grid.apart())
+    saver = Saver(Path(folder), grid.with_own_group())
     model, optimizer = trained()
     for step in range(1, 4):
         saver.start(Snapshot.of(model, optimizer, {"step": step}, saver.grid, copy=True), nothing)

@@ -77,7 +77,7 @@ class Network:
 
     Attributes:
         module: whose gate, activation and norm they have.
-        weights: theirs, as views, gate and up apart.
+        weights: theirs, as views, gate and up separate.
         opening: weights [E, D, 2F] and biases of gate and up in one, where they lie together.
     """
 

@@ -21,6 +21,7 @@ from synchromesh.moe.strategy import Local, Strategy
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.parallelize import distribute, expert_parameters
 from synchromesh.parallel.sharded import Sharded
+from synchromesh.torch_private import leave_to_owner
 from synchromesh.types import Routing
 
 
@@ -66,12 +67,12 @@ def parallelize_experts(model: nn.Module, grid: Grid, *, strategy: Callable[[], 
     if not found:
         raise ValueError(f"{type(model).__name__} has no experts module of transformers (gate_up_proj, down_proj)")
     for name, module in found.items():
-        if NAME in module._modules:
+        if hasattr(module, NAME):
             raise ValueError(f"the experts of {name} are spread already")
     for module in found.values():
         module.forward = attached(module, TransformersExperts(module), Local())
     distribute(model, grid, strategy=strategy)
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(expert_parameters(model)))
+    leave_to_owner(model, expert_parameters(model))
     if grid.size > 1 and isinstance(model, PreTrainedModel):
         model.save_pretrained = functools.partial(save_whole, model)
     return list(found)
@@ -135,7 +136,7 @@ def full_state_dict(model: nn.Module, grid: Grid) -> dict[str, Tensor]:
 
     All ranks of the grid call it together.
     """
-    layers = {name: module.get_submodule(NAME) for name, module in model.named_modules() if NAME in module._modules}
+    layers = {name: module.get_submodule(NAME) for name, module in model.named_modules() if hasattr(module, NAME)}
     own = set(expert_parameters(model))
     full = {}
     for key, tensor in model.state_dict().items():

@@ -33,8 +33,9 @@ class TransformersExperts(Experts):
     keeps a slice of one expert's hidden rows as `gate`, `up`, `down [1 F/S D]` (and biases) in their place.
 
     Args:
-        module: an experts module of transformers. ranks: that its experts are spread over already, this one holding
-            its equal part; 1 is none. Its gradients are then sums over ranks, as transformers wants them, not means.
+        module: an experts module of transformers.
+        ranks: that its experts are spread over already, this one holding its equal part; 1 is none. Its gradients are
+            then sums over ranks, as transformers wants them, not means.
     """
 
     output_parts = frozenset({"down_bias", "down_proj_bias"})
@@ -85,7 +86,7 @@ class TransformersExperts(Experts):
         elif cut == self.cut == WHOLE:
             return
         elif self.cut != WHOLE:
-            raise ValueError(f"got {cut}, these experts hold {self.cut} already: load the model anew")
+            raise ValueError(f"got {cut}, these experts hold {self.cut} already: load the model again")
         elif cut.count <= self.num_experts:
             self._keep_whole(cut)
         else:

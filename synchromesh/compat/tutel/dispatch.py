@@ -24,7 +24,10 @@ class fast_dispatcher:  # noqa: N801
     """Moves tokens by a routing, once it is told one with `update`.
 
     Args:
-        num_global_experts: E. capacity: C, where `update` gives none. model_dim: D. dispatch_dtype: of the tokens.
+        num_global_experts: E.
+        capacity: C, where `update` gives none.
+        model_dim: D.
+        dispatch_dtype: of the tokens.
     """
 
     def __init__(self, num_global_experts: int, capacity: int, model_dim: int, dispatch_dtype: torch.dtype) -> None:

@@ -13,7 +13,8 @@ class Switches:
     """What the environment asks for.
 
     Attributes:
-        skip_moe: SKIP_MOE, layers return their input. skip_expert: SKIP_EXPERT, ffn experts return their rows.
+        skip_moe: SKIP_MOE, layers return their input.
+        skip_expert: SKIP_EXPERT, ffn experts return their rows.
         prioritized: BATCH_PRIO, every layer routes in batch-prioritised order.
         capacity_factor: CAP_FACTOR, of gates that name none.
     """

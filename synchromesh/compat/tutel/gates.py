@@ -43,7 +43,10 @@ class LinearTopKGate(_Gate):
     """logits = x W^T. Parameter: `wg.weight [E D]`.
 
     Args:
-        model_dim: D. num_global_experts: E. k: choices, at most E. fp32_gate: compute in float32.
+        model_dim: D.
+        num_global_experts: E.
+        k: choices, at most E.
+        fp32_gate: compute in float32.
     """
 
     def __init__(
@@ -63,7 +66,8 @@ class CosineTopKGate(_Gate):
     Parameters: `temperature [1]` (the logarithm of its inverse), `cosine_projector`, `sim_matrix [proj_dim E]`.
 
     Args:
-        proj_dim: width of the projection. init_t: the temperature at first. Others as for the linear gate.
+        proj_dim: width of the projection.
+        init_t: the temperature at first. Others as for the linear gate.
     """
 
     def __init__(
@@ -101,7 +105,8 @@ def build_gates(
     """Build the gates of a layer, each with top_k, gate_noise and capacity_factor.
 
     Args:
-        gate_type: as `moe_layer` takes it. seed: of the first gate, the next one adds 1.
+        gate_type: as `moe_layer` takes it.
+        seed: of the first gate, the next one adds 1.
         capacity_factor: of gates that name none.
 
     Raises:

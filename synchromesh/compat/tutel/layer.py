@@ -23,12 +23,13 @@ from synchromesh.compat.tutel.routing import agree_max, route, weights_at_the_en
 from synchromesh.compat.tutel.state import adapt_state, refusal
 from synchromesh.moe.capacity import Capacity, Dropless, FixedRows, batch_prioritized, token_order
 from synchromesh.moe.experts import WHOLE, Cut
+from synchromesh.moe.forward import chosen, note, workload_of
 from synchromesh.moe.recompute import Decisions
-from synchromesh.moe.record import Forward, Record
+from synchromesh.moe.record import Record
 from synchromesh.moe.strategy import Local, Strategy, compute_dtype
 from synchromesh.parallel.adaptive import Adaptive
 from synchromesh.parallel.sharded import Sharded
-from synchromesh.types import Plan, Routing, RowMap, Workload
+from synchromesh.types import Plan, Routing, RowMap
 
 
 class MOELayer(nn.Module):
@@ -137,12 +138,15 @@ class MOELayer(nn.Module):
         """Run the layer.
 
         Args:
-            input: [..., D]. gate_index: which gate routes.
+            input: [..., D].
+            gate_index: which gate routes.
             capacity_factor: f > 0: k * int(f * ceil(T/E)) rows of an expert; 0: all; f < 0: as -f, never padded; None
-                leaves it to the gate. top_k: choices; 0 is none; None leaves it to the gate.
+                leaves it to the gate.
+            top_k: choices; 0 is none; None leaves it to the gate.
             a2a_ffn_overlap_degree, adaptive_r: from this call on.
-            reserve_dims: last dims of the input that make up D. inequivalent_tokens: a capacity is computed from the
-                largest T of all ranks. megablocks_size: a capacity without gradients is a multiple of it.
+            reserve_dims: last dims of the input that make up D.
+            inequivalent_tokens: a capacity is computed from the largest T of all ranks.
+            megablocks_size: a capacity without gradients is a multiple of it.
         """
         if self.skip_moe:
             input.l_aux = None  # pyright: ignore[reportAttributeAccessIssue]
@@ -264,19 +268,16 @@ class MOELayer(nn.Module):
         experts, strategy = self._runner, self._strategy
         if isinstance(strategy, Local):
             return Plan()
-        workload = Workload(
+        workload = workload_of(
+            experts,
             rows=len(x),
             choices=routing.choices,
-            width=experts.row_dim,
-            hidden=getattr(experts, "hidden", self.model_dim),
-            experts=self.num_global_experts,
             dtype=compute_dtype(x),
             training=self.training,
-            matrices=experts.matrices,
-            vectors=experts.vectors,
+            capacity=capacity,
         )
         if isinstance(strategy, Adaptive):
-            return self._decisions.once(lambda: strategy.choose(workload, capacity))
+            return self._decisions.once(lambda: chosen(strategy, workload, capacity))
         degree = self.adaptive_degree if experts.splits else min(1, self.adaptive_degree)
         shards, overlap = self.sharded_count, self.a2a_ffn_overlap_degree
         plan = parallel.plan_of(degree, shards, self.world_size, overlap=overlap, two_level=self.use_2dh)
@@ -285,12 +286,10 @@ class MOELayer(nn.Module):
         return plan
 
     def _note(self, routing: Routing, rowmap: RowMap, plan: Plan) -> None:
-        counts = routing.tokens_per_expert()
-        self.dispatch_count = counts
+        self.dispatch_count = routing.tokens_per_expert()
         training = self.training and torch.is_grad_enabled()
         if training or self.record.observing:
-            forward = Forward(None, counts, counts.sum() - rowmap.ends[-1], plan, self._strategy.take_waited())
-            self.record.add(forward, training=training)
+            note(self.record, routing, rowmap, plan, self._strategy, loss=None, training=training)
 
     def _call_custom(self, rows: Tensor) -> Tensor:
         """Call the user's experts on padded rows [L, C, D], with the layer as their ctx."""

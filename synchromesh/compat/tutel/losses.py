@@ -25,7 +25,8 @@ def load_importance_loss(
     A score meets a logit here, as Tutel has it; `synchromesh.ImportanceLoad` compares logits with logits.
 
     Args:
-        scores: softmax of the logits without noise. noisy_logits: of the choices, the last one is the threshold.
+        scores: softmax of the logits without noise.
+        noisy_logits: of the choices, the last one is the threshold.
 
     Raises:
         ValueError: gate_noise is 0.

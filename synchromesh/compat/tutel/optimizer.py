@@ -32,7 +32,8 @@ class TutelDistributedOptimizer:
         average_shared: divide gradients of shared parameters by the number of ranks.
 
     Attributes:
-        params, expert_params: shared ones and experts. virt_params: this rank's parts of the shared ones, flat.
+        params, expert_params: shared ones and experts.
+        virt_params: this rank's parts of the shared ones, flat.
         local_optim: the optimizer of these parts and of the experts.
     """
 
@@ -66,7 +67,7 @@ class TutelDistributedOptimizer:
     @torch.no_grad()
     def step(self) -> None:
         """Reduce gradients, step this rank's parts and experts, and gather the parts of all ranks."""
-        self.chunk_param()  # the whole may have been loaded anew since
+        self.chunk_param()  # the whole may have been loaded again since
         self.chunk_grad()
         self.local_optim.step()
         self.restore()

@@ -39,8 +39,11 @@ def route(
     """Return what a gate decides, and its auxiliary loss; a gate computes in the dtype of its parameters.
 
     Args:
-        gate: tokens to logits; has gate_noise. top_k: choices, 0 is none. noisy: whether the noise is added.
-        normalize: see `choose`. gshard: `gshard_loss`, else `load_importance_loss`.
+        gate: tokens to logits; has gate_noise.
+        top_k: choices, 0 is none.
+        noisy: whether the noise is added.
+        normalize: see `choose`.
+        gshard: `gshard_loss`, else `load_importance_loss`.
     """
     with torch.autocast(x.device.type, enabled=False):
         weight = next(gate.parameters(), None)
@@ -85,11 +88,14 @@ def extract_critical(
     """Return what `fast_encode` and `fast_decode` want, and the loss of the scores.
 
     Args:
-        scores: probabilities. top_k: choices, 1 to E; more are taken for E. loss_fn: (scores, experts [T K]) -> loss.
+        scores: probabilities.
+        top_k: choices, 1 to E; more are taken for E.
+        loss_fn: (scores, experts [T K]) -> loss.
         capacity_factor: f > 0: k * int(f * ceil(T/E)) rows; 0: as many as any rank's fullest expert needs; f < 0: as
-            many, at most what -f gives. alignment: rows are a multiple of it.
-        batch_prioritized_routing: serve tokens by their best score. inequivalent_tokens: take the largest T of all
-            ranks.
+            many, at most what -f gives.
+        alignment: rows are a multiple of it.
+        batch_prioritized_routing: serve tokens by their best score.
+        inequivalent_tokens: take the largest T of all ranks.
 
     Raises:
         ValueError: top_k below 1.

@@ -27,7 +27,8 @@ def init_data_model_parallel(group_count: int = 1, backend: str = "nccl") -> Gro
     The job is left when the process ends.
 
     Args:
-        group_count: groups of neighbours, see `net.create_groups_from_world`. backend: "nccl" or "gloo".
+        group_count: groups of neighbours, see `net.create_groups_from_world`.
+        backend: "nccl" or "gloo".
 
     Raises:
         ValueError: the back end cannot run here, or the ranks cannot be divided so.

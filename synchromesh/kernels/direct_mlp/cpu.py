@@ -14,16 +14,16 @@ from synchromesh.kernels.mlp import Activation, MLPWeights, Net
 from synchromesh.kernels.permute.cpu import sum_dtype
 from synchromesh.kernels.positions.cpu import check_range
 
-MOST = 512  # pairs
-ALIGNED = 16  # bytes: what torch's grouped_mm wants of every stride
+MOST_PAIRS = 512  # for more of them the fused way is faster
+ALIGNED_BYTES = 16  # what torch's grouped_mm wants of every address and stride
 
 
 def prefers_direct(num_pairs: int, num_experts: int, activation: Activation) -> bool:
     """Tell whether `direct_mlp` is the faster way for so few pairs, and knows the activation.
 
-    Never in a program that is exported: it would be one for few tokens only.
+    Never while a program is exported: the way for few tokens would be fixed in it, for any number of tokens.
     """
-    return not torch.compiler.is_exporting() and num_pairs <= MOST and known_name(activation) is not None
+    return not torch.compiler.is_exporting() and num_pairs <= MOST_PAIRS and known_name(activation) is not None
 
 
 def direct_mlp(
@@ -55,6 +55,8 @@ def _run(x: Tensor, weights: Tensor, expert_ids: Tensor, activation: str, net: N
         opened = _product(rows, net.gate.mT, net.gate_scale, net.gate_bias, experts, ends)
     elif joint:
         opened, up = up.chunk(2, 1)
+    # opened is up itself where there is no gate, and both are strided halves where weights are joint: neither can
+    # hold the hidden rows.
     hidden = torch.empty(up.shape, dtype=up.dtype)
     KNOWN[activation].value(opened, hidden)
     if opened is not up:
@@ -70,6 +72,7 @@ def _sorted(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tenso
     ids = expert_ids.reshape(-1).numpy()
     order = ids.argsort(kind="stable")
     ids = ids[order]
+    # ids are sorted: start is the first that is not absent (-1), each end the first id above its expert's.
     start, *ends = ids.searchsorted(np.arange(num_experts + 1), side="left")
     own = slice(start, ends[-1])
     where = torch.tensor(ends, dtype=torch.int32) - int(start)
@@ -84,6 +87,7 @@ def _product(
         out = F.grouped_mm(rows, matrix, offs=ends)
     else:
         out = rows.new_empty(len(rows), matrix.shape[2])
+        # experts is sorted, so equal ids are consecutive.
         used, counts = experts.unique_consecutive(return_counts=True)
         for expert, own, to in zip(used.tolist(), rows.split(counts.tolist()), out.split(counts.tolist()), strict=True):
             torch.mm(own, matrix[expert].to(rows.dtype), out=to)
@@ -94,9 +98,10 @@ def _product(
 
 def _aligned(rows: Tensor, matrix: Tensor) -> bool:
     """Tell whether torch's grouped_mm takes these tensors."""
-    step = ALIGNED // rows.dtype.itemsize
+    step = ALIGNED_BYTES // rows.dtype.itemsize
+    # One of a matrix's last two dims is contiguous; the other one's stride is the larger.
     strides = [matrix.stride(0), max(matrix.stride()[1:]), rows.stride(0)]
-    places = [tensor.data_ptr() % ALIGNED for tensor in (rows, matrix)]
+    places = [tensor.data_ptr() % ALIGNED_BYTES for tensor in (rows, matrix)]
     whole = 1 in matrix.stride()[1:] and not any(places) and not any(stride % step for stride in strides)
     return whole and len(rows) > 0 and rows.dtype in (torch.float32, torch.bfloat16)
 

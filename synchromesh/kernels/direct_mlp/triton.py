@@ -19,7 +19,7 @@ from synchromesh.kernels.quantized_mlp.triton import widens
 def prefers_direct(num_pairs: int, num_experts: int, activation: Activation) -> bool:
     """Tell whether `direct_mlp` is the faster way for so few pairs, and knows the activation.
 
-    Never in a program that is exported: it would be one for few tokens only.
+    Never while a program is exported: the way for few tokens would be fixed in it, for any number of tokens.
     """
     few = not torch.compiler.is_exporting() and is_few(num_pairs, num_experts)
     return few and known_name(activation) is not None

@@ -23,8 +23,7 @@ from synchromesh.kernels.mlp import Activation, MLPWeights, Net
 from synchromesh.kernels.permute.cpu import combine, gather, kept_pairs, sum_dtype
 from synchromesh.types import RowMap
 
-# Rows that go forward at a time: enough for a full-speed product, few enough for the last-level cache.
-BLOCK = 512
+BLOCK_ROWS = 512  # that go forward at a time: enough for a full-speed product, few enough for the last-level cache
 
 
 def fuses(activation: Activation) -> bool:
@@ -53,19 +52,22 @@ def _forward(
     y, net, nets = room(x.shape, scale.dtype).zero_(), Net(*mlp), Net(*mlp).of_each(len(ends))
     pre_up, pre_gate = (room(shape, x.dtype) for shape in pre_activations(pairs, mlp, save=save))
     narrow, wide = (x.shape[1], x.dtype), (net.down.shape[1], x.dtype)
+    # Pre-activations that backward needs are written where they stay; others are overwritten by the next block's.
     opened = [] if save else [(net.up.shape[1], x.dtype), *([wide] if net.gate is not None else [])]
-    space = scratch(min(BLOCK, len(tokens)), narrow, narrow, (x.shape[1], scale.dtype), wide, *opened)
+    # Reused by every block: rows, output rows, their products with the weights, hidden rows, pre-activations.
+    space = scratch(min(BLOCK_ROWS, len(tokens)), narrow, narrow, (x.shape[1], scale.dtype), wide, *opened)
     for piece, members in _pieces(ends):
         at = tokens[piece]
         rows, out, scaled, hidden, *hs = (part[: len(at)] for part in space)
         h_up, h_gate = (pre_up[piece], pre_gate[piece]) if save else (hs[0], hs[-1])
         torch.index_select(x, 0, at, out=rows)
+        # Products are per expert, everything between them runs on the whole block at once.
         for expert, own in members:
             net = nets[expert]
             _product(rows[own], net.up.t(), net.up_bias, h_up[own])
             if net.gate is not None:
                 _product(rows[own], net.gate.t(), net.gate_bias, h_gate[own])
-        h = _apart(h_up, None if mlp[2] is None else h_gate, joint=joint)
+        h = _separate(h_up, None if mlp[2] is None else h_gate, joint=joint)
         _activate(KNOWN[activation], *h, (hidden, hidden))
         for expert, own in members:
             _product(hidden[own], nets[expert].down, nets[expert].down_bias, out[own])
@@ -82,12 +84,13 @@ def _backward(
     d_mlp = wanted(mlp, needs, room_like)
     into = Net(*(d if need else None for d, need in zip(d_mlp, needs[2:], strict=True))).of_each(len(ends))
     nets = Net(*mlp).of_each(len(ends))
+    # One expert at a time, in full: its weight gradients are single products that are written once, not added up.
     most = max((stop - start for start, stop in row_ranges(ends)), default=0)
     space = _space(most, x, Net(*mlp).down.shape[1], gated=pre_gate.shape[0] > 0, joint=joint)
     for expert, (start, stop) in enumerate(row_ranges(ends)):
         own, net, own_space = slice(start, stop), nets[expert], _Space(*(part[: stop - start] for part in space))
         at, s = tokens[own], scale[own]
-        pre = _apart(pre_up[own], None if net.gate is None else pre_gate[own], joint=joint)
+        pre = _separate(pre_up[own], None if net.gate is None else pre_gate[own], joint=joint)
         torch.index_select(x, 0, at, out=own_space.rows)
         torch.index_select(grad, 0, at, out=own_space.d_out)
         d_pre, d_s = _expert_backward(net, into[expert], KNOWN[activation], pre, s, own_space, learns=needs[1])
@@ -101,9 +104,18 @@ def _backward(
 
 
 class _Space(NamedTuple):
-    """Where an expert's backward works. hidden is opened itself where nothing is gated.
+    """The scratch memory of an expert's backward; hidden is the same memory as opened where nothing is gated.
 
-    d_hidden and spare become the gradients of the pre-activations; of joint ones they are the halves of both.
+    Attributes:
+        rows: [n, D], x of each row, later times s.
+        d_out: [n, D], the gradient of the output of each row, later times s.
+        d_rows: [n, D], the gradient of rows, before s.
+        scaled: [n, D], d_rows times s, in the dtype of sums.
+        opened: [n, F], act of gate, or of up where nothing is gated.
+        d_hidden: [n, F], the gradient of hidden; it becomes that of up's pre-activations.
+        spare: [n, F], it becomes the gradient of gate's pre-activations.
+        hidden: [n, F], the hidden rows A, which down multiplies.
+        both: [n, 2 F], whose halves are spare and d_hidden where gate and up are joint; else without numbers.
     """
 
     rows: Tensor
@@ -140,18 +152,20 @@ def _expert_backward(
 ) -> tuple[tuple[Tensor, Any], Tensor]:
     """Write an expert's gradients; return those of its pre-activations and, if it learns, of s.
 
-    space holds rows and d_out.
+    space holds rows and d_out already.
     """
+    # The order of steps matters, because memory is reused: spare serves d_s before it becomes d_gate, and d_out and
+    # rows are multiplied by s in place once nothing reads them without s.
     _activate(act, *pre, (space.opened, space.hidden))
     d_hidden = torch.mm(space.d_out, net.down.t(), out=space.d_hidden)
     d_s = torch.zeros_like(s)
     if learns:
-        d_s = torch.mul(d_hidden, space.hidden, out=space.spare).sum(1, keepdim=True)  # a dtype here would copy it all
+        d_s = torch.mul(d_hidden, space.hidden, out=space.spare).sum(1, keepdim=True)  # sum(dtype=) would copy it all
     if learns and net.down_bias is not None:
         d_s = d_s + torch.mul(space.d_out, net.down_bias, out=space.d_rows).sum(1, keepdim=True)
     _down_gradients(d_net, space.hidden, space.d_out, s)
     d_pre = _activate_backward(act, space, *pre)
-    if space.both.shape[1]:
+    if space.both.shape[1]:  # joint weights take both gradients in one product
         d_pre = (space.both, None)
     _up_gradients(d_net, *d_pre, space.rows, s)
     return d_pre, d_s
@@ -161,26 +175,27 @@ _fused_mlp = define("cpu", _forward, _backward, device="cpu")
 
 
 def _pieces(ends: Tensor) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
-    """Yield rows, BLOCK at most, and the experts they belong to, each with its rows among them.
+    """Yield ranges of BLOCK_ROWS rows at most, and the experts they belong to, each with its rows among them.
 
     Experts of few rows share a piece; no expert is cut that fits into one.
     """
+    # members: the experts from row `first` on that await a common piece.
     first, members = 0, []
     for expert, (start, stop) in enumerate(row_ranges(ends)):
-        if members and stop - first > BLOCK:
+        if members and stop - first > BLOCK_ROWS:
             yield slice(first, start), members
             first, members = start, []
-        while stop - first > BLOCK:
-            yield slice(first, first + BLOCK), [(expert, slice(0, BLOCK))]
-            start = first = first + BLOCK
+        while stop - first > BLOCK_ROWS:
+            yield slice(first, first + BLOCK_ROWS), [(expert, slice(0, BLOCK_ROWS))]
+            start = first = first + BLOCK_ROWS
         if start < stop:
             members.append((expert, slice(start - first, stop - first)))
     if members:
         yield slice(first, first + members[-1][1].stop), members
 
 
-def _apart(up: Tensor, gate: Tensor | None, *, joint: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the pre-activations of up and of gate, which lies before the other where they are joint."""
+def _separate(up: Tensor, gate: Tensor | None, *, joint: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the pre-activations of up and of gate; where they are joint, gate is the first half of the columns."""
     if not joint:
         return up, gate
     gate, up = up.chunk(2, 1)
@@ -238,4 +253,4 @@ def _up_gradients(d_net: Net, d_up: Tensor, d_gate: Any, rows: Tensor, s: Tensor
         if d_weight is not None:
             torch.mm(d_pre.t(), rows, out=d_weight)
         if d_bias is not None:
-            torch.mm(s.t(), d_pre, out=d_bias[None])
+            torch.mm(s.t(), d_pre, out=d_bias[None])  # the sum over rows of s dpre: d_pre does not hold s

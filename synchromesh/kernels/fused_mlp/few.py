@@ -2,7 +2,7 @@
 # Kernels are typed as Triton sees them, not as they are launched.
 """fused_mlp for few tokens, without gradients: a program for a row and some of its hidden units, then of its output.
 
-Nothing is permuted, and of the weights only those of experts in use are read: that reading is all the time there is.
+Nothing is permuted, and only the weights of experts in use are read; that reading takes nearly all of the time.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from synchromesh.kernels.activations_triton import activated
 from synchromesh.kernels.launch import given_or
 from synchromesh.kernels.mlp import Net
 
-MOST = 512  # rows
-SHARED = 4  # rows per expert, on average: with more, tiles that read a matrix once for all of them are faster
+MOST_ROWS = 512
+MOST_ROWS_PER_EXPERT = 4  # on average: with more, tiles that read a matrix once for all of them are faster
 
 
 def is_few(num_rows: int, num_experts: int) -> bool:
     """Tell whether so few rows run without tiles."""
-    return num_rows <= min(MOST, SHARED * num_experts)
+    return num_rows <= min(MOST_ROWS, MOST_ROWS_PER_EXPERT * num_experts)
 
 
 def rows_of_few(x: Tensor, places: Tensor, ends: Tensor | None, activation: str, net: Net, num_rows: int) -> Tensor:
@@ -29,11 +29,11 @@ def rows_of_few(x: Tensor, places: Tensor, ends: Tensor | None, activation: str,
 
     Args:
         x: [T, D].
-        places: [T, K], with ends [E] the row of each pair, sorted by expert, or -1; without ends the expert of each
-            pair, whose row then is its own number.
-        ends: running sum of the rows of each expert, or none.
-        activation: a known one.
-        net: of all experts, gate and up apart; matrices of any strides, biases contiguous.
+        places: [T, K]; with ends the row of each pair in the order of experts, or -1; without ends the expert of each
+            pair, whose row then is the pair's own number t * K + k.
+        ends: [E], running sum of the rows of each expert, or None.
+        activation: the name of a known one.
+        net: of all experts, gate and up as separate tensors; matrices of any strides, biases contiguous.
         num_rows: R.
     """
     experts, hidden_width, width = net.up.shape
@@ -64,6 +64,7 @@ def _row_and_expert(pair, places, ends, experts, MAPPED: tl.constexpr, EXPERTS: 
     if MAPPED:
         row = tl.load(places + pair)
         e = tl.arange(0, EXPERTS)
+        # The expert of a row is the number of experts that end at or before it; padding ends after every row.
         end = tl.load(ends + e, mask=e < experts, other=2147483647)
         expert = tl.sum((end <= row).to(tl.int64), 0)
     else:
@@ -84,6 +85,7 @@ def _open_few(
     if row >= 0:
         f = tl.program_id(1) * BF + tl.arange(0, BF)
         inside = f < hidden_width
+        # Products by hand: tl.dot wants 16 rows at least, and here is one.
         h = tl.zeros((BF,), tl.float32)
         g = tl.zeros((BF,), tl.float32)
         for start in range(0, width, BD):

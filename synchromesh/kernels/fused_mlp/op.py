@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from synchromesh.kernels import composed
+from synchromesh.kernels.activations import KNOWN
 from synchromesh.kernels.autocast import autocast_alike
 from synchromesh.kernels.mlp import LEARNABLE, MLPWeights, Net
 from synchromesh.types import RowMap
@@ -60,6 +62,9 @@ def define(name: str, forward: Callable[..., Any], backward: Callable[..., Any],
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         tensors = list(ctx.saved_tensors)  # read once: activation checkpointing unpacks each a single time
+        if torch.is_grad_enabled():  # this backward will be differentiated
+            grads = _composed(grad, tensors[:5], tensors[7:], ctx.activation, ctx.joint, ctx.needs)
+            return *grads[:2], None, None, None, None, None, None, *grads[2:]
         d_x, d_weights, d_mlp = backward_op(grad, tensors[:7], tensors[7:], ctx.activation, ctx.joint, ctx.needs)
         grads = [d if need else None for d, need in zip([d_x, d_weights, *d_mlp], ctx.needs, strict=True)]
         return *grads[:2], None, None, None, None, None, None, *grads[2:]
@@ -70,21 +75,34 @@ def define(name: str, forward: Callable[..., Any], backward: Callable[..., Any],
     return op
 
 
+def _composed(
+    grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, joint: bool, needs: list[bool]
+) -> list[Tensor | None]:
+    x, weights, pairs, rows, ends = saved
+    rowmap = RowMap(rows, pairs, ends, None)
+
+    def y(x: Tensor, weights: Tensor, *mlp: Tensor | None) -> Tensor:
+        net = MLPWeights.of(dict(zip(Net._fields, mlp, strict=False)), joint=joint)
+        return composed.fused_mlp(x, weights, rowmap, net, KNOWN[activation].function)
+
+    return composed.differentiable_gradients(y, [x, weights, *mlp], needs, grad)
+
+
 def pre_activations(
     pairs: Tensor, mlp: Sequence[Tensor | None], *, save: bool
 ) -> list[Sequence[Any]]:  # Any: sizes may be symbols
-    """Return the shapes of what is saved of up and of gate; [R, 2 F] and nothing where they are joint."""
+    """Return the shapes of the saved pre-activations of up and of gate; [R, 2 F] and no rows where they are joint."""
     net = Net(*mlp)
     rows = pairs.shape[0] if save else 0
     return [(rows, net.up.shape[1]), (0 if net.gate is None else rows, net.up.shape[1])]
 
 
 def wanted(mlp: Sequence[Tensor | None], needs: list[bool], like: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Return room for each gradient that is needed, laid out as its parameter is, and an empty tensor for others."""
+    """Return memory for each gradient that is needed, laid out as its parameter is; an empty tensor for the others."""
     some = next(part for part in mlp if part is not None)
     return [
         like(part) if need and part is not None else some.new_empty(0)
-        for part, need in zip(mlp, needs[2:], strict=True)
+        for part, need in zip(mlp, needs[2:], strict=True)  # the first two are of x and the combine weights
     ]
 
 
@@ -92,6 +110,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     x, weights, pairs, rows, ends, ctx.activation, _, ctx.joint, *mlp = inputs
     needs_x, needs_weights, _, _, _, _, _, _, *needs_mlp = ctx.needs_input_grad[: len(inputs)]
     ctx.needs = [needs_x, needs_weights, *needs_mlp]
+    # Pre-activations are outputs only so that autograd keeps them; no gradient flows through them.
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else zeros of the size of the pre-activations arrive with every backward
     ctx.save_for_backward(x, weights, pairs, rows, ends, *output[1:], *mlp)

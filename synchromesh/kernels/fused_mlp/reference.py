@@ -31,7 +31,16 @@ def compose_mlp(
     *,
     pieces: tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]],
 ) -> Float[Tensor, "T D"]:
-    """Compute `fused_mlp` step by step for any activation. pieces: gather, grouped_mm and combine."""
+    """Compute `fused_mlp` step by step for any activation.
+
+    Args:
+        x: tokens.
+        weights: combine weights.
+        rowmap: where the rows of each pair lie.
+        mlp: of all experts, not quantized.
+        activation: of the first product.
+        pieces: gather, grouped_mm and combine.
+    """
     gather_rows, multiply, sum_rows = pieces
     mlp = mlp.apart()
     rows_RD = gather_rows(x, rowmap)

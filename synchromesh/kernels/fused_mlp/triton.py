@@ -90,15 +90,16 @@ def _forward(
 
 
 def _net(mlp: Sequence[Tensor | None], *, joint: bool) -> Net:
-    """Return the weights with gate and up apart, biases as kernels read them."""
+    """Return the weights with gate and up as separate tensors and contiguous biases, as kernels read them."""
     up, down, gate, *biases = Net(*mlp).apart(joint=joint)
     return Net(up, down, gate, *(None if b is None else b.contiguous() for b in biases))
 
 
 def _pre(pre_up: Tensor, pre_gate: Tensor, *, joint: bool) -> tuple[Tensor, Tensor]:
-    """Return room [R, F] for each of the pre-activations, one after the other in pre_up's where they are joint."""
+    """Return memory [R, F] for the pre-activations of up and of gate; where they are joint, both lie in pre_up."""
     if not joint:
         return pre_up, pre_gate
+    # [R, 2 F] here is memory for two contiguous matrices, not a matrix of two halves: only these kernels read it.
     gate, up = pre_up.view(2, len(pre_up), pre_up.shape[1] // 2)
     return up, gate
 
@@ -116,7 +117,7 @@ def _open(
     width = net.up.shape[1]
     gate = net.up if net.gate is None else net.gate
     if net.gate is not None:
-        tiling = dataclasses.replace(tiling, cols=tiling.cols // 2)  # there are two sums
+        tiling = dataclasses.replace(tiling, cols=tiling.cols // 2)  # two accumulators share the registers
     tiling = tiling.fitted(cols=width, depth=x.shape[1])
     items = len(tiles.expert) * triton.cdiv(width, tiling.cols)
     _open_rows[(programs_of(x.device, items),)](
@@ -139,10 +140,12 @@ def _backward(
     into = Net(*(d if d.numel() else None for d in d_mlp)).apart(joint=joint)
     tilings = _tilings(x, pairs, ends)
     tiles = tiles_of(ends, len(pairs), tilings.closing.rows)
+    # hidden, d_up and d_gate arrive multiplied by s, so that every product below is a plain grouped one.
     hidden, d_up, d_gate, partial = _close_backward(grad, weights, net, tiles, tilings.closing, tokens, activation, pre)
     d_weights = torch.zeros_like(weights)
     if needs[1] and len(pairs):
         _sum_weights(grad, weights, pairs, ends, net.down_bias, partial, out=d_weights)
+    # The right factor is read through the map: neither grad nor x is copied into the order of rows.
     for d, left, right in ((into.down, hidden, grad), (into.up, d_up, x), (into.gate, d_gate, x)):
         if d is not None:
             weight_gradient(left, right, ends, tilings.weights, out=d, tokens=tokens)
@@ -216,7 +219,7 @@ def _open_rows(
         base = start.to(tl.int64) * width
         at = row[:, None] * width + cols[None, :]
         mask = own[:, None] & inside[None, :]
-        h = tl.zeros((BM, BN), tl.float32)
+        h = tl.zeros((BM, BN), tl.float32)  # of up; g is of gate
         if GATED:
             g = tl.zeros((BM, BN), tl.float32)
             h, g = multiplied_pair(
@@ -264,6 +267,7 @@ def _close_rows_backward(
         base = start.to(tl.int64) * width
         at = row[:, None] * width + cols[None, :]
         mask = own[:, None] & (cols < width)[None, :]
+        # d is dA', without s; u and g are the pre-activations of up and of gate.
         s = tl.load(weights + pair).to(tl.float32)[:, None]
         u = tl.load(pre_up + base + at, mask=mask, other=0.0).to(tl.float32)
         if GATED:
@@ -277,6 +281,7 @@ def _close_rows_backward(
             value = activated(u, ACTIVATION)
         tl.store(d_up + base + at, (d * slope * s).to(d_up.dtype.element_ty), mask=mask)
         tl.store(hidden + base + at, (value * s).to(hidden.dtype.element_ty), mask=mask)
+        # <dA', A> over this block of columns; `_sum_parts` adds the blocks in a fixed order, unlike atomics.
         dots = tl.sum(tl.where(mask, d * value, 0.0), 1)
         tl.store(partial + column.to(tl.int64) * rows + start + row, dots, mask=own)
 
@@ -295,9 +300,11 @@ def _sum_parts(
         at += rows
     if BIAS:
         e = tl.arange(0, EXPERTS)
+        # The expert of a row is the number of experts that end at or before it; padding ends after every row.
         end = tl.load(ends + e, mask=e < experts, other=2147483647)
         owner = tl.sum((end[None, :] <= row[:, None]).to(tl.int64), 1)
         token = pair // choices
+        # The output bias is part of what s multiplies, so <dy, bias> belongs to ds too.
         for start in range(0, width, BD):
             d = start + tl.arange(0, BD)
             mask = kept[:, None] & (d < width)[None, :]

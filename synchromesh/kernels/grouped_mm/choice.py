@@ -1,4 +1,4 @@
-"""Choices: which of two ways to a product is faster, as it was measured; kept as JSON, asked with shapes alone."""
+"""Choices: which of two implementations of a product was measured to be faster, by shape; kept as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 FILE = "measured.json"
-FAR = 2.0  # powers of two, in any size: farther away a cell says nothing
+FARTHEST = 2.0  # powers of two between the sizes of a cell and those asked for: beyond, the cell says nothing
 
 
 class Kind(Enum):
@@ -36,9 +36,14 @@ class Cell:
     """One product, computed both ways beside each other.
 
     Attributes:
-        dtype: such as "bfloat16". experts: E, of equal loads.
-        rows_per_expert, depth, width: rows [R, depth] by matrices [E, depth, width], or the gradient of these.
-        triton, torch: seconds.
+        kind: rows times matrices, or the gradient of the matrices.
+        dtype: such as "bfloat16".
+        experts: E, of equal loads.
+        rows_per_expert: R / E.
+        depth: of rows [R, depth] and matrices [E, depth, width].
+        width: of matrices [E, depth, width].
+        triton: seconds by the Triton kernels here.
+        torch: seconds by torch's grouped_mm.
     """
 
     kind: Kind
@@ -63,8 +68,8 @@ class Cell:
     def distance(self, *sizes: int) -> float:
         """Return how far these rows per expert, depth and width are, in powers of two; infinite where too far."""
         own = (self.rows_per_expert, self.depth, self.width)
-        apart = [abs(math.log2(max(1, size) / mine)) for size, mine in zip(sizes, own, strict=True)]
-        return sum(apart) if max(apart) <= FAR else math.inf
+        distances = [abs(math.log2(max(1, size) / mine)) for size, mine in zip(sizes, own, strict=True)]
+        return sum(distances) if max(distances) <= FARTHEST else math.inf
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,13 @@ class Measurement:
     """The cells of one run.
 
     Attributes:
-        architecture: such as "sm_90", exactly. device: its name. torch, triton, commit: what ran.
+        architecture: such as "sm_90"; cells are used on this one only.
+        device: its name.
+        torch: version of PyTorch.
+        triton: version of Triton.
+        commit: of this repository.
         started: the time, in UTC.
+        cells: what was measured.
     """
 
     architecture: str
@@ -87,7 +97,11 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Choices:
-    """What was measured; nothing was where it is empty, and Triton's kernels run everywhere."""
+    """All measurements there are, one an architecture; without any, Triton's kernels run everywhere.
+
+    Attributes:
+        measurements: one run for each architecture.
+    """
 
     measurements: tuple[Measurement, ...] = ()
     _answers: dict[tuple[Any, ...], Way] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -106,6 +120,7 @@ class Choices:
                 for cell in measurement.cells
                 if (cell.kind, cell.dtype) == (kind, name)
             ]
+            # The place breaks ties, so that cells are never compared.
             far, _, cell = min(
                 ((one.distance(rows_per_expert, depth, width), place, one) for place, one in enumerate(cells)),
                 default=(math.inf, 0, None),
@@ -167,7 +182,7 @@ def _fields(found: Any, kinds: dict[str, type]) -> dict[str, Any]:
         got = sorted(found) if isinstance(found, dict) else found
         raise ValueError(f"a table of choices holds the fields {sorted(kinds)} here, got {got!r}")
     for name, kind in kinds.items():
-        if type(found[name]) is not kind:  # True is an int else
+        if type(found[name]) is not kind:  # isinstance would take True for an int
             raise ValueError(f"{name} in a table of choices is {found[name]!r}, wanted of {kind.__name__}")
     return found
 

@@ -38,6 +38,7 @@ def row_ranges(ends: Tensor) -> list[tuple[int, int]]:
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
     """Write a·b + bias into out, which may be a transposed view."""
+    # outᵀ = bᵀ·aᵀ is the same product, with a result that is contiguous.
     if not out.is_contiguous() and out.t().is_contiguous() and bias is None:
         a, b, out = b.t(), a.t(), out.t()
     if bias is None:
@@ -71,7 +72,7 @@ def backward(
         if needs[2]:
             torch.sum(d_out, 0, out=d_bias[expert])
     if needs[0]:
-        d_rows[int(ends[-1]) :] = 0
+        d_rows[int(ends[-1]) :] = 0  # the tail: nothing flows into it
     return d_rows, d_weight, d_bias
 
 

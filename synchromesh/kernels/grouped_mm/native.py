@@ -17,7 +17,7 @@ from synchromesh.kernels.autocast import autocast_alike
 from synchromesh.kernels.grouped_mm import op, reference
 from synchromesh.kernels.grouped_mm.choice import Kind, Way, architecture_of, shipped
 
-ALIGNED = 8  # numbers of bfloat16 in 16 bytes
+ALIGNED_WIDTH = 8  # numbers of bfloat16 in 16 bytes: torch wants strides that are multiples of it
 MOST_EXPERTS = 1023  # groups of one call
 
 
@@ -52,9 +52,9 @@ def is_faster(kind: Kind, rows: Tensor, shape: Sequence[int]) -> bool:
     if not takes(rows, shape):
         return False
     experts, depth, width = shape
-    each = 1 << max(
-        0, (len(rows) // experts).bit_length() - 1
-    )  # rows of ragged exchanges are of another number in every step
+    # Rounded down to a power of two: after a ragged exchange the number of rows differs in every step, and each new
+    # number would search the table again.
+    each = 1 << max(0, (len(rows) // experts).bit_length() - 1)
     sizes = {"rows_per_expert": each, "depth": depth, "width": width}
     return shipped().faster(kind, architecture_of(rows.device), dtype=rows.dtype, **sizes) is Way.TORCH
 
@@ -63,7 +63,10 @@ def product(a: Tensor, w: Tensor, ends: Tensor, *, bias: Tensor | None = None) -
     """Return a[r] · w[e] + bias[e] for the rows of each expert, [R, O]; the tail may hold anything.
 
     Args:
-        a: [R, I]. w: [E, I, O], any strides.
+        a: [R, I].
+        w: [E, I, O], any strides.
+        ends: int32 [E], running sum of the rows of each expert.
+        bias: [E, O].
     """
     if not len(a):
         return a.new_empty(0, w.shape[2])
@@ -75,13 +78,18 @@ def weight_gradient(left: Tensor, right: Tensor, ends: Tensor, *, like: Tensor) 
     """Return the sum over an expert's rows of left[r]ᵀ · right[r], laid out as `like` [E, M, N] is.
 
     Args:
-        left: [R, M]. right: [R, N]. Both contiguous.
+        left: [R, M], contiguous.
+        right: [R, N], contiguous.
+        ends: int32 [E], running sum of the rows of each expert.
+        like: [E, M, N], contiguous or transposed; only its layout is read.
     """
     if not len(left):
         return torch.zeros_like(like)
+    # torch writes a contiguous [E, M, N]; for a transposed layout the factors change places, which saves a copy.
     turned = like.mT.is_contiguous() and not like.is_contiguous()
     high, wide = (right, left) if turned else (left, right)
     out = F.grouped_mm(_aligned(high).t(), _aligned(wide), offs=ends)
+    # Experts without rows: torch leaves their part unwritten on some GPUs.
     out.masked_fill_((ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None], 0)
     if turned or like.is_contiguous():
         return out.mT if turned else out
@@ -93,15 +101,16 @@ def _capability(device: torch.device) -> int:
 
 
 def _fits(dtype: torch.dtype, experts: int, depth: int, width: int) -> bool:
-    whole = depth % ALIGNED == 0 and width % ALIGNED == 0
+    whole = depth % ALIGNED_WIDTH == 0 and width % ALIGNED_WIDTH == 0
     return dtype == torch.bfloat16 and whole and min(depth, width) > 0 and 0 < experts <= MOST_EXPERTS
 
 
 def _laid_out(w: Tensor) -> Tensor:
     """Return w with one of its last two dims contiguous and the step of the other aligned."""
     _, depth, width = w.shape
+    # Either dim may be the contiguous one: (its stride, the other's stride), and the size that the other must cover.
     for (along, across), size in ((w.stride()[:0:-1], width), (w.stride()[1:], depth)):
-        if along == 1 and across >= size and across % ALIGNED == 0 and w.stride(0) % ALIGNED == 0:
+        if along == 1 and across >= size and across % ALIGNED_WIDTH == 0 and w.stride(0) % ALIGNED_WIDTH == 0:
             return w
     return w.contiguous()
 
@@ -129,8 +138,8 @@ def _backward(
         d_rows = rows_gradient(grad, weight, ends)
     if rows is not None:
         d_weight = weight_gradient(rows.contiguous(), grad, ends, like=weight)
-    if needs[2]:  # a product with ones adds in one order, an index_add in any
-        ones, like = grad.new_ones(len(grad), ALIGNED), grad.new_empty(len(ends), ALIGNED, grad.shape[1])
+    if needs[2]:  # a product with ones adds in the same order in every run; index_add_ would not
+        ones, like = grad.new_ones(len(grad), ALIGNED_WIDTH), grad.new_empty(len(ends), ALIGNED_WIDTH, grad.shape[1])
         d_bias = weight_gradient(ones, grad, ends, like=like)[:, 0].contiguous()
     return d_rows, d_weight, d_bias
 

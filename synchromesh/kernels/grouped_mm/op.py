@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from synchromesh.kernels import composed
+
 
 def define(name: str, forward: Callable[..., Any], backward: Callable[..., Any], *, device: str | None) -> Any:
     """Define `synchromesh::grouped_mm_<name>` and its backward; return the former.
@@ -34,7 +36,10 @@ def define(name: str, forward: Callable[..., Any], backward: Callable[..., Any],
     )
 
     def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        d_rows, d_weight, d_bias = backward_op(grad, *ctx.saved_tensors, ctx.needs)
+        rows, weight, ends = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this backward will be differentiated
+            return _composed(grad, rows, weight, ends, ctx.needs)
+        d_rows, d_weight, d_bias = backward_op(grad, rows, weight, ends, ctx.needs)
         needs_rows, needs_weight, needs_bias = ctx.needs
         return d_rows if needs_rows else None, d_weight if needs_weight else None, None, d_bias if needs_bias else None
 
@@ -44,11 +49,20 @@ def define(name: str, forward: Callable[..., Any], backward: Callable[..., Any],
     return op
 
 
+def _composed(
+    grad: Tensor, rows: Tensor | None, weight: Tensor, ends: Tensor, needs: list[bool]
+) -> tuple[Tensor | None, ...]:
+    d_rows = composed.grouped_mm(grad, weight.mT, ends) if needs[0] else None
+    d_weight = None if rows is None else composed.outer_products(rows, grad, ends)
+    d_bias = composed.sums(grad, ends) if needs[2] else None
+    return d_rows, d_weight, None, d_bias
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, weight, ends, _ = inputs
     needs_rows, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
     ctx.needs = [needs_rows, needs_weight, needs_bias]
-    ctx.save_for_backward(rows if needs_weight else None, weight, ends)
+    ctx.save_for_backward(rows if needs_weight else None, weight, ends)  # only the weight's gradient reads rows
 
 
 def _fake(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 
 from synchromesh.kernels.tiles import Tiling
 
-GROUP = 8  # tiles of rows that run beside one another, so that they share weights in the L2 cache
-FEW = 16  # rows of the smallest tile: less than that, tl.dot does not multiply
+GROUP = 8  # tiles of rows that run at about the same time, so that they share weights in the L2 cache
+LEAST_ROWS = 16  # of a tile: tl.dot multiplies no fewer
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,10 @@ class Tilings:
     """The tilings of one dtype on one kind of GPU; the first three cut rows alike, so that one map of tiles serves all.
 
     Attributes:
-        product: rows times a matrix of their expert. opening: with the activation after it; half as
-            wide with a gate.
-        closing: backward from the output to the pre-activations. weights: the gradient of a matrix.
+        product: of rows times the matrix of their expert.
+        opening: of the first product, with the activation after it; half as many columns with a gate.
+        closing: of the backward from the output to the pre-activations.
+        weights: of the gradient of a matrix.
     """
 
     product: Tiling
@@ -33,9 +34,9 @@ class Tilings:
     weights: Tiling
 
     def lowered(self, rows_per_expert: int) -> Tilings:
-        """Return tilings of fewer rows where an expert has few."""
+        """Return tilings whose tiles have fewer rows where an expert has few: the rest of a tile would be wasted."""
         rows = self.product.rows
-        while rows > FEW and rows >= 2 * max(1, rows_per_expert):
+        while rows > LEAST_ROWS and rows >= 2 * max(1, rows_per_expert):
             rows //= 2
         if rows == self.product.rows:
             return self
@@ -56,25 +57,25 @@ _AMPERE = Tilings(
 _CDNA3 = Tilings(
     Tiling(128, 128, 32, 4, 2), Tiling(128, 128, 32, 4, 2), Tiling(128, 64, 32, 4, 2), Tiling(128, 128, 32, 4, 2)
 )
-NARROW = {"sm_80": _AMPERE, "sm_90": _HOPPER, "sm_100": _HOPPER, "sm_120": _AMPERE, "gfx942": _CDNA3}  # 16-bit numbers
+OF_16_BITS = {"sm_80": _AMPERE, "sm_90": _HOPPER, "sm_100": _HOPPER, "sm_120": _AMPERE, "gfx942": _CDNA3}
 _EIGHT_HOPPER = Tilings(*[Tiling(128, 128, 128, 8, 3)] * 4)
 _EIGHT_ADA = Tilings(*[Tiling(128, 128, 64, 8, 3)] * 4)
-EIGHT = {"sm_80": _EIGHT_ADA, "sm_90": _EIGHT_HOPPER, "sm_100": _EIGHT_HOPPER, "sm_120": _EIGHT_ADA}  # 8-bit numbers
-WIDE = Tilings(*[Tiling(64, 64, 16, 8, 2)] * 4)  # float32
+OF_8_BITS = {"sm_80": _EIGHT_ADA, "sm_90": _EIGHT_HOPPER, "sm_100": _EIGHT_HOPPER, "sm_120": _EIGHT_ADA}
+OF_32_BITS = Tilings(*[Tiling(64, 64, 16, 8, 2)] * 4)
 INTERPRETED = Tilings(*[Tiling(32, 32, 32, 4, 1)] * 4)  # on a CPU, block by block
 
 
 def tilings_of(dtype: torch.dtype, device: torch.device, *, rows_per_expert: int) -> Tilings:
-    """Return what products on a device are cut into."""
+    """Return the block sizes of the product kernels for a dtype on a device."""
     if device.type != "cuda":
         return INTERPRETED
     return tilings_for(_architecture(device), dtype, rows_per_expert)
 
 
 def tilings_for(architecture: str, dtype: torch.dtype, rows_per_expert: int) -> Tilings:
-    """Return the tilings of one of the architectures in NARROW; of 8-bit numbers those of products alone count."""
-    table = EIGHT if dtype.itemsize == 1 else NARROW
-    return (WIDE if dtype == torch.float32 else table[architecture]).lowered(rows_per_expert)
+    """Return the tilings of an architecture in OF_16_BITS; of those for 8-bit numbers only `product` is used."""
+    table = OF_8_BITS if dtype.itemsize == 1 else OF_16_BITS
+    return (OF_32_BITS if dtype == torch.float32 else table[architecture]).lowered(rows_per_expert)
 
 
 def _architecture(device: torch.device) -> str:
@@ -82,5 +83,5 @@ def _architecture(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
-    known = sorted(int(name.removeprefix("sm_")) for name in NARROW if name.startswith("sm_"))
+    known = sorted(int(name.removeprefix("sm_")) for name in OF_16_BITS if name.startswith("sm_"))
     return f"sm_{max([number for number in known if number <= 10 * major + minor], default=known[0])}"

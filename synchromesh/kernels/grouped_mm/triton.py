@@ -42,7 +42,7 @@ def grouped_mm(
     """
     rows, (weight_, bias_) = autocast_alike(rows, [weight, bias])
     assert weight_ is not None
-    if rows.dtype == torch.float64:  # GPUs without units for it are many: exactness is all that is wanted of it
+    if rows.dtype == torch.float64:  # few GPUs have units for it, so it is used for exactness, not for speed
         return reference.grouped_mm(rows, weight_, ends, bias_)
     return _grouped_mm(rows, weight_, ends, bias_)
 
@@ -54,7 +54,12 @@ def product(
     """Write a[r] · w[e] + bias[e] to out[r] for the rows of each expert.
 
     Args:
-        a: [R, I], contiguous. w: [E, I, O], any strides. out: [R, O].
+        a: [R, I], contiguous; [T, I] with tokens.
+        w: [E, I, O], any strides.
+        tiles: of the rows, tiling.rows high.
+        tiling: of the kernel.
+        out: [R, O].
+        bias: [E, O].
         tokens: pairs [R] and K, where a holds tokens: row r is a[pairs[r] // K].
         second: another a and w whose product is added.
     """
@@ -78,7 +83,12 @@ def weight_gradient(
     """Write the sum over an expert's rows of left[r]ᵀ · right[r] to out[e]; zero where it has none.
 
     Args:
-        left: [R, M]. right: [R, N], or tokens as in `product`; both contiguous. out: [E, M, N], any strides.
+        left: [R, M], contiguous.
+        right: [R, N], contiguous; [T, N] with tokens.
+        ends: int32 [E], running sum of the rows of each expert.
+        tiling: of the kernel.
+        out: [E, M, N], any strides.
+        tokens: as in `product`, for right.
     """
     experts, high, wide = out.shape
     pairs, choices = (left, 1) if tokens is None else tokens
@@ -106,7 +116,7 @@ def column_sums(
 
 
 def options(a: Tensor, tiling: Tiling) -> dict[str, Any]:
-    """Return what every product kernel is compiled with."""
+    """Return the compile-time arguments that all product kernels share."""
     upcast = interpreted() and a.dtype != torch.float32
     blocks = {"BM": tiling.rows, "BN": tiling.cols, "BK": tiling.depth, "GROUP": GROUP}
     made = {"num_warps": tiling.warps, "num_stages": tiling.stages}
@@ -120,6 +130,8 @@ def _product(
     GATHER: tl.constexpr, BIAS: tl.constexpr, SECOND: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    # A persistent kernel: the host cannot know how many tiles are in use, so a fixed number of programs takes items,
+    # each a tile of rows and a block of columns, in turn.
     across = (width + BN - 1) // BN
     tiles = tl.load(count)
     for item in range(tl.program_id(0), tiles * across, tl.num_programs(0)):
@@ -132,12 +144,13 @@ def _product(
             source = tl.load(pairs + start + row) // choices
         total = tl.zeros((BM, BN), tl.float32)
         total = multiplied(total, a, source, w + e * w_e, cols, depth, width, w_k, w_n, WHOLE, UPCAST, PRECISION, BK)
-        if SECOND:
+        if SECOND:  # into the same registers: the sum of both products is stored once
             total = multiplied(
                 total, a2, source, w2 + e * w2_e, cols, depth, width, w2_k, w2_n, WHOLE, UPCAST, PRECISION, BK
             )
         if BIAS:
             total += tl.load(bias + e * width + cols, mask=cols < width, other=0.0).to(tl.float32)[None, :]
+        # 64 bits for the tile's start only: offsets inside a tile fit into 32.
         at = out + start.to(tl.int64) * width + (row[:, None] * width + cols[None, :])
         tl.store(at, total.to(out.dtype.element_ty), mask=own[:, None] & (cols[None, :] < width))
 
@@ -150,6 +163,8 @@ def _weight_gradient(
 ):  # fmt: skip
     down = (high + BM - 1) // BM
     across = (wide + BN - 1) // BN
+    # An item is a tile of one expert's gradient and sums over all of that expert's rows: no partial sums pass between
+    # programs, and an expert without rows stores the zero that it began with.
     for item in range(tl.program_id(0), experts * down * across, tl.num_programs(0)):
         e = item // (down * across)
         tile, column = swizzled(item % (down * across), down, across, GROUP)

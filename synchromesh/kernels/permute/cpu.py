@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from synchromesh.kernels import composed
 from synchromesh.kernels.memory import room
 from synchromesh.types import RowMap
 
-# Rows whose float32 products stay in a core's second-level cache until they are added up.
-BLOCK = 256
+BLOCK_ROWS = 256  # whose float32 products stay in a core's second-level cache until they are added up
 
 
 def gather(x: Float[Tensor, "T D"], rowmap: RowMap) -> Float[Tensor, "R D"]:
@@ -38,7 +38,7 @@ def kept_pairs(weights: Tensor, pairs: Tensor, ends: Tensor, dtype: torch.dtype)
 
 
 def _blocks(num_rows: int) -> list[slice]:
-    return [slice(row, min(row + BLOCK, num_rows)) for row in range(0, num_rows, BLOCK)]
+    return [slice(row, min(row + BLOCK_ROWS, num_rows)) for row in range(0, num_rows, BLOCK_ROWS)]
 
 
 def _count(ends: Tensor) -> int:
@@ -71,6 +71,9 @@ def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     pairs, ends = ctx.saved_tensors
+    if torch.is_grad_enabled():  # this backward will be differentiated
+        return composed.added(grad, pairs, (ctx.num_tokens, ctx.choices)), None, None, None
+    # A token's gradient is the sum of its rows': combine with weights of one.
     ones = grad.new_ones(ctx.num_tokens, ctx.choices, dtype=sum_dtype(grad.dtype))
     return _combine(grad, ones, pairs, ends), None, None, None
 
@@ -112,8 +115,9 @@ def _combine_backward(
     for block in _blocks(len(tokens)):
         rows = grad.index_select(0, tokens[block])
         torch.mul(rows, scale[block], out=d_buffer[block])
+        # A pair has one row, so an assignment is enough; pairs that were dropped keep their zero.
         d_weights.view(-1)[pairs[block]] = (rows.to(scale.dtype) * buffer[block]).sum(1).to(weights.dtype)
-    d_buffer[len(tokens) :] = 0
+    d_buffer[len(tokens) :] = 0  # the tail: nothing flows into it
     return d_buffer, d_weights
 
 
@@ -127,7 +131,10 @@ def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _combine_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    d_buffer, d_weights = _combine_backward(grad, *ctx.saved_tensors)
+    buffer, weights, pairs, ends = ctx.saved_tensors
+    if torch.is_grad_enabled():  # this backward will be differentiated
+        return *composed.combine_gradients(grad, buffer, weights, pairs), None, None
+    d_buffer, d_weights = _combine_backward(grad, buffer, weights, pairs, ends)
     return d_buffer, d_weights, None, None
 
 

@@ -12,11 +12,12 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from synchromesh.kernels import composed
 from synchromesh.kernels.launch import on_its_device
 from synchromesh.kernels.permute import reference
 from synchromesh.types import RowMap
 
-WIDEST = 1024  # numbers of a row at a time: 16 bytes for each thread of four warps
+WIDEST_BLOCK = 1024  # numbers of a row at a time: 16 bytes for each thread of four warps
 
 
 def gather(x: Float[Tensor, "T D"], rowmap: RowMap) -> Float[Tensor, "R D"]:
@@ -49,7 +50,7 @@ def sum_rows(
 
 
 def _width(y: Tensor) -> int:
-    return min(WIDEST, 1 << max(0, y.shape[1] - 1).bit_length())
+    return min(WIDEST_BLOCK, 1 << max(0, y.shape[1] - 1).bit_length())
 
 
 @torch.library.custom_op(
@@ -83,11 +84,14 @@ def _(grad: Tensor, rows: Tensor) -> Tensor:
 
 
 def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[2])
+    ctx.save_for_backward(*inputs[1:])
 
 
 def _gather_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _gather_backward(grad, *ctx.saved_tensors), None, None
+    pairs, rows = ctx.saved_tensors
+    if torch.is_grad_enabled():  # this backward will be differentiated
+        return composed.added(grad, pairs, tuple(rows.shape)), None, None
+    return _gather_backward(grad, rows), None, None
 
 
 _gather.register_autograd(_gather_grad, setup_context=_gather_setup)
@@ -135,6 +139,8 @@ def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _combine_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # this backward will be differentiated
+        return *composed.combine_gradients(grad, *ctx.saved_tensors), None, None
     return *_combine_backward(grad, *ctx.saved_tensors), None, None
 
 
@@ -145,7 +151,7 @@ _combine.register_autograd(_combine_grad, setup_context=_combine_setup)
 def _copy_rows(x, pairs, out, width, choices, BD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     pair = tl.load(pairs + row)
-    if pair >= 0:
+    if pair >= 0:  # the tail is left as it is
         d = tl.program_id(1) * BD + tl.arange(0, BD)
         own = d < width
         tl.store(out + row * width + d, tl.load(x + (pair // choices) * width + d, mask=own), mask=own)
@@ -158,9 +164,10 @@ def _sum_rows(
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     total = tl.zeros((BD,), tl.float32)
+    # One program adds up all rows of a token, k by k: no atomics, and the same sum in every run.
     for k in range(choices):
         row = tl.load(rows + token * choices + k)
-        if not MAPPED:
+        if not MAPPED:  # rows holds experts, and each pair's row is its own number
             row = tl.where((row >= 0) & (row < experts), token * choices + k, -1)
         if row >= 0:
             part = tl.load(buffer + row * width + d, mask=d < width, other=0.0).to(tl.float32)
@@ -177,6 +184,7 @@ def _spread_rows(grad, buffer, weights, pairs, d_buffer, d_weights, width, choic
     kept = pair >= 0  # nothing flows into the tail
     weight = tl.load(weights + pair, mask=kept, other=0.0).to(tl.float32)
     dot = tl.zeros((BD,), tl.float32)
+    # The whole row in one program, for its dot product with dy: the gradient of the weight, stored once per pair.
     for start in range(0, width, BD):
         d = start + tl.arange(0, BD)
         own = (d < width) & kept

@@ -27,9 +27,11 @@ def _positions(expert_ids: Tensor, num_experts: int, priority: Tensor | None) ->
     if priority is not None:
         known = priority.detach().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         order_T = known.argsort(descending=True, stable=True).numpy()
+    # Choice-major: all first choices before all second ones, tokens by priority.
     by_choice_KT = expert_ids.numpy()[order_T].T
     keys = (by_choice_KT.reshape(-1) + 1).astype(_shortest_type(num_experts))  # absent pairs lead
     counts = np.bincount(keys, minlength=num_experts + 1)
+    # As in the reference: the index among the pairs sorted by expert, less that of the expert's first pair.
     places = np.empty(len(keys), np.int64)
     places[np.argsort(keys, kind="stable")] = np.arange(len(keys)) - np.repeat(counts.cumsum() - counts, counts)
     places[keys == 0] = -1
@@ -44,7 +46,7 @@ def _(expert_ids: Tensor, num_experts: int, priority: Tensor | None) -> tuple[Te
 
 
 def _shortest_type(num_experts: int) -> type[np.unsignedinteger]:
-    """Sorting costs one pass per byte of the key."""
+    """Return the type of the keys: numpy sorts one or two bytes by radix, a pass a byte, longer keys by comparison."""
     return np.uint8 if num_experts < 256 else np.uint16 if num_experts < 65536 else np.uint64
 
 

@@ -28,9 +28,11 @@ def positions(
         order_T = priority.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argsort(
             descending=True, stable=True
         )
-    ids = expert_ids[order_T].T.reshape(-1)  # choice-major
+    ids = expert_ids[order_T].T.reshape(-1)  # choice-major: all first choices before all second ones
     counts = ids.new_zeros(num_experts + 1).scatter_add(0, ids + 1, torch.ones_like(ids))  # absent pairs lead
     by_expert = ids.argsort(stable=True)
+    # A stable sort by expert keeps that order inside each expert: a pair's place is its index among the sorted pairs,
+    # less the index of its expert's first one.
     first = (counts.cumsum(0) - counts)[ids[by_expert] + 1]
     places = torch.empty_like(ids).scatter(0, by_expert, torch.arange(ids.shape[0], device=ids.device) - first)
     places_TK = places.masked_fill(ids < 0, -1).view(expert_ids.T.shape).T

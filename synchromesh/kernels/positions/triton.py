@@ -15,7 +15,7 @@ from torch import Tensor
 
 from synchromesh.kernels.launch import on_its_device
 
-BLOCK = 128  # pairs, each compared with each other of its block
+BLOCK_PAIRS = 128  # each is compared with all others of its block
 
 
 def positions(
@@ -41,16 +41,16 @@ def _positions(expert_ids: Tensor, num_experts: int, priority: Tensor | None) ->
     else:
         known = priority.detach().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         order = known.argsort(descending=True, stable=True)
-    blocks = triton.cdiv(tokens * choices, BLOCK)
+    blocks = triton.cdiv(tokens * choices, BLOCK_PAIRS)
     counts = torch.empty(blocks, num_experts, dtype=torch.int32, device=expert_ids.device)
     bins = max(2, triton.next_power_of_2(num_experts))
-    sizes = {"BLOCK": BLOCK, "ORDERED": priority is not None}
+    sizes = {"BLOCK": BLOCK_PAIRS, "ORDERED": priority is not None}
     _count_block[(blocks,)](expert_ids, order, counts, tokens, choices, num_experts, BINS=bins, **sizes)
     ends = counts.cumsum(0, dtype=torch.int64)
-    before = ends - counts
+    before = ends - counts  # [blocks, E]: the pairs of each expert in all earlier blocks
     places = torch.empty_like(expert_ids)
     _place_block[(blocks,)](expert_ids, order, before, places, tokens, choices, num_experts, **sizes)
-    return places, ends[-1].clone()
+    return places, ends[-1].clone()  # a view would keep the counts of all blocks in memory
 
 
 @_positions.register_fake
@@ -61,7 +61,7 @@ def _(expert_ids: Tensor, num_experts: int, priority: Tensor | None) -> tuple[Te
 @triton.jit
 def _pairs_of_block(ids, order, tokens, choices, experts, BLOCK: tl.constexpr, ORDERED: tl.constexpr):
     """Return place in memory, expert (-1: none) and presence of each pair of a block, in choice-major order."""
-    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # in choice-major order: k * T + t
     inside = number < tokens * choices
     token = number % tokens
     if ORDERED:
@@ -86,6 +86,7 @@ def _count_block(
 def _place_block(ids, order, before, places, tokens, choices, experts, BLOCK: tl.constexpr, ORDERED: tl.constexpr):
     at, expert, inside = _pairs_of_block(ids, order, tokens, choices, experts, BLOCK, ORDERED)
     mine = tl.arange(0, BLOCK)
+    # A pair's place: those of its expert in earlier blocks, and those before it in its own.
     earlier = (expert[:, None] == expert[None, :]) & (mine[None, :] < mine[:, None])
     rank = tl.sum(earlier.to(tl.int32), 1)
     base = tl.load(before + tl.program_id(0).to(tl.int64) * experts + expert, mask=expert >= 0, other=0)

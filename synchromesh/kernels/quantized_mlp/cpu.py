@@ -19,7 +19,7 @@ from synchromesh.types import RowMap
 def fused_mlp(
     x: Float[Tensor, "T D"], weights: Float[Tensor, "T K"], rowmap: RowMap, mlp: MLPWeights, activation: Activation
 ) -> Float[Tensor, "T D"]:
-    """Compute the reference's y; an 8-bit matrix is never widened as a whole, but where gradients are wanted."""
+    """Compute the reference's y. All experts are widened at once only where gradients are wanted."""
     if serves(x, weights, mlp, activation):
         return run(_quantized_mlp, x, weights, rowmap, mlp, activation)
     x, mlp = widened(x, mlp)

@@ -1,6 +1,6 @@
-"""fused_mlp with 8-bit weights on a GPU: for few tokens the numbers themselves are read, and widened in registers.
+"""fused_mlp with 8-bit weights on a GPU: for few tokens the 8-bit numbers are read, and widened in registers.
 
-Many tokens are bound by products, not by reading: there the matrices are dequantized first.
+Few tokens are bound by reading weights, many by arithmetic: for many the matrices are dequantized first.
 """
 
 from __future__ import annotations

@@ -58,22 +58,25 @@ def scaled_mm(
 
 
 def rounded(x: Float[Tensor, "*shape"], dim: int, products: Products) -> Float[Tensor, "*shape"]:
-    """Return the nearest numbers of 8 bits times a scale, in float32 or wider.
+    """Round to 8-bit numbers times a scale; return what they stand for, in float32 or wider.
 
-    The numbers that share a scale, a block along `dim`, are NaN where one of them is NaN or infinite.
+    The numbers that share a scale, a block along `dim`, are all NaN where one of them is NaN or infinite.
     """
     wide = x.float().movedim(dim, -1)
     size = wide.shape[-1]
     block = products.block or size
     blocks = F.pad(wide, (0, -size % block)).unflatten(-1, (-1, block))
     scale = scale_of(blocks.abs().amax(-1, keepdim=True))
-    meant = (blocks / scale).to(torch.float8_e4m3fn).float() * scale  # no step but the middle one rounds
+    # Only the cast to 8 bits rounds: scales are powers of two.
+    meant = (blocks / scale).to(torch.float8_e4m3fn).float() * scale
     return meant.flatten(-2)[..., :size].movedim(-1, dim).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def scale_of(largest: Tensor) -> Tensor:
     """Return the smallest power of two, from 2^-126 on, by which 448, e4m3's largest number, covers `largest`."""
-    exponent = ((largest.view(torch.int32) + 0x1FFFFF) >> 23) - 8  # 448 = 1.75 · 2^8: more than 1.75 carries over
+    # The bits of a float32, read as an integer, are its exponent and mantissa. 448 is 1.75 * 2^8: the sum carries into
+    # the exponent where the mantissa is above 1.75, and the scale is then one power of two larger.
+    exponent = ((largest.view(torch.int32) + 0x1FFFFF) >> 23) - 8
     scale = (exponent.clamp(min=1) << 23).view(torch.float32)
     return torch.where(largest.isfinite(), scale, float("nan"))
 
@@ -92,6 +95,7 @@ class _ScaledProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, weight, ends, bias = ctx.saved_tensors
         d_rows = grouped_mm(rounded(grad, 1, ctx.products), rounded(weight, 2, ctx.products).mT, ends).to(rows.dtype)
+        # The weight's gradient is not rounded: it is that of a plain grouped_mm, by autograd.
         own = [part.detach().requires_grad_() for part in (weight, bias) if part is not None]
         with torch.enable_grad():
             y = grouped_mm(rows.detach(), own[0], ends, *own[1:])

@@ -26,8 +26,8 @@ from synchromesh.kernels.scaled_mm import reference
 from synchromesh.kernels.scaled_mm.reference import Float8Products, MXFloat8Products, Products
 from synchromesh.kernels.tiles import interpreted, programs_of, swizzled, tile_rows, tiles_of
 
-FIRST = {Float8Products: (8, 9), MXFloat8Products: (10, 0)}  # compute capability that multiplies them
-PADDED = 64  # the summed dimension to a multiple of this, so that no step of a product is cut short
+FIRST_CAPABLE = {Float8Products: (8, 9), MXFloat8Products: (10, 0)}  # compute capability that multiplies them
+DEPTH_MULTIPLE = 64  # that the summed dimension is padded to, so that no step of a product is cut short
 
 
 def scaled_mm(
@@ -56,22 +56,22 @@ def multiplies(products: Products, device: torch.device) -> bool:
         return True
     if torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(device) >= FIRST[type(products)]
+    return torch.cuda.get_device_capability(device) >= FIRST_CAPABLE[type(products)]
 
 
 def narrowed(x: Tensor, products: Products, *, wide: bool, ends: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Round x [E, N, K] along K, whatever its strides.
 
     Args:
-        wide: return the rounded numbers themselves, in bfloat16, instead of 8-bit ones. ends: of rows, whose tail is
-            left out.
+        wide: return what the rounded numbers stand for, in bfloat16, instead of the 8-bit numbers.
+        ends: running sum [E] of the rows of each expert, whose tail is left out; None where x is no buffer of rows.
 
     Returns:
-        numbers [E, N, P], P being K up to a multiple of PADDED, zero past K; scales [E, N, S] as exponents of two plus
-        127, of each row or of each of its blocks, 255 where a number is NaN or infinite.
+        numbers [E, N, P], with K padded to P, a multiple of DEPTH_MULTIPLE, by zeros; scales [E, N, S] as exponents of
+        two plus 127, of each row or of each of its blocks, 255 where a number is NaN or infinite.
     """
     experts, high, depth = x.shape
-    padded = triton.cdiv(depth, PADDED) * PADDED
+    padded = triton.cdiv(depth, DEPTH_MULTIPLE) * DEPTH_MULTIPLE
     numbers = x.new_empty(experts, high, padded, dtype=torch.bfloat16 if wide else torch.float8_e4m3fn)
     blocks = 1 if products.block is None else padded // products.block
     scales = x.new_empty(experts, high, blocks, dtype=torch.uint8)
@@ -89,7 +89,12 @@ def scaled_product(
     """Write a[r] · w[e]ᵀ + bias[e] to out[r] for the rows of each expert.
 
     Args:
-        a: numbers [1, R, P] and scales. w: numbers [E, O, P] and scales, both as `narrowed` returns them. out: [R, O].
+        a: numbers [1, R, P] and scales, as `narrowed` returns them.
+        w: numbers [E, O, P] and scales, as `narrowed` returns them.
+        ends: int32 [E], running sum of the rows of each expert.
+        products: the kind of numbers.
+        out: [R, O].
+        bias: [E, O].
     """
     (left, left_scale), (right, right_scale) = a, w
     _, width, depth = right.shape
@@ -122,7 +127,7 @@ def _narrow(
     at = x + e * x_e + n.to(tl.int64)[:, None] * x_n
     row = e * high + n
     top = tl.zeros((BN,), tl.int32)
-    if BLOCK == 0:
+    if BLOCK == 0:  # one scale a row: a first pass over the row finds its largest magnitude
         for done in range(0, depth, BK):
             v = tl.load(at + (done + k) * x_k, mask=own & (done + k < depth), other=0.0)
             top = tl.maximum(top, tl.max(magnitude(v), 1))
@@ -136,7 +141,8 @@ def _narrow(
             block = (done // BLOCK + tl.arange(0, BK // BLOCK))[None, :]
             tl.store(scales + row[:, None] * (padded // BLOCK) + block, exponent.to(tl.uint8), mask=own)
             exponents = spread(exponent, BN, BK, BLOCK)
-        broken = exponents == 255
+        broken = exponents == 255  # a NaN or an infinity: the scale tells it, the numbers become 0
+        # 2^(127 - e) divides by the scale 2^(e - 127) exactly.
         q = nearest(tl.where(broken, 0.0, v) * power_of_two(tl.where(broken, 127, 254 - exponents)))
         if WIDE:
             q = q * power_of_two(exponents)
@@ -215,6 +221,7 @@ def block_product(
 @triton.jit
 def magnitude(v):
     """Return |v| as an integer in the same order, in which NaN is the largest."""
+    # tl.max of floats need not keep a NaN.
     return v.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
@@ -240,6 +247,8 @@ def spread(exponents, N: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
 def nearest(v):
     """Return the nearest number of e4m3, ties to even, of one up to 448. The interpreter's cast rounds otherwise."""
     bits = v.to(tl.int32, bitcast=True)
+    # e4m3 keeps 3 of 23 bits of mantissa: half a step is added, one bit less where the last kept bit is even, and the
+    # low 20 bits are cut off. Below 2^-6 the step is constant; there adding a large number and subtracting it rounds.
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
     small = (v + 24576.0) - 24576.0  # 1.5 · 2^23 times the step below 2^-6
     return tl.where(tl.abs(v) < 0.015625, small, normal)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Names are what the custom ops carry. The last one's weights are the softmax of the selected logits alone.
+# By name, because custom ops take no functions. The last one's weights are the softmax of the selected logits alone.
 GATES = ("softmax", "sigmoid", "softmax_of_selected")
 # scores, ids, weights; and over all tokens the sums of scores and the counts of choices, or None.
 Selection: TypeAlias = tuple[
@@ -33,13 +33,16 @@ def select(
     """Return scores, the k experts of highest score (+ bias) in falling order, their weights, and two sums over tokens.
 
     Args:
-        gate: one of GATES. normalize: divide the weights of a token by their sum, where k > 1.
-        bias: decides who is selected, never the weights.
-        sums: whether the last two are wanted; else they are None.
+        logits: of each token and expert.
+        k: K, experts per token.
+        gate: one of GATES.
+        normalize: divide the weights of a token by their sum, where k > 1.
+        bias: added to the scores for the selection only; weights do not see it.
+        sums: whether the two sums over tokens are wanted; else they are None.
 
     Returns:
-        scores [T E], ids [T K], weights [T K], sums of the scores [E], and counts [2 E] of the tokens of which an
-        expert is the first choice, and of which it is any.
+        scores [T, E], ids [T, K], weights [T, K], sums of the scores [E], and counts [2, E]: for each expert the tokens
+        of which it is the first choice, and those of which it is any choice.
     """
     scores = scores_of(logits, gate)
     ids = (scores if bias is None else scores + bias).topk(k, dim=1).indices
@@ -65,6 +68,6 @@ def weights_of(
 
 
 def counts_of(ids: Int[Tensor, "T K"], num_experts: int) -> Int[Tensor, "2 E"]:
-    """Count the tokens of which each expert is the first choice, and of which it is any."""
+    """Count for each expert the tokens of which it is the first choice, and those of which it is any choice."""
     by_choice_KE = ids.new_zeros(ids.shape[1], num_experts).scatter_add(1, ids.T, torch.ones_like(ids.T))
     return torch.stack([by_choice_KE[0], by_choice_KE.sum(dim=0)])

@@ -20,10 +20,10 @@ from synchromesh.kernels.launch import given_or, on_its_device
 from synchromesh.kernels.select import reference
 from synchromesh.kernels.select.reference import Selection
 
-MOST_EXPERTS, MOST_CHOICES = 4096, 128  # whose numbers fit into registers
-NUMBERS = 1024  # of a block
-PROGRAMS = 512  # at most: enough to fill a GPU, and few to add up; more blocks are taken one after the other
-COLUMNS, ROWS = 32, 64  # of the parts that are added up at once
+MOST_EXPERTS, MOST_CHOICES = 4096, 128  # that fit into registers; more go to the reference
+BLOCK_NUMBERS = 1024  # logits of a block, tokens times experts
+MOST_PROGRAMS = 512  # enough to fill a GPU, and few partial sums; further blocks are taken in turn
+PART_COLUMNS, PART_ROWS = 32, 64  # experts and programs whose partial sums are added up at once
 Results: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -60,7 +60,9 @@ def _select_op(logits: Tensor, bias: Tensor | None, k: int, gate: str, normalize
         counted.zero_()
         return results
     (blocks,), sizes = _shape(logits, k)
-    turns = triton.cdiv(blocks, PROGRAMS) if sums else 1
+    # Without sums a program takes one block. With them it takes `turns` blocks one after the other and keeps their sums
+    # in registers; the partial sums are then added in the order of programs, so that every run gives the same.
+    turns = triton.cdiv(blocks, MOST_PROGRAMS) if sums else 1
     programs = triton.cdiv(blocks, turns)
     parts = [added, counted]
     if sums and programs > 1:
@@ -70,8 +72,8 @@ def _select_op(logits: Tensor, bias: Tensor | None, k: int, gate: str, normalize
         GATE=gate, NORMALIZE=normalize, BIASED=bias is not None, SUMS=sums, **sizes,
     )  # fmt: skip
     if sums and programs > 1:
-        grid = (triton.cdiv(experts, COLUMNS),)
-        _add_programs[grid](*parts, added, counted, programs, experts, ROWS=ROWS, COLUMNS=COLUMNS)
+        grid = (triton.cdiv(experts, PART_COLUMNS),)
+        _add_programs[grid](*parts, added, counted, programs, experts, ROWS=PART_ROWS, COLUMNS=PART_COLUMNS)
     return results
 
 
@@ -107,9 +109,9 @@ def _results(logits: Tensor, k: int, sums: bool) -> Results:
 
 def _shape(logits: Tensor, k: int) -> tuple[tuple[Any], dict[str, Any]]:
     bins = max(2, triton.next_power_of_2(logits.shape[1]))
-    block = max(1, min(64, NUMBERS // bins))
+    block = max(1, min(64, BLOCK_NUMBERS // bins))
     sizes = {"K": k, "CHOICES": max(2, triton.next_power_of_2(k)), "BINS": bins, "BT": block}
-    sizes["num_warps"] = 8 if bins >= NUMBERS else 4
+    sizes["num_warps"] = 8 if bins >= BLOCK_NUMBERS else 4
     return (-(-len(logits) // block),), sizes
 
 
@@ -151,6 +153,7 @@ def _select(
         before = (tl.program_id(0).to(tl.int64) * turns + turn) * BT
         inside = r < tokens - before
         mask = inside[:, None] & (e < experts)[None, :]
+        # Columns past the last expert are -inf: they change neither a maximum nor a sum of exponentials.
         x = tl.load(logits + before * experts + at, mask=mask, other=float("-inf"))
         broken = tl.sum((mask & ((x - x) != 0.0)).to(tl.int32), 1) > 0  # infinite, or NaN
         if GATE == "sigmoid":
@@ -159,7 +162,7 @@ def _select(
             z = tl.exp(x - tl.max(x, 1)[:, None])
             s = z / tl.sum(z, 1)[:, None]
         tl.store(scores + before * experts + at, s, mask=mask)
-        if SUMS:
+        if SUMS:  # rows past the last token are NaN here, hence the mask
             sums += tl.sum(tl.where(mask, s, 0.0), 0)
         preference = s
         if BIASED:
@@ -170,19 +173,19 @@ def _select(
         if SUMS:
             firsts += tl.sum((e[None, :] == first[:, None]).to(tl.int32), 0)  # BINS, where there is no token
             all_choices += tl.sum(mask.to(tl.int32) - free.to(tl.int32), 0)
-        chosen = (c < K)[None, :]
+        chosen = (c < K)[None, :]  # CHOICES is K rounded up to a power of two
         if GATE == "softmax_of_selected":
             w = tl.where(chosen, w, float("-inf"))
             w = tl.exp(w - tl.max(w, 1)[:, None])
             w = w / tl.sum(w, 1)[:, None]
         if NORMALIZE:
-            w = w / tl.maximum(tl.sum(w, 1), 1.1754943508222875e-38)[:, None]
+            w = w / tl.maximum(tl.sum(w, 1), 1.1754943508222875e-38)[:, None]  # float32's smallest normal
         w = tl.where(broken[:, None], float("nan"), w)
         own = inside[:, None] & chosen
         tl.store(weights + before * K + to, w, mask=own)
         tl.store(ids + before * K + to, i, mask=own)
     if SUMS:
-        part = tl.program_id(0) * experts  # of at most PROGRAMS * MOST_EXPERTS
+        part = tl.program_id(0) * experts  # 32 bits will do: at most MOST_PROGRAMS * MOST_EXPERTS
         tl.store(part_sums + part + e, sums, mask=e < experts)
         tl.store(part_counts + 2 * part + e, firsts, mask=e < experts)
         tl.store(part_counts + 2 * part + experts + e, all_choices, mask=e < experts)
@@ -195,6 +198,7 @@ def _choose(preference, values, free, K: tl.constexpr, CHOICES: tl.constexpr, BI
     first = tl.zeros((BT,), tl.int32)
     w = tl.zeros((BT, CHOICES), tl.float32)
     i = tl.zeros((BT, CHOICES), tl.int32)
+    # K passes over registers rather than a sort: K is small. `free` is false for taken experts, and past the last one.
     for k in range(K):
         best = tl.max(tl.where(free, preference, float("-inf")), 1)
         index = tl.min(tl.where(free & (preference == best[:, None]), e[None, :], BINS), 1)
@@ -248,6 +252,9 @@ def _select_backward(
         i = tl.load(ids + of, mask=own, other=-1)
         w = tl.load(weights + of, mask=own, other=0.0)
         dw = tl.load(d_weights + of, mask=own, other=0.0)
+        # Below, d_chosen is the gradient of the value that each weight was made of: the expert's score, or its logit
+        # for softmax_of_selected. Both normalize and the softmax give dw - <dw, w>, divided by the sum of scores or
+        # multiplied by w.
         dw = tl.where(w != w, 0.0, dw)  # a token without finite logits learns nothing from its NaN
         w = tl.where(w != w, 0.0, w)
         if NORMALIZE or GATE == "softmax_of_selected":
@@ -255,7 +262,7 @@ def _select_backward(
         if GATE == "softmax_of_selected":
             dw *= w
         total = tl.zeros((BT,), tl.float32)
-        for k in range(K):
+        for k in range(K):  # scatters [BT, CHOICES] to [BT, BINS]
             now = (c == k)[None, :]
             taken = e[None, :] == tl.sum(tl.where(now, i, 0), 1)[:, None]
             d_chosen += tl.where(taken, tl.sum(tl.where(now, dw, 0.0), 1)[:, None], 0.0)
@@ -264,6 +271,7 @@ def _select_backward(
             d_chosen = d_chosen / tl.maximum(total, 1.1754943508222875e-38)[:, None]
     if GATE != "softmax_of_selected":
         d += d_chosen
+    # From scores to logits: s (1 - s) for the sigmoid; s (d - <s, d>) for the softmax over all experts.
     d = d * s * (1.0 - s) if GATE == "sigmoid" else s * (d - tl.sum(s * d, 1)[:, None])
     if GATE == "softmax_of_selected":
         d += d_chosen

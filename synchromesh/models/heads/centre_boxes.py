@@ -1,7 +1,8 @@
 """CentreBoxes: a dense head that says at each place how likely an object's centre is there, and where its sides are.
 
-One branch for all levels of a pyramid. A peak of the map of a class is an object; so nothing is proposed, sorted out or
-compiled. After CenterNet (arXiv 1904.07850) and TTFNet (arXiv 1909.00700), with levels by size as FCOS has them.
+One branch serves all levels of a pyramid. A peak in the map of a class is an object: there are no anchors and no
+proposals, and no compiled operators are needed. After CenterNet (arXiv 1904.07850) and TTFNet (arXiv 1909.00700), with
+levels by size as FCOS has them.
 
 Shape letters: B images, N classes, M objects, H W rows and columns of a map.
 """
@@ -21,11 +22,11 @@ from synchromesh.models.boxes import giou, suppressed
 from synchromesh.models.features import Backbone
 from synchromesh.models.heads.pyramid import FeaturePyramid
 
-RARE = 0.01  # probability of a centre at first
-SPREAD = 0.54 / 6  # standard deviation of a target's bump over the object's side, as in TTFNet
-CORE = 0.25  # of the object's sides: cells whose centre is so near its own learn its sides
-USUAL = 8.0  # strides to the side of an object that a level is for
-PIECE = 64  # objects whose bumps are drawn at a time
+FIRST_PROBABILITY = 0.01  # of a centre, before training
+BUMP_SPREAD = 0.54 / 6  # half the standard deviation of a target's bump, over the object's side; after TTFNet
+CORE_SHARE = 0.25  # of the object's sides: positions this near to its centre learn its sides
+USUAL_STRIDES = 8.0  # side of the objects that a level is for, in strides of the level
+DRAWN_AT_ONCE = 64  # objects whose bumps are drawn at a time: a bump has the size of a map
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class CentreBoxes:
         convs: convolutions of the branch.
         box_weight: of the sides' loss beside the centres' one.
         overlap: IoU from which the less likely of two boxes of a class is left out.
-        most: boxes of an image.
+        most: boxes of an image, at most.
     """
 
     width: int = 64
@@ -110,10 +111,11 @@ class CentreBoxHead(nn.Module):
         self.branch = nn.Sequential(*layers)
         self.heat = nn.Conv2d(width, num_classes, 3, padding=1)
         self.sides = nn.Conv2d(width, 4, 3, padding=1)
+        # Nearly all positions hold no centre: to begin with one half would give a huge loss (arXiv 1708.02002).
         nn.init.normal_(self.heat.weight, std=0.01)
-        nn.init.constant_(self.heat.bias, -math.log(1 / RARE - 1))  # pyright: ignore[reportArgumentType]
+        nn.init.constant_(self.heat.bias, -math.log(1 / FIRST_PROBABILITY - 1))  # pyright: ignore[reportArgumentType]
         nn.init.normal_(self.sides.weight, std=0.01)
-        nn.init.constant_(self.sides.bias, USUAL / 2)  # pyright: ignore[reportArgumentType]
+        nn.init.constant_(self.sides.bias, USUAL_STRIDES / 2)  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Float[Tensor, "B W _ _"], stride: int) -> Level:
         x = self.branch(x)
@@ -124,7 +126,7 @@ def centre_losses(levels: Sequence[Level], objects: Objects) -> tuple[Tensor, Te
     """Return the losses of centres and of sides, each summed over the objects, in float32.
 
     Centres: focal loss against bumps of height 1 at the objects' centres, (1 - p)^2 log p at a centre and else
-    (1 - y)^4 p^2 log(1 - p). Sides: 1 - GIoU, for each object the mean over its cells, weighted by its bump.
+    (1 - y)^4 p^2 log(1 - p). Sides: 1 - GIoU, for each object the mean over its positions, weighted by its bump.
     """
     of_level = _levels_of(objects.boxes, [level.stride for level in levels])
     centres = torch.stack([_heat_loss(lv, objects.chosen(of_level == i)) for i, lv in enumerate(levels)]).sum()
@@ -142,15 +144,16 @@ def found_boxes(levels: Sequence[Level], settings: CentreBoxes, *, least: float)
 def _levels_of(boxes: Float[Tensor, "M 4"], strides: Sequence[int]) -> Int[Tensor, " M"]:
     """Return the level of each object: the one whose usual size is nearest to its own, in powers of two."""
     size = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=1).sqrt()
-    usual = torch.tensor(strides, dtype=torch.float32, device=boxes.device) * USUAL
+    usual = torch.tensor(strides, dtype=torch.float32, device=boxes.device) * USUAL_STRIDES
     return (size[:, None].log2() - usual.log2()[None]).abs().argmin(1)
 
 
 def _heat_loss(level: Level, objects: Objects) -> Tensor:
     target = torch.zeros(level.heat.shape, device=level.heat.device)  # contiguous, which the logits need not be
-    for piece in torch.arange(len(objects), device=target.device).split(PIECE):
+    for piece in torch.arange(len(objects), device=target.device).split(DRAWN_AT_ONCE):
         own = objects.chosen(piece)
         bumps = _bumps(own.boxes, level)
+        # Where bumps of one class overlap the higher one counts, whatever the order of the objects.
         map_of = (own.image * target.shape[1] + own.labels)[:, None, None].expand_as(bumps)
         target.flatten(0, 1).scatter_reduce_(0, map_of, bumps, "amax")
     centre = target == 1
@@ -165,11 +168,14 @@ def _sides_loss(level: Level, objects: Objects) -> Tensor:
         return level.sides.sum() * 0
     near = _near(objects.boxes, level)
     size = (objects.boxes[:, 2:] - objects.boxes[:, :2]).prod(1)
+    # The smallest object near each position of each image: [B, H, W].
     smallest = torch.full((level.sides.shape[0], *near.shape[1:]), math.inf, device=near.device)
     sizes = torch.where(near, size[:, None, None], math.inf)
     smallest.scatter_reduce_(0, objects.image[:, None, None].expand_as(sizes), sizes, "amin")
-    own = near & (size[:, None, None] == smallest[objects.image])  # a cell near two objects is the smaller one's
+    # A position near two objects learns the smaller one's sides.
+    own = near & (size[:, None, None] == smallest[objects.image])
     which, row, column = own.nonzero(as_tuple=True)
+    # Weights of an object's positions sum to 1, so that large and small objects count alike.
     weight = _bumps(objects.boxes, level)[which, row, column]
     total = torch.zeros(len(objects), device=near.device).index_add_(0, which, weight)
     sides = level.sides.permute(0, 2, 3, 1)[objects.image[which], row, column]
@@ -178,7 +184,7 @@ def _sides_loss(level: Level, objects: Objects) -> Tensor:
 
 
 def _cells(length: int, stride: int, like: Tensor) -> Float[Tensor, " L"]:
-    """Return where positions are, in pixels."""
+    """Return the centres of positions along one side, in pixels."""
     return (torch.arange(length, device=like.device, dtype=torch.float32) + 0.5) * stride
 
 
@@ -194,7 +200,7 @@ def _bumps(boxes: Float[Tensor, "M 4"], level: Level) -> Float[Tensor, "M H W"]:
     """Return a bump for each object: 1 at its centre, falling off with its sides."""
     height, width = level.heat.shape[-2:]
     column, row = _centre_cells(boxes, level)
-    spread = ((boxes[:, 2:] - boxes[:, :2]) * SPREAD * 2).clamp(min=level.stride / 4)
+    spread = ((boxes[:, 2:] - boxes[:, :2]) * BUMP_SPREAD * 2).clamp(min=level.stride / 4)
     across = (_cells(width, level.stride, boxes)[None] - column[:, None]) / spread[:, :1]
     down = (_cells(height, level.stride, boxes)[None] - row[:, None]) / spread[:, 1:]
     return (-0.5 * down**2).exp()[:, :, None] * (-0.5 * across**2).exp()[:, None, :]
@@ -204,7 +210,7 @@ def _near(boxes: Float[Tensor, "M 4"], level: Level) -> Tensor:
     """Tell which positions learn each object's sides: the one at its centre, and those in its core."""
     height, width = level.heat.shape[-2:]
     column, row = _centre_cells(boxes, level)
-    reach = ((boxes[:, 2:] - boxes[:, :2]) * CORE).clamp(min=level.stride / 2)
+    reach = ((boxes[:, 2:] - boxes[:, :2]) * CORE_SHARE).clamp(min=level.stride / 2)
     across = (_cells(width, level.stride, boxes)[None] - column[:, None]).abs() < reach[:, :1]
     down = (_cells(height, level.stride, boxes)[None] - row[:, None]).abs() < reach[:, 1:]
     return down[:, :, None] & across[:, None, :]
@@ -218,6 +224,7 @@ def _boxes_at(sides: Float[Tensor, "P 4"], row: Tensor, column: Tensor, stride: 
 def _peaks(level: Level, most: int, least: float) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Return the boxes, scores and labels at the highest peaks of each image."""
     probability = level.heat.sigmoid()
+    # A peak is the highest of its 3 x 3 neighbours; inside a map this replaces non-maximum suppression.
     peak = F.max_pool2d(probability, 3, stride=1, padding=1) == probability
     images, classes, height, width = probability.shape
     scores = (probability * peak).reshape(images, classes * height * width)
@@ -226,7 +233,7 @@ def _peaks(level: Level, most: int, least: float) -> list[tuple[Tensor, Tensor, 
     for image in range(images):
         good = best.values[image] >= least
         place = best.indices[image][good]
-        row, column = place % (height * width) // width, place % width
+        row, column = place % (height * width) // width, place % width  # place = (class * H + row) * W + column
         sides = level.sides[image].permute(1, 2, 0)[row, column]
         boxes = _boxes_at(sides, row, column, level.stride)
         found.append((boxes, best.values[image][good], place // (height * width)))

@@ -1,4 +1,4 @@
-"""Pixels: a head that draws the picture again from a backbone's last map (SimMIM, arXiv 2111.09886)."""
+"""Pixels: a head that reconstructs the picture from a backbone's last map (SimMIM, arXiv 2111.09886)."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class PixelDecoder(nn.Module):
         """
         patches = None if hidden is None else hidden_positions(hidden, self.backbone.strides[0])
         last = self.backbone(images, patches).last
+        # Each position's stride^2 * channels numbers become its square of pixels.
         drawn = shuffled(self.decoder(last.permute(0, 3, 1, 2).contiguous()), self.stride)
         return drawn[:, :, : images.shape[2], : images.shape[3]]
 

@@ -1,4 +1,4 @@
-"""FeaturePyramid: maps of several strides, each told what the coarser ones see (arXiv 1612.03144)."""
+"""FeaturePyramid: maps of several strides, each with what the coarser ones see added to it (arXiv 1612.03144)."""
 
 from __future__ import annotations
 
@@ -28,10 +28,8 @@ class FeaturePyramid(nn.Module):
     def forward(self, features: Features) -> list[Float[Tensor, "B W _ _"]]:
         """Return one map for each of the backbone's, the finest first."""
         finer = [norm(x) for norm, x in zip(self.norms, features.maps[:-1], strict=True)]
-        seen = [
-            *finer,
-            features.last.permute(0, 3, 1, 2).contiguous(),
-        ]  # the last one has been normalised by the backbone
+        # Stage maps are not normalised; in place of the last one stands `last`, which the backbone has normalised.
+        seen = [*finer, features.last.permute(0, 3, 1, 2).contiguous()]
         maps = [side(x) for side, x in zip(self.sides, seen, strict=True)]
         for place in range(len(maps) - 2, -1, -1):
             coarse = F.interpolate(maps[place + 1], size=maps[place].shape[-2:], mode="nearest")

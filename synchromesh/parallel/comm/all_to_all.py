@@ -28,7 +28,8 @@ class Route(ABC):
     """One exchange: how many rows each member sends to each local expert of each other.
 
     Attributes:
-        received: [X, N], rows from each member for each expert here. num_sent: rows sent in all.
+        received: [X, N], rows from each member for each expert here.
+        num_sent: rows sent in all.
     """
 
     received: Counts
@@ -112,7 +113,8 @@ class TwoLevelAllToAll(AllToAll):
 
     Attributes:
         inside, across: groups of m members of this node, and of the n members of this place in each node.
-        nodes: n. local: m; members are numbered node * m + place.
+        nodes: n.
+        local: m; members are numbered node * m + place.
     """
 
     inside: ProcessGroup | None
@@ -153,6 +155,10 @@ class _TwoLevelRoute(Route):
     @property
     def by_node(self) -> Counts:
         return self.received.sum(1).reshape(self.levels.nodes, self.levels.local)
+
+    # There: sorted by place in the node, rows go to the member of this node who has that place, with all that this node
+    # sends to that place of any node. It sorts what it got by node, and sends each node one message.
+    # Back: the same stations in the other order.
 
     def there(self, rows: Tensor) -> InFlight:
         aligned = transpose_segments(rows, self.sent)  # by place, then by node
@@ -224,8 +230,10 @@ def transpose_segments(rows: Tensor, sizes: Counts) -> Tensor:
     """Reorder rows that lie in segments of sizes [A, B], row-major, into column-major order of the segments."""
     if 1 in sizes.shape or len(rows) == 0:
         return rows
-    if (sizes == sizes.flat[0]).all():
+    if (sizes == sizes.flat[0]).all():  # even segments: a strided copy, without an index
         return rows.view(*sizes.shape, int(sizes.flat[0]), *rows.shape[1:]).transpose(0, 1).flatten(0, 2)
+    # Row i of the result is row i + (where its segment starts now - where it will start), segment by segment. The host
+    # knows all sizes, so that the index is computed there and sent once.
     flat = sizes.reshape(-1)
     starts = (flat.cumsum() - flat).reshape(sizes.shape).T.reshape(-1)
     lengths = sizes.T.reshape(-1)

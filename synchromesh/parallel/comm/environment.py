@@ -61,7 +61,7 @@ def in_job(environment: Mapping[str, str] | None = None) -> bool:
 
 
 def restarted(environment: Mapping[str, str] | None = None) -> bool:
-    """Tell whether torchrun started this job anew because a rank died."""
+    """Tell whether torchrun restarted this job because a rank died."""
     job = job_of(environment)
     return job is not None and job["RESTART"] > 0
 

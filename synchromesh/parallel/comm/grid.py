@@ -111,7 +111,7 @@ class Grid:
             self._groups[ranks] = group
         return self._groups[ranks]
 
-    def apart(self) -> Grid:
+    def with_own_group(self) -> Grid:
         """Return the same ranks with a gloo group of their own, whose collectives never mix with this grid's.
 
         All ranks of the grid call it together.

@@ -16,7 +16,9 @@ class Heartbeat:
     """Counts up in the job's store, in a thread of its own, until it is stopped.
 
     Args:
-        store: of the job; used by this thread alone. rank: of this process. size: ranks in all.
+        store: of the job; used by this thread alone.
+        rank: of this process.
+        size: ranks in all.
     """
 
     def __init__(self, store: Any, *, rank: int, size: int) -> None:  # a torch.distributed.Store

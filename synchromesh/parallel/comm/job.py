@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from synchromesh.parallel.comm.grid import TIMEOUT, Grid
 from synchromesh.parallel.comm.heartbeat import Heartbeat
+from synchromesh.torch_private import job_store
 
 # The threads of a back end need the interpreter once more, to free what they sent; where it is gone by then the process
 # aborts. So a rank rests before it leaves.
@@ -39,7 +39,7 @@ def joined(*, timeout: timedelta = TIMEOUT) -> Iterator[Grid]:
         yield grid
         return
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // grid.ranks_per_node))
-    heart, lost = Heartbeat(_job_store().clone(), rank=grid.rank, size=grid.size), False
+    heart, lost = Heartbeat(job_store().clone(), rank=grid.rank, size=grid.size), False
     try:
         yield grid
     except RuntimeError as error:
@@ -64,10 +64,6 @@ def leave() -> None:
     """Leave the job around this process, as `joined` does at its end."""
     time.sleep(_REST)
     dist.destroy_process_group()
-
-
-def _job_store() -> Any:
-    return dist.distributed_c10d._get_default_store()  # torch has no public way to the store it was given
 
 
 # What gloo says of a lost rank: with the path of its source, or nothing but this.

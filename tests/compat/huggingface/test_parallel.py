@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from synchromesh import Adaptive, Grid, Plan, Sharded, adaptive_layers, clip_grad_norm, load_stats, parallelize
+from synchromesh import Grid, Plan, Sharded, Tuned, adaptive_layers, clip_grad_norm, load_stats, parallelize
 from synchromesh.compat.huggingface import full_state_dict, parallelize_experts
 from synchromesh.testing.compare import assert_close, relative_rms
 from synchromesh.testing.distributed import run_ranks
@@ -98,7 +98,7 @@ def train_adaptively(folder):
         for optimizer in optimizers:
             optimizer.step()
     layers = adaptive_layers(model)
-    assert all(isinstance(layer, Adaptive) and len(layer.record) > 1 for layer in layers.values())
+    assert all(isinstance(layer, Tuned) and len(layer.record) > 1 for layer in layers.values())
     assert load_stats(model).keys() == layers.keys()
 
 

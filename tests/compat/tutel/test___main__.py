@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from synchromesh.compat.tutel.__main__ import main
+from synchromesh.testing.programs import run_job, run_program
 
 # Laid out as Tutel's own first example is described: a gate, experts, a loss over the token axis, plain SGD.
 SCRIPT = """
@@ -52,16 +53,10 @@ def script(tmp_path):
     return tmp_path / "script.py"
 
 
-def run(*arguments, **options):
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
-
-
-def test_a_module_runs_under_torchrun(script):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = run(*torchrun, "-m", "synchromesh.compat.tutel", "-m", "script", "5", cwd=script.parent)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "__main__ ['5'] imported\n"
+def test_a_module_runs_on_ranks(script):
+    ranks = run_job(2, "-m", "synchromesh.compat.tutel", "-m", "script", "5", cwd=script.parent)
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr
+    assert [rank.stdout for rank in ranks] == ["__main__ ['5'] imported\n", ""]
 
 
 SPAWNING = """
@@ -85,12 +80,13 @@ if __name__ == "__main__":
 
 def test_a_script_runs_and_so_do_processes_that_it_spawns(script):
     script.write_text(SPAWNING)
-    done = run("-m", "synchromesh.compat.tutel", script, "--top", "2", cwd=script.parents[1])
+    command = [sys.executable, "-m", "synchromesh.compat.tutel", script, "--top", "2"]
+    done = subprocess.run(command, cwd=script.parents[1], capture_output=True, text=True, check=False)
     assert done.stdout == "imported ['--top', '2'] [0, 1, 4]\n", done.stderr
 
 
 def test_tutels_own_programs_run():
-    done = run("-m", "synchromesh.compat.tutel", "-m", "tutel.checkpoint.scatter", "--help")
+    done = run_program("-m", "synchromesh.compat.tutel", "-m", "tutel.checkpoint.scatter", "--help")
     assert "--output_size" in done.stdout, done.stderr
 
 

@@ -4,8 +4,6 @@ import copy
 import dataclasses
 import io
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
@@ -18,6 +16,7 @@ from synchromesh import load_stats, record_load
 from synchromesh.compat.tutel import moe
 from synchromesh.testing.compare import TOLERANCE, assert_close, relative_rms
 from synchromesh.testing.distributed import run_ranks
+from synchromesh.testing.programs import run_program
 
 HUGE = 2048
 
@@ -299,7 +298,7 @@ for build, said in (
 
 def test_wrong_types_are_refused():
     """In a process of its own, without the checks of types that tests run with."""
-    done = subprocess.run([sys.executable, "-c", WRONG], capture_output=True, text=True, timeout=120, check=False)
+    done = run_program("-c", WRONG)
     assert done.returncode == 0, done.stderr
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from synchromesh.models.heads.centre_boxes import (
-    CORE,
-    SPREAD,
-    USUAL,
+    BUMP_SPREAD,
+    CORE_SHARE,
+    USUAL_STRIDES,
     CentreBoxDetector,
     CentreBoxes,
     Level,
@@ -46,7 +46,7 @@ def objects(*counts: int) -> Objects:
 def level_of(box: Tensor, strides: Sequence[int]) -> int:
     left, top, right, bottom = box.tolist()
     size = math.sqrt((right - left) * (bottom - top))
-    return min(range(len(strides)), key=lambda i: abs(math.log2(size / (USUAL * strides[i]))))
+    return min(range(len(strides)), key=lambda i: abs(math.log2(size / (USUAL_STRIDES * strides[i]))))
 
 
 def bump(box: Tensor, level: Level, row: int, column: int) -> float:
@@ -54,8 +54,8 @@ def bump(box: Tensor, level: Level, row: int, column: int) -> float:
     stride, side = level.stride, level.heat.shape[-1]
     x = min(side - 1, math.floor((left + right) / 2 / stride))
     y = min(side - 1, math.floor((top + bottom) / 2 / stride))
-    across = (column - x) * stride / max((right - left) * SPREAD * 2, stride / 4)
-    down = (row - y) * stride / max((bottom - top) * SPREAD * 2, stride / 4)
+    across = (column - x) * stride / max((right - left) * BUMP_SPREAD * 2, stride / 4)
+    down = (row - y) * stride / max((bottom - top) * BUMP_SPREAD * 2, stride / 4)
     return math.exp(-0.5 * (across**2 + down**2))
 
 
@@ -65,7 +65,7 @@ def is_near(box: Tensor, level: Level, row: int, column: int) -> bool:
     x = min(side - 1, math.floor((left + right) / 2 / stride))
     y = min(side - 1, math.floor((top + bottom) / 2 / stride))
     across, down = abs(column - x) * stride, abs(row - y) * stride
-    return across < max((right - left) * CORE, stride / 2) and down < max((bottom - top) * CORE, stride / 2)
+    return across < max((right - left) * CORE_SHARE, stride / 2) and down < max((bottom - top) * CORE_SHARE, stride / 2)
 
 
 def slow_giou(one: Sequence[float], other: Sequence[float]) -> float:

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from synchromesh.parallel.comm.environment import in_job
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.testing.distributed import run_ranks
+from synchromesh.testing.programs import run_program
 
 
 def test_without_a_job_a_process_is_a_grid_of_one():
@@ -97,7 +98,7 @@ else:
 
 
 def test_a_rank_that_ends_right_after_an_exchange_does_not_abort():
-    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -119,5 +120,5 @@ assert not dist.is_initialized()
 
 
 def test_a_job_is_joined_with_the_back_end_that_is_wanted_and_left():
-    done = subprocess.run([sys.executable, "-c", JOINING], capture_output=True, text=True, timeout=120, check=False)
+    done = run_program("-c", JOINING)
     assert done.returncode == 0, done.stderr

@@ -33,8 +33,10 @@ class SwinV2MoEConfig(BackboneConfigMixin, PreTrainedConfig):
         moe_blocks: for each stage, the blocks with experts; None is every second one of the later half of the stages.
         norm_topk_prob: whether the weights of a token's experts are the softmax over these alone, so that they sum to
             one; else they are its probabilities among all experts, and the published setting.
-        router: "linear" or "cosine". router_noise: on the logits while training, over E.
-        router_aux_loss: "load_balance", or "importance_load", which wants noise. router_aux_loss_coef: its weight.
+        router: "linear" or "cosine".
+        router_noise: on the logits while training, over E.
+        router_aux_loss: "load_balance", or "importance_load", which wants noise.
+        router_aux_loss_coef: its weight.
         capacity_factor: room of an expert over an even load; None drops nothing.
         batch_prioritized: whether a full expert keeps the tokens of highest score, instead of the first.
         output_bias: whether feed-forwards, experts or not, have one.
@@ -97,7 +99,7 @@ class SwinV2MoEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dense(cls, dense: Swinv2Config, **experts: Any) -> SwinV2MoEConfig:
-        """Return the configuration of a dense Swinv2 with experts; fields of both may be given anew.
+        """Return the configuration of a dense Swinv2 with experts; fields of both may be overridden.
 
         Raises:
             ValueError: a field that these models do not have.

@@ -133,7 +133,8 @@ class SwinV2MoEForImageClassification(SwinV2MoEPreTrainedModel):
         """Return logits; with labels also their loss, the experts' included while training.
 
         Args:
-            pixel_values: [B, C, H, W], of any size. labels: [B].
+            pixel_values: [B, C, H, W], of any size.
+            labels: [B].
         """
         features = self._features(pixel_values)
         logits = self.head(features.pooled)

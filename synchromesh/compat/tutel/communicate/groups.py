@@ -26,7 +26,8 @@ class Groups:
         global_rank, global_size, global_group: of what was divided.
         model_rank, model_size, model_group: this rank among its neighbours.
         data_rank, data_size, data_group: this rank among those of its place in each group of neighbours.
-        group_count: groups of neighbours. local_device: where this rank's tensors belong.
+        group_count: groups of neighbours.
+        local_device: where this rank's tensors belong.
         is_distributed: whether there is a process group at all; without one, all groups are None.
     """
 

@@ -19,7 +19,8 @@ def batch_all_to_all_v(
     """Send the parts of several tensors, cut in one way, to the ranks.
 
     Args:
-        datas: tensors with the same number n of elements. partition_sizes: [W], elements for each rank; n in all.
+        datas: tensors with the same number n of elements.
+        partition_sizes: [W], elements for each rank; n in all.
 
     Returns:
         For each tensor what arrived, flat, in the order of ranks, and [W] how many elements of each rank that is. A

@@ -17,7 +17,8 @@ def build_experts(settings: Mapping[str, Any], share: Share, *, skip: bool = Fal
     """Build the experts of a layer: of this file, or the user's module.
 
     Args:
-        settings: as `moe_layer` takes them, without their number. skip: of ffn experts.
+        settings: as `moe_layer` takes them, without their number.
+        skip: of ffn experts.
 
     Raises:
         ValueError: an unknown type, or settings that its experts do not know.

@@ -21,9 +21,12 @@ class FFNExperts(TutelExperts):
     `batched_fc1_bias [L F/s]`, `batched_fc2_bias [L ceil(O/s)]`, drawn as L pairs of nn.Linear of these sizes.
 
     Args:
-        hidden_size_per_expert: F. activation_fn: relu unless given; it sees rows [R F], without padding.
-        activation_fn_with_self: (rows, experts) -> rows, in its place. output_dim: O, D unless given.
-        has_fc1_bias, has_fc2_bias: whether to have them. skip: return the rows as they came.
+        hidden_size_per_expert: F.
+        activation_fn: relu unless given; it sees rows [R F], without padding.
+        activation_fn_with_self: (rows, experts) -> rows, in its place.
+        output_dim: O, D unless given.
+        has_fc1_bias, has_fc2_bias: whether to have them.
+        skip: return the rows as they came.
 
     Raises:
         ValueError: the shards do not divide F, or both activations are given.

@@ -21,7 +21,8 @@ class LlamaExperts(TutelExperts):
     hidden rows, so an expert is always pooled whole.
 
     Args:
-        hidden_size_per_expert: F. activation_fn: silu unless given.
+        hidden_size_per_expert: F.
+        activation_fn: silu unless given.
     """
 
     matrices, splits = 3, False

@@ -14,7 +14,9 @@ class Share:
     """What one rank holds of a layer.
 
     Attributes:
-        model_dim: D. num_experts: E. cut: this rank's of all ranks.
+        model_dim: D.
+        num_experts: E.
+        cut: this rank's of all ranks.
     """
 
     model_dim: int
@@ -38,8 +40,8 @@ class TutelExperts(Experts):
 
     Attributes:
         splits: whether a part of an expert computes a part of its output; else experts are pooled whole.
-        output_dim: width of what they return. row_dim: of the rows that travel, the wider of model_dim and output_dim;
-            what is not used is 0.
+        output_dim: width of what they return.
+        row_dim: of the rows that travel, the wider of model_dim and output_dim; what is not used is 0.
     """
 
     splits: bool = True

@@ -1,0 +1,112 @@
+"""What leans on private parts of torch, all of it; tests/test_torch_private.py names what breaks when torch changes.
+
+Everything here has no public way as of torch 2.13. Nothing else in the package reads a name of torch that begins with
+an underscore.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._library.custom_ops import OPDEFS as CUSTOM_OPS  # by qualified name
+from torch.autograd import forward_ad
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils.checkpoint import _CheckpointFrame
+
+__all__ = ["CUSTOM_OPS", "TorchDispatchMode", "tree_leaves"]
+
+
+def backward_task() -> int | None:
+    """Return the number of the backward that autograd runs in this thread; None outside of one."""
+    task = torch._C._current_graph_task_id()
+    return None if task == -1 else task
+
+
+def checkpoint_frame() -> object | None:
+    """Return the object that a checkpointed forward and its recomputations share; None outside of a checkpoint.
+
+    `torch.utils.checkpoint` (use_reentrant=False) keeps it in the closure of its saved-tensors hook.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
+    if hooks is None:
+        return None
+    pack = inspect.unwrap(hooks[0])
+    if not inspect.isfunction(pack):
+        return None
+    held = inspect.getclosurevars(pack).nonlocals
+    frame = held["target_frame_ref"]() if "target_frame_ref" in held else held.get("frame")
+    return frame if isinstance(frame, _CheckpointFrame) else None
+
+
+def transformed() -> bool:
+    """Tell whether a transform of torch.func or forward-mode differentiation is at work.
+
+    torch.compile sees through neither question; there the answer is no.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or functorch.peek_interpreter_stack() is not None
+
+
+def vmapped() -> bool:
+    """Tell whether a transform at work is torch.vmap (or jacrev, jacfwd, hessian): then no number can be read."""
+    if torch.compiler.is_compiling():
+        return False
+    stack = functorch.get_interpreter_stack() or []
+    return any(one.key() == functorch.TransformType.Vmap for one in stack)
+
+
+def outlived(tensor: Tensor) -> bool:
+    """Tell whether a tensor belongs to a transform of torch.func that has ended."""
+    if torch.compiler.is_compiling():
+        return False
+    level = functorch.maybe_get_level(tensor)
+    now = functorch.maybe_current_level() or 0
+    return level == -2 or level > now
+
+
+def leave_to_owner(model: nn.Module, names: Iterable[str]) -> None:
+    """Make DistributedDataParallel neither broadcast nor reduce these parameters and buffers of a model."""
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(names))
+
+
+def job_store() -> Any:
+    """Return the store that the default process group was made with."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Tell whether a call of the module runs hooks besides its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return the children of a module by name; one registered under two names is listed twice."""
+    return dict(module._modules)
+
+
+def onednn_linear(
+    x: Float[Tensor, "*T D"], weight: Float[Tensor, "F D"], bias: Float[Tensor, " F"] | None, *, gelu: bool
+) -> Float[Tensor, "*T F"]:
+    """Return x weight^T + bias, passed through gelu if asked, in one call of oneDNN; without gradient."""
+    activation = ("gelu", [], "none") if gelu else ("none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *activation)
+
+
+def onednn_has_bfloat16() -> bool:
+    """Tell whether this CPU can multiply bfloat16 by oneDNN."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def softmax_backward(grad: Tensor, softmax: Tensor) -> Tensor:
+    """Return the gradient of the scores, given a softmax over the last dim and its gradient, both of one dtype."""
+    return torch.ops.aten._softmax_backward_data(grad, softmax, -1, softmax.dtype)

@@ -1,0 +1,146 @@
+"""Each private part of torch that the package leans on does what is expected of it; a new torch fails here first."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from synchromesh import torch_private
+from synchromesh.testing.distributed import run_ranks
+
+PACKAGE = sorted((Path(__file__).parent.parent / "synchromesh").rglob("*.py"))
+
+
+def test_a_backward_has_a_number_and_a_forward_has_none():
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    for _ in range(2):
+        y = x * 2
+        y.register_hook(lambda _: seen.append(torch_private.backward_task()))
+        assert torch_private.backward_task() is None
+        y.sum().backward()
+    assert None not in seen
+    assert len(set(seen)) == 2
+
+
+def test_a_checkpointed_forward_and_its_recomputation_share_a_frame_that_others_do_not():
+    frames = []
+
+    def block(x):
+        frames.append(torch_private.checkpoint_frame())
+        return x.sin()
+
+    x = torch.ones(2, requires_grad=True)
+    assert torch_private.checkpoint_frame() is None
+    (checkpoint(block, x, use_reentrant=False) + checkpoint(block, x, use_reentrant=False)).sum().backward()
+    first, second, *recomputed = frames
+    assert first is not None
+    assert second is not None
+    assert first is not second
+    assert {id(frame) for frame in recomputed} == {id(first), id(second)}
+
+
+def test_hooks_of_others_are_no_checkpoint():
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        assert torch_private.checkpoint_frame() is None
+
+
+def ignored_by_ddp():
+    torch.manual_seed(dist.get_rank())
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    own = model[1].weight.detach().clone()
+    torch_private.leave_to_owner(model, ["1.weight"])
+    run = DistributedDataParallel(model)
+    run(torch.full((1, 2), 1.0 + dist.get_rank())).sum().backward()
+    assert torch.equal(model[1].weight, own)  # not broadcast
+    return [parameter.grad.tolist() for parameter in (model[0].bias, model[1].weight)]
+
+
+def test_ddp_neither_broadcasts_nor_reduces_what_is_left_to_its_owner():
+    (shared, own), (other_shared, other_own) = run_ranks(ignored_by_ddp, 2)
+    assert shared == other_shared
+    assert own != other_own
+
+
+def told_through_the_store():
+    store = torch_private.job_store()
+    store.set(f"said {dist.get_rank()}", "here")
+    return store.get(f"said {1 - dist.get_rank()}")
+
+
+def test_the_store_of_a_job_is_found_and_shared():
+    assert run_ranks(told_through_the_store, 2) == [b"here", b"here"]
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_of_a_forward_are_seen(register):
+    layer = nn.Linear(2, 2)
+    assert not torch_private.has_forward_hooks(layer)
+    handle = getattr(layer, register)(lambda *_: None)
+    assert torch_private.has_forward_hooks(layer)
+    handle.remove()
+    assert not torch_private.has_forward_hooks(layer)
+
+
+def test_a_child_registered_under_two_names_is_listed_twice():
+    shared = nn.Linear(2, 2)
+    assert torch_private.children_of(nn.ModuleDict({"a": shared, "b": shared})) == {"a": shared, "b": shared}
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+@torch.no_grad()
+def test_one_call_of_onednn_is_a_linear_layer(gelu, dtype, biased):
+    if not torch.backends.mkldnn.is_available() or (
+        dtype == torch.bfloat16 and not torch_private.onednn_has_bfloat16()
+    ):
+        pytest.skip("this CPU has no such product")
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, 5, 8), torch.randn(6, 8), torch.randn(6)
+    x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype) if biased else None
+    wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    got = torch_private.onednn_linear(x, weight, bias, gelu=gelu)
+    assert got.dtype == dtype
+    bound = 1e-5 if dtype == torch.float32 else 0.05
+    assert (got - (F.gelu(wanted) if gelu else wanted)).abs().max() < bound
+
+
+def test_the_gradient_of_a_softmax_is_autograds():
+    scores = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    weights, grad = scores.softmax(-1), torch.randn(3, 7, dtype=torch.float64)
+    (wanted,) = torch.autograd.grad(weights, scores, grad)
+    torch.testing.assert_close(torch_private.softmax_backward(grad, weights.detach()), wanted)
+
+
+def test_custom_ops_are_found_by_their_names():
+    @torch.library.custom_op("synchromesh_test::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    assert "synchromesh_test::twice" in torch_private.CUSTOM_OPS
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)
+def test_nothing_else_reads_a_private_name_of_torch(path):
+    if path.name == "torch_private.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and _private(node.attr):
+            assert ast.unparse(node).split(".")[0] not in ("torch", "dist", "nn", "DistributedDataParallel"), (
+                node.lineno
+            )
+            assert node.attr not in ("_modules", "_parameters", "_buffers", "_forward_hooks"), node.lineno
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            assert not any(map(_private, names)), node.lineno
+
+
+def _private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
