@@ -13,6 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from synchromesh.moe.capacity import Capacity, Dropless, mapped
+from synchromesh.moe.carry import InBackward, carry
 from synchromesh.moe.experts import Experts, experts_in
 from synchromesh.moe.forward import chosen, note, workload_of
 from synchromesh.moe.losses import AgreeSum, Loss, OverRanks
@@ -65,6 +66,7 @@ class MoE(nn.Module):
         experts: `MLPExperts`, `GatedMLPExperts`, `ModuleExperts` or an `Experts` of your own.
         capacity: which pairs are kept; `Dropless()` keeps all.
         losses: read with `aux_loss(model)` after each training forward.
+        losses_in_backward: how losses begin in the backward of the output instead, where no loop reads them.
         shared: a module that every token passes, beside its experts.
         strategy: where the rows are computed.
 
@@ -85,6 +87,7 @@ class MoE(nn.Module):
         *,
         capacity: Capacity = Dropless(),
         losses: Sequence[Loss] = (),
+        losses_in_backward: InBackward | None = None,
         shared: nn.Module | None = None,
         strategy: Strategy = Local(),
     ) -> None:
@@ -99,6 +102,7 @@ class MoE(nn.Module):
             raise ValueError(f"the router takes tokens of width {width}, got experts of width {experts.width}")
         self.router, self.experts, self.shared = router, experts, shared
         self.capacity, self.losses, self.strategy = capacity, tuple(losses), strategy
+        self.losses_in_backward = losses_in_backward
         strategy.adopt(experts)
         self.options = Options()
         self.record = Record()
@@ -152,7 +156,9 @@ class MoE(nn.Module):
         if y_TD is None:
             rowmap = mapped(choice.capacity, routing, self._agree_max, self.strategy.kernels_on(x_TD.device))
             y_TD = self.strategy.run(x_TD, routing, rowmap, experts, choice.plan)
-            self._note(routing, rowmap, choice.plan)
+            loss = self._note(routing, rowmap, choice.plan)
+            if loss is not None and self.losses_in_backward is not None:
+                y_TD = carry(y_TD, loss, self.losses_in_backward)
         return y_TD
 
     def distribute(self, strategy: Strategy) -> None:
@@ -206,18 +212,21 @@ class MoE(nn.Module):
     def _agreed(self, loss: Loss) -> AgreeSum:
         return self.strategy.agree_sum if isinstance(loss, OverRanks) else _alone
 
-    def _note(self, routing: Routing, rowmap: RowMap, plan: Plan) -> None:
+    def _note(self, routing: Routing, rowmap: RowMap, plan: Plan) -> Tensor | None:
+        """Take note of a forward; return the loss that it trains with."""
         training = self.training and torch.is_grad_enabled()
         if not training and not self.record.observing:
-            return
+            return None
         losses = [loss(routing, self._agreed(loss)) for loss in self.losses] if training else []
         loss = torch.stack(losses).sum() if losses else None
-        trained = note(self.record, routing, rowmap, plan, self.strategy, loss=loss, training=training)
+        kept = loss if self.losses_in_backward is None else None
+        trained = note(self.record, routing, rowmap, plan, self.strategy, loss=kept, training=training)
         if trained is not None:
             for module in self.router.modules():
                 observe = getattr(module, "observe", None)  # such as that of `BiasBalance`
                 if observe is not None:
                     observe(self.strategy.agree_sum(trained))
+        return loss
 
 
 @contextmanager
