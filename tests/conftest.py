@@ -2,6 +2,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,10 @@ from synchromesh.data.images import MemoryImages, Preprocess
 from synchromesh.tasks.classification import LabelledImages
 from synchromesh.testing.poison import poisoned_memory
 from synchromesh.training.task import Splits
+
+# The same examples in every run, and no limit to how long one takes.
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("suite")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -75,7 +75,7 @@ def test_functions_comments_and_names_of_tasks_are_counted_as_the_page_says(monk
 def test_the_counts_of_this_tree_hold_what_a_reader_would_open_and_no_task_outside_its_home():
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "house.py", BENCHMARKS.parent, "--names", "now", "--json"],
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

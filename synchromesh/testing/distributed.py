@@ -24,7 +24,7 @@ class RankError(AssertionError):
     """A rank failed, died or did not end; the message says which, with its traceback."""
 
 
-def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout: int = 300) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout: int = 600) -> list[Any]:
     """Run `function(*arguments)` on `world` gloo ranks at once, one thread each; return what they return, by rank.
 
     The function stands at the top of its file, and finds the default process group initialised and fresh memory

@@ -102,7 +102,7 @@ def drawn(browser: str, page: Path, profile: Path) -> str:
     quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     more = "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1400,2400 --dump-dom"
     command = [browser, *quiet.split(), *more.split(), f"--user-data-dir={profile}", "--virtual-time-budget=20000"]
-    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -33,7 +33,7 @@ def test_what_training_changes_meanwhile_is_not_in_the_checkpoint(tmp_path: Path
     snapshot = Snapshot.of(model, optimizer, state, copy=True)
 
     def then(_folder: Path) -> None:
-        goes_on.wait(timeout=60)
+        goes_on.wait()
 
     saver.start(snapshot, then)
     with torch.no_grad():

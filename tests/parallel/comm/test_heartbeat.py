@@ -1,17 +1,16 @@
 """A link that is cut ends the ranks on both sides with an error. Nodes are network namespaces, which need root."""
 
 import os
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
 
 from synchromesh.parallel.comm.heartbeat import Heartbeat
+from synchromesh.testing.programs import HANG, job
 
 RANK = """
 import sys
@@ -19,7 +18,7 @@ from datetime import timedelta
 import torch, torch.distributed as dist
 from synchromesh.parallel.comm.job import LostRankError, joined
 try:
-    with joined(timeout=timedelta(seconds=4)) as grid:
+    with joined(timeout=timedelta(seconds=15)) as grid:
         for step in range(10**6):
             dist.all_reduce(torch.ones(1000))
             if step == 50:
@@ -35,7 +34,7 @@ from datetime import timedelta
 import torch, torch.distributed as dist
 from synchromesh.parallel.comm.job import LostRankError, joined
 try:
-    with joined(timeout=timedelta(seconds=2)) as grid:
+    with joined(timeout=timedelta(seconds=10)) as grid:
         if grid.rank == 1:
             os.kill(os.getpid(), 19)
         flights = [dist.all_reduce(torch.ones(1000), async_op=True) for _ in range(3)]
@@ -94,12 +93,10 @@ def test_a_cut_link_is_an_error_on_both_sides_and_not_a_hang(nodes):
         assert ranks[0].stdout is not None
         assert ranks[0].stdout.readline() == "exchanging\n"
         tool(f"ip -n {NODES[1]} link set eth0 down")
-        cut = time.monotonic()
-        said = [rank.communicate(timeout=90)[0] for rank in ranks]
+        said = [rank.communicate(timeout=HANG)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    assert time.monotonic() - cut < 60
     assert [rank.returncode for rank in ranks] == [5, 5]
     assert "ranks [1] do not answer" in said[0]  # the first rank keeps the store
     assert "is the network cut?" in said[1]
@@ -107,21 +104,8 @@ def test_a_cut_link_is_an_error_on_both_sides_and_not_a_hang(nodes):
 
 def test_a_rank_that_stops_under_several_exchanges_is_named_by_the_last_one_too() -> None:
     """After its first time-out gloo closes the pair, and words what waited behind it in another way."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    job = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = []
-    for rank in range(2):
-        environment = os.environ | {
-            name: str(value) for name, value in (job | {"RANK": rank, "LOCAL_RANK": rank}).items()
-        }
-        ranks.append(subprocess.Popen([sys.executable, "-c", LATE], env=environment, stdout=subprocess.PIPE, text=True))
-    try:
-        said = ranks[0].communicate(timeout=60)[0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
+    with job(2, "-c", LATE) as ranks:
+        said = ranks[0].wait().stdout
     assert "ranks [1] do not answer (Application timeout caused pair closure)" in said
 
 
