@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check
+.PHONY: setup demo test test-all check
 
 setup: $(READY)
 
@@ -23,6 +23,10 @@ test: $(READY)
 	$(TEST) --jaxtyping-packages=synchromesh,beartype.beartype --ignore=tests/compile --ignore=tests/interpreted tests $(PYTEST_ARGS)
 	$(TEST) tests/compile $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 $(TEST) tests/interpreted tests/kernels/*/test_fast.py $(PYTEST_ARGS)
+
+# Every case of what `make test` takes a sample of.
+test-all:
+	$(MAKE) test PYTEST_ARGS="--all $(PYTEST_ARGS)"
 
 check: $(READY)
 	$(BIN)/ruff format --check .

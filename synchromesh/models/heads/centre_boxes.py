@@ -23,7 +23,9 @@ from synchromesh.models.features import Backbone
 from synchromesh.models.heads.pyramid import FeaturePyramid
 
 FIRST_PROBABILITY = 0.01  # of a centre, before training
-BUMP_SPREAD = 0.54 / 6  # half the standard deviation of a target's bump, over the object's side; after TTFNet
+BUMP_SPREAD = (
+    0.18  # standard deviation of a target's bump, over the object's side; twice that of TTFNet (arXiv 1909.00700)
+)
 CORE_SHARE = 0.25  # of the object's sides: positions this near to its centre learn its sides
 USUAL_STRIDES = 8.0  # side of the objects that a level is for, in strides of the level
 DRAWN_AT_ONCE = 64  # objects whose bumps are drawn at a time: a bump has the size of a map
@@ -200,7 +202,7 @@ def _bumps(boxes: Float[Tensor, "M 4"], level: Level) -> Float[Tensor, "M H W"]:
     """Return a bump for each object: 1 at its centre, falling off with its sides."""
     height, width = level.heat.shape[-2:]
     column, row = _centre_cells(boxes, level)
-    spread = ((boxes[:, 2:] - boxes[:, :2]) * BUMP_SPREAD * 2).clamp(min=level.stride / 4)
+    spread = ((boxes[:, 2:] - boxes[:, :2]) * BUMP_SPREAD).clamp(min=level.stride / 4)
     across = (_cells(width, level.stride, boxes)[None] - column[:, None]) / spread[:, :1]
     down = (_cells(height, level.stride, boxes)[None] - row[:, None]) / spread[:, 1:]
     return (-0.5 * down**2).exp()[:, :, None] * (-0.5 * across**2).exp()[:, None, :]

@@ -54,8 +54,8 @@ def bump(box: Tensor, level: Level, row: int, column: int) -> float:
     stride, side = level.stride, level.heat.shape[-1]
     x = min(side - 1, math.floor((left + right) / 2 / stride))
     y = min(side - 1, math.floor((top + bottom) / 2 / stride))
-    across = (column - x) * stride / max((right - left) * BUMP_SPREAD * 2, stride / 4)
-    down = (row - y) * stride / max((bottom - top) * BUMP_SPREAD * 2, stride / 4)
+    across = (column - x) * stride / max((right - left) * BUMP_SPREAD, stride / 4)
+    down = (row - y) * stride / max((bottom - top) * BUMP_SPREAD, stride / 4)
     return math.exp(-0.5 * (across**2 + down**2))
 
 
