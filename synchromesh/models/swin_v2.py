@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Annotated, final
 
 import torch
@@ -41,6 +42,7 @@ from synchromesh.models.window_attention import (
     to_windows,
     unbounded,
 )
+from synchromesh.moe.layer import MoE
 
 # helpers
 
@@ -301,9 +303,16 @@ class SwinBlock(nn.Module):
         if self.mask is not None:
             self.mask.copy_(shift_mask(*self.size, self.side, self.shift))
 
-    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+    def forward(
+        self, x: Float[Tensor, "B H W C"], mask: Bool[Tensor, "B H W"] | None = None
+    ) -> Float[Tensor, "B H W C"]:
+        """Run the block; where mask is False there is no picture: attention sees zeros there, experts nothing."""
+        ffn = self.ffn
+        if mask is not None:
+            x = x.where(mask[..., None], 0)
+            ffn = partial(ffn, mask=mask) if isinstance(ffn, MoE) else ffn
         x = self.residual(x, self._attend, self.norm1, self.drop_path)
-        return self.residual(x, self.ffn, self.norm2, self.drop_path)
+        return self.residual(x, ffn, self.norm2, self.drop_path)
 
     def multiply_adds(self, positions: int, channels: int) -> float:
         """Return those of one image, whose map has so many positions."""
@@ -344,13 +353,16 @@ class SwinStage(nn.Module):
         self.merge = config.style.parts.merge(width) if stage < len(config.depths) - 1 else nn.Identity()
         self.layer_depth = sum(config.depths[: stage + 1])  # of the merge
 
-    def forward(self, x: Float[Tensor, "B H W C"]) -> tuple[Float[Tensor, "B H W C"], Float[Tensor, "B H2 W2 D"]]:
+    def forward(
+        self, x: Float[Tensor, "B H W C"], mask: Bool[Tensor, "B H W"] | None = None
+    ) -> tuple[Float[Tensor, "B H W C"], Float[Tensor, "B H2 W2 D"]]:
         """Return the map after the blocks, and what goes into the next stage."""
         for block in self.blocks:
             if self.checkpointed and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, mask, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, mask)
+        x = x if mask is None else x.where(mask[..., None], 0)
         return x, self.merge(x)
 
 
@@ -454,23 +466,54 @@ class SwinV2(Backbone):
         normed = 4 * channels if self.config.style is SWIN_MOE else 2 * channels
         return work + merged * (normed + 8 * channels**2)
 
-    def forward(self, images: Float[Tensor, "B C H W"], hidden: Bool[Tensor, "B L"] | None = None) -> Features:
+    def forward(
+        self,
+        images: Float[Tensor, "B C H W"],
+        hidden: Bool[Tensor, "B L"] | None = None,
+        mask: Bool[Tensor, ...] | None = None,
+    ) -> Features:
         """Return the features of images of any size.
 
         Args:
             images: normalised pixels.
             hidden: patches that the mask token replaces, row by row.
+            mask: [B, H, W], True for pixels of a picture, False for what fills a batch of pictures of several sizes up.
+                A position with no pixel of a picture is 0 in every map; no expert sees it, no loss or load counts it.
 
         Raises:
-            ValueError: wrong channels; hidden patches without a mask token, or not one flag per patch.
+            ValueError: wrong channels; hidden patches without a mask token, or not one flag per patch; a mask of
+                another size, or a picture without a pixel.
         """
         x = self.embed(images, hidden)
+        here = None if mask is None else _positions(_checked_mask(mask, images), self.config.patch_size)
         maps: list[Tensor] = []
-        for stage in self.stages:
-            before, x = stage(x)
+        for number, stage in enumerate(self.stages):
+            here = here if here is None or number == 0 else _positions(here, 2)
+            before, x = stage(x, here)
             maps.append(before.permute(0, 3, 1, 2))
         last = self.norm(x)
-        return Features(pooled=last.mean((1, 2)), last=last, maps=tuple(maps))
+        if here is None:
+            return Features(pooled=last.mean((1, 2)), last=last, maps=tuple(maps))
+        last = last.where(here[..., None], 0)
+        pooled = last.sum((1, 2)) / here.sum((1, 2))[:, None].to(last.dtype)
+        return Features(pooled=pooled, last=last, maps=tuple(maps))
+
+
+def _positions(mask: Bool[Tensor, "B H W"], side: int) -> Bool[Tensor, "B H2 W2"]:
+    """Return which squares of `side` have any True in them, the map being padded with False."""
+    mask = F.pad(mask, (0, -mask.shape[2] % side, 0, -mask.shape[1] % side))
+    return mask.unflatten(2, (-1, side)).unflatten(1, (-1, side)).any(4).any(2)
+
+
+def _checked_mask(mask: Tensor, images: Tensor) -> Tensor:
+    if mask.dtype != torch.bool or mask.shape != (len(images), *images.shape[2:]):
+        raise ValueError(
+            f"got a mask of {mask.dtype} {tuple(mask.shape)} for images {tuple(images.shape)}, wanted torch.bool "
+            "[B, H, W], True for pixels of a picture"
+        )
+    if not mask.flatten(1).any(1).all():
+        raise ValueError("got a mask that leaves a picture without a pixel, wanted one in each at least: drop others")
+    return mask
 
 
 # published sizes
