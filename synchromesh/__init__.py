@@ -21,6 +21,7 @@ _HOMES = {
         "batch_prioritized",
         "token_order",
     ),
+    "moe.carry": ("InBackward",),
     "moe.experts": (
         "Experts",
         "GatedMLPExperts",

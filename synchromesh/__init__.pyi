@@ -7,6 +7,7 @@ from synchromesh.moe.capacity import FixedCapacity as FixedCapacity
 from synchromesh.moe.capacity import NeededCapacity as NeededCapacity
 from synchromesh.moe.capacity import batch_prioritized as batch_prioritized
 from synchromesh.moe.capacity import token_order as token_order
+from synchromesh.moe.carry import InBackward as InBackward
 from synchromesh.moe.experts import Experts as Experts
 from synchromesh.moe.experts import GatedMLPExperts as GatedMLPExperts
 from synchromesh.moe.experts import MLPExperts as MLPExperts

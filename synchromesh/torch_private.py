@@ -89,6 +89,11 @@ def has_forward_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def unaliased(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Return a tensor in another shape that is no view, as others may write to it; the one given is used no more."""
+    return torch.ops.aten._unsafe_view(tensor, shape)
+
+
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     """Return the children of a module by name; one registered under two names is listed twice."""
     return dict(module._modules)

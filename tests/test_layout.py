@@ -17,7 +17,7 @@ READS_ENVIRONMENT = {
     "synchromesh/compat/tutel/launcher/run.py",
     "synchromesh/compat/tutel/system.py",
     "synchromesh/compat/tutel/environment.py",
-    "synchromesh/testing/programs.py",  # whose programs get one
+    "synchromesh/testing/programs.py",  # hands it on to the programs that it starts
 }
 MOST_LINES = 400
 MOST_LINES_OF_A_MODEL = 600

@@ -41,6 +41,10 @@ class Cut:
 WHOLE = Cut()
 
 
+Run = Callable[[Tensor, "Experts"], Tensor]
+"""Tokens [T, D] and the experts of a layer to tokens [T, D]."""
+
+
 class Experts(nn.Module, ABC):
     """The networks of one layer, or one cut through them.
 
@@ -59,6 +63,14 @@ class Experts(nn.Module, ABC):
     output_parts: ClassVar[frozenset[str]] = frozenset()
     matrices: ClassVar[int] = 2
     vectors: tuple[int, ...] = ()
+
+    def forward(self, x: Float[Tensor, "T D"], run: Run) -> Float[Tensor, "T D"]:
+        """Return run(x, self): what a layer does with its experts is done inside a call of them.
+
+        So they are to others what any module is: hooks fire, parametrizations hold, wrappers that fetch or gather
+        parameters before a forward (FSDP2, offload, adapters) do so in time.
+        """
+        return run(x, self)
 
     @abstractmethod
     def parts(self) -> dict[str, Tensor]:
@@ -102,6 +114,22 @@ class Experts(nn.Module, ABC):
         return None
 
 
+def experts_in(module: nn.Module) -> Experts:
+    """Return the experts, whatever wraps them: an adapter, a checkpoint wrapper.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if isinstance(module, Experts):
+        return module
+    found = next((one for one in module.modules() if isinstance(one, Experts)), None)
+    if found is None:
+        raise ValueError(
+            f"got {type(module).__name__} as the experts of a layer, wanted `Experts`, or a wrapper of them"
+        )
+    return found
+
+
 class StackedExperts(Experts):
     """Experts of one shape, whose parameters are stacked: hidden rows `[E F D]`, their biases `[E F]`, output `[E D]`.
 
@@ -117,13 +145,19 @@ class StackedExperts(Experts):
     dropout: float
     products: Products | None = None
     output_parts = frozenset({"down_bias"})
+    part_names = ("gate", "gate_bias", "up", "up_bias", "down", "down_bias")
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights by name, as they are computed with: a parametrization's or a pruning's result."""
+        named = ((name, getattr(self, name, None)) for name in self.part_names)
+        return {name: weight for name, weight in named if weight is not None}
 
     def parts(self) -> dict[str, Tensor]:
-        return {name: parameter.flatten(0, 1) for name, parameter in self.named_parameters(recurse=False)}
+        return {name: weight.flatten(0, 1) for name, weight in self.weights().items()}
 
     @property
     def vectors(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        biases = [name for name, _ in self.named_parameters(recurse=False) if name.endswith("bias")]
+        biases = [name for name in self.weights() if name.endswith("bias")]
         return tuple(self.hidden if name != "down_bias" else self.width or 0 for name in biases)
 
     def hold(self, cut: Cut) -> None:
@@ -132,6 +166,12 @@ class StackedExperts(Experts):
         if self.cut != WHOLE:
             raise ValueError(f"got {cut}, these experts hold {self.cut} already: build them again")
         self._check_cut(cut)
+        others = sorted(set(self.weights()) - {name for name, _ in self.named_parameters(recurse=False)})
+        if others:
+            raise ValueError(
+                f"got {cut} of experts whose {', '.join(others)} are parametrized or pruned, wanted plain parameters: "
+                "distribute the layer first, then parametrize what each rank holds"
+            )
         for name, parameter in list(self.named_parameters(recurse=False)):
             own = parameter.detach().flatten(0, 1).chunk(cut.count)[cut.index]
             own = own.unflatten(0, (max(1, self.num_experts // cut.count), -1)).clone()

@@ -6,18 +6,22 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from synchromesh.moe.capacity import Capacity, Dropless, mapped
-from synchromesh.moe.experts import Experts
+from synchromesh.moe.carry import InBackward, carry
+from synchromesh.moe.experts import Experts, experts_in
 from synchromesh.moe.forward import chosen, note, workload_of
 from synchromesh.moe.losses import AgreeSum, Loss, OverRanks
 from synchromesh.moe.recompute import Decisions
 from synchromesh.moe.record import Record
 from synchromesh.moe.routing import routed
 from synchromesh.moe.strategy import Local, Strategy, compute_dtype
+from synchromesh.torch_private import unaliased
 from synchromesh.types import Plan, Routing, RowMap
 
 
@@ -28,6 +32,7 @@ class Options:
     k: int | None = None
     capacity: Capacity | None = None
     plan: Plan | None = None
+    mask: Tensor | None = None
 
     def over(self, other: Options) -> Options:
         """Return these options, with those of `other` where these say nothing."""
@@ -35,6 +40,7 @@ class Options:
             other.k if self.k is None else self.k,
             other.capacity if self.capacity is None else self.capacity,
             other.plan if self.plan is None else self.plan,
+            other.mask if self.mask is None else self.mask,
         )
 
 
@@ -47,6 +53,9 @@ class Choice:
     plan: Plan
 
 
+OFFLOADED = torch.device("meta")  # where parameters are that a hook, such as accelerate's, brings for the call
+
+
 class MoE(nn.Module):
     """A Mixture-of-Experts layer: tensor in, tensor of the same shape out.
 
@@ -57,6 +66,7 @@ class MoE(nn.Module):
         experts: `MLPExperts`, `GatedMLPExperts`, `ModuleExperts` or an `Experts` of your own.
         capacity: which pairs are kept; `Dropless()` keeps all.
         losses: read with `aux_loss(model)` after each training forward.
+        losses_in_backward: how losses begin in the backward of the output instead, where no loop reads them.
         shared: a module that every token passes, beside its experts.
         strategy: where the rows are computed.
 
@@ -77,6 +87,7 @@ class MoE(nn.Module):
         *,
         capacity: Capacity = Dropless(),
         losses: Sequence[Loss] = (),
+        losses_in_backward: InBackward | None = None,
         shared: nn.Module | None = None,
         strategy: Strategy = Local(),
     ) -> None:
@@ -91,6 +102,7 @@ class MoE(nn.Module):
             raise ValueError(f"the router takes tokens of width {width}, got experts of width {experts.width}")
         self.router, self.experts, self.shared = router, experts, shared
         self.capacity, self.losses, self.strategy = capacity, tuple(losses), strategy
+        self.losses_in_backward = losses_in_backward
         strategy.adopt(experts)
         self.options = Options()
         self.record = Record()
@@ -103,21 +115,51 @@ class MoE(nn.Module):
         k: int | None = None,
         capacity: Capacity | None = None,
         plan: Plan | None = None,
+        mask: Bool[Tensor, ...] | None = None,
+        routing: Routing | None = None,
     ) -> Tensor:
-        """Run the layer on x [..., D]; k, capacity and plan hold for this call only."""
-        x_TD = _checked(x, self.experts, self.router).reshape(-1, x.shape[-1])
-        choice = self._decisions.once(lambda: self._choose(x_TD, Options(k, capacity, plan).over(self.options)))
-        routing = self._routed(x_TD, choice)
-        y_TD = self._direct(x_TD, routing, choice)
-        if y_TD is None:
-            rowmap = mapped(choice.capacity, routing, self._agree_max, self.strategy.kernels_on(x.device))
-            y_TD = self.strategy.run(x_TD, routing, rowmap, self.experts, choice.plan)
-            self._note(routing, rowmap, choice.plan)
+        """Run the layer on x [..., D]; what else is given holds for this call only.
+
+        Args:
+            x: tokens, of any leading dims.
+            k: choices of each token.
+            capacity: which pairs are kept.
+            plan: how ranks share the work.
+            mask: of x's leading dims, True for a token. Others are padding: they reach no expert, count in no loss,
+                load or capacity, and their result is 0. How many there are is read on the host.
+            routing: of the tokens that mask leaves, in their order; the router is not asked.
+
+        Raises:
+            ValueError: an input of another width, device or dtype than the experts'; a plan that cannot run; a mask or
+                a routing of another size.
+        """
+        experts = experts_in(self.experts)
+        x_TD = _checked(x, experts, self.router).reshape(-1, x.shape[-1])
+        options = Options(k, capacity, plan, mask).over(self.options)
+        if options.mask is None:
+            return unaliased(self._run(x_TD, options, routing), x.shape)
+        real = _checked_mask(options.mask, x).reshape(-1).nonzero()[:, 0]
+        y = self._run(x_TD[real], options, routing)
+        return x_TD.new_zeros(x_TD.shape, dtype=y.dtype).index_copy(0, real, y).view(x.shape)
+
+    def _run(self, x_TD: Tensor, options: Options, given: Routing | None) -> Tensor:
+        choice = self._decisions.once(lambda: self._choose(x_TD, options))
+        routing = self._routed(x_TD, choice, given)
+        y_TD = self.experts(x_TD, partial(self._compute, routing, choice))
         if choice.capacity.drops:  # a NaN weight of a pair that was dropped must show too
             y_TD = y_TD.masked_fill(_broken(routing), math.nan)
-        if self.shared is not None:
-            y_TD = y_TD + _checked_shared(self.shared(x_TD), x_TD)
-        return y_TD.view(x.shape)
+        return y_TD if self.shared is None else y_TD + _checked_shared(self.shared(x_TD), x_TD)
+
+    def _compute(self, routing: Routing, choice: Choice, x_TD: Tensor, experts: Experts) -> Tensor:
+        """Do what a layer does with its experts, inside their call."""
+        y_TD = self._direct(x_TD, routing, choice, experts)
+        if y_TD is None:
+            rowmap = mapped(choice.capacity, routing, self._agree_max, self.strategy.kernels_on(x_TD.device))
+            y_TD = self.strategy.run(x_TD, routing, rowmap, experts, choice.plan)
+            loss = self._note(routing, rowmap, choice.plan)
+            if loss is not None and self.losses_in_backward is not None:
+                y_TD = carry(y_TD, loss, self.losses_in_backward)
+        return y_TD
 
     def distribute(self, strategy: Strategy) -> None:
         """Run by this strategy from now on; the experts keep what it lets this rank own. Once, before training.
@@ -125,13 +167,18 @@ class MoE(nn.Module):
         Raises:
             ValueError: the experts cannot be cut so, or are cut already.
         """
+        if not isinstance(self.experts, Experts):
+            raise ValueError(
+                f"got experts wrapped in {type(self.experts).__name__}, wanted them bare: distribute the layer first, "
+                "then wrap what each rank holds"
+            )
         strategy.adopt(self.experts)
         self.strategy = strategy
 
     def _choose(self, x_TD: Tensor, options: Options) -> Choice:
         capacity = options.capacity or self.capacity
         workload = workload_of(
-            self.experts,
+            experts_in(self.experts),
             rows=x_TD.shape[0],
             choices=options.k or getattr(self.router, "k", 1),
             dtype=compute_dtype(x_TD),
@@ -140,20 +187,24 @@ class MoE(nn.Module):
         )
         return Choice(options.k, capacity, chosen(self.strategy, workload, capacity, options.plan))
 
-    def _routed(self, x_TD: Tensor, choice: Choice) -> Routing:
+    def _routed(self, x_TD: Tensor, choice: Choice, given: Routing | None) -> Routing:
         with self._decisions.same_random(x_TD.device):
-            routing = routed(self.router, x_TD, choice.k, self.strategy.kernels_on(x_TD.device))
+            kernels = self.strategy.kernels_on(x_TD.device)
+            routing = routed(self.router, x_TD, choice.k, kernels) if given is None else given
         if not isinstance(routing, Routing):
             raise ValueError(f"the router returned {type(routing).__name__}, wanted synchromesh.Routing")
-        got, wanted = (routing.expert_ids.shape[0], routing.num_experts), (x_TD.shape[0], self.experts.num_experts)
+        got, wanted = (
+            (routing.expert_ids.shape[0], routing.num_experts),
+            (x_TD.shape[0], experts_in(self.experts).num_experts),
+        )
         if got != wanted:
             raise ValueError(f"the router returned a routing of {got[0]} tokens to {got[1]} experts, wanted {wanted}")
         return routing
 
-    def _direct(self, x_TD: Tensor, routing: Routing, choice: Choice) -> Tensor | None:
-        """Run without a map of rows where nobody drops, learns or watches, and that is faster."""
+    def _direct(self, x_TD: Tensor, routing: Routing, choice: Choice, experts: Experts) -> Tensor | None:
+        """Run without a map of rows, in inference without drops or statistics, where that is faster."""
         watched = torch.is_grad_enabled() or self.record.observing or choice.capacity.drops
-        return None if watched else self.strategy.direct(x_TD, routing, self.experts)
+        return None if watched else self.strategy.direct(x_TD, routing, experts)
 
     def _agree_max(self, count: Tensor) -> Tensor:
         return self._decisions.once(lambda: self.strategy.agree_max(count))
@@ -161,25 +212,35 @@ class MoE(nn.Module):
     def _agreed(self, loss: Loss) -> AgreeSum:
         return self.strategy.agree_sum if isinstance(loss, OverRanks) else _alone
 
-    def _note(self, routing: Routing, rowmap: RowMap, plan: Plan) -> None:
+    def _note(self, routing: Routing, rowmap: RowMap, plan: Plan) -> Tensor | None:
+        """Take note of a forward; return the loss that it trains with."""
         training = self.training and torch.is_grad_enabled()
         if not training and not self.record.observing:
-            return
+            return None
         losses = [loss(routing, self._agreed(loss)) for loss in self.losses] if training else []
         loss = torch.stack(losses).sum() if losses else None
-        trained = note(self.record, routing, rowmap, plan, self.strategy, loss=loss, training=training)
+        kept = loss if self.losses_in_backward is None else None
+        trained = note(self.record, routing, rowmap, plan, self.strategy, loss=kept, training=training)
         if trained is not None:
             for module in self.router.modules():
                 observe = getattr(module, "observe", None)  # such as that of `BiasBalance`
                 if observe is not None:
                     observe(self.strategy.agree_sum(trained))
+        return loss
 
 
 @contextmanager
 def routing_options(
-    model: nn.Module, *, k: int | None = None, capacity: Capacity | None = None, plan: Plan | None = None
+    model: nn.Module,
+    *,
+    k: int | None = None,
+    capacity: Capacity | None = None,
+    plan: Plan | None = None,
+    mask: Bool[Tensor, ...] | None = None,
 ) -> Iterator[None]:
     """Give every MoE layer inside a model these options while the block runs; arguments of a call come before them.
+
+    They are the model's: other threads that run it meanwhile are given them too.
 
     >>> from synchromesh import MLPExperts, TopKRouter
     >>> moe = MoE(TopKRouter(8, 4, k=1), MLPExperts(4, 8, hidden=16))
@@ -191,7 +252,7 @@ def routing_options(
         raise ValueError(f"routing_options found no MoE layer in {type(model).__name__}")
     before = [layer.options for layer in layers]
     for layer in layers:
-        layer.options = Options(k, capacity, plan).over(layer.options)
+        layer.options = Options(k, capacity, plan, mask).over(layer.options)
     try:
         yield
     finally:
@@ -208,6 +269,16 @@ def _broken(routing: Routing) -> Tensor:
     return (routing.weights.isnan() & (routing.expert_ids >= 0)).any(dim=1, keepdim=True)
 
 
+def _checked_mask(mask: Tensor, x: Tensor) -> Tensor:
+    if mask.dtype != torch.bool or mask.shape != x.shape[:-1] or mask.device != x.device:
+        raise ValueError(
+            f"a MoE layer got a mask of {mask.dtype} {tuple(mask.shape)} on {mask.device} for an input "
+            f"{tuple(x.shape)} on {x.device}, wanted torch.bool of its leading dims, True for tokens: "
+            "mask=attention_mask.bool() for one of transformers"
+        )
+    return mask
+
+
 def _checked_shared(y_TD: Tensor, x_TD: Tensor) -> Tensor:
     if y_TD.shape != x_TD.shape:
         raise ValueError(f"the shared expert returned shape {tuple(y_TD.shape)}, wanted {tuple(x_TD.shape)}, as it got")
@@ -221,12 +292,12 @@ def _checked(x: Tensor, experts: Experts, router: nn.Module) -> Tensor:
     if x.dim() == 0 or (experts.width is not None and x.shape[-1] != experts.width):
         raise ValueError(f"a MoE layer got an input of shape {tuple(x.shape)}, wanted a last dim of {experts.width}")
     gate = next(router.parameters(), None)
-    if gate is not None and gate.device != x.device:
+    if gate is not None and gate.device not in (x.device, OFFLOADED):
         raise ValueError(f"a MoE layer got an input on {x.device}, its router is on {gate.device}: move one of them")
     weight = next(experts.parameters(), None)
     if weight is None:
         return x
-    if weight.device != x.device:
+    if weight.device not in (x.device, OFFLOADED):
         raise ValueError(
             f"a MoE layer got an input on {x.device}, its experts are on {weight.device}: move one of them"
         )

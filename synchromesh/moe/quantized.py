@@ -33,7 +33,7 @@ class QuantizedExperts(Experts):
 
     def __init__(self, experts: StackedExperts, dtype: torch.dtype = torch.int8) -> None:
         super().__init__()
-        parts = dict(experts.named_parameters(recurse=False))
+        parts = experts.weights()
         if len(parts["up"]) * experts.cut.count != experts.num_experts:
             raise ValueError(f"got experts cut into shards ({experts.cut}), wanted whole ones: quantize before cutting")
         self.num_experts, self.width, self.hidden = experts.num_experts, experts.width, experts.hidden

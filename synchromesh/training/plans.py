@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from synchromesh.errors import InputError
+from synchromesh.moe.experts import experts_in
 from synchromesh.moe.forward import chosen, workload_of
 from synchromesh.moe.layer import MoE
 from synchromesh.parallel.adaptive import Adaptive, Council
@@ -134,7 +135,7 @@ def _readable(name: Any, read: Callable[[Any], Any]) -> Any:
 
 def expert_counts(model: nn.Module) -> dict[str, int]:
     """Return E of each MoE layer, by its name."""
-    return {name: m.experts.num_experts for name, m in model.named_modules() if isinstance(m, MoE)}
+    return {name: experts_in(m.experts).num_experts for name, m in model.named_modules() if isinstance(m, MoE)}
 
 
 def check_plan(model: nn.Module, plan: Plan | None, grid: Grid) -> None:
@@ -142,7 +143,7 @@ def check_plan(model: nn.Module, plan: Plan | None, grid: Grid) -> None:
     strategy = Sharded(grid)
     for layer in (module for module in model.modules() if isinstance(module, MoE)):
         work = workload_of(
-            layer.experts, rows=0, choices=1, dtype=torch.float32, training=True, capacity=layer.capacity
+            experts_in(layer.experts), rows=0, choices=1, dtype=torch.float32, training=True, capacity=layer.capacity
         )
         try:
             chosen(strategy, work, layer.capacity, plan)

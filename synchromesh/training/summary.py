@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from synchromesh.moe.experts import experts_in
 from synchromesh.moe.layer import MoE
 from synchromesh.training.codec import encode
 from synchromesh.training.config import TrainConfig
@@ -38,7 +39,7 @@ def model_size(model: nn.Module) -> ModelSize:
     for module in model.modules():
         if isinstance(module, MoE):
             count = sum(p.numel() for p in module.experts.parameters())
-            experts, k = module.experts.num_experts, getattr(module.router, "k", 1)
+            experts, k = experts_in(module.experts).num_experts, getattr(module.router, "k", 1)
             active -= count * (experts - k) // experts
     return ModelSize(total, active)
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from synchromesh.compat.huggingface.backend import NAME, given_routing
 from synchromesh.compat.huggingface.sharded import TransformersExperts
+from synchromesh.moe.experts import experts_in
 from synchromesh.moe.layer import MoE
 from synchromesh.moe.strategy import Local, Strategy
 from synchromesh.parallel.comm.grid import Grid
@@ -26,21 +27,14 @@ from synchromesh.types import Routing
 
 
 class GivenRouting(nn.Module):
-    """A router whose decision was taken outside: by the model's own."""
+    """Stands for a router whose decision is taken outside, by the model's own, and given with each call."""
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
         self.num_experts = num_experts
-        self._given: Routing | None = None
-
-    def give(self, routing: Routing) -> None:
-        """Say what the next forward returns."""
-        self._given = routing
 
     def forward(self, x: Float[Tensor, "T D"], k: int | None = None) -> Routing:
-        given, self._given = self._given, None
-        assert given is not None, "a layer ran without the decision of its model's router"
-        return given
+        raise ValueError("a layer of transformers' experts was called without `routing`, wanted its model's decision")
 
 
 def parallelize_experts(model: nn.Module, grid: Grid, *, strategy: Callable[[], Sharded] | None = None) -> list[str]:
@@ -122,11 +116,11 @@ def run_layer(
     """Run the layer attached to an experts module."""
     layer = module.get_submodule(NAME)
     assert isinstance(layer, MoE)
-    assert isinstance(layer.router, GivenRouting)
-    weight = next(layer.experts.parameters())
+    experts = experts_in(layer.experts)
+    weight = next(experts.parameters())
     same = torch.is_autocast_enabled(hidden_states.device.type)
-    layer.router.give(given_routing(top_k_index, top_k_weights, layer.experts.num_experts))
-    return layer(hidden_states if same else hidden_states.to(weight.dtype)).to(hidden_states.dtype)
+    routing = given_routing(top_k_index, top_k_weights, experts.num_experts)
+    return layer(hidden_states if same else hidden_states.to(weight.dtype), routing=routing).to(hidden_states.dtype)
 
 
 def full_state_dict(model: nn.Module, grid: Grid) -> dict[str, Tensor]:

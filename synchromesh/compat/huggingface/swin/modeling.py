@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import AutoBackbone, AutoConfig, AutoModelForImageClassification, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
@@ -23,6 +22,7 @@ from synchromesh.models.features import Features
 from synchromesh.models.initialize import initialize_own
 from synchromesh.models.swin_v2 import SwinBlock, SwinStage, SwinV2
 from synchromesh.models.window_attention import PositionBias
+from synchromesh.moe.carry import carry
 from synchromesh.moe.experts import WHOLE, Experts
 from synchromesh.moe.record import aux_loss
 
@@ -173,24 +173,9 @@ class SwinV2MoEBackbone(BackboneMixin, SwinV2MoEPreTrainedModel):
         maps = self._features(pixel_values).maps
         found = [x for name, x in zip(self.stage_names[1:], maps, strict=True) if name in self.out_features]
         if self.training and torch.is_grad_enabled() and self.config.aux_loss_in_backward:
-            found[-1] = _Carrying.apply(found[-1], aux_loss(self))
+            found[-1] = carry(found[-1], aux_loss(self))
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BackboneOutput(feature_maps=tuple(found), hidden_states=maps if wanted else None)  # pyright: ignore[reportArgumentType]
-
-
-class _Carrying(torch.autograd.Function):
-    """A tensor as it is, in whose backward a loss begins too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
-        ctx.dtype, ctx.device = loss.dtype, loss.device
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (dx,) = gradients
-        return dx, torch.ones((), dtype=ctx.dtype, device=ctx.device)
 
 
 def _copied(name: str, dense: dict[str, Tensor]) -> Tensor | None:
