@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from synchromesh.torch_private import transformed
+
 
 @dataclass(frozen=True)
 class InBackward:
@@ -48,11 +50,17 @@ class _Carry(torch.autograd.Function):
         dtype, device = ctx.like
         return grad, torch.full((), ctx.how.now(), dtype=dtype, device=device), None
 
+
+class _CarryForward(_Carry):
+    """With a derivative in forward mode, which torch.compile does not take."""
+
     @staticmethod
-    def jvp(ctx: Any, x: Tensor, *others: Any) -> Tensor:
+    def jvp(ctx: Any, x: Tensor, *others: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return x.view_as(x)
 
 
 def carry(x: Tensor, loss: Tensor, how: InBackward = InBackward()) -> Tensor:
     """Return x as it is; its backward is that of how.scale * loss too."""
-    return _Carry.apply(x, loss, how) if loss.requires_grad else x
+    if not loss.requires_grad:
+        return x
+    return (_CarryForward if transformed() else _Carry).apply(x, loss, how)

@@ -14,6 +14,7 @@ from synchromesh import (
     FixedCapacity,
     Float8Products,
     GatedMLPExperts,
+    InBackward,
     LoadBalance,
     MLPExperts,
     MoE,
@@ -153,3 +154,17 @@ def test_experts_of_8_bits_compile_too(numbers):
         assert_close("y", compiled(x), moe(x))
     x.requires_grad_()
     assert_close("y", compiled(x), moe(x))
+
+
+def test_a_loss_that_begins_in_backward_arrives_in_one_graph():
+    grads = []
+    for losses_in_backward in (None, InBackward(scale=0.5)):
+        torch.manual_seed(0)
+        router, experts = TopKRouter(8, 4, k=2), MLPExperts(4, 8, hidden=16)
+        layer = MoE(router, experts, losses=(LoadBalance(0.5),), losses_in_backward=losses_in_backward)
+        run = layer if losses_in_backward is None else torch.compile(layer, fullgraph=True, backend="aot_eager")
+        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+        ((run(x).square().sum() + aux_loss(layer)) * 0.5).backward()
+        grads.append([parameter.grad for parameter in layer.parameters()])
+    for got, wanted in zip(*grads, strict=True):
+        assert_close("gradient", got, wanted)
