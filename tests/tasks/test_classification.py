@@ -15,7 +15,7 @@ from synchromesh.data.images import MemoryImages, Preprocess, RandomCrop
 from synchromesh.data.mixing import Mixing
 from synchromesh.data.sources import ImageFolder, ScikitDigits
 from synchromesh.models.swin_v2 import SwinV2Config
-from synchromesh.tasks.classification import HARDEST, Classification, Data, LabelledImages
+from synchromesh.tasks.classification import LISTED_CLASSES, Classification, Data, LabelledImages
 from synchromesh.training.task import Answer, Ask, Batch, Run, Scores
 
 CPU = torch.device("cpu")
@@ -186,7 +186,7 @@ def test_the_report_lists_the_hardest_classes_first_and_no_more_than_fit() -> No
     classes["c4"] = {"images": 0, "accuracy": 0.0}
     (sheet,) = TASK.panels(Scores({}, {"classes": classes}))
     shown = [classes[name]["accuracy"] for name, _, _ in sheet.rows]
-    assert shown == sorted(own["accuracy"] for own in classes.values())[:HARDEST]
+    assert shown == sorted(own["accuracy"] for own in classes.values())[:LISTED_CLASSES]
     assert sheet.rows[0] == ("c4", "0", "-")  # none of it was scored
 
 

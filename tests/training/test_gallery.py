@@ -13,7 +13,7 @@ from synchromesh.errors import InputError
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.testing.distributed import run_ranks
 from synchromesh.training.agree import ALONE
-from synchromesh.training.evaluate import SHOWN, Evaluation, evaluate
+from synchromesh.training.evaluate import SHOWN_SAMPLES, Evaluation, evaluate
 from synchromesh.training.gallery import draw_gallery
 from synchromesh.training.task import Answer, Batch, Number, Run, Scorer, Scores, Splits, Task, Term
 
@@ -121,7 +121,7 @@ def test_the_samples_with_the_least_and_the_most_merit_are_drawn_in_this_order(t
     model = Rounds().train()
     captions = draw_gallery(Repeat(), model, splits, scored(splits), tmp_path, ALONE)
     by_distance = sorted(range(len(VALUES)), key=lambda i: abs(VALUES[i] - round(VALUES[i])))
-    worst, best = by_distance[::-1][:SHOWN], by_distance[:SHOWN]
+    worst, best = by_distance[::-1][:SHOWN_SAMPLES], by_distance[:SHOWN_SAMPLES]
     wanted = {f"worst {place + 1}: test numbers number {i}": str(VALUES[i]) for place, i in enumerate(worst)}
     wanted |= {f"best {place + 1}: test numbers number {i}": str(VALUES[i]) for place, i in enumerate(best)}
     assert shown(tmp_path, captions) == wanted
@@ -130,11 +130,11 @@ def test_the_samples_with_the_least_and_the_most_merit_are_drawn_in_this_order(t
 
 
 def test_a_sample_among_the_worst_is_not_shown_again_among_the_best(tmp_path: Path) -> None:
-    splits = Splits(Listed(()), Listed(VALUES[: SHOWN + 2]))
+    splits = Splits(Listed(()), Listed(VALUES[: SHOWN_SAMPLES + 2]))
     found = scored(splits)
     assert set(found.worst) & set(found.best)
     drawn = list(shown(tmp_path, draw_gallery(Repeat(), Rounds(), splits, found, tmp_path, ALONE)).values())
-    assert len(drawn) == len(set(drawn)) == SHOWN + 2
+    assert len(drawn) == len(set(drawn)) == SHOWN_SAMPLES + 2
 
 
 @pytest.mark.parametrize(
