@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -253,6 +254,21 @@ def test_a_twin_is_trained_beside_and_can_be_used_as_a_run(tmp_path: Path, capsy
     assert summary["dense_parameters"] == summary["dense_active_parameters"] < summary["parameters"]
     assert cli.main(["eval", str(tmp_path / "run" / "dense"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == summary["dense_test_accuracy"]
+
+
+def test_weights_that_a_twin_cannot_take_are_refused_before_the_first_model_is_trained(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The twin is dense, and has feed-forwards that are not in a run with experts."""
+    swin = ["--twin.embed-dim=8", "--twin.depths", "1", "1", "--twin.num-heads", "1", "2", "--twin.patch-size=2"]
+    arguments = ["train", "digits", *TINY, f"--start.weights={run}"]
+    before = tmp_path / "run"
+    before.mkdir()
+    (before / "recipe.json").write_bytes((run / "recipe.json").read_bytes())
+    said = failed([*arguments, *swin, "--twin.window-size=4", f"--run={before}"], capsys)
+    assert re.search(r"lacks \d of the backbone's .* tensors: backbone\.stages\.1\.blocks\.0\.ffn\.", said)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # what was there was not moved aside
+    assert cli.main([*arguments, f"--run={tmp_path / 'alone'}"]) == 0
 
 
 def test_resuming_a_finished_run_does_nothing_and_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

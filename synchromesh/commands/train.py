@@ -48,7 +48,7 @@ from synchromesh.training.run_folder import (
     prepare_folder,
     read_summary,
 )
-from synchromesh.training.start import Loaded, freeze, load_weights
+from synchromesh.training.start import Loaded, check_weights, freeze, load_weights
 from synchromesh.training.summary import Finished, ModelSize, model_size, summarize
 from synchromesh.training.task import Facts, Splits
 
@@ -195,7 +195,7 @@ def train(
         InputError: settings, data or the folder cannot be used.
     """
     splits, console, catalog = config.task.splits(seed=config.seed), context.console, context.catalog()
-    on_all(grid, lambda: _check(config, splits.facts, grid))
+    on_all(grid, lambda: _check(config, splits.facts, grid, catalog))
     if resume and on_first(grid, lambda: read_summary(folder)) is not None:
         on_first(grid, lambda: prepare_folder(folder, config, catalog, resume=True, job=job))
         console.print(f"{folder} is finished; nothing is left to do", soft_wrap=True)
@@ -237,7 +237,7 @@ def _file_of(given: list[str]) -> Path | None:
     return None
 
 
-def _check(config: TrainConfig, facts: Facts, grid: Grid) -> None:
+def _check(config: TrainConfig, facts: Facts, grid: Grid, catalog: Catalog) -> None:
     """Find what cannot work before an older run is touched."""
     if config.batch_size < grid.size:
         unit = config.task.unit
@@ -245,13 +245,14 @@ def _check(config: TrainConfig, facts: Facts, grid: Grid) -> None:
             f"batch_size is {config.batch_size}, wanted at least one of the {unit} for each of {grid.size} ranks"
         )
     pick_device(config.keep.device)
-    if config.start.weights is not None and not config.start.weights.exists():
-        raise InputError(f"the file of weights {config.start.weights} does not exist")
+    start = config.start
     for settings in (config.model, config.twin):
         if settings is not None:
             with torch.device("meta"):
                 model = build_model(config.task, settings, facts)
             check_plan(model, config.parallelism.plan(), grid)
+            if start.weights is not None:
+                check_weights(model, start.weights, catalog, partial=start.partial)
 
 
 def _train_all(run: _Run) -> dict[str, Any]:

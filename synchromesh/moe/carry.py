@@ -63,4 +63,6 @@ def carry(x: Tensor, loss: Tensor, how: InBackward = InBackward()) -> Tensor:
     """Return x as it is; its backward is that of how.scale * loss too."""
     if not loss.requires_grad:
         return x
-    return (_CarryForward if transformed() else _Carry).apply(x, loss, how)
+    if transformed():
+        return _CarryForward.apply(x, loss, how)
+    return _Carry.apply(x, loss, how)

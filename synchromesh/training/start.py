@@ -48,6 +48,18 @@ def load_weights(model: nn.Module, path: Path, catalog: Catalog, *, partial: boo
     Raises:
         InputError: the file cannot be read, nothing in it fits, or a part of the backbone is missing.
     """
+    fits, loaded = _fitting(model, path, catalog, partial)
+    model.load_state_dict(fits, strict=False)
+    return loaded
+
+
+def check_weights(model: nn.Module, path: Path, catalog: Catalog, *, partial: bool = False) -> None:
+    """Raise InputError where `load_weights` would; the model may be on the meta device."""
+    _fitting(model, path, catalog, partial)
+
+
+def _fitting(model: nn.Module, path: Path, catalog: Catalog, partial: bool) -> tuple[dict[str, Tensor], Loaded]:
+    """Return the tensors of a file that fit a model, in its shapes, and how much of it they are."""
     given, own = _read(path, catalog), model.state_dict()
     if not any(name.startswith(BACKBONE) for name in given):
         given = {f"{BACKBONE}{name}" if f"{BACKBONE}{name}" in own else name: t for name, t in given.items()}
@@ -65,8 +77,7 @@ def load_weights(model: nn.Module, path: Path, catalog: Catalog, *, partial: boo
             f"{_some({name: own[name] for name in missing})}{why}; give weights of the same backbone, or keep the "
             "random start of these with --start.partial"
         )
-    model.load_state_dict(fits, strict=False)
-    return Loaded(len(fits), fresh, tuple(n for n in given if n not in own))
+    return fits, Loaded(len(fits), fresh, tuple(n for n in given if n not in own))
 
 
 def _fits(given: Tensor, own: Tensor) -> bool:
