@@ -126,6 +126,7 @@ def _run(arguments: list[str], cwd: str, environment: dict[str, str], said: str)
             exec(compile(code, "<string>", "exec"), module.__dict__)
         case ["-m", name, *rest]:
             sys.argv, sys.path[:0] = [name, *rest], [cwd]
+            sys.modules.pop(name, None)  # what is imported already and runs now would be warned of
             runpy.run_module(name, run_name="__main__", alter_sys=True)
         case [path, *rest]:
             sys.argv, sys.path[:0] = [path, *rest], [str(Path(path).resolve().parent)]

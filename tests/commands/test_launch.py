@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from synchromesh import cli
-from synchromesh.commands.exits import LOST
+from synchromesh.commands.exits import LOST_RANK
 from synchromesh.recipes.catalog import RECIPES
 from synchromesh.testing.programs import HANG, job, run_job
 
@@ -102,7 +102,7 @@ def test_ranks_that_lost_one_end_by_themselves_and_the_restarted_job_gives_the_s
     name = {"TORCHELASTIC_RUN_ID": "one job"}
     left, killed = run_job(2, DIES, *moment.split(), *options, "--run=run", cwd=tmp_path, environment=name)
     assert killed.returncode == -signal.SIGKILL
-    assert left.returncode == LOST, left.stderr
+    assert left.returncode == LOST_RANK, left.stderr
     again = name | {"TORCHELASTIC_RESTART_COUNT": "1"}
     said = succeed(run_job(2, DIES, *moment.split(), *options, "--run=run", cwd=tmp_path, environment=again))
     assert "continuing run after step" in said
@@ -139,7 +139,7 @@ def test_a_stopped_rank_is_named_once_the_timeout_is_over(options: list[str], tm
     ):
         for ranks in (two, four):
             left = [rank.wait() for number, rank in enumerate(ranks) if number != 1]
-            assert [rank.returncode for rank in left] == [LOST] * len(left), left[0].stderr
+            assert [rank.returncode for rank in left] == [LOST_RANK] * len(left), left[0].stderr
             named = re.findall(r"ranks \[([\d, ]+)\] do not answer", left[0].stderr)
             assert any("1" in numbers.split(", ") for numbers in named), left[0].stderr
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from synchromesh import seeds
 from synchromesh.testing.programs import Program, run_job, run_program
 
 SCRIPT = """
@@ -44,6 +45,11 @@ def test_code_output_and_exit_code_are_those_of_python(script, how, options):
 
 def test_a_program_without_trouble_ends_with_0():
     assert run_program("-c", "pass").returncode == 0
+
+
+def test_a_module_that_the_server_has_imported_runs_as_a_program_without_a_warning():
+    done = run_program("-W", "error", "-m", seeds.__name__)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_program_that_a_signal_ends_says_which():
