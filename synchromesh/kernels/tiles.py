@@ -101,8 +101,18 @@ def programs_of(device: torch.device, bound: int) -> int:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """Return how tl.dot treats a dtype: float32 exactly, unless torch was told that TF32 will do."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """Return how tl.dot treats a dtype: float32 exactly, unless torch was told that TF32 will do on a GPU.
+
+    The answer is that of `torch.backends.cuda.matmul.fp32_precision`, which cuBLAS obeys. What is set the older ways
+    (`torch.set_float32_matmul_precision`, `allow_tf32`) arrives there too, and so does `torch.backends.fp32_precision`;
+    the older ways cannot be asked, because they raise once the newer one was used.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    told = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if told is None:  # a torch without the newer setting: the older one is all there is
+        told = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if told == "tf32" else "ieee"
 
 
 @triton.jit

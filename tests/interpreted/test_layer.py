@@ -69,3 +69,18 @@ def test_a_layer_gives_the_same_as_on_the_cpus_kernels_and_compiles_to_one_graph
     for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
         for part, got in step(run, layer, x).items():
             assert_close(part, got, wanted[part])
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has no such setting")
+def test_products_run_where_tf32_was_allowed_by_torchs_newer_setting():
+    """Beside a generic setting that says otherwise, as two libraries in one program leave them."""
+    layer, x = LAYERS["dropless"](), torch.randn(20, D)
+    wanted = step(layer, layer, x)
+    try:
+        torch.backends.fp32_precision = "ieee"
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        got = step(layer, layer, x)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.fp32_precision = "none"
+    for part in wanted:  # the interpreter multiplies float32 exactly in either way
+        assert_close(part, got[part], wanted[part])
