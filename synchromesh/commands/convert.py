@@ -12,8 +12,6 @@ from torch import Tensor
 from synchromesh.commands.context import Context
 from synchromesh.compat.swin import read_swin, save_swin
 from synchromesh.errors import InputError
-from synchromesh.models.heads.classifier import Classifier
-from synchromesh.models.swin_v2 import SwinV2
 from synchromesh.training.durable import sync_file
 from synchromesh.training.run_folder import load_trained
 
@@ -87,9 +85,9 @@ def _to_swin(request: Request, context: Context) -> int:
     if request.from_swin or request.to_swin < 1:
         raise InputError("got --to-swin with --from-swin, or without ranks; wanted a run, and --to-swin 1 or more")
     trained = load_trained(request.source, context.catalog(), best=request.best)
-    model = trained.model
-    if not isinstance(model, Classifier) or not isinstance(model.backbone, SwinV2):
-        raise InputError(f"{request.source} holds a {type(model).__name__}, wanted a SwinV2 classifier for --to-swin")
-    files = save_swin(model, request.file, ranks=request.to_swin)
+    try:
+        files = save_swin(trained.model, request.file, ranks=request.to_swin)
+    except ValueError as error:
+        raise InputError(f"{request.source} as the files of --to-swin: {error}") from error
     context.console.print(f"{files[0]} and {len(files) - 1} more, from {trained.checkpoint}", soft_wrap=True)
     return 0

@@ -39,6 +39,7 @@ from torch.distributed.tensor import DTensor
 from synchromesh.compat.rename import rename
 from synchromesh.compat.unpickle import STORAGES, load_inert
 from synchromesh.models.heads.classifier import Classifier
+from synchromesh.models.swin_v2 import SwinV2
 from synchromesh.moe.experts import Experts
 
 _RENAMED = (  # theirs, ours, the longer names first; ^ is the beginning of a key
@@ -149,18 +150,25 @@ def read_classes(path: Path) -> list[int]:
     return [int(line) for line in lines]
 
 
-def save_swin(model: Classifier, path: Path, *, ranks: int | None = None, everything: bool = False) -> list[Path]:
+def save_swin(model: nn.Module, path: Path, *, ranks: int | None = None, everything: bool = False) -> list[Path]:
     """Write a checkpoint as the release does, for its own loader on `ranks` ranks; return the files written.
 
     Args:
-        model: whole, and all files are written; or with its experts spread over ranks, and each writes its own.
+        model: a `Classifier` on a `SwinV2`: whole, and all files are written; or with its experts spread over ranks,
+            and each writes its own.
         path: NAME.pth.
         ranks: 1 of a whole model if not given; else the ranks that it is spread over.
         everything: whether files of ranks hold what is shared too, instead of NAME.pth.master.
 
     Raises:
-        ValueError: a file is there already, experts cannot be cut so, or the release has no place for a tensor.
+        ValueError: a file is there already, experts cannot be cut so, or the release has no place for a tensor, or for
+            such a model.
     """
+    if not isinstance(model, Classifier) or not isinstance(model.backbone, SwinV2):
+        inside = type(getattr(model, "backbone", model)).__name__
+        raise ValueError(
+            f"got a {type(model).__name__} on {inside}, wanted a Classifier on SwinV2, which the release has"
+        )
     files = {Path(f"{path}.{end}"): state for end, state in _files(model, ranks, everything=everything)}
     there = [file for file in files if file.exists()]
     if there:
