@@ -8,6 +8,7 @@ that way is switched on: it becomes the first kind that has such a field. `--aug
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import sys
 import typing
@@ -67,7 +68,9 @@ def read_file(path: Path, base: TrainConfig | None, catalog: Catalog) -> TrainCo
     """
     found = _parsed(path)
     try:
-        if base is None and found.get("kind") == TrainConfig.__name__:
+        if found.get("kind") == TrainConfig.__name__:
+            if base is not None:
+                raise ValueError("got a whole recipe beside a recipe's name, wanted one of them: leave the name out")
             return catalog.config(found)
         name = found.pop("recipe", None)
         if base is None:
@@ -87,8 +90,9 @@ def changed(value: Any, changes: Mapping[str, Any], kinds: Kinds, path: str = ""
             continue
         at, where = f"{path}{name}", _way(value, name.replace("-", "_"))
         if not where:
-            known = ", ".join(sorted(name for name, _ in _reachable(value)))
-            raise ValueError(f"there is no setting {at}: wanted one of {known}")
+            known = sorted({name for name, _ in _reachable(value)})
+            near = difflib.get_close_matches(name.replace("-", "_"), known, n=3) or known[:3]
+            raise ValueError(f"there is no setting {at}, wanted such as {', '.join(near)}: see --help for all of them")
         value = _put(value, where, _as_changed(value, where, change, kinds, at))
     return value
 

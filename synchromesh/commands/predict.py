@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,8 +48,8 @@ class Request:
         best: the checkpoint of the best evaluation, instead of the last epoch's.
         on_bad_image: stop at an unreadable image, or skip it and end with exit code 2.
         json: print one JSON object a line.
-        draw: folder for a picture of each answer, NAME.png, and its JSON, NAME.json; if not given, answers that are
-            pictures, such as boxes, go into `predictions` inside the run.
+        draw: folder for a picture of each answer, NAME.png, and its JSON, NAME.json, or NAME-2 where two images have one
+            name; if not given, answers that are pictures, such as boxes, go into `predictions` inside the run.
         capacity: capacity factor of the experts, instead of that of training; 0 drops nothing.
         nproc: ranks to run on, on this machine.
         parallelism: how they share the experts.
@@ -106,12 +106,13 @@ def run(request: Request, context: Context) -> int:
 def _answer(request: Request, folder: Path, images: Sequence[Path], context: Context, grid: Grid) -> int:
     plan, catalog = request.parallelism.plan(), context.catalog()
     trained = load_trained(folder, catalog, best=request.best, device=pick_device(), grid=grid, plan=plan)
+    names = _names(request, folder, images, pictures=trained.task.pictures_by_default())
     read, bad = _read(trained, images[grid.rank :: grid.size], skip=request.on_bad_image == "skip", grid=grid)
     for problem in bad:
         context.errors.print(f"left out: {problem}", style="yellow", soft_wrap=True)
     with capacity_of(trained.model, request.capacity):
         own = list(predict(trained, read, Ask(request.top, request.least), grid=grid))
-    drawn = _draw(request, folder, trained, read, own, grid)
+    drawn = _draw(trained, read, own, names, grid)
     told = [Predicted(one.path, Answer(one.answer.said)) for one in own]  # others need no pictures
     # Rank r read every W-th file from r on: taking turns restores the order in which the files were given.
     answers = [one for turn in zip_longest(*on_all(grid, lambda: told)) for one in turn if one is not None]
@@ -158,30 +159,57 @@ def _read(
     return samples, [problem for bad in on_all(grid, read) for problem in bad]
 
 
+def _names(request: Request, run_folder: Path, images: Sequence[Path], *, pictures: bool) -> dict[Path, Path]:
+    """Return where the answer of each image goes, without the ending; nowhere if no folder is wanted.
+
+    Raises:
+        InputError: an image would be overwritten by the picture of an answer.
+    """
+    folder = run_folder / PREDICTIONS if request.draw is None and pictures else request.draw
+    if folder is None:
+        return {}
+    names: dict[Path, Path] = {}
+    taken: set[Path] = set()
+    for image in images:
+        name = folder / image.stem
+        for number in count(2):
+            if name not in taken:
+                break
+            name = folder / f"{image.stem}-{number}"  # another folder has a file of this name, or another kind of file
+        names.setdefault(image, name)
+        taken.add(names[image])
+    given = {image.resolve() for image in images}
+    lost = next((name for name in names.values() if _picture(name).resolve() in given), None)
+    if lost is not None:
+        raise InputError(f"--draw would overwrite {_picture(lost)}, wanted a folder without the images themselves")
+    return names
+
+
+def _picture(name: Path) -> Path:
+    return name.with_name(f"{name.name}.png")
+
+
 def _draw(
-    request: Request,
-    run_folder: Path,
     trained: Trained,
     samples: Sequence[tuple[Path, Any]],
     answers: Sequence[Predicted],
+    names: Mapping[Path, Path],
     grid: Grid,
 ) -> list[Path]:
     """Write pictures and JSON of this rank's answers; return the pictures of all ranks, or the JSON where none are."""
-    folder = request.draw
-    if folder is None and trained.task.pictures_by_default():
-        folder = run_folder / PREDICTIONS
-    if folder is None:
+    if not names:
         return []
 
     def write() -> list[Path]:
-        folder.mkdir(parents=True, exist_ok=True)
         made = []
         for (path, sample), answer in zip(samples, answers, strict=True):
-            drawn, said = trained.task.draw(sample, answer.answer), folder / f"{path.stem}.json"
+            name, drawn = names[path], trained.task.draw(sample, answer.answer)
+            name.parent.mkdir(parents=True, exist_ok=True)
+            said = name.with_name(f"{name.name}.json")
             write_atomically(said, answer.json() + "\n")
             if drawn is not None:
-                write_atomically(said.with_suffix(".png"), drawn)
-            made.append(said if drawn is None else said.with_suffix(".png"))
+                write_atomically(_picture(name), drawn)
+            made.append(said if drawn is None else _picture(name))
         return made
 
     return [path for own in on_all(grid, write) for path in own]

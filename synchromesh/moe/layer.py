@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from synchromesh.moe.capacity import Capacity, Dropless, mapped
@@ -136,9 +136,9 @@ class MoE(nn.Module):
         experts = experts_in(self.experts)
         x_TD = _checked(x, experts, self.router).reshape(-1, x.shape[-1])
         options = Options(k, capacity, plan, mask).over(self.options)
-        if options.mask is None:
+        real = self._decisions.once(lambda: _real_tokens(options.mask, x))
+        if real is None:
             return unaliased(self._run(x_TD, options, routing), x.shape)
-        real = _checked_mask(options.mask, x).reshape(-1).nonzero()[:, 0]
         y = self._run(x_TD[real], options, routing)
         return x_TD.new_zeros(x_TD.shape, dtype=y.dtype).index_copy(0, real, y).view(x.shape)
 
@@ -269,14 +269,17 @@ def _broken(routing: Routing) -> Tensor:
     return (routing.weights.isnan() & (routing.expert_ids >= 0)).any(dim=1, keepdim=True)
 
 
-def _checked_mask(mask: Tensor, x: Tensor) -> Tensor:
+def _real_tokens(mask: Tensor | None, x: Tensor) -> Int[Tensor, " R"] | None:
+    """Return the numbers of the tokens that a mask leaves; None for all of them."""
+    if mask is None:
+        return None
     if mask.dtype != torch.bool or mask.shape != x.shape[:-1] or mask.device != x.device:
         raise ValueError(
             f"a MoE layer got a mask of {mask.dtype} {tuple(mask.shape)} on {mask.device} for an input "
             f"{tuple(x.shape)} on {x.device}, wanted torch.bool of its leading dims, True for tokens: "
             "mask=attention_mask.bool() for one of transformers"
         )
-    return mask
+    return mask.reshape(-1).nonzero()[:, 0]
 
 
 def _checked_shared(y_TD: Tensor, x_TD: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from synchromesh.training.run_folder import load_trained
 
 BACKBONE = "backbone."
 
+NAMED = 10  # tensors, in an error about many
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -146,4 +148,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 
 
 def _some(state: dict[str, Tensor]) -> str:
-    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in list(state.items())[:2])
+    """Name the first tensors, and how many more there are."""
+    named = [f"{name} {tuple(tensor.shape)}" for name, tensor in list(state.items())[:NAMED]]
+    more = [f"and {len(state) - NAMED} more"] if len(state) > NAMED else []
+    return ", ".join(named + more)

@@ -186,6 +186,8 @@ class _Parts:
                 f"{sorted(self.counts.terms)}"
             )
         weighted = [term.weight * self._mean(name, term, own[name]) for name, term in terms.items() if term.weight]
+        if not weighted:
+            raise ValueError(f"{type(task).__name__} gives all of its terms a weight of 0, wanted one that is not")
         aux = aux_loss(self.trainee.model).float() * (len(batch) * grid.size / self.counts.samples)
         return _Found(torch.stack(weighted).sum() if len(weighted) > 1 else weighted[0], aux, terms)
 
