@@ -24,6 +24,9 @@ from torch.utils.checkpoint import _CheckpointFrame
 
 __all__ = ["CUSTOM_OPS", "TorchDispatchMode", "tree_leaves"]
 
+# What dispatches under an index assignment, and under `tensor.to(...)`.
+INDEX_PUT, TO_COPY = torch.ops.aten._index_put_impl_.default, torch.ops.aten._to_copy.default
+
 
 def backward_task() -> int | None:
     """Return the number of the backward that autograd runs in this thread; None outside of one."""

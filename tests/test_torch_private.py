@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from synchromesh import torch_private
 from synchromesh.testing.distributed import run_ranks
 
+TORCH = ("torch", "aten", "dist", "nn", "DistributedDataParallel", "functorch")  # names by which modules know it
 PACKAGE = sorted((Path(__file__).parent.parent / "synchromesh").rglob("*.py"))
 
 
@@ -112,6 +113,71 @@ def test_one_call_of_onednn_is_a_linear_layer(gelu, dtype, biased):
     assert (got - (F.gelu(wanted) if gelu else wanted)).abs().max() < bound
 
 
+TRANSFORMS = {
+    "grad": (lambda f, x: torch.func.grad(lambda x: f(x).sum())(x), False),
+    "jvp": (lambda f, x: torch.func.jvp(f, (x,), (x,)), False),
+    "vmap": (lambda f, x: torch.func.vmap(f)(x), True),
+    "jacrev": (lambda f, x: torch.func.jacrev(f)(x), None),  # f runs outside of its vmap, the backward inside
+    "vmap of grad": (lambda f, x: torch.func.vmap(torch.func.grad(lambda x: f(x).sum()))(x), True),
+}
+
+
+@pytest.mark.parametrize("name", list(TRANSFORMS))
+def test_transforms_are_noticed_while_they_run_and_not_after(name):
+    transform, by_vmap = TRANSFORMS[name]
+    seen, kept = [], []
+
+    def function(x):
+        seen.append((torch_private.transformed(), torch_private.vmapped()))
+        kept.append(x * 2)
+        assert not torch_private.outlived(kept[-1])
+        return x * 2
+
+    transform(function, torch.ones(3, 2))
+    assert seen
+    assert all(transformed for transformed, _ in seen)
+    assert by_vmap is None or all(vmapped == by_vmap for _, vmapped in seen)
+    assert not torch_private.transformed()
+    assert not torch_private.vmapped()
+    assert all(torch_private.outlived(tensor) for tensor in kept)
+
+
+def test_plain_tensors_and_dual_levels():
+    x = torch.ones(2, requires_grad=True)
+    assert not torch_private.outlived(x * 2)
+    with torch.autograd.forward_ad.dual_level():
+        assert torch_private.transformed()
+        assert not torch_private.vmapped()
+    assert not torch_private.transformed()
+
+
+def test_an_unaliased_tensor_can_be_written_to():
+    x = torch.ones(2, 3, requires_grad=True)
+    y = torch_private.unaliased((x * 2).view_as(x), torch.Size([3, 2]))
+    assert not y._is_view()
+    y += 1
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.full((2, 3), 2.0))
+
+
+def test_a_mode_sees_index_assignments_copies_and_trees():
+    seen = []
+
+    class Mode(torch_private.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append((func, len(torch_private.tree_leaves((args, kwargs)))))
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        x = torch.zeros(3)
+        x[torch.tensor([True, False, True])] = 1.0
+        x.to(torch.float64)
+    found = {func for func, _ in seen}
+    assert torch_private.TO_COPY in found
+    assert found & {torch_private.INDEX_PUT, torch.ops.aten.index_put_.default}
+    assert all(leaves >= 1 for _, leaves in seen)
+
+
 def test_the_gradient_of_a_softmax_is_autograds():
     scores = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
     weights, grad = scores.softmax(-1), torch.randn(3, 7, dtype=torch.float64)
@@ -133,9 +199,7 @@ def test_nothing_else_reads_a_private_name_of_torch(path):
         return
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and _private(node.attr):
-            assert ast.unparse(node).split(".")[0] not in ("torch", "dist", "nn", "DistributedDataParallel"), (
-                node.lineno
-            )
+            assert ast.unparse(node).split(".")[0] not in TORCH, node.lineno
             assert node.attr not in ("_modules", "_parameters", "_buffers", "_forward_hooks"), node.lineno
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
             names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]

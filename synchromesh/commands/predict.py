@@ -48,8 +48,8 @@ class Request:
         best: the checkpoint of the best evaluation, instead of the last epoch's.
         on_bad_image: stop at an unreadable image, or skip it and end with exit code 2.
         json: print one JSON object a line.
-        draw: folder for a picture of each answer, NAME.png, and its JSON, NAME.json, or NAME-2 where two images have one
-            name; if not given, answers that are pictures, such as boxes, go into `predictions` inside the run.
+        draw: folder for a picture of each answer, NAME.png, and its JSON, NAME.json, or NAME-2 where two images have
+            one name; if not given, answers that are pictures, such as boxes, go into `predictions` inside the run.
         capacity: capacity factor of the experts, instead of that of training; 0 drops nothing.
         nproc: ranks to run on, on this machine.
         parallelism: how they share the experts.

@@ -53,9 +53,6 @@ class Choice:
     plan: Plan
 
 
-OFFLOADED = torch.device("meta")  # where parameters are that a hook, such as accelerate's, brings for the call
-
-
 class MoE(nn.Module):
     """A Mixture-of-Experts layer: tensor in, tensor of the same shape out.
 
@@ -282,6 +279,11 @@ def _real_tokens(mask: Tensor | None, x: Tensor) -> Int[Tensor, " R"] | None:
     return mask.reshape(-1).nonzero()[:, 0]
 
 
+def _offloaded(module: nn.Module) -> bool:
+    """Tell whether accelerate brings the module's parameters for each call."""
+    return any(hasattr(part, "_hf_hook") for part in module.modules())
+
+
 def _checked_shared(y_TD: Tensor, x_TD: Tensor) -> Tensor:
     if y_TD.shape != x_TD.shape:
         raise ValueError(f"the shared expert returned shape {tuple(y_TD.shape)}, wanted {tuple(x_TD.shape)}, as it got")
@@ -295,12 +297,12 @@ def _checked(x: Tensor, experts: Experts, router: nn.Module) -> Tensor:
     if x.dim() == 0 or (experts.width is not None and x.shape[-1] != experts.width):
         raise ValueError(f"a MoE layer got an input of shape {tuple(x.shape)}, wanted a last dim of {experts.width}")
     gate = next(router.parameters(), None)
-    if gate is not None and gate.device not in (x.device, OFFLOADED):
+    if gate is not None and gate.device != x.device and not _offloaded(router):
         raise ValueError(f"a MoE layer got an input on {x.device}, its router is on {gate.device}: move one of them")
     weight = next(experts.parameters(), None)
     if weight is None:
         return x
-    if weight.device not in (x.device, OFFLOADED):
+    if weight.device != x.device and not _offloaded(experts):
         raise ValueError(
             f"a MoE layer got an input on {x.device}, its experts are on {weight.device}: move one of them"
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
@@ -33,4 +34,5 @@ def fork(target: Callable[..., None], *arguments: Any, daemon: bool) -> ForkServ
 
 def _begin(target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     gc.freeze()  # to look through what the server imported would copy its pages
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
     target(*arguments)

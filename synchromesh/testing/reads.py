@@ -13,10 +13,10 @@ import jaxtyping
 import torch
 from torch import Tensor
 
-from synchromesh.torch_private import CUSTOM_OPS, TorchDispatchMode, tree_leaves
+from synchromesh.torch_private import CUSTOM_OPS, INDEX_PUT, TO_COPY, TorchDispatchMode, tree_leaves
 
 aten = torch.ops.aten
-INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, INDEX_PUT}
 READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 UNDISPATCHED = (  # on the CPU or the meta device these do not go through the dispatcher
     *((Tensor, name) for name in ("tolist", "numpy", "new_tensor")),
@@ -117,6 +117,6 @@ def _is_sent(func: Any, args: Any, kwargs: Any) -> bool:
     if func is aten.lift_fresh.default:
         return True
     devices = {leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-    if func is aten._to_copy.default and kwargs.get("device") is not None:
+    if func is TO_COPY and kwargs.get("device") is not None:
         devices.add(torch.device(kwargs["device"]))
-    return func in (aten._to_copy.default, aten.copy_.default) and len({device.type for device in devices}) > 1
+    return func in (TO_COPY, aten.copy_.default) and len({device.type for device in devices}) > 1

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from synchromesh import (
     BiasBalance,
@@ -133,6 +134,26 @@ def test_every_layer_of_a_model_is_given_the_mask():
         got = model(x)
     assert torch.equal(got[mask], wanted)
     assert model[0].options.mask is None
+
+
+@pytest.mark.parametrize("when", ["inside", "after", "under another"])
+def test_a_recomputation_keeps_the_mask_of_its_forward(when):
+    _, x, mask = padded("among", 0.3)
+    layer = layer_of()
+    (layer(x, mask=mask).square().sum() + aux_loss(layer)).backward()
+    wanted = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    with routing_options(layer, mask=mask):
+        loss = checkpoint(layer, x.requires_grad_(), use_reentrant=False).square().sum() + aux_loss(layer)
+        if when == "inside":
+            loss.backward()
+    if when == "after":
+        loss.backward()
+    if when == "under another":
+        with routing_options(layer, mask=mask.roll(1)):
+            loss.backward()
+    for got, one in zip(layer.parameters(), wanted, strict=True):
+        assert torch.equal(got.grad, one)
 
 
 @pytest.mark.parametrize("mask", [torch.ones(PADDED - 1, dtype=torch.bool), torch.ones(PADDED)])
