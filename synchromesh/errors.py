@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 def at_least(path: str, values: object, **least: int | float) -> None:
     """Raise ValueError for the first named attribute of `values` that is below its least value, or NaN.
@@ -17,6 +19,22 @@ def at_least(path: str, values: object, **least: int | float) -> None:
 
 class InputError(ValueError):
     """What the user gave cannot be used: a missing folder, a corrupt image. Shown as one line, without a trace."""
+
+
+class UnreadableError(InputError):
+    """A file cannot be read as a picture.
+
+    Attributes:
+        path: of the file.
+        reason: why.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"cannot read the image {self.path}: {self.reason}"
 
 
 class NonFiniteError(RuntimeError):

@@ -298,14 +298,20 @@ def test_a_folder_in_which_another_process_trains_is_refused(
     assert run.is_dir()
 
 
+NO_PICTURE = "it is of no kind that Pillow knows"
+
+
 def test_a_folder_of_photos_is_trained_on_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
     for name, level in (("dark", 60), ("light", 190)):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(12):
             pixels = rng.integers(level - 50, level + 50, (20, 26, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.{('jpg', 'png', 'webp')[i % 3]}")
+            Image.fromarray(pixels).save(
+                tmp_path / "photos" / name / f"{i}.{('jpg', 'png', 'gif', 'bmp', 'tif', 'webp')[i % 6]}"
+            )
     (tmp_path / "photos" / "dark" / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "photos" / "light" / "phone.heic").write_bytes(b"no kind that is looked for")
     arguments = [
         "train", "digits", *TINY, "--data", tmp_path / "photos", "--run", tmp_path / "run",
         "--batch-size=4", "--epochs=4", "--data.preprocess.channels=3", "--data.preprocess.mean", "0.5", "0.5", "0.5",
@@ -314,10 +320,32 @@ def test_a_folder_of_photos_is_trained_on_from_end_to_end(tmp_path: Path, capsys
     assert "broken.jpg" in failed(arguments, capsys)
     skipping = [str(a) for a in [*arguments, "--on-bad-image", "skip"]]
     assert cli.main(skipping) == 0
-    assert "left out as unreadable" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "left out as unreadable" in out
+    assert "left_out.jsonl lists them" in out
+    assert "in a class folder: light/phone.heic" in out
+    (line,) = (tmp_path / "run" / "left_out.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"path": str(tmp_path / "photos" / "dark" / "broken.jpg"), "reason": NO_PICTURE}
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["bad_images"] + summary["test_bad_images"] >= 1
     assert summary["test_accuracy"] == 1.0
+    scoring = ["eval", str(tmp_path / "run"), "--data", str(tmp_path / "photos"), "--on-bad-image", "skip", "--json"]
+    assert cli.main(scoring) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert (found["images"], found["bad_images"], found["left_out"]) == (24, 1, [json.loads(line)])
+    assert "left out: cannot read the image" in said.err
+
+
+def test_a_folder_one_level_too_high_is_refused_before_a_run_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("dark", "light"):
+        (tmp_path / "data" / "photos" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "data" / "photos" / name / "1.png")
+    text = failed(["train", "digits", *TINY, "--data", tmp_path / "data", "--run", tmp_path / "run"], capsys)
+    assert "has one class folder only, photos, so there is nothing to tell apart: are the classes dark, light?" in text
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ class Request:
         run: folder of the run.
         data: folder to score on, instead of the run's own test data.
         best: the checkpoint of the best evaluation, instead of the last epoch's.
-        on_bad_image: stop at an unreadable image, or skip it and count.
+        on_bad_image: stop at an unreadable image, or skip it, count and name it.
         json: print one JSON object.
         capacity: capacity factor of the experts, instead of that of training; 0 drops nothing.
         nproc: ranks to run on, on this machine.
@@ -81,6 +81,8 @@ def _score(request: Request, context: Context, grid: Grid) -> int:
     options = EvalOptions(loading, config.eval_batch_size, config.bf16)
     with capacity_of(trained.model, request.capacity):
         found = evaluate(trained.task, trained.facts, trained.model, split, options, grid=grid)
+    for text in found.bad:
+        context.errors.print(f"left out: {text}", style="yellow", soft_wrap=True, markup=False)
     if request.json:
         said = json.dumps(_numbers(trained, found))
         context.console.print(said, soft_wrap=True, highlight=False, markup=False)
@@ -126,7 +128,8 @@ def _numbers(trained: Trained, found: Evaluation) -> dict[str, Any]:
         unit: found.samples,
         **found.scores.numbers,
         f"{unit}_per_second": found.samples / found.seconds,
-        f"bad_{unit}": len(found.bad),
+        f"bad_{unit}": len(found.left_out),
+        "left_out": [{"path": one.path, "reason": one.reason} for one in found.left_out],
         "drop_rate": drop_rate(found.loads),
         "load": load_shares(found.loads),
         "dead_experts": dead_experts(found.loads),
@@ -141,8 +144,7 @@ def _print(console: Console, trained: Trained, found: Evaluation) -> None:
     text = Text.assemble(f"{trained.checkpoint}\n", (first, "bold"), f" of {found.samples:,} {task.unit}, {rest}")
     console.print(text, soft_wrap=True)
     if found.bad:
-        said = f"{len(found.bad)} unreadable {task.unit} left out, such as: {found.bad[0]}"
-        console.print(said, style="yellow", soft_wrap=True)
+        console.print(f"{len(found.bad)} unreadable {task.unit} left out", style="yellow", soft_wrap=True)
     for panel in task.panels(found.scores):
         if isinstance(panel, Sheet):
             console.print(_table(panel))

@@ -26,7 +26,7 @@ from synchromesh.training.run_folder import Trained, load_trained
 from synchromesh.training.task import Answer, Ask, Run
 
 ABOUT = """\
-Say what a trained model sees in image files (JPEG, PNG, WebP; grey or colour, any size).
+Say what a trained model sees in image files (JPEG, PNG, TIFF and all that Pillow reads; grey or colour, any size).
 
   synchromesh predict digit.png --run runs/demo
   synchromesh predict runs/demo *.png --json

@@ -33,6 +33,7 @@ from synchromesh.training.config import TrainConfig
 from synchromesh.training.durable import write_json
 from synchromesh.training.gallery import draw_gallery
 from synchromesh.training.interrupt import StopWish, stop_on_signals
+from synchromesh.training.left_out import LEFT_OUT_FILE
 from synchromesh.training.loop import Job, Outcome, fit
 from synchromesh.training.plans import check_plan
 from synchromesh.training.report import summary_rows
@@ -67,7 +68,8 @@ class Request:
         data: folder of data, instead of the recipe's; for images train/ and val/ with one folder per class, or one
             folder per class directly.
         resume: continue what was begun in the run folder; a crash loses nothing that was saved.
-        on_bad_image: stop at an unreadable image, or skip it and count.
+        on_bad_image: stop at an unreadable image, or skip it; those are counted, and listed in left_out.jsonl of the
+            run.
         tensorboard: also write TensorBoard events.
         nproc: ranks to train with on this machine; the recipe's number if not given. Under torchrun or SLURM, the
             job's ranks are taken.
@@ -202,8 +204,9 @@ def train(
         _closing_table(console, config, read_summary(folder) or {}, folder)
         return 0
     note = on_first(grid, lambda: prepare_folder(folder, config, catalog, resume=resume, job=job))
-    if note:
-        console.print(note, style="yellow", highlight=False, soft_wrap=True)
+    for text in (*splits.notes, note):
+        if text:
+            console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
     # The first rank holds the folder's lock for all, until the summary is written.
     with ExitStack() as held, stop_on_signals() as stop:
         on_first(grid, lambda: held.enter_context(claimed(folder)))
@@ -343,6 +346,9 @@ def _closing_table(console: Console, config: TrainConfig, summary: dict[str, Any
     if bad or test_bad:
         epochs = summary["epochs"]
         console.print(
-            f"left out as unreadable: {bad:,} times in {epochs} epochs, and {test_bad:,} test {unit}", style="yellow"
+            f"left out as unreadable: {bad:,} times in {epochs} epochs, and {test_bad:,} test {unit}; "
+            f"{folder / LEFT_OUT_FILE} lists them",
+            style="yellow",
+            soft_wrap=True,
         )
     console.print(f"{folder / SUMMARY} · {folder / 'report.html'}", highlight=False, soft_wrap=True)

@@ -12,15 +12,11 @@ from typing import final
 import numpy as np
 import torch
 from jaxtyping import Int, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from synchromesh.errors import InputError
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
-# What Pillow raises on truncated, mislabelled, hostile or oversized files.
-_BAD_IMAGE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+from synchromesh.data.files import read_picture
 
 
 @dataclass(frozen=True)
@@ -137,7 +133,7 @@ class MemoryImages(Images):
 @final
 @dataclass(frozen=True)
 class FileImages(Images):
-    """Images decoded from JPEG, PNG or WebP files on demand."""
+    """Images decoded from files on demand."""
 
     paths: tuple[Path, ...]
 
@@ -155,8 +151,10 @@ def decode_image(
 ) -> UInt8[Tensor, "C S S"]:
     """Decode one file, turned upright by its EXIF orientation, flattened on black, cropped and resized (bicubic).
 
+    `read_picture` says what becomes of pictures that are not of 8 bits.
+
     Raises:
-        InputError: the file is missing or not a readable picture; the message names it.
+        UnreadableError: the file is missing or not a readable picture; the message names it.
     """
     size = preprocess.image_size
     # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, where that is still twice what is needed; not for random
@@ -168,38 +166,6 @@ def decode_image(
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
     return pixels[None] if preprocess.channels == 1 else pixels.permute(2, 0, 1).contiguous()
-
-
-def read_picture(path: Path, channels: int, *, draft: int | None = None) -> Image.Image:
-    """Decode one file, turned upright by its EXIF orientation and flattened on black.
-
-    Args:
-        path: of the file.
-        channels: 1 for grey, 3 for colour.
-        draft: pixels of a side that are enough, so that a JPEG may be decoded smaller.
-
-    Raises:
-        InputError: the file is missing or not a readable picture; the message names it.
-    """
-    try:
-        with Image.open(path) as opened:
-            if draft is not None:
-                opened.draft(None, (draft, draft))
-            return _to_mode(ImageOps.exif_transpose(opened), "L" if channels == 1 else "RGB")
-    except _BAD_IMAGE as error:
-        raise InputError(f"cannot read the image {path}: {error or type(error).__name__}") from error
-
-
-def _to_mode(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        # Pillow clips 16-bit grey at 255 instead of scaling it.
-        pixels = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if pixels.max() > 255 else 255.0
-        image = Image.fromarray((pixels.clip(0, top) / top * 255).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    return image.convert(mode)
 
 
 def _centre(height: int, width: int, share: float) -> tuple[float, float, float, float]:

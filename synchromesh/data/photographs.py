@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from synchromesh import seeds
-from synchromesh.data.images import SUFFIXES, read_picture
-from synchromesh.errors import InputError
+from synchromesh.data.files import KINDS, pictures_in, read_picture
+from synchromesh.errors import InputError, UnreadableError
 
 # All photographs of scikit-image and scikit-learn; drawings, text and test patterns are left out.
 LEARNT_FROM = (
@@ -49,8 +49,8 @@ class Photographs:
         return len(self.paths)
 
     @cached_property
-    def pixels(self) -> tuple[UInt8[Tensor, "C _ _"], ...]:
-        """All of them, decoded. Raises InputError where one is not readable."""
+    def pixels(self) -> tuple[UInt8[Tensor, "C _ _"] | UnreadableError, ...]:
+        """All of them, decoded; what is wrong with one in its place, where it is not readable."""
         return tuple(self._read(path) for path in self.paths)
 
     def crop(self, size: int, rng: np.random.Generator, *, scale: tuple[float, float]) -> UInt8[Tensor, "C S S"]:
@@ -60,8 +60,13 @@ class Photographs:
             size: pixels of its side.
             rng: draws it.
             scale: least and most of its side over the photograph's shorter side.
+
+        Raises:
+            UnreadableError: that photograph is not readable; the others still are.
         """
         pixels = self.pixels[rng.integers(len(self.pixels))]
+        if isinstance(pixels, UnreadableError):
+            raise UnreadableError(pixels.path, pixels.reason)
         height, width = pixels.shape[1:]
         side = max(1, round(min(height, width) * rng.uniform(*scale)))
         top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
@@ -70,8 +75,11 @@ class Photographs:
         small = np.array(picture.resize((size, size), Image.Resampling.BICUBIC), dtype=np.uint8)
         return torch.from_numpy(small.reshape(size, size, self.channels)).permute(2, 0, 1).contiguous()
 
-    def _read(self, path: Path) -> Tensor:
-        picture = read_picture(path, self.channels)
+    def _read(self, path: Path) -> Tensor | UnreadableError:
+        try:
+            picture = read_picture(path, self.channels)
+        except UnreadableError as error:
+            return error
         picture.thumbnail((self.longest, self.longest), Image.Resampling.BICUBIC)
         pixels = np.array(picture, dtype=np.uint8).reshape(picture.height, picture.width, self.channels)
         return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -88,7 +96,7 @@ class PackagePhotographs:
 
 @dataclass(frozen=True)
 class PhotographFolder:
-    """A folder of JPEG, PNG or WebP files, in folders of any depth.
+    """A folder of files of pictures, in folders of any depth.
 
     Attributes:
         path: the folder.
@@ -104,9 +112,11 @@ class PhotographFolder:
         """Return those to learn from and those to score on. Raises InputError where there are fewer than two."""
         if not self.path.is_dir():
             raise InputError(f"the folder of photographs {self.path} does not exist")
-        found = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        found, _ = pictures_in(self.path.rglob("*"))
         if len(found) < 2:
-            raise InputError(f"{self.path} holds {len(found)} photographs, wanted two at least: one to score on")
+            raise InputError(
+                f"{self.path} holds {len(found)} photographs ({KINDS}), wanted two at least: one to score on"
+            )
         count = min(len(found) - 1, max(1, round(self.test_share * len(found))))
         order = seeds.numpy_generator(self.split_seed, seeds.SPLIT).permutation(len(found))
         chosen = set(order[:count].tolist())

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from synchromesh import seeds
-from synchromesh.data.images import SUFFIXES, FileImages, Images, MemoryImages, Preprocess
+from synchromesh.data.class_folders import Listing, class_names, few
+from synchromesh.data.images import Images, MemoryImages, Preprocess
 from synchromesh.errors import InputError
 
 _DIGITS = tuple(str(i) for i in range(10))
@@ -24,10 +25,12 @@ class TwoSets:
     Attributes:
         train: to learn from.
         test: to score on.
+        notes: what a person should know of them.
     """
 
     train: Images
     test: Images
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,10 @@ class ScikitDigits:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """A folder of class folders of JPEG, PNG or WebP files.
+    """A folder of class folders of pictures (`data.files` says of which kinds).
 
     Either `train/` and `val/`, each with one folder per class, or one folder per class directly; then a share of each
-    class is scored on, chosen by the seed and the file names alone.
+    class is scored on, chosen by the seed and the file names alone. Classes lie in folders of any depth.
 
     Attributes:
         path: the folder.
@@ -90,19 +93,36 @@ class ImageFolder:
     split_seed: int = 0
 
     def load(self, preprocess: Preprocess) -> TwoSets:
-        """List the files; nothing is decoded yet. Raises InputError, with what is missing."""
+        """List the files; nothing is decoded yet.
+
+        The notes name classes that are not scored on, and pictures that are not among them.
+
+        Raises:
+            InputError: something is missing, or there is nothing to learn: one class alone, a class without pictures,
+                a class that only val/ has.
+        """
         _check_folder(self.path)
         train, test = self.path / "train", self.path / "val"
         if train.is_dir() and not test.is_dir():
             raise InputError(f"{self.path} has train/ but no val/: give both, or the class folders directly")
-        if train.is_dir():
-            classes = _class_names(train)
-            extra = sorted(set(_class_names(test)) - set(classes))
-            if extra:
-                raise InputError(f"{test} has classes that {train} has not: {', '.join(extra[:5])}")
-            return TwoSets(_from_files(train, classes, preprocess), _from_files(test, classes, preprocess))
-        everything = _from_files(self.path, _class_names(self.path), preprocess)
-        return _split_at_random(everything, self.test_share, self.split_seed)
+        if not train.is_dir():
+            everything = Listing.of(self.path, class_names(self.path))
+            everything.check_learnable()
+            images = everything.images(preprocess)
+            return _split_at_random(images, self.test_share, self.split_seed, notes=everything.notes())
+        learnt = Listing.of(train, class_names(train))
+        extra = sorted(set(class_names(test)) - set(learnt.classes))
+        if extra:
+            raise InputError(
+                f"{test} has classes that {train} has not: {few(extra)}; a model cannot find what it never saw: "
+                f"add them to {train}, or take them away"
+            )
+        learnt.check_learnable()
+        scored = Listing.of(test, learnt.classes)
+        notes = (*learnt.notes(), *scored.notes())
+        if scored.empty:
+            notes = (*notes, f"{test} has no pictures of {few(scored.empty)}: learnt and never scored")
+        return TwoSets(learnt.images(preprocess), scored.images(preprocess), notes)
 
     def load_all(self, preprocess: Preprocess, classes: tuple[str, ...]) -> Images:
         """List every image to score a model of these classes on: those of val/, or else of all class folders.
@@ -112,10 +132,10 @@ class ImageFolder:
         """
         _check_folder(self.path)
         folder = self.path / "val" if (self.path / "val").is_dir() else self.path
-        extra = sorted(set(_class_names(folder)) - set(classes))
+        extra = sorted(set(class_names(folder)) - set(classes))
         if extra:
-            raise InputError(f"{folder} has the class {extra[0]!r}, which the model has not: it knows {_few(classes)}")
-        return _from_files(folder, classes, preprocess)
+            raise InputError(f"{folder} has the class {extra[0]!r}, which the model has not: it knows {few(classes)}")
+        return Listing.of(folder, classes).images(preprocess)
 
 
 Source = MnistDigits | ScikitDigits | ImageFolder
@@ -171,7 +191,7 @@ def _split_in_order(images: Images, *, train: int, held_out: int) -> TwoSets:
     return TwoSets(images.subset(sorted(first)), images.subset(sorted(last)))
 
 
-def _split_at_random(images: Images, share: float, seed: int) -> TwoSets:
+def _split_at_random(images: Images, share: float, seed: int, *, notes: tuple[str, ...]) -> TwoSets:
     train, test = [], []
     for label, (name, members) in enumerate(zip(images.classes, _members(images), strict=True)):
         count = max(1, round(share * len(members)))
@@ -180,30 +200,7 @@ def _split_at_random(images: Images, share: float, seed: int) -> TwoSets:
         order = seeds.numpy_generator(seed, seeds.SPLIT, label).permutation(len(members))
         test += [members[i] for i in order[:count]]
         train += [members[i] for i in order[count:]]
-    return TwoSets(images.subset(sorted(train)), images.subset(sorted(test)))
-
-
-def _class_names(folder: Path) -> tuple[str, ...]:
-    names = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
-    if not names:
-        raise InputError(f"{folder} holds no class folders: wanted one folder of images per class")
-    return names
-
-
-def _from_files(folder: Path, classes: tuple[str, ...], preprocess: Preprocess) -> FileImages:
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = (
-            sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES)
-            if (folder / name).is_dir()
-            else []
-        )
-        paths += found
-        labels += [label] * len(found)
-    if not paths:
-        raise InputError(f"{folder} holds no images in its class folders: wanted {', '.join(sorted(SUFFIXES))} files")
-    return FileImages(torch.tensor(labels, dtype=torch.int64), classes, preprocess, tuple(paths))
+    return TwoSets(images.subset(sorted(train)), images.subset(sorted(test)), notes)
 
 
 def _check_folder(path: Path) -> None:
@@ -211,8 +208,3 @@ def _check_folder(path: Path) -> None:
         raise InputError(f"the data folder {path} does not exist")
     if not path.is_dir():
         raise InputError(f"the data folder {path} is a file: give a folder of class folders")
-
-
-def _few(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:5])
-    return f"{shown}, ... ({len(names)} in all)" if len(names) > 5 else shown

@@ -105,7 +105,7 @@ class Classification(Task):
         found = self.data.source.load(self.data.preprocess)
         train = take_shots(found.train, self.data.shots, seed=seed) if self.data.shots else found.train
         facts = {"classes": list(train.classes)}
-        return Splits(LabelledImages(train, self.augment.crop), LabelledImages(found.test), facts)
+        return Splits(LabelledImages(train, self.augment.crop), LabelledImages(found.test), facts, found.notes)
 
     def reading(self, folder: Path) -> Classification:
         return dataclasses.replace(self, data=dataclasses.replace(self.data, source=ImageFolder(folder)))

@@ -14,6 +14,7 @@ from torch import nn
 from synchromesh.moe.record import record_load
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.training.agree import ALONE, loads_over_ranks, on_all, on_first
+from synchromesh.training.left_out import LeftOut
 from synchromesh.training.loader import Loading, Part, eval_batches
 from synchromesh.training.step import in_precision
 from synchromesh.training.task import Facts, Scores, Split, Task
@@ -32,7 +33,7 @@ class Evaluation:
         samples: how many were scored.
         loads: per MoE layer, over all these samples.
         seconds: taken.
-        bad: unreadable samples, left out.
+        left_out: unreadable samples.
         worst: numbers of the samples that it did worst on, the worst first.
         best: numbers of those that it did best on, the best first.
     """
@@ -41,9 +42,14 @@ class Evaluation:
     samples: int
     loads: dict[str, LoadStats]
     seconds: float
-    bad: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
     worst: tuple[int, ...] = ()
     best: tuple[int, ...] = ()
+
+    @property
+    def bad(self) -> tuple[str, ...]:
+        """What is wrong with those left out, by name."""
+        return tuple(one.text for one in self.left_out)
 
 
 @dataclass(frozen=True)
@@ -83,12 +89,12 @@ def evaluate(
     was_training = model.training
     model.eval()
     started = time.perf_counter()
-    scorer, merits, bad = task.scorer(facts), [], []
+    scorer, merits, left_out = task.scorer(facts), [], []
     run, part = in_precision(model, model, device, bf16=options.bf16), Part(grid.rank, grid.size)
     try:
         with record_load(model) as loads:
             for loaded in eval_batches(split, options.batch_size, loading=options.loading, part=part):
-                bad += loaded.bad
+                left_out += loaded.left_out
                 if not loaded.samples and grid.size == 1:
                     continue  # with other ranks it must run empty batches too, to take part in their exchanges
                 found = scorer.add(run, task.prepare(loaded.samples, facts, device, None))
@@ -99,14 +105,14 @@ def evaluate(
     loads = loads_over_ranks(grid, loads)
     worst, best = heapq.nsmallest(SHOWN_SAMPLES, merits), heapq.nlargest(SHOWN_SAMPLES, merits)
     states, counts, worse, better, missing = zip(
-        *on_all(grid, lambda: (scorer.state(), len(merits), worst, best, bad)), strict=True
+        *on_all(grid, lambda: (scorer.state(), len(merits), worst, best, left_out)), strict=True
     )
     return Evaluation(
         scores=on_first(grid, lambda: scorer.scores(states)),
         samples=sum(counts),
         loads=loads,
         seconds=time.perf_counter() - started,
-        bad=tuple(text for own in missing for text in own),
+        left_out=tuple(one for own in missing for one in own),
         worst=tuple(index for _, index in heapq.nsmallest(SHOWN_SAMPLES, chain(*worse))),
         best=tuple(index for _, index in heapq.nlargest(SHOWN_SAMPLES, chain(*better))),
     )

@@ -13,6 +13,7 @@ import numpy as np
 
 from synchromesh import seeds
 from synchromesh.errors import InputError, at_least
+from synchromesh.training.left_out import LeftOut
 from synchromesh.training.task import Split
 
 
@@ -41,12 +42,17 @@ class Loaded:
     Attributes:
         samples: those that could be read.
         indices: their numbers in the split.
-        bad: what is wrong with the others, by name.
+        left_out: the others.
     """
 
     samples: list[Any]
     indices: list[int]
-    bad: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def bad(self) -> tuple[str, ...]:
+        """What is wrong with those left out, by name."""
+        return tuple(one.text for one in self.left_out)
 
 
 def steps_per_epoch(split: Split, batch_size: int) -> int:
@@ -157,14 +163,14 @@ def _read_piece(read: Read, indices: np.ndarray) -> list[Any]:
 def _collect(group: np.ndarray, futures: list[Future[list[Any]]], *, skip: bool) -> Loaded:
     samples: list[Any] = []
     kept: list[int] = []
-    bad: list[str] = []
+    left_out: list[LeftOut] = []
     found = (one for future in futures for one in future.result())
     for index, one in zip(group, found, strict=True):
         if not isinstance(one, InputError):
             samples.append(one)
             kept.append(int(index))
         elif skip:
-            bad.append(str(one))
+            left_out.append(LeftOut.by(one))
         else:
             raise InputError(f"{one}; --on-bad-image skip leaves such files out") from one
-    return Loaded(samples, kept, tuple(bad))
+    return Loaded(samples, kept, tuple(left_out))

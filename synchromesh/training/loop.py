@@ -32,6 +32,7 @@ from synchromesh.training.checkpoint import (
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.evaluate import EvalOptions, Evaluation, evaluate
 from synchromesh.training.interrupt import StopWish
+from synchromesh.training.left_out import LeftOutFile
 from synchromesh.training.loader import EpochPlace, Loaded, Part, steps_per_epoch, train_batches
 from synchromesh.training.metrics import METRICS_FILE, MetricsWriter, drop_rate, load_shares
 from synchromesh.training.optim import build_optimizer, make_schedule
@@ -41,8 +42,6 @@ from synchromesh.training.start import still
 from synchromesh.training.step import Counts, Trainee, own_numbers, train_step
 from synchromesh.training.task import Splits
 from synchromesh.training.window import Window
-
-BAD_SHOWN = 5  # unreadable samples that are named; the rest is counted
 
 
 @dataclass(frozen=True)
@@ -178,6 +177,7 @@ class _Loop:
         self.standing, self.window = Standing(), Window()
         self.last_evaluation: Evaluation | None = None
         self._saved: tuple[int, int] | None = None
+        self.left_out = LeftOutFile(job.folder, job.grid, lambda text: self._tell("note", text=text))
         self.saver, self._saving = Saver(job.checkpoints, job.grid.with_own_group()), False
         size = self._restore()
         board = job.folder / "tensorboard" if job.config.keep.tensorboard else None
@@ -213,16 +213,19 @@ class _Loop:
             self._step(loaded, started)
             self._after_step()
             started = time.perf_counter()
+        if self.standing.samples == 0:
+            raise InputError(
+                f"none of the {config.task.unit} to learn from could be read: {self.left_out.path} says why"
+            )
 
     def _step(self, loaded: Loaded, started: float) -> None:
         now, task = self.standing, self.config.task
-        for text in loaded.bad[: max(0, BAD_SHOWN - now.bad)]:
-            self._tell("note", text=f"left out: {text}")
         rng = seeds.numpy_generator(self.config.seed, seeds.AUGMENT, now.step, *own_numbers(self.part))
         batch = task.prepare(loaded.samples, self.job.splits.facts, self.device, rng)
         own = task.counts(batch)
         samples, bad, *terms = counted(self.grid, [len(batch), len(loaded.bad), *own.values()], self.device)
         now.bad += bad
+        self.left_out.add(loaded.left_out, of=bad)
         if samples > 0:
             rate, counts = self.schedule(now.step), Counts(samples, dict(zip(own, terms, strict=True)))
             numbers = train_step(
@@ -274,9 +277,11 @@ class _Loop:
         """Evaluate the weights as they are; a stop wish is heeded between two batches."""
         config, splits = self.config, self.job.splits
         options = EvalOptions(config.loading, config.eval_batch_size, config.bf16)
-        return evaluate(
+        found = evaluate(
             config.task, splits.facts, self.model, splits.test, options, between=self._heed_stop, grid=self.grid
         )
+        self.left_out.add(found.left_out, of=len(found.left_out))
+        return found
 
     def save(self, *, best: bool = False) -> None:
         """Begin to write a checkpoint of this moment, unless there is one; best keeps it as the best one too."""

@@ -4,6 +4,7 @@ recipe.json      the configuration as run          metrics.jsonl    see `metrics
 checkpoints/     see `checkpoint`                  dense/           the same, of the dense twin
 summary.json     written when the run is finished  report.html      for people
 pictures/        of the samples that the model did worst and best on
+left_out.jsonl   see `left_out`
 """
 
 from __future__ import annotations

@@ -48,11 +48,13 @@ class Splits:
         train: to learn from.
         test: to score on.
         facts: what a prediction must know of them.
+        notes: sentences for whoever trains, such as what of a folder is left out.
     """
 
     train: Split
     test: Split
     facts: Facts = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from synchromesh.data.photographs import PackagePhotographs, PhotographFolder, Photographs
-from synchromesh.errors import InputError
+from synchromesh.errors import InputError, UnreadableError
 
 
 def test_photographs_to_score_on_are_never_learnt_from() -> None:
@@ -66,3 +66,15 @@ def test_a_crop_of_the_whole_shorter_side_at_its_own_size_is_the_photograph(phot
 def test_large_photographs_are_shrunk_when_they_are_read(photo, tmp_path) -> None:
     path = photo(tmp_path / "large.png", size=(64, 32))
     assert Photographs((path,), longest=16).pixels[0].shape == (3, 8, 16)
+
+
+def test_an_unreadable_photograph_leaves_the_others_as_they_are(photo, tmp_path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    mixed = Photographs((tmp_path / "broken.png", photo(tmp_path / "whole.tif")))
+    seen = set()
+    for seed in range(20):
+        try:
+            seen.add(tuple(mixed.crop(8, np.random.default_rng(seed), scale=(0.5, 1.0)).shape))
+        except UnreadableError as error:
+            seen.add(error.path)
+    assert seen == {(3, 8, 8), tmp_path / "broken.png"}

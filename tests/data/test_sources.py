@@ -86,6 +86,44 @@ def test_other_files_are_no_images(tmp_path: Path, photo: Callable[..., Path]) -
         (lambda root, photo: (root / "cat").mkdir(parents=True), "holds no images"),
         (lambda root, photo: make_folder(root / "train", photo), "train/ but no val/"),
         (lambda root, photo: make_folder(root, photo, count=1), "too few"),
+        (lambda root, photo: photo(root / "1.png"), "holds no class folders but 1 images; give the folder above"),
+        (lambda root, photo: photo(root / "cat" / "1.png"), "one class folder only, cat, so there is nothing"),
+        (
+            lambda root, photo: make_folder(root / "photos", photo),
+            r"one class folder only, photos, .*are the classes cat, dog\? Then give the folder above them",
+        ),
+        (
+            lambda root, photo: [make_folder(root / "photos" / part, photo) for part in ("train", "val")],
+            "one class folder only, photos, .*are the classes train, val",
+        ),
+        (
+            lambda root, photo: [make_folder(root / part / "photos", photo) for part in ("train", "val")],
+            "train has one class folder only, photos, ",
+        ),
+        (
+            lambda root, photo: [photo(root / part / "cat" / "1.png") for part in ("train", "val")],
+            "train has one class folder only, cat, ",
+        ),
+        (
+            lambda root, photo: (make_folder(root, photo), (root / "emu").mkdir(), (root / "fox").mkdir()),
+            "class folders without pictures: emu, fox; wanted JPEG",
+        ),
+        (
+            lambda root, photo: (
+                [make_folder(root / part, photo) for part in ("train", "val")],
+                photo(root / "val" / "emu" / "1.png"),
+                (root / "train" / "emu").mkdir(),
+            ),
+            "train has class folders without pictures: emu",
+        ),
+        (
+            lambda root, photo: (make_folder(root / "train", photo), (root / "val" / "cat").mkdir(parents=True)),
+            "val holds no images in its class folders",
+        ),
+        (
+            lambda root, photo: ((root / "cat").mkdir(parents=True), (root / "cat" / "1.heic").write_text("")),
+            "holds no images in its class folders, only 1.heic: wanted JPEG",
+        ),
     ],
 )
 def test_a_wrong_folder_is_said_in_one_line(
@@ -117,3 +155,44 @@ def test_shots_are_equal_for_every_class_and_fixed_by_the_seed() -> None:
 def test_too_few_images_for_the_shots_are_said() -> None:
     with pytest.raises(InputError, match="class 0 has 140 images, wanted 200 shots"):
         take_shots(ScikitDigits().load(GREY).train, 200, seed=0)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "bmp", "tif", "TIFF", "jpg", "webp", "pgm"])
+def test_what_prediction_reads_is_trained_on(tmp_path: Path, photo: Callable[..., Path], suffix: str) -> None:
+    for name in ("cat", "dog"):
+        for i in range(4):
+            photo(tmp_path / name / f"{i}.{suffix}", size=(8, 8), mode="L")
+    splits = ImageFolder(tmp_path).load(GREY)
+    assert (len(splits.train), len(splits.test)) == (6, 2)
+    assert splits.train.read(0).shape == (1, 8, 8)
+    assert splits.notes == ()
+
+
+def test_a_class_that_only_train_has_is_told(tmp_path: Path, photo: Callable[..., Path]) -> None:
+    make_folder(tmp_path / "train", photo)
+    make_folder(tmp_path / "val", photo)
+    photo(tmp_path / "train" / "emu" / "1.png")
+    photo(tmp_path / "train" / "fox" / "1.png")
+    (tmp_path / "val" / "fox").mkdir()
+    splits = ImageFolder(tmp_path).load(GREY)
+    (note,) = splits.notes
+    assert note == f"{tmp_path / 'val'} has no pictures of emu, fox: learnt and never scored"
+    assert splits.test.labels.bincount(minlength=4).tolist() == [10, 10, 0, 0]
+
+
+def test_pictures_that_are_not_taken_are_told(tmp_path: Path, photo: Callable[..., Path]) -> None:
+    make_folder(tmp_path, photo)
+    photo(tmp_path / "beside.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "dog" / "phone.HEIC").write_bytes(b"")
+    (note,) = ImageFolder(tmp_path).load(GREY).notes
+    assert note.startswith(f"left out in {tmp_path}, as no JPEG, PNG")
+    assert note.endswith("in a class folder: dog/phone.HEIC, beside.png")
+
+
+def test_a_model_is_scored_on_one_class_alone(tmp_path: Path, photo: Callable[..., Path]) -> None:
+    photo(tmp_path / "dog" / "1.tif")
+    found = ImageFolder(tmp_path).load_all(GREY, ("cat", "dog"))
+    assert found.labels.tolist() == [1]
+    with pytest.raises(InputError, match="has the class 'dog', which the model has not"):
+        ImageFolder(tmp_path).load_all(GREY, ("cat", "emu"))

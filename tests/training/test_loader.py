@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from synchromesh.errors import InputError
+from synchromesh.errors import InputError, UnreadableError
 from synchromesh.training.loader import EpochPlace, Loaded, Loading, eval_batches, steps_per_epoch, train_batches
 from synchromesh.training.task import Draw, Split
 
@@ -100,6 +100,19 @@ def test_skipped_images_are_left_out_and_named() -> None:
     (batch,) = batches(watched(broken=[7, 9]), COUNT, loading=Loading(skip_bad_images=True))
     assert sorted(indices([batch])) == [i for i in range(COUNT) if i not in (7, 9)]
     assert sorted(batch.bad) == ["cannot read the image 7.png", "cannot read the image 9.png"]
+
+
+def test_the_file_and_the_reason_of_what_is_left_out_stay_apart(tmp_path) -> None:
+    class Unreadable(Watched):
+        def read(self, index: int, draw: Draw | None = None) -> int:
+            if index == 7:
+                raise UnreadableError(tmp_path / "7.png", "no picture")
+            return super().read(index, draw)
+
+    (batch,) = batches(Unreadable(frozenset([9])), COUNT, loading=Loading(skip_bad_images=True))
+    found = sorted((one.path, one.reason) for one in batch.left_out)
+    assert found == [("", "cannot read the image 9.png"), (str(tmp_path / "7.png"), "no picture")]
+    assert f"cannot read the image {tmp_path / '7.png'}: no picture" in batch.bad
 
 
 def test_a_batch_of_bad_images_alone_is_empty() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from synchromesh import seeds
 from synchromesh.data.augment import Augment
-from synchromesh.errors import InputError, NonFiniteError, StoppedError
+from synchromesh.errors import InputError, NonFiniteError, StoppedError, UnreadableError
 from synchromesh.tasks.classification import LabelledImages
 from synchromesh.training.config import Freeze, Start, TrainConfig
 from synchromesh.training.interrupt import StopWish
@@ -18,7 +18,7 @@ from synchromesh.training.loop import Event, Job, Outcome, fit
 from synchromesh.training.metrics import read_metrics
 from synchromesh.training.run_folder import build_model
 from synchromesh.training.start import freeze
-from synchromesh.training.task import Splits
+from synchromesh.training.task import Draw, Splits
 
 TIMES = ("seconds", "images_per_second")  # what no two runs share
 
@@ -214,3 +214,35 @@ def test_tensorboard_events_are_written_on_demand(tiny: TrainConfig, splits: Spl
     run(dataclasses.replace(tiny, keep=dataclasses.replace(tiny.keep, tensorboard=True)), splits, tmp_path)
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"test/accuracy" in events.read_bytes()
+
+
+def test_a_run_that_can_read_nothing_is_refused_and_says_why(tiny: TrainConfig, splits: Splits, tmp_path: Path) -> None:
+    class Broken:
+        def __len__(self) -> int:
+            return len(splits.train)
+
+        def read(self, index: int, draw: Draw | None = None) -> Any:
+            raise UnreadableError(tmp_path / f"{index}.png", "no picture")
+
+    skipping = dataclasses.replace(tiny, loading=dataclasses.replace(tiny.loading, skip_bad_images=True))
+    with pytest.raises(InputError, match=r"none of the images to learn from could be read: .*left_out\.jsonl says why"):
+        run(skipping, dataclasses.replace(splits, train=Broken()), tmp_path / "run")
+    listed = [json.loads(line) for line in (tmp_path / "run" / "left_out.jsonl").read_text().splitlines()]
+    assert {line["path"] for line in listed} == {str(tmp_path / f"{i}.png") for i in range(len(splits.train))}
+
+
+def test_unreadable_test_samples_are_listed_too(tiny: TrainConfig, splits: Splits, tmp_path: Path) -> None:
+    class OneBroken:
+        def __len__(self) -> int:
+            return len(splits.test)
+
+        def read(self, index: int, draw: Draw | None = None) -> Any:
+            if index == 3:
+                raise UnreadableError(tmp_path / "3.png", "no picture")
+            return splits.test.read(index, draw)
+
+    skipping = dataclasses.replace(tiny, loading=dataclasses.replace(tiny.loading, skip_bad_images=True))
+    _, outcome = run(skipping, dataclasses.replace(splits, test=OneBroken()), tmp_path / "run")
+    assert outcome.evaluation.bad == (f"cannot read the image {tmp_path / '3.png'}: no picture",)
+    (line,) = (tmp_path / "run" / "left_out.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"path": str(tmp_path / "3.png"), "reason": "no picture"}

@@ -1,0 +1,138 @@
+"""Files of pictures: which files are taken for pictures, and how every kind of them becomes 8-bit grey or colour."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
+
+from synchromesh.errors import UnreadableError
+
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"}
+    | {".pbm", ".pgm", ".ppm", ".pnm"}
+)
+KINDS = "JPEG, PNG, WebP, GIF, BMP, TIFF or PNM"
+# Suffixes of pictures that are not looked for in folders; they are named as left out.
+OTHER_SUFFIXES = frozenset(
+    {".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".svg", ".psd", ".tga", ".ico", ".dds", ".exr", ".hdr", ".pfm"}
+    | {".apng", ".pcx", ".xbm", ".xpm", ".eps", ".dng", ".cr2", ".nef", ".arw", ".raw", ".npy"}
+)
+DEEP_TOP = 65535.0  # white of grey with more than 8 bits, whatever a picture holds
+
+# What Pillow raises on truncated, mislabelled, hostile or oversized files.
+_BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# What it runs into where numbers of a header make no sense, most of all in TIFF.
+_BAD_HEADER = (struct.error, KeyError, IndexError, TypeError, OverflowError, MemoryError, ZeroDivisionError)
+
+
+def pictures_in(files: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """Return those of these files that are read as pictures, in order, and pictures of kinds that are not."""
+    taken, others = [], []
+    for path in files:
+        suffix = path.suffix.lower()
+        if suffix in SUFFIXES:
+            taken.append(path)
+        elif suffix in OTHER_SUFFIXES:
+            others.append(path)
+    return sorted(taken), sorted(others)
+
+
+def read_picture(path: Path, channels: int, *, draft: int | None = None) -> Image.Image:
+    """Decode one file, turned upright by its EXIF orientation and flattened on black; of several frames the first.
+
+    8-bit channels are taken as they are; of colour with 16 bits Pillow keeps the upper 8. Other grey is scaled by its
+    kind, never by what a picture holds:
+
+        16-bit grey                 v / 65535 * 255
+        12-bit grey (TIFF)          v / 4095 * 255
+        integers of 32 bits, or
+        with a sign                 v / 65535 * 255; refused where a value is outside of 0 to 65535
+        floating point              v * 255; refused where a value is outside of 0 to 1
+
+    Args:
+        path: of the file.
+        channels: 1 for grey, 3 for colour.
+        draft: pixels of a side that are enough, so that a JPEG may be decoded smaller.
+
+    Raises:
+        UnreadableError: the file is missing or not a readable picture; the message names it.
+    """
+    try:
+        image, white = _decoded(path, draft)
+        if image.mode.startswith("I") or image.mode == "F":
+            image = _in_8_bits(image, white)
+        return _to_mode(image, "L" if channels == 1 else "RGB")
+    except _BAD_IMAGE as error:
+        raise UnreadableError(path, str(error) or type(error).__name__) from error
+
+
+@dataclass(frozen=True)
+class _White:
+    """Which value is white in a picture of more than 8 bits, and whether white and black change places."""
+
+    value: float
+    negative: bool = False
+
+
+def _decoded(path: Path, draft: int | None) -> tuple[Image.Image, _White]:
+    try:
+        # Not by its name: then Pillow maps TIFF files into memory, and lays out those that are turned in a wrong size.
+        with path.open("rb") as file, Image.open(file) as opened:
+            if draft is not None:
+                opened.draft(None, (draft, draft))
+            white = _white_of(opened)
+            image = ImageOps.exif_transpose(opened)
+    except UnidentifiedImageError as error:
+        raise OSError("it is of no kind that Pillow knows") from error
+    except _BAD_HEADER as error:
+        raise OSError(f"{type(error).__name__} in its header: {error}") from error
+    clear = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:  # of 16 bits, unlike the pixels
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    return image, white
+
+
+def _white_of(opened: Image.Image) -> _White:
+    top = 1.0 if opened.mode == "F" else DEEP_TOP
+    if not isinstance(opened, TiffImageFile):
+        return _White(top)
+    # Pillow hands these out as the file has them; of 8 bits it turns both by itself.
+    bits = opened.tag_v2.get(BITSPERSAMPLE, (8,))[0]
+    if opened.mode.startswith("I;16") and bits < 16:
+        top = 2.0**bits - 1
+    return _White(top, opened.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0)
+
+
+def _in_8_bits(image: Image.Image, white: _White) -> Image.Image:
+    top = white.value
+    values = np.asarray(image, dtype=np.float64)
+    least, most = values.min(), values.max()
+    if not (least >= 0 and most <= top):  # also where one is NaN
+        kind = "floating-point" if image.mode == "F" else "integer"
+        raise ValueError(
+            f"its {kind} values go from {least:g} to {most:g}, wanted 0 (black) to {top:g} (white): scale them, "
+            "or save the picture with 8 or 16 bits"
+        )
+    shown = (values / top * 255).round()
+    grey = 255 - shown if white.negative else shown
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):  # the value that stands for nothing
+        grey = np.where(values == clear, 0, grey)
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == "La":
+        image = image.convert("LA")  # colours that are multiplied by their alpha have no way to RGBA but this
+    if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    if image.mode == "LAB":
+        image = image.convert("RGB")  # the only way out of it
+    return image.convert(mode)
