@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,13 @@ Run = Callable[[Tensor, "Experts"], Tensor]
 """Tokens [T, D] and the experts of a layer to tokens [T, D]."""
 
 
+class Spread(Protocol):
+    """Stands for whoever holds the other cuts, towards tools that ask experts for their state."""
+
+    def attach(self, experts: Experts) -> None:
+        """Do so for these experts."""
+
+
 class Experts(nn.Module, ABC):
     """The networks of one layer, or one cut through them.
 
@@ -52,6 +59,7 @@ class Experts(nn.Module, ABC):
         num_experts: E, of the layer.
         width: D, of the rows in and out; None where the experts do not say.
         cut: what is held here of all experts.
+        spread: where the other cuts are, if others hold them.
         output_parts: names of the parts that are added to the output rows, E * D numbers each.
         matrices: number of matrices [hidden, width] of each expert.
         vectors: numbers in each of its biases.
@@ -60,6 +68,7 @@ class Experts(nn.Module, ABC):
     num_experts: int
     width: int | None
     cut: Cut = WHOLE
+    spread: Spread | None = None
     output_parts: ClassVar[frozenset[str]] = frozenset()
     matrices: ClassVar[int] = 2
     vectors: tuple[int, ...] = ()
@@ -71,6 +80,11 @@ class Experts(nn.Module, ABC):
         parameters before a forward (FSDP2, offload, adapters) do so in time.
         """
         return run(x, self)
+
+    @property
+    def holder(self) -> nn.Module:
+        """The module whose parameters these are: this one, unless it runs another's."""
+        return self
 
     @abstractmethod
     def parts(self) -> dict[str, Tensor]:
