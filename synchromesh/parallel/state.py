@@ -243,7 +243,10 @@ def _of_all_ranks(own: dict[str, Tensor], grid: Grid) -> dict[str, Tensor]:
     """Return the tensors of all ranks, by rank: of modules that each holds some of."""
     every: list[Any] = [None] * grid.size
     dist.all_gather_object(every, {name: tensor.detach().cpu() for name, tensor in own.items()}, group=grid.group)
-    return {name: own[name] if name in own else tensor for held in every for name, tensor in held.items()}
+    found: dict[str, Tensor] = {}
+    for held in every:
+        found |= held
+    return found | own
 
 
 def _left_to_ranks(module: nn.Module, _name: str, child: nn.Module | None) -> None:
