@@ -7,6 +7,7 @@ an underscore.
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._library.custom_ops import OPDEFS as CUSTOM_OPS  # by qualified name
 from torch.autograd import forward_ad
+from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -80,6 +82,31 @@ def outlived(tensor: Tensor) -> bool:
 def leave_to_owner(model: nn.Module, names: Iterable[str]) -> None:
     """Make DistributedDataParallel neither broadcast nor reduce these parameters and buffers of a model."""
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(names))
+
+
+def leave_to_owner_late(run: DistributedDataParallel, model: nn.Module, names: Iterable[str]) -> None:
+    """Do so for one that is being built and is about to set `self.module`: it has not spoken to other ranks yet."""
+    kept = set(names)
+    own = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in kept}
+    run.parameters_to_ignore.update(kept, (f".{name}" for name in kept if "." not in name))  # it spells these so too
+    run._module_parameters = [p for p in run._module_parameters if id(p) not in own]
+
+
+def leave_out_of_fsdp(module: nn.Module) -> None:
+    """Make fully_shard pass over a module and all that is in it, as over one that is replicated by other means."""
+    registry = module.__dict__.setdefault(REGISTRY_KEY, OrderedDict())
+    registry["replicate"] = RegistryItem()
+
+
+def kept_by(module: nn.Module) -> dict[str, Tensor]:
+    """Return what a module and its children keep in a state dict, by name; tied tensors under each of their names."""
+    found: dict[str, Tensor] = {}
+    for prefix, child in module.named_modules(remove_duplicate=False):
+        kept = {n: b for n, b in child._buffers.items() if n not in child._non_persistent_buffers_set}
+        for name, tensor in {**child._parameters, **kept}.items():
+            if tensor is not None:
+                found[f"{prefix}.{name}".lstrip(".")] = tensor
+    return found
 
 
 def job_store() -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -17,28 +16,11 @@ from torch.func import functional_call
 
 from synchromesh.kernels import Kernels, MLPWeights, Products
 from synchromesh.kernels.composed import members_of
+from synchromesh.moe.cut import WHOLE, Cut, Spread, draw
 from synchromesh.torch_private import vmapped
 from synchromesh.types import RowMap
 
 Activation = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """One of `count` equal cuts through all experts, seen as E * F hidden rows, or E * D output numbers.
-
-    Raises ValueError where there is no such cut.
-    """
-
-    index: int = 0
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.count:
-            raise ValueError(f"got cut {self.index} of {self.count}, wanted a number from 0 to {self.count - 1}")
-
-
-WHOLE = Cut()
 
 
 Run = Callable[[Tensor, "Experts"], Tensor]
@@ -52,6 +34,7 @@ class Experts(nn.Module, ABC):
         num_experts: E, of the layer.
         width: D, of the rows in and out; None where the experts do not say.
         cut: what is held here of all experts.
+        spread: where the other cuts are, if others hold them.
         output_parts: names of the parts that are added to the output rows, E * D numbers each.
         matrices: number of matrices [hidden, width] of each expert.
         vectors: numbers in each of its biases.
@@ -60,6 +43,7 @@ class Experts(nn.Module, ABC):
     num_experts: int
     width: int | None
     cut: Cut = WHOLE
+    spread: Spread | None = None
     output_parts: ClassVar[frozenset[str]] = frozenset()
     matrices: ClassVar[int] = 2
     vectors: tuple[int, ...] = ()
@@ -71,6 +55,11 @@ class Experts(nn.Module, ABC):
         parameters before a forward (FSDP2, offload, adapters) do so in time.
         """
         return run(x, self)
+
+    @property
+    def holder(self) -> nn.Module:
+        """The module whose parameters these are: this one, unless it runs another's."""
+        return self
 
     @abstractmethod
     def parts(self) -> dict[str, Tensor]:
@@ -183,7 +172,7 @@ class StackedExperts(Experts):
         assert self.width is not None
         for name, parameter in self.named_parameters(recurse=False):
             fan_in = self.hidden if name.startswith("down") else self.width
-            _draw(parameter, 1 / math.sqrt(fan_in), self.num_experts, self.cut)
+            draw(parameter, 1 / math.sqrt(fan_in), self.num_experts, self.cut)
 
     def compute(
         self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " L"], weights: Mapping[str, Tensor], kernels: Kernels
@@ -376,20 +365,3 @@ def _check_sizes(num_experts: int, width: int, hidden: int, dropout: float) -> N
             raise ValueError(f"{name} is {got}, wanted at least 1")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}, wanted a probability 0 <= dropout < 1")
-
-
-def _draw(parameter: Tensor, bound: float, num_experts: int, cut: Cut) -> None:
-    """Fill a cut of [E, ...] with uniform numbers: those it would hold, had all been drawn expert after expert."""
-    if parameter.is_meta:
-        return
-    held = parameter.detach().flatten(0, 1)
-    num_rows, first = len(held) * cut.count // num_experts, len(held) * cut.index
-    spare = parameter.new_empty(num_rows, *parameter.shape[2:])
-    for at in range(0, num_rows * num_experts, num_rows):
-        start, stop = max(first, at), min(first + len(held), at + num_rows)
-        if stop - start == num_rows:
-            held[start - first : stop - first].uniform_(-bound, bound)
-            continue
-        spare.uniform_(-bound, bound)
-        if start < stop:
-            held[start - first : stop - first] = spare[start - at : stop - at]

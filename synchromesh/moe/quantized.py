@@ -41,6 +41,8 @@ class QuantizedExperts(Experts):
         mlp = quantize(MLPWeights.of({name: part.detach() for name, part in parts.items()}), dtype)
         for name, part in mlp.tensors()._asdict().items():
             self.register_buffer(name, part if part is None else part.clone())
+        if experts.spread is not None:
+            experts.spread.attach(self)
 
     def parts(self) -> dict[str, Tensor]:
         return {}

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from synchromesh.moe.experts import experts_in
 from synchromesh.moe.layer import MoE
 from synchromesh.moe.strategy import Local
 from synchromesh.parallel.adaptive import Adaptive, Council, Tuned
@@ -59,15 +60,20 @@ def parallelize(
 def distribute(model: nn.Module, grid: Grid, *, strategy: Callable[[], Sharded] | None = None) -> None:
     """Spread the experts of a model over the ranks of a grid, and nothing else: enough for inference.
 
-    On a grid of one rank there is nothing to spread, and layers stay as they are.
+    On a grid of one rank there is nothing to spread, and layers stay as they are. Experts and parameters that layers
+    share stay shared.
 
     Raises:
-        ValueError: the experts of a layer cannot be cut over the grid.
+        ValueError: the experts of a layer cannot be cut over the grid, or share a parameter with what is not cut.
     """
     council = Council(grid)
-    for layer in _layers(model):
-        if isinstance(layer.strategy, Local) and grid.size > 1:
-            layer.distribute(Adaptive(grid, council=council) if strategy is None else strategy())
+    layers = [layer for layer in _layers(model) if isinstance(layer.strategy, Local) and grid.size > 1]
+    tied = _tied(model, layers)
+    for layer in layers:
+        layer.distribute(Adaptive(grid, council=council) if strategy is None else strategy())
+    for (first, name), *others in tied:
+        for module, its_name in others:
+            setattr(module, its_name, getattr(first, name))
 
 
 def adaptive_layers(model: nn.Module) -> dict[str, Tuned]:
@@ -85,6 +91,31 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _layers(model: nn.Module) -> list[MoE]:
     return [module for module in model.modules() if isinstance(module, MoE)]
+
+
+def _tied(model: nn.Module, layers: list[MoE]) -> list[list[tuple[nn.Module, str]]]:
+    """Return the places, (module, name), of each parameter that several modules share, those of layers' experts alone.
+
+    Raises:
+        ValueError: one of the places is not in experts of these layers.
+    """
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    names: dict[int, str] = {}
+    for path, module in model.named_modules():
+        names[id(module)] = path
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(id(parameter), []).append((module, name))
+    held = {id(module) for layer in layers for module in experts_in(layer.experts).holder.modules()}
+    tied = [all_of for all_of in places.values() if len(all_of) > 1 and any(id(m) in held for m, _ in all_of)]
+    for all_of in tied:
+        apart = [f"{names[id(module)]}.{name}" for module, name in all_of if id(module) not in held]
+        if apart:
+            module, name = next(place for place in all_of if id(place[0]) in held)
+            raise ValueError(
+                f"got the experts' parameter {names[id(module)]}.{name} shared with {', '.join(apart)}, which is not "
+                "spread over ranks, wanted it shared among experts of the same grid: give one of them a copy"
+            )
+    return tied
 
 
 def _everyone(grid: Grid, outer: Grid | None) -> ProcessGroup | None:

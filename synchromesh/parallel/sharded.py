@@ -28,8 +28,10 @@ from synchromesh.parallel.comm.all_to_all import AllToAll, all_to_all_between
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.dispatch import Slots, weights_per_row
 from synchromesh.parallel.layout import Layout
+from synchromesh.parallel.moments import watch
 from synchromesh.parallel.pipeline import even_traffic, exchange_and_compute, ragged_traffic
 from synchromesh.parallel.pool import Pool
+from synchromesh.parallel.state import Spread, spread_over
 from synchromesh.parallel.waiting import Waiting
 from synchromesh.parallel.wire import AS_IS, Wire
 from synchromesh.planning.lattice import check_sizes, every_plan, refusal
@@ -66,7 +68,13 @@ class Sharded(Strategy):
 
     def adopt(self, experts: Experts) -> None:
         check_sizes(self.grid.size, experts.num_experts)
+        if isinstance(experts.spread, Spread) and experts.spread.grid.is_same(self.grid):
+            return  # another layer's too
+        before = experts.cut
         experts.hold(Cut(self.grid.rank, self.grid.size))
+        if experts.cut != before and self.grid.group is not None:  # else made as a part, by someone who says so
+            spread_over(experts, self.grid)
+            watch(experts)
 
     def choose(self, workload: Workload, capacity: Capacity) -> Plan:
         usual = self.plan or Plan(gather=max(1, self.grid.size // workload.experts))
@@ -96,6 +104,8 @@ class Sharded(Strategy):
             )
         x = x.to(compute_dtype(x))
         kernels = self.kernels_on(x.device)
+        if not torch.compiler.is_compiling():
+            watch(experts)  # a copy's, by now
         layout = self._layout(experts.num_experts, plan)
         again = plan.regather and not checkpointed()
         pool = Pool(self.grid.axis(layout.gather_group(self.grid.rank)), self._waiting, again=again)

@@ -123,8 +123,21 @@ class Grid:
         assert isinstance(group, ProcessGroup)
         return Grid(group, ranks_per_node=self.ranks_per_node, timeout=timeout)
 
+    def is_same(self, other: Grid) -> bool:
+        """Tell whether another grid has the same ranks in the same order."""
+        return self._global_ranks == other._global_ranks and (self.group is None) == (other.group is None)
+
     def __repr__(self) -> str:
         return f"Grid(rank {self.rank} of {self.size}, {self.nodes} nodes of {self.ranks_per_node})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Grid:
         return self  # a copied model runs on the same ranks
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.group is not None:
+            raise ValueError(
+                f"got {self} to pickle, as torch.save(model) does with a model on several ranks, wanted what a file "
+                "can hold: save its state dict, made inside `with whole_state(model):`, or by "
+                "torch.distributed.checkpoint, and build the model again"
+            )
+        return self.__dict__
