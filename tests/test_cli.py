@@ -51,6 +51,21 @@ def failed(arguments: list[object], capsys: pytest.CaptureFixture[str]) -> str:
     return said
 
 
+COMMANDS = ("eval", "predict", "convert", "verify", "profile", "plan", "plans")
+
+
+@pytest.mark.parametrize("command", [*(f"train {recipe}" for recipe in RECIPES), *COMMANDS])
+def test_every_option_says_what_it_is(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*command.split(), "--help"])
+    said = re.sub(r"[│╭╰╮╯─]", " ", capsys.readouterr().out)
+    options = re.findall(r"^ +(--[a-z]\S*)(.*?)(?=^ +--[a-z]|\Z)", said, flags=re.M | re.S)
+    assert options
+    for name, text in options:
+        told = re.sub(r"\((default|required)[^)]*\)|\[?[A-Z{}|.]+\S*|\{\S+", "", text)
+        assert re.search(r"[a-z]{2,} [a-z]{2,}|[a-z]{4,}", told), f"{name} has no help: {text.strip()!r}"
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["train", "--help"]])
 def test_help_teaches_by_example(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 0

@@ -8,10 +8,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import final
+from typing import Annotated, final
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import Doc
 
 from synchromesh.kernels import Products
 from synchromesh.models.linear import apply
@@ -106,7 +107,9 @@ class ExpertsConfig:
 
     num_experts: int = 32
     k: int = 1
-    blocks: tuple[tuple[int, ...], ...] = PUBLISHED_BLOCKS
+    blocks: tuple[Annotated[tuple[int, ...], Doc("blocks of this stage that have experts, from 0.")], ...] = (
+        PUBLISHED_BLOCKS
+    )
     router: Gate = field(default_factory=LinearGate)
     capacity: Capacity = field(default_factory=lambda: FixedCapacity(1.25, priority=batch_prioritized))
     losses: tuple[Loss, ...] = field(default_factory=lambda: (ImportanceLoad(0.01),))

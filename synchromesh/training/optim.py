@@ -22,8 +22,8 @@ class Optim:
         lr_batch: the batch size that the rates are for.
         warmup_epochs: length of the warm-up, epochs; may be a fraction.
         weight_decay: of matrices; none for biases, norms, scales and position parameters.
-        betas: of AdamW.
-        eps: of AdamW.
+        betas: decay of AdamW's running means of gradients and of their squares.
+        eps: added by AdamW to the root of the mean square, which it divides by.
         clip_norm: largest norm of the whole gradient; 0 turns clipping off.
         layer_decay: factor on the learning rate from each layer to the one below it; the head's rate is lr. 1 for the
             same rate everywhere.
