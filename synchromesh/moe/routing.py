@@ -23,8 +23,11 @@ class Softmax:
     """Probabilities over all experts.
 
     Attributes:
-        normalize: divide the weights of a token by their sum (only where it has more than one choice).
-        after_selection: weights are the softmax of the selected logits alone.
+        normalize: divide the weights of a token by their sum. Only where it has more than one choice: a single weight
+            stays the probability, as divided by itself it would be 1 and carry no gradient to the router.
+            transformers' families do divide it (docs/migration.md).
+        after_selection: weights are the softmax of the selected logits alone; of a single choice that is 1, without a
+            gradient to the router.
         dtype: of the whole gate, its matmul included, whatever the model's dtype.
     """
 
@@ -42,7 +45,7 @@ class Softmax:
 class Sigmoid:
     """Independent scores of the experts (DeepSeek-V3). The sigmoid is monotone: before or after the selection is one.
 
-    Attributes: as those of `Softmax`.
+    Attributes: as those of `Softmax`; with `normalize`, a single choice is not divided here either.
     """
 
     normalize: bool = True

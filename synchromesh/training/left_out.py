@@ -72,6 +72,13 @@ class LeftOutFile:
             with self.path.open("a") as file:
                 file.write("".join(fresh))
 
+    def check_some_read(self, samples: int, unit: str) -> None:
+        """Raise InputError where nothing was left to learn from."""
+        if samples == 0:
+            raise InputError(
+                f"none of the {unit} to learn from could be read: {self.path} says why; mend the files, or give others"
+            )
+
 
 def _whole_lines(path: Path) -> list[str]:
     """Return the lines of the file; one that a crash cut short is cut off."""

@@ -213,10 +213,7 @@ class _Loop:
             self._step(loaded, started)
             self._after_step()
             started = time.perf_counter()
-        if self.standing.samples == 0:
-            raise InputError(
-                f"none of the {config.task.unit} to learn from could be read: {self.left_out.path} says why"
-            )
+        self.left_out.check_some_read(self.standing.samples, config.task.unit)
 
     def _step(self, loaded: Loaded, started: float) -> None:
         now, task = self.standing, self.config.task

@@ -29,19 +29,35 @@ def mixtral(**more: Any) -> hf.PreTrainedModel:
     return hf.MixtralForCausalLM(hf.MixtralConfig(**(TEXT | config | more)))
 
 
-def qwen3_moe() -> hf.PreTrainedModel:
-    return hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**TEXT, **FINE, norm_topk_prob=True))
+def qwen2_moe(**more: Any) -> hf.PreTrainedModel:
+    shared = {"shared_expert_intermediate_size": 24}
+    return hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(**(TEXT | FINE | shared | more)))
 
 
-def deepseek_v3() -> hf.PreTrainedModel:
+def qwen3_moe(**more: Any) -> hf.PreTrainedModel:
+    return hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**(TEXT | FINE | {"norm_topk_prob": True} | more)))
+
+
+def deepseek_v3(**more: Any) -> hf.PreTrainedModel:
     lora = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
     experts = {"n_routed_experts": 8, "n_shared_experts": 1, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
     sizes = {"intermediate_size": 48, "moe_intermediate_size": 24, "num_key_value_heads": 4}
-    return hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**(TEXT | sizes | lora | experts)))
+    return hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**(TEXT | sizes | lora | experts | more)))
 
 
-def olmoe() -> hf.PreTrainedModel:
-    return hf.OlmoeForCausalLM(hf.OlmoeConfig(**TEXT, intermediate_size=24, num_experts=4))
+def glm4_moe(**more: Any) -> hf.PreTrainedModel:
+    experts = {"n_routed_experts": 8, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    sizes = {"intermediate_size": 48, "moe_intermediate_size": 24, "head_dim": 8}
+    return hf.Glm4MoeForCausalLM(hf.Glm4MoeConfig(**(TEXT | sizes | experts | more)))
+
+
+def granitemoe(**more: Any) -> hf.PreTrainedModel:
+    config = {"intermediate_size": 24, "num_local_experts": 4}
+    return hf.GraniteMoeForCausalLM(hf.GraniteMoeConfig(**(TEXT | config | more)))
+
+
+def olmoe(**more: Any) -> hf.PreTrainedModel:
+    return hf.OlmoeForCausalLM(hf.OlmoeConfig(**(TEXT | {"intermediate_size": 24, "num_experts": 4} | more)))
 
 
 def gpt_oss(**more: Any) -> hf.PreTrainedModel:
@@ -72,9 +88,13 @@ MODELS: dict[str, Callable[..., hf.PreTrainedModel]] = {
 }
 
 
+# Beside these, families whose gates are of interest.
+GATES = {"qwen2_moe": qwen2_moe, "glm4_moe": glm4_moe, "granitemoe": granitemoe}
+
+
 def built(kind: str, **more: Any) -> hf.PreTrainedModel:
     torch.manual_seed(0)
-    return MODELS[kind](**more).eval()
+    return (MODELS | GATES)[kind](**more).eval()
 
 
 @pytest.fixture(params=list(MODELS))

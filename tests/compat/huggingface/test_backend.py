@@ -1,12 +1,16 @@
 """A transformers model gives the same numbers with this backend as with its own loop."""
 
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.jamba.modeling_jamba import JambaTopKRouter
+from transformers.models.llama4.modeling_llama4 import Llama4Router
 
+from synchromesh import NodeLimit, Sigmoid, Softmax, TopKRouter
 from synchromesh.compat.huggingface import backend, register
 from synchromesh.testing.compare import TOLERANCE, assert_close, relative_rms
 
@@ -148,3 +152,102 @@ def test_quantized_experts_are_refused(build):
     del experts.gate_up_proj
     with pytest.raises(ValueError, match=r"MixtralExperts has no gate_up_proj.*quantized"):
         backend.experts_forward(experts, torch.randn(1, 32), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+
+
+# A family with its options; the scores of this library that are its own; the factor it puts on its weights; and whether
+# a single choice is weighed in the same way, which the families that divide by the sum do not: they make it 1.
+FAMILIES = [
+    ("mixtral", {}, Softmax(normalize=True), 1.0, False),
+    ("qwen2_moe", {}, Softmax(), 1.0, True),  # by default it does not normalise
+    ("qwen2_moe", {"norm_topk_prob": True}, Softmax(normalize=True), 1.0, False),
+    ("qwen3_moe", {"norm_topk_prob": True}, Softmax(normalize=True), 1.0, False),
+    ("qwen3_moe", {"norm_topk_prob": False}, Softmax(), 1.0, True),
+    ("olmoe", {}, Softmax(), 1.0, True),
+    ("olmoe", {"norm_topk_prob": True}, Softmax(normalize=True), 1.0, False),
+    ("deepseek_v3", {}, Sigmoid(), 2.5, False),
+    ("deepseek_v3", {"norm_topk_prob": False}, Sigmoid(normalize=False), 2.5, True),
+    ("glm4_moe", {"routed_scaling_factor": 1.5}, Sigmoid(), 1.5, False),
+    ("glm4_moe", {"norm_topk_prob": False}, Sigmoid(normalize=False), 1.0, True),
+    ("gpt_oss", {}, Softmax(after_selection=True), 1.0, True),
+    ("granitemoe", {}, Softmax(after_selection=True), 1.0, True),
+]
+SINGLE_IS_ONE = [not same or getattr(scores, "after_selection", False) for _, _, scores, _, same in FAMILIES]
+
+
+def named(value):
+    return " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else None
+
+
+def gate_of(model):
+    """The router of the last layer and the network's own name for its weight."""
+    return next(m for m in reversed(list(model.modules())) if type(m).__name__.lower().endswith("topkrouter"))
+
+
+def chosen(gate, x):
+    """The ids and weights of a family's router, whatever their places in what it returns."""
+    found = gate(x)
+    ids = next(one for one in found if one.dtype == torch.int64)
+    weights = next(one for one in found if one.is_floating_point() and one.shape == ids.shape)
+    return ids, weights
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize(("family", "more"), [row[:2] for row in FAMILIES], ids=named)
+def test_one_and_two_choices_equal_the_eager_loop(family, more, k, build, inputs):
+    model = build(family, num_experts_per_tok=k, **more)
+    batch = inputs(model)
+    wanted, got = step(model, batch, "eager"), step(model, batch, "synchromesh")
+    single = SINGLE_IS_ONE[[row[:2] for row in FAMILIES].index((family, more))] and k == 1
+    single = single and family != "mixtral"  # whose own loss is on
+    for name in wanted:
+        if single and (".gate." in name or ".router." in name):
+            # The weight is 1 whatever the router says: what is left is the rounding of x / x.
+            assert max(got[name].abs().max(), wanted[name].abs().max()) < 1e-6, name
+        else:
+            assert_close(name, got[name], wanted[name])
+
+
+@pytest.mark.parametrize(("family", "more", "scores", "factor", "same"), FAMILIES, ids=named)
+def test_these_scores_weigh_choices_as_the_family_does(family, more, scores, factor, same, build):
+    """docs/migration.md has this table."""
+    for k in (1, 2):
+        theirs = gate_of(build(family, num_experts_per_tok=k, **more))
+        theirs.weight.data.normal_()
+        if getattr(theirs, "bias", None) is not None:  # gpt-oss; ours has none
+            theirs.bias.data.zero_()
+        limit = NodeLimit(4, 2) if family == "deepseek_v3" else None
+        ours = TopKRouter(32, len(theirs.weight), k=k, scores=scores, limit=limit)
+        ours.weight.data.copy_(theirs.weight)
+        x = torch.randn(20, 32)
+        routing, (ids, weights) = ours(x), chosen(theirs, x)
+        order = ids.argsort(1)
+        own = routing.expert_ids.argsort(1)
+        assert torch.equal(ids.gather(1, order), routing.expert_ids.gather(1, own))
+        if k == 1 and not same:
+            assert_close("a single weight of theirs", weights, torch.full((20, 1), factor))
+            assert routing.weights.max() < 1  # ours stays the score, and its gradient reaches the router
+            assert torch.autograd.grad(routing.weights.sum(), ours.weight)[0].abs().max() > 1e-3
+        else:
+            assert_close("weights", factor * routing.weights.gather(1, own), weights.gather(1, order))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_llama_4_never_normalises(k):
+    """It weighs what goes into its experts, and computes them all: they cannot be switched."""
+    config = SimpleNamespace(hidden_size=32, num_local_experts=4, num_experts_per_tok=k)
+    theirs, ours = Llama4Router(config), TopKRouter(32, 4, k=k, scores=Sigmoid(normalize=False))
+    ours.weight.data.copy_(theirs.weight)
+    x = torch.randn(20, 32)
+    routing, weights = ours(x), theirs(x)[0]
+    assert_close("weights", torch.zeros(20, 4).scatter(1, routing.expert_ids, routing.weights), weights)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_jamba_never_normalises(k):
+    config = SimpleNamespace(hidden_size=32, num_experts=4, num_experts_per_tok=k)
+    theirs, ours = JambaTopKRouter(config), TopKRouter(32, 4, k=k, scores=Softmax())
+    theirs.weight.data.copy_(ours.weight.data)
+    x = torch.randn(20, 32)
+    routing, (ids, weights) = ours(x), chosen(theirs, x)
+    assert torch.equal(routing.expert_ids, ids)
+    assert_close("weights", routing.weights, weights)
