@@ -92,6 +92,7 @@ _HOMES = {
         "FullySharded",
         "Replicated",
     ),
+    "parallel.state": ("whole_state",),
     "parallel.wire": (
         "AsIs",
         "Float8",

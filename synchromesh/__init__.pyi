@@ -56,6 +56,7 @@ from synchromesh.parallel.shared import DDP as DDP
 from synchromesh.parallel.shared import FSDP2 as FSDP2
 from synchromesh.parallel.shared import FullySharded as FullySharded
 from synchromesh.parallel.shared import Replicated as Replicated
+from synchromesh.parallel.state import whole_state as whole_state
 from synchromesh.parallel.wire import AsIs as AsIs
 from synchromesh.parallel.wire import Float8 as Float8
 from synchromesh.parallel.wire import Wire as Wire

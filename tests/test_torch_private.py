@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -67,6 +69,55 @@ def test_ddp_neither_broadcasts_nor_reduces_what_is_left_to_its_owner():
     (shared, own), (other_shared, other_own) = run_ranks(ignored_by_ddp, 2)
     assert shared == other_shared
     assert own != other_own
+
+
+class LateOwner(DistributedDataParallel):
+    def __setattr__(self, name, value):
+        if name == "module":
+            torch_private.leave_to_owner_late(self, value, ["weight", "0.weight", "0.buffer"])
+        super().__setattr__(name, value)
+
+
+def ignored_late():
+    torch.manual_seed(dist.get_rank())
+    kept = []
+    for model in (nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))):
+        layer = model if isinstance(model, nn.Linear) else model[0]
+        layer.register_buffer("buffer", torch.full((1,), float(dist.get_rank())))
+        own, shared = layer.weight.detach().clone(), layer.bias.detach().clone()
+        run = LateOwner(model)
+        run(torch.full((1, 2), 1.0 + dist.get_rank())).sum().backward()
+        assert torch.equal(layer.weight, own)  # not broadcast
+        assert torch.equal(layer.bias, shared) == (dist.get_rank() == 0)
+        kept.append((layer.weight.grad.tolist(), layer.bias.grad.tolist(), layer.buffer.item()))
+    return kept
+
+
+def test_a_ddp_that_is_being_built_leaves_what_it_is_told_to_its_owner():
+    for (own, shared, _), (other_own, other_shared, _) in zip(*run_ranks(ignored_late, 2), strict=True):
+        assert shared == other_shared
+        assert own != other_own
+    assert [kept[1][2] for kept in run_ranks(ignored_late, 2)] == [0.0, 1.0]
+
+
+def left_out_of_fsdp():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+    torch_private.leave_out_of_fsdp(model[1])
+    fully_shard(model)
+    return [isinstance(parameter, DTensor) for parameter in model.parameters()]
+
+
+def test_fully_shard_passes_over_a_module_and_its_children():
+    assert run_ranks(left_out_of_fsdp, 2) == [[True, True, False, False]] * 2
+
+
+def test_what_a_module_keeps_in_a_state_dict_is_listed_by_name_each_time():
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
+    model.append(model[1])
+    model.register_buffer("gone", torch.zeros(1), persistent=False)
+    kept = torch_private.kept_by(model)
+    assert list(kept) == list(model.state_dict())
+    assert kept["2.weight"] is model[1].weight
 
 
 def told_through_the_store():

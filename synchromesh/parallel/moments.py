@@ -89,8 +89,8 @@ def _shown(key: str, value: Any, parameter: nn.Parameter, spread: Spread) -> Any
     if not alike and (spread.grid.size > spread.num_experts or value.shape[0] != parameter.shape[0]):
         raise ValueError(
             f"got an optimizer's {key!r} of shape {tuple(value.shape)} for experts of which this rank holds "
-            f"{tuple(parameter.shape)}, wanted that shape, which can be put together with other ranks': save with "
-            "synchromesh.training.checkpoint on the same number of ranks, or take another optimizer"
+            f"{tuple(parameter.shape)}, wanted that shape, or something for each expert, which can be put together "
+            "with other ranks': train experts with an optimizer that keeps such state"
         )
     return spread.whole(key, value)
 

@@ -70,9 +70,9 @@ class Sharded(Strategy):
         check_sizes(self.grid.size, experts.num_experts)
         if isinstance(experts.spread, Spread) and experts.spread.grid.is_same(self.grid):
             return  # another layer's too
-        before = experts.cut
+        before = _size(experts)
         experts.hold(Cut(self.grid.rank, self.grid.size))
-        if experts.cut != before and self.grid.group is not None:  # else made as a part, by someone who says so
+        if _size(experts) < before:  # else it was made as a part, by somebody whose names for it others know
             spread_over(experts, self.grid)
             watch(experts)
 
@@ -204,6 +204,10 @@ class _Share(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return grad / ctx.world, None
+
+
+def _size(experts: Experts) -> int:
+    return sum(tensor.numel() for tensor in (*experts.parameters(), *experts.buffers()))
 
 
 def _own_parts(experts: Experts, dtype: torch.dtype, world: int) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from synchromesh.moe.experts import WHOLE, Experts
 from synchromesh.moe.layer import MoE
 from synchromesh.torch_private import leave_to_owner
 
@@ -77,7 +78,9 @@ DDP, FSDP2 = Replicated, FullySharded  # their names up to 0.1; torch has a clas
 def _begin_alike(model: nn.Module, group: ProcessGroup, experts: dict[str, nn.Parameter]) -> None:
     """Give all ranks the first one's shared parameters and buffers."""
     shared = [parameter for name, parameter in model.named_parameters() if name not in experts]
-    for tensor in [*shared, *model.buffers()]:
+    cut = [module for module in model.modules() if isinstance(module, Experts) and module.cut != WHOLE]
+    own = {id(buffer) for module in cut for buffer in module.buffers()}  # experts of 8 bits
+    for tensor in [*shared, *(buffer for buffer in model.buffers() if id(buffer) not in own)]:
         dist.broadcast(tensor.detach(), group=group, group_src=0)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
@@ -258,3 +259,83 @@ def refuses():
     layer = MoE(TopKRouter(D, 3), MLPExperts(3, D, hidden=12), strategy=Sharded(Grid.from_group(dist.group.WORLD)))
     with pytest.raises(ValueError, match="even wire wants"):
         layer(torch.randn(4, D), plan=Plan(ragged=False), capacity=FixedCapacity(1.0))
+
+
+def one_module_twice():
+    torch.manual_seed(0)
+    experts = MLPExperts(4, D, hidden=16)
+    return nn.Sequential(MoE(TopKRouter(D, 4), experts), MoE(TopKRouter(D, 4), experts)).double()
+
+
+def one_parameter_twice():
+    torch.manual_seed(0)
+    first, second = MLPExperts(4, D, hidden=16), MLPExperts(4, D, hidden=16)
+    second.up = first.up
+    return nn.Sequential(MoE(TopKRouter(D, 4), first), MoE(TopKRouter(D, 4), second)).double()
+
+
+def learns_tied(build):
+    grid, whole = Grid.from_group(dist.group.WORLD), build()
+    layers = build()
+    run = parallelize(layers, grid, strategy=lambda: Sharded(grid))
+    assert layers[0].experts.up is layers[1].experts.up
+    names = [name for name, _ in layers.named_parameters()]
+    assert names == [name for name, _ in whole.named_parameters()]  # once each
+    assert list(expert_parameters(layers)) == [name for name in names if "experts" in name]
+    assert list(layers.state_dict()) == list(whole.state_dict())
+    optimizers = [torch.optim.AdamW(each.parameters(), lr=0.01) for each in (run, whole)]
+    for step in range(STEPS):
+        x = torch.randn(6 * grid.size, D, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        optimizers[1].zero_grad()
+        for part in x.chunk(grid.size):
+            (whole(part).square().sum() / grid.size).backward()
+        optimizers[0].zero_grad()
+        run(x.chunk(grid.size)[grid.rank]).square().sum().backward()
+        wanted = nn.utils.clip_grad_norm_(whole.parameters(), CLIP)
+        assert_close("norm", clip_grad_norm(run, grid, CLIP), wanted.float())
+        for optimizer in optimizers:
+            optimizer.step()
+    full = get_model_state_dict(layers, options=StateDictOptions(full_state_dict=True))
+    moments = [
+        get_optimizer_state_dict(each, optimizer, options=StateDictOptions(full_state_dict=True))["state"]
+        for each, optimizer in zip((layers, whole), optimizers, strict=True)
+    ]
+    assert list(moments[0]) == list(moments[1])
+    for name, tensor in whole.state_dict().items():
+        assert_close(name, full[name], tensor)
+    again = build()
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.zero_()
+    parallelize(again, grid, strategy=lambda: Sharded(grid))
+    again.load_state_dict(whole.state_dict())
+    assert again[0].experts.up is again[1].experts.up
+    x = torch.randn(5, D, dtype=torch.float64)
+    assert_close("y", again(x), whole(x))
+    assert_close("y of torch's DDP", nn.parallel.DistributedDataParallel(again)(x), whole(x))
+
+
+@pytest.mark.parametrize("build", [one_module_twice, one_parameter_twice])
+@pytest.mark.parametrize("world", [2, 8])
+def test_tied_experts_stay_tied_and_learn_as_in_one_process(build, world):
+    run_ranks(learns_tied, world, build)
+
+
+def refuses_ties():
+    world = dist.group.WORLD
+    grid, other = Grid.from_group(world), Grid.from_group(dist.new_group([1, 0], sort_ranks=False))
+    layers = one_module_twice()
+    last = nn.Linear(D, D).double()
+    last.weight = layers[0].experts.up
+    layers.append(last)
+    with pytest.raises(ValueError, match=r"0\.experts\.up shared with 2\.weight.*give one of them a copy"):
+        parallelize(layers, grid)
+    assert layers[0].experts.up.shape[0] == 4  # nothing was cut
+    layers = one_module_twice()
+    layers[0].distribute(Sharded(grid))
+    with pytest.raises(ValueError, match="already"):
+        layers[1].distribute(Sharded(other))
+
+
+def test_experts_tied_to_something_else_or_over_other_ranks_are_refused():
+    run_ranks(refuses_ties, 2)

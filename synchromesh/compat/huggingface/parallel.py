@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from synchromesh.compat.huggingface.backend import NAME, given_routing
-from synchromesh.compat.huggingface.sharded import TransformersExperts
+from synchromesh.compat.huggingface.sharded import SHARDS, TransformersExperts
 from synchromesh.moe.experts import experts_in
 from synchromesh.moe.layer import MoE
 from synchromesh.moe.strategy import Local, Strategy
@@ -90,7 +90,10 @@ def save_whole(
 
 
 def _is_part(name: str, own: Tensor, state: Mapping[str, Tensor] | None) -> bool:
-    return state is not None and name in state and state[name].shape == own.shape
+    if state is None or name not in state:
+        return False
+    renamed = name.rpartition(".")[2] in SHARDS  # of one expert on several ranks, which transformers would not know
+    return renamed or isinstance(state[name], DTensor) or state[name].shape == own.shape
 
 
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -52,6 +52,10 @@ class TransformersExperts(Experts):
         return self._owner[0]
 
     @property
+    def holder(self) -> nn.Module:
+        return self.module
+
+    @property
     def matrices(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return 3 if Form.of(self.module).has_gate else 2
 
