@@ -1,4 +1,7 @@
-"""docs/extending.md: each example is complete and short, and passes the test that stands below it."""
+"""docs/extending.md: each example is complete and short, and passes the test that stands below it.
+
+docs/guarantees.md: the tests that it names are there.
+"""
 
 import ast
 import re
@@ -8,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "extending.md").read_text()
 SECTIONS = dict(zip(*[iter(re.split(r"^## (.*)\n", PAGE, flags=re.MULTILINE)[1:])] * 2, strict=True))
 MOST_LINES = 40
 
@@ -58,3 +62,10 @@ def test_the_test_finds_a_mistake(section: str) -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert says in run.stderr.splitlines()[-1], run.stderr
+
+
+def test_the_tests_that_hold_a_guarantee_exist() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs" / "guarantees.md").read_text())
+    assert named
+    for path, test in named:
+        assert f"def {test}" in (ROOT / path).read_text(), f"{path} has no {test}"

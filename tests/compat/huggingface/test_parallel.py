@@ -4,11 +4,14 @@ Ranks take seconds to import transformers, so each start of them runs all there 
 """
 
 import copy
+import io
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from synchromesh import Grid, Plan, Sharded, Tuned, adaptive_layers, clip_grad_norm, load_stats, parallelize
@@ -122,6 +125,39 @@ def generate_and_save(folder, target):
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
+def shown_to_torch(folder, target):
+    grid, options = Grid.from_group(dist.group.WORLD), StateDictOptions(full_state_dict=True)
+    whole = load(folder)
+    model = copy.deepcopy(whole)
+    parallelize_experts(model, grid, strategy=lambda: Sharded(grid))
+    state = get_model_state_dict(model, options=options)
+    again = copy.deepcopy(whole)
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.zero_()
+    parallelize_experts(again, grid, strategy=lambda: Sharded(grid))
+    if grid.size > whole.config.num_local_experts:  # slices of an expert have names that transformers does not know
+        for unknown in (whole.state_dict(), state):
+            with pytest.raises(RuntimeError, match="Missing key"):
+                (again if unknown is not state else copy.deepcopy(whole)).load_state_dict(unknown)
+        with pytest.raises(ValueError, match="wanted all of them"):
+            model.save_pretrained(target, state_dict=state)
+        return
+    assert all(torch.equal(state[name], tensor) for name, tensor in whole.state_dict().items())
+    for given in (whole.state_dict(), model.state_dict()):
+        again.load_state_dict(given)
+        ids = batch_of(whole, 0)["input_ids"]
+        assert_near("logits", again(ids).logits, whole(ids).logits)
+    with pytest.raises(ValueError, match="with whole_state"):
+        torch.save(model.state_dict(), io.BytesIO())
+    again = copy.deepcopy(whole)
+    parallelize_experts(again, grid, strategy=lambda: Sharded(grid))
+    for layer in again.model.layers:
+        fully_shard(layer)
+    fully_shard(again)
+    assert_near("logits under FSDP2", again(ids).logits, whole(ids).logits)
+
+
 def refused(folder):
     grid = Grid.from_group(dist.group.WORLD)
     with pytest.raises(ValueError, match="no experts module of transformers"):
@@ -157,6 +193,8 @@ def test_four_ranks(saved, tmp_path):
         *((step_of, many, plan) for plan in (Plan(gather=2, near=False, chunks=2), Plan(gather=4, regather=True))),
         (step_of, saved("mixtral", num_local_experts=2), Plan(gather=1, chunks=2)),
         (generate_and_save, few, tmp_path),
+        (shown_to_torch, few, tmp_path),
+        (shown_to_torch, many, tmp_path),
     ]
     run_ranks(all_of, 4, cases)
 
