@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._library.custom_ops import OPDEFS as CUSTOM_OPS  # by qualified name
 from torch.autograd import forward_ad
-from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -94,6 +93,8 @@ def leave_to_owner_late(run: DistributedDataParallel, model: nn.Module, names: I
 
 def leave_out_of_fsdp(module: nn.Module) -> None:
     """Make fully_shard pass over a module and all that is in it, as over one that is replicated by other means."""
+    from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem  # slow, and for ranks alone
+
     registry = module.__dict__.setdefault(REGISTRY_KEY, OrderedDict())
     registry["replicate"] = RegistryItem()
 

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from synchromesh.compat.rename import rename
+from synchromesh.compat.swin_classes import read_classes as read_classes
 from synchromesh.compat.unpickle import STORAGES, load_inert
 from synchromesh.models.heads.classifier import Classifier
 from synchromesh.models.swin_v2 import SwinV2
@@ -123,7 +124,8 @@ def load_swin(model: Classifier, path: Path, *, classes: Sequence[int] | None = 
     Raises:
         ValueError: as `read_swin`; or file and model differ in their tensors. The model is unchanged then.
     """
-    stored, own = _read(path), model.state_dict()
+    stored, whole = _read(path), model.state_dict()
+    own = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in whole.items()}
     given = dict(stored.shared)
     _fit_head(given, own, classes, path)
     experts = dict(_experts(model))
@@ -135,19 +137,7 @@ def load_swin(model: Classifier, path: Path, *, classes: Sequence[int] | None = 
         elif not name.endswith(".down_bias") or stored.part(name).any():
             given[name] = stored.part(name)  # what the model has no place for is refused
     _check_fit(given, own, path)
-    model.load_state_dict(given)
-
-
-def read_classes(path: Path) -> list[int]:
-    """Read an index file: of each class of a model, one a line, its row in another head (such as map22kto1k.txt).
-
-    Raises:
-        ValueError: a line is no number.
-    """
-    lines = path.read_text().split()
-    if not lines or not all(line.isdecimal() for line in lines):
-        raise ValueError(f"{path} does not hold one class number a line")
-    return [int(line) for line in lines]
+    model.load_state_dict({name: _as_part_of(whole[name], tensor) for name, tensor in given.items()})
 
 
 def save_swin(model: nn.Module, path: Path, *, ranks: int | None = None, everything: bool = False) -> list[Path]:
@@ -337,6 +327,13 @@ def _fit_head(given: dict[str, Tensor], own: Mapping[str, Tensor], classes: Sequ
             given[name] = torch.zeros_like(own[name])
 
 
+def _as_part_of(whole: Tensor, part: Tensor) -> Tensor:
+    if not isinstance(whole, DTensor):
+        return part
+    shape, stride = whole.shape, whole.stride()
+    return DTensor.from_local(part, whole.device_mesh, whole.placements, shape=shape, stride=stride)
+
+
 def _check_fit(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:
     said = [f"{name} is missing" for name in own if name not in given]
     said += [f"the model has no {name}" for name in given if name not in own]
@@ -355,6 +352,8 @@ def _files(model: Classifier, ranks: int | None, *, everything: bool) -> Iterato
     """Yield the ends of file names, and what goes into them."""
     experts = dict(_experts(model))
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    parts = {name: state[name] for name in experts}
+    state |= {name: part.to_local() if isinstance(part, DTensor) else part for name, part in parts.items()}
     cut = next((module.cut for module in experts.values()), None)
     if cut is None:
         yield "global", _theirs(state)
@@ -387,9 +386,7 @@ def _piece(whole: Tensor, experts: int, rank: int, world: int) -> Tensor:
     if whole.dim() == 2:  # of biases, the last part is padded
         whole = F.pad(whole, (0, -whole.shape[1] % shards))
     if whole.shape[1] % shards:
-        raise ValueError(
-            f"got hidden width {whole.shape[1]} to cut into {shards} parts of an expert, wanted a multiple"
-        )
+        raise ValueError(f"got hidden width {whole.shape[1]} to cut into {shards} parts of an expert")
     return whole.flatten(0, 1).chunk(world)[rank].unflatten(0, (max(1, experts // world), -1)).clone()
 
 

@@ -28,10 +28,8 @@ from synchromesh.parallel.comm.all_to_all import AllToAll, all_to_all_between
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.dispatch import Slots, weights_per_row
 from synchromesh.parallel.layout import Layout
-from synchromesh.parallel.moments import watch
 from synchromesh.parallel.pipeline import even_traffic, exchange_and_compute, ragged_traffic
 from synchromesh.parallel.pool import Pool
-from synchromesh.parallel.state import Spread, spread_over
 from synchromesh.parallel.waiting import Waiting
 from synchromesh.parallel.wire import AS_IS, Wire
 from synchromesh.planning.lattice import check_sizes, every_plan, refusal
@@ -68,13 +66,12 @@ class Sharded(Strategy):
 
     def adopt(self, experts: Experts) -> None:
         check_sizes(self.grid.size, experts.num_experts)
-        if isinstance(experts.spread, Spread) and experts.spread.grid.is_same(self.grid):
+        if experts.spread is not None and _is_spread_over(experts, self.grid):
             return  # another layer's too
         before = _size(experts)
         experts.hold(Cut(self.grid.rank, self.grid.size))
         if _size(experts) < before:  # else it was made as a part, by somebody whose names for it others know
-            spread_over(experts, self.grid)
-            watch(experts)
+            _show_as_whole(experts, self.grid)
 
     def choose(self, workload: Workload, capacity: Capacity) -> Plan:
         usual = self.plan or Plan(gather=max(1, self.grid.size // workload.experts))
@@ -104,8 +101,8 @@ class Sharded(Strategy):
             )
         x = x.to(compute_dtype(x))
         kernels = self.kernels_on(x.device)
-        if not torch.compiler.is_compiling():
-            watch(experts)  # a copy's, by now
+        if experts.spread is not None and not torch.compiler.is_compiling():
+            _watch_optimizers(experts)  # of a copy, by now
         layout = self._layout(experts.num_experts, plan)
         again = plan.regather and not checkpointed()
         pool = Pool(self.grid.axis(layout.gather_group(self.grid.rank)), self._waiting, again=again)
@@ -170,6 +167,28 @@ class Sharded(Strategy):
         if key not in self._exchanges:
             self._exchanges[key] = all_to_all_between(self.grid, key[0], two_level=plan.two_level)
         return self._exchanges[key]
+
+
+# torch's DTensor, which state dicts are made of, takes most of a second to import: here, for ranks alone.
+
+
+def _is_spread_over(experts: Experts, grid: Grid) -> bool:
+    from synchromesh.parallel.state import Spread
+
+    return isinstance(experts.spread, Spread) and experts.spread.grid.is_same(grid)
+
+
+def _show_as_whole(experts: Experts, grid: Grid) -> None:
+    from synchromesh.parallel.state import spread_over
+
+    spread_over(experts, grid)
+    _watch_optimizers(experts)
+
+
+def _watch_optimizers(experts: Experts) -> None:
+    from synchromesh.parallel.moments import watch
+
+    watch(experts)
 
 
 class _Sum(Function):
