@@ -153,7 +153,7 @@ def test_one_call_of_onednn_is_a_linear_layer(gelu, dtype, biased):
     if not torch.backends.mkldnn.is_available() or (
         dtype == torch.bfloat16 and not torch_private.onednn_has_bfloat16()
     ):
-        pytest.skip("this CPU has no such product")
+        pytest.skip("this CPU has no such product")  # a user's machine may lack oneDNN, or bfloat16
     torch.manual_seed(0)
     x, weight, bias = torch.randn(3, 5, 8), torch.randn(6, 8), torch.randn(6)
     x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype) if biased else None

@@ -31,7 +31,6 @@ from synchromesh.kernels.select.reference import Selection
 from synchromesh.torch_private import transformed, vmapped
 
 __all__ = [
-    "COMPOSED",
     "CPU",
     "REFERENCE",
     "Activation",

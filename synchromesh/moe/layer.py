@@ -137,7 +137,8 @@ class MoE(nn.Module):
         if real is None:
             return unaliased(self._run(x_TD, options, routing), x.shape)
         y = self._run(x_TD[real], options, routing)
-        return x_TD.new_zeros(x_TD.shape, dtype=y.dtype).index_copy(0, real, y).view(x.shape)
+        padded = x_TD.new_zeros(x_TD.shape, dtype=y.dtype).index_copy(0, real, y)
+        return unaliased(padded, x.shape)
 
     def _run(self, x_TD: Tensor, options: Options, given: Routing | None) -> Tensor:
         choice = self._decisions.once(lambda: self._choose(x_TD, options))

@@ -143,7 +143,7 @@ def test_what_does_read_is_found_out(graphs, launched):
         reads_of(graphs, layer_of(TopKRouter(D, E), Dropless(), experts=experts))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")  # graphs are CUDA's
 @pytest.mark.parametrize("trains", [False, True], ids=["forward", "step"])
 def test_replays_give_what_eager_steps_give(graphs, trains):
     for shape in graphs.SMALL:

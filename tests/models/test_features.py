@@ -30,7 +30,7 @@ class Linear(Backbone):
         self.norm, self.proj = nn.LayerNorm(256), nn.Linear(256, 256)
 
     def forward(self, images: Any, hidden: Any = None) -> Features:
-        raise NotImplementedError
+        raise NotImplementedError  # only its initialisation is looked at
 
     def multiply_adds(self) -> float:
         return 0.0

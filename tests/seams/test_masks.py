@@ -116,6 +116,15 @@ def test_a_shared_expert_sees_no_padding():
     assert (got[~mask] == 0).all()
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_result_is_no_view_that_a_residual_would_write_through(masked):
+    _, x, mask = padded("among", 0.3)
+    y = layer_of()(x.view(5, 6, D), mask=mask.view(5, 6) if masked else None)
+    assert not y._is_view()
+    y += x.view(5, 6, D)
+    y.sum().backward()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_no_token_and_all_tokens(training):
     _, x, _ = padded("right", 0.3)

@@ -25,7 +25,7 @@ class Pooled(BackboneConfig):
     width: int = 4
 
     def build(self, *, ffn: Any = None) -> Backbone:
-        raise NotImplementedError
+        raise NotImplementedError  # only its settings are read
 
     def sized(self, *, image_size: int, channels: int) -> "Pooled":
         return self

@@ -65,7 +65,7 @@ class Repeat(Task):
     numbers = (Number("distance", "distance", more_is_better=False),)
 
     def splits(self, *, seed: int) -> Splits:
-        raise NotImplementedError
+        raise NotImplementedError  # pictures are made of scores alone
 
     def build(self, backbone: Any, facts: Any) -> nn.Module:
         return Rounds()
@@ -74,10 +74,10 @@ class Repeat(Task):
         return Values(torch.tensor(samples, dtype=torch.float64, device=device))
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        raise NotImplementedError
+        raise NotImplementedError  # pictures are made of scores alone
 
     def loss(self, run: Run, batch: Batch) -> dict[str, Term]:
-        raise NotImplementedError
+        raise NotImplementedError  # pictures are made of scores alone
 
     def scorer(self, facts: Any) -> Scorer:
         return Distances()
