@@ -37,6 +37,12 @@ def giou(one: Float[Tensor, "M 4"], other: Float[Tensor, "M 4"]) -> Float[Tensor
     return both / union.clamp(min=1e-9) - (hull - union) / hull.clamp(min=1e-9)
 
 
+def inside(boxes: Float[Tensor, "M 4"], size: Int[Tensor, " 2"]) -> Float[Tensor, "M 4"]:
+    """Return boxes cut off at the border of an image of this height and width."""
+    height, width = size.to(boxes)
+    return boxes.clamp(min=0).minimum(torch.stack([width, height, width, height]))
+
+
 def suppressed(
     boxes: Float[Tensor, "M 4"], scores: Float[Tensor, " M"], labels: Int[Tensor, " M"], *, most: float
 ) -> Bool[Tensor, " M"]:

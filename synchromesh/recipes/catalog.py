@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from synchromesh.models.features import BackboneConfig
+from synchromesh.models.heads.centre_boxes import CentreBoxes
+from synchromesh.models.heads.objects import ObjectHead
 from synchromesh.models.mixtures import CosineGate, Gate, LinearGate
 from synchromesh.models.swin_v2 import SwinV2Config
 from synchromesh.moe.capacity import (
@@ -51,6 +53,7 @@ CATALOG = Catalog(
         {
             Task: (Classification, Detection, SimMIM),
             BackboneConfig: (SwinV2Config,),
+            ObjectHead: (CentreBoxes,),
             Gate: (LinearGate, CosineGate),
             Capacity: (Dropless, FixedCapacity, FixedRows, NeededCapacity),
             Priority: (TokenOrder, BatchPrioritized),

@@ -10,7 +10,7 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
@@ -23,7 +23,8 @@ from synchromesh.data.pictures import COLORS, TRUTH, Box, enlarged, factor_of, p
 from synchromesh.data.scenes import ComposedScenes, Scene
 from synchromesh.models.boxes import iou
 from synchromesh.models.features import BackboneConfig
-from synchromesh.models.heads.centre_boxes import CentreBoxDetector, CentreBoxes, Objects, centre_losses, found_boxes
+from synchromesh.models.heads.centre_boxes import CentreBoxes
+from synchromesh.models.heads.objects import ObjectHead, Objects
 from synchromesh.training.task import (
     Answer,
     Ask,
@@ -75,6 +76,10 @@ class Scenes(Batch):
     sizes: tuple[tuple[int, int], ...]
     scales: tuple[tuple[float, float], ...]
 
+    def image_sizes(self) -> Int[Tensor, "B 2"]:
+        """Return the sizes as a tensor beside the images."""
+        return torch.tensor(self.sizes, dtype=torch.int64, device=self.images.device).reshape(-1, 2)
+
     def objects(self) -> Objects:
         """Return the objects of all pictures."""
         device = self.images.device
@@ -96,7 +101,7 @@ class Detection(Task):
     """
 
     data: SceneData = field(default_factory=SceneData)
-    head: CentreBoxes = field(default_factory=CentreBoxes)
+    head: ObjectHead = field(default_factory=CentreBoxes)
 
     unit = "scenes"
     numbers = (
@@ -122,7 +127,7 @@ class Detection(Task):
         return backbone.sized(image_size=size.image_size, channels=size.channels)
 
     def build(self, backbone: BackboneConfig, facts: Facts) -> nn.Module:
-        return CentreBoxDetector(backbone.build(), len(facts["classes"]), self.head)
+        return self.head.build(backbone.build(), len(facts["classes"]))
 
     def prepare(
         self, samples: Sequence[Any], facts: Facts, device: torch.device, rng: np.random.Generator | None
@@ -145,31 +150,23 @@ class Detection(Task):
 
     def counts(self, batch: Batch) -> Mapping[str, int]:
         assert isinstance(batch, Scenes)
-        objects = sum(len(own) for own in batch.labels)
-        return {"centre_loss": objects, "box_loss": objects}
+        return self.head.counts(sum(len(own) for own in batch.labels), len(batch))
 
     def loss(self, run: Run, batch: Batch) -> Mapping[str, Term]:
-        """Return the losses of centres and of sides, each a sum over objects."""
+        """Return the losses of the head, each a sum over what `counts` says."""
         assert isinstance(batch, Scenes)
-        centres, sides = centre_losses(run(batch.images), batch.objects())
-        return {"centre_loss": Term(centres), "box_loss": Term(sides, weight=self.head.box_weight)}
+        sums, weights = run(batch.images, batch.image_sizes(), batch.objects()), self.head.weights()
+        return {name: Term(total, weights[name]) for name, total in sums.items()}
 
     def scorer(self, facts: Facts) -> Scorer:
         return _Scorer(self, tuple(facts["classes"]))
 
     def found(self, run: Run, batch: Batch, *, least: float) -> list[Instances]:
-        """Run the model and return the objects of each picture, their boxes cut off at its border."""
+        """Run the model and return the objects of each picture."""
         assert isinstance(batch, Scenes)
-        if not len(batch):
-            run(batch.images)  # with other ranks it must run too, to take part in their exchanges
-            return []
-        found = []
-        for (boxes, scores, labels), (height, width) in zip(
-            found_boxes(run(batch.images), self.head, least=least), batch.sizes, strict=True
-        ):
-            border = boxes.new_tensor([width, height, width, height])
-            found.append(Instances(boxes.clamp(min=0).minimum(border).cpu(), labels.cpu(), scores.cpu()))
-        return found
+        # Without a picture it runs too: other ranks wait for its part in their exchanges.
+        seen = run(batch.images, batch.image_sizes(), least=least)
+        return [Instances(one.boxes.cpu(), one.labels.cpu(), one.scores.cpu()) for one in seen]
 
     def open(self, path: Path) -> Scene:
         """Read a picture of any size, shrunk or enlarged so that its longer side is as in training."""

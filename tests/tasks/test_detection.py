@@ -10,7 +10,7 @@ from synchromesh.data.images import Preprocess
 from synchromesh.data.instances import Instances
 from synchromesh.data.pictures import TRUTH
 from synchromesh.data.scenes import ComposedScenes, Scene
-from synchromesh.models.heads.centre_boxes import Level
+from synchromesh.models.heads.objects import Found
 from synchromesh.models.swin_v2 import SwinV2Config
 from synchromesh.tasks.detection import Detection, SceneData, Scenes, _quality
 from synchromesh.training.task import Answer, Ask, Run
@@ -37,19 +37,13 @@ def built() -> Run:
     return Run(model, model)
 
 
-def saying(model: torch.nn.Module, batch: Scenes, *, sure: float = 3.0) -> Run:
+def saying(model: torch.nn.Module, batch: Scenes, *, sure: float = 0.95) -> Run:
     """A run whose model says of every picture just what is true of it."""
 
-    def called(images: torch.Tensor) -> list[Level]:
-        height, width = images.shape[2] // 4, images.shape[3] // 4
-        heat, sides = torch.full((len(images), 2, height, width), -9.0), torch.zeros(len(images), 4, height, width)
-        for image, (boxes, labels) in enumerate(zip(batch.boxes[: len(images)], batch.labels, strict=False)):
-            for (left, top, right, bottom), label in zip(boxes.tolist(), labels.tolist(), strict=True):
-                column, row = int((left + right) / 8), int((top + bottom) / 8)
-                x, y = column * 4 + 2, row * 4 + 2
-                heat[image, label, row, column] = sure
-                sides[image, :, row, column] = torch.tensor([x - left, y - top, right - x, bottom - y])
-        return [Level(heat, sides, 4)]
+    def called(images: torch.Tensor, sizes: torch.Tensor, truth: None = None, *, least: float) -> list[Found]:
+        known = zip(batch.boxes[: len(images)], batch.labels, strict=False)
+        seen = [Found(boxes, torch.full((len(boxes),), sure), labels) for boxes, labels in known]
+        return [one if sure >= least else Found(one.boxes[:0], one.scores[:0], one.labels[:0]) for one in seen]
 
     return Run(model, called)
 
@@ -133,21 +127,21 @@ def test_the_merit_of_a_scene_falls_with_wrong_missing_and_loose_boxes() -> None
 
 
 @torch.no_grad()
-def test_boxes_of_a_file_are_told_in_its_own_pixels_cut_off_at_its_border(photo, tmp_path) -> None:
+def test_boxes_of_a_file_are_told_in_its_own_pixels(photo, tmp_path) -> None:
     sample = TASK.open(photo(tmp_path / "wide.png", size=(128, 64)))
     assert sample.image.shape == (1, 16, 32)
     assert sample.scale == (0.25, 0.25)
     batch = batch_of(sample)
-    wanted = dataclasses.replace(batch, boxes=(torch.tensor([[10.0, 2, 40, 14]]),), labels=(torch.tensor([1]),))
+    wanted = dataclasses.replace(batch, boxes=(torch.tensor([[10.0, 2, 32, 14]]),), labels=(torch.tensor([1]),))
     (answer,) = TASK.predict(saying(built().model, wanted), batch, FACTS, Ask())
-    assert answer.said == {"objects": [{"class": "dog", "probability": 0.9526, "box": [40.0, 8.0, 128.0, 56.0]}]}
+    assert answer.said == {"objects": [{"class": "dog", "probability": 0.95, "box": [40.0, 8.0, 128.0, 56.0]}]}
     assert TASK.cells(answer) == {"objects": "1", "what": "dog 95%"}
 
 
 @torch.no_grad()
 def test_what_is_asked_for_bounds_what_is_told() -> None:
     batch = batch_of(scene((1, BOX), (0, [20.0, 2, 31, 12])))
-    unsure = saying(built().model, batch, sure=-1.0)  # a probability of 0.27
+    unsure = saying(built().model, batch, sure=0.27)
     count = [
         len(TASK.predict(unsure, batch, FACTS, ask)[0].said["objects"])
         for ask in (Ask(), Ask(least=0.2), Ask(least=0.2, top=1), Ask(least=0.5))

@@ -4,13 +4,13 @@ One branch serves all levels of a pyramid. A peak in the map of a class is an ob
 proposals, and no compiled operators are needed. After CenterNet (arXiv 1904.07850) and TTFNet (arXiv 1909.00700), with
 levels by size as FCOS has them.
 
-Shape letters: B images, N classes, M objects, H W rows and columns of a map.
+Shape letters: B images, N classes, M objects, H W rows and columns of a map (of an image in `images`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from synchromesh.models.boxes import giou, suppressed
+from synchromesh.models.boxes import giou, inside, suppressed
 from synchromesh.models.features import Backbone
+from synchromesh.models.heads.objects import Found, ObjectHead, ObjectModel, Objects
 from synchromesh.models.heads.pyramid import FeaturePyramid
 
 FIRST_PROBABILITY = 0.01  # of a centre, before training
@@ -32,7 +33,7 @@ DRAWN_AT_ONCE = 64  # objects whose bumps are drawn at a time: a bump has the si
 
 
 @dataclass(frozen=True)
-class CentreBoxes:
+class CentreBoxes(ObjectHead):
     """Settings of the head.
 
     Attributes:
@@ -48,6 +49,19 @@ class CentreBoxes:
     box_weight: float = 2.0
     overlap: float = 0.6
     most: int = 100
+
+    @property
+    def says_masks(self) -> bool:
+        return False
+
+    def build(self, backbone: Backbone, num_classes: int) -> CentreBoxDetector:
+        return CentreBoxDetector(backbone, num_classes, self)
+
+    def counts(self, objects: int, images: int) -> Mapping[str, int]:
+        return {"centre_loss": objects, "box_loss": objects}
+
+    def weights(self) -> Mapping[str, float]:
+        return {"centre_loss": 1.0, "box_loss": self.box_weight}
 
 
 @dataclass(frozen=True)
@@ -65,41 +79,29 @@ class Level:
     stride: int
 
 
-@dataclass(frozen=True)
-class Objects:
-    """The objects of a batch.
-
-    Attributes:
-        image: which image each one is in.
-        boxes: in pixels.
-        labels: classes.
-    """
-
-    image: Int[Tensor, " M"]
-    boxes: Float[Tensor, "M 4"]
-    labels: Int[Tensor, " M"]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def chosen(self, which: Tensor) -> Objects:
-        """Return some of them."""
-        return Objects(self.image[which], self.boxes[which], self.labels[which])
-
-
-class CentreBoxDetector(nn.Module):
-    """A backbone, a pyramid and a dense head: images to levels."""
+class CentreBoxDetector(ObjectModel):
+    """A backbone, a pyramid and a dense head."""
 
     def __init__(self, backbone: Backbone, num_classes: int, settings: CentreBoxes) -> None:
         super().__init__()
-        self.backbone, self.strides = backbone, backbone.strides
+        self.backbone, self.strides, self.settings = backbone, backbone.strides, settings
         self.pyramid = FeaturePyramid(backbone.widths, settings.width)
         self.head = CentreBoxHead(settings.width, num_classes, settings.convs)
 
-    def forward(self, images: Float[Tensor, "B C H W"]) -> list[Level]:
-        return [
-            self.head(x, stride) for x, stride in zip(self.pyramid(self.backbone(images)), self.strides, strict=True)
-        ]
+    def forward(
+        self,
+        images: Float[Tensor, "B C H W"],
+        sizes: Int[Tensor, "B 2"],
+        truth: Objects | None = None,
+        *,
+        least: float = 0.0,
+    ) -> Mapping[str, Tensor] | list[Found]:
+        maps = self.pyramid(self.backbone(images))
+        levels = [self.head(x, stride) for x, stride in zip(maps, self.strides, strict=True)]
+        if truth is None:
+            return found_boxes(levels, sizes, self.settings, least=least)
+        centres, sides = centre_losses(levels, truth)
+        return {"centre_loss": centres, "box_loss": sides}
 
 
 class CentreBoxHead(nn.Module):
@@ -136,11 +138,12 @@ def centre_losses(levels: Sequence[Level], objects: Objects) -> tuple[Tensor, Te
     return centres, sides
 
 
-def found_boxes(levels: Sequence[Level], settings: CentreBoxes, *, least: float) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return the boxes [M 4], scores [M] and labels [M] of each image, the likeliest first."""
+def found_boxes(
+    levels: Sequence[Level], sizes: Int[Tensor, "B 2"], settings: CentreBoxes, *, least: float
+) -> list[Found]:
+    """Return what is found in each image, boxes cut off at its border."""
     parts = [_peaks(level, settings.most, least) for level in levels]
-    images = levels[0].heat.shape[0]
-    return [_merged([part[image] for part in parts], settings) for image in range(images)]
+    return [_merged([part[image] for part in parts], size, settings) for image, size in enumerate(sizes)]
 
 
 def _levels_of(boxes: Float[Tensor, "M 4"], strides: Sequence[int]) -> Int[Tensor, " M"]:
@@ -242,8 +245,8 @@ def _peaks(level: Level, most: int, least: float) -> list[tuple[Tensor, Tensor, 
     return found
 
 
-def _merged(parts: list[tuple[Tensor, Tensor, Tensor]], settings: CentreBoxes) -> tuple[Tensor, Tensor, Tensor]:
+def _merged(parts: list[tuple[Tensor, Tensor, Tensor]], size: Int[Tensor, " 2"], settings: CentreBoxes) -> Found:
     boxes, scores, labels = (torch.cat(each) for each in zip(*parts, strict=True))
     kept = (~suppressed(boxes, scores, labels, most=settings.overlap)).nonzero()[:, 0]
     kept = kept[scores[kept].argsort(descending=True, stable=True)][: settings.most]
-    return boxes[kept], scores[kept], labels[kept]
+    return Found(inside(boxes[kept], size), scores[kept], labels[kept])

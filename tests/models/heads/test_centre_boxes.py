@@ -14,13 +14,14 @@ from synchromesh.models.heads.centre_boxes import (
     CentreBoxDetector,
     CentreBoxes,
     Level,
-    Objects,
     centre_losses,
     found_boxes,
 )
+from synchromesh.models.heads.objects import Objects
 from synchromesh.models.swin_v2 import SwinV2Config
 
 CLASSES, SIDE = 3, 64
+SIZE = torch.tensor([[SIDE, SIDE]])
 TINY = SwinV2Config(image_size=SIDE, embed_dim=8, depths=(1, 1), num_heads=(1, 2), patch_size=4, window_size=4)
 
 
@@ -142,7 +143,8 @@ def test_the_loss_of_a_batch_is_the_sum_of_those_of_its_images() -> None:
 
 def test_images_without_objects_teach_where_nothing_is_and_give_every_parameter_a_gradient() -> None:
     model = CentreBoxDetector(TINY.build(), CLASSES, CentreBoxes(width=8))
-    centres, sides = centre_losses(model(torch.randn(2, 3, SIDE, SIDE)), objects(0, 0))
+    losses = model(torch.randn(2, 3, SIDE, SIDE), SIZE.expand(2, 2), objects(0, 0))
+    centres, sides = losses["centre_loss"], losses["box_loss"]
     (centres + sides).backward()
     assert centres > 0
     assert sides == 0
@@ -179,17 +181,23 @@ def planted(truth: Objects, images: int, strides: Sequence[int] = (4, 8, 16)) ->
 def test_what_a_perfect_head_says_is_found_box_by_box() -> None:
     boxes = torch.tensor([[4.0, 4, 20, 24], [40.0, 36, 60, 60], [10.0, 30, 30, 62], [2.0, 2, 62, 58]])
     truth = Objects(torch.tensor([0, 0, 1, 1]), boxes, torch.tensor([1, 2, 0, 0]))
-    found = found_boxes(planted(truth, 3), CentreBoxes(), least=0.3)
-    for image, (got, scores, labels) in enumerate(found):
+    found = found_boxes(planted(truth, 3), SIZE.expand(3, 2), CentreBoxes(), least=0.3)
+    for image, got in enumerate(found):
         own = (truth.image == image).nonzero()[:, 0].flip(0)  # later ones were planted as surer
-        assert torch.allclose(got, boxes[own])
-        assert labels.tolist() == truth.labels[own].tolist()
-        assert scores.tolist() == sorted(scores.tolist(), reverse=True)
+        assert torch.allclose(got.boxes, boxes[own])
+        assert got.labels.tolist() == truth.labels[own].tolist()
+        assert got.scores.tolist() == sorted(got.scores.tolist(), reverse=True)
+
+
+def test_what_lies_over_the_border_of_an_image_is_cut_off() -> None:
+    truth = Objects(torch.tensor([0]), torch.tensor([[20.0, 10, 60, 44]]), torch.tensor([1]))
+    (found,) = found_boxes(planted(truth, 1), torch.tensor([[40, 48]]), CentreBoxes(), least=0.3)
+    assert found.boxes.tolist() == [pytest.approx([20, 10, 48, 40], abs=1e-4)]
 
 
 def test_the_same_object_found_twice_is_told_once_and_no_more_than_wanted_are() -> None:
     truth = Objects(torch.zeros(1, dtype=torch.int64), torch.tensor([[8.0, 8, 40, 40]]), torch.tensor([0]))
     twice = planted(truth, 1, (4,)) + planted(truth, 1, (8,))
-    assert len(found_boxes(twice, CentreBoxes(), least=0.3)[0][0]) == 1
-    assert len(found_boxes(twice, CentreBoxes(overlap=1.0), least=0.3)[0][0]) == 2
-    assert len(found_boxes(levels(1), CentreBoxes(most=5, overlap=1.0), least=0.0)[0][0]) == 5
+    assert len(found_boxes(twice, SIZE, CentreBoxes(), least=0.3)[0].boxes) == 1
+    assert len(found_boxes(twice, SIZE, CentreBoxes(overlap=1.0), least=0.3)[0].boxes) == 2
+    assert len(found_boxes(levels(1), SIZE, CentreBoxes(most=5, overlap=1.0), least=0.0)[0].boxes) == 5
