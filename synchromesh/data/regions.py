@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -16,6 +16,7 @@ from synchromesh.errors import InputError
 FEWEST_CORNERS = 3
 
 
+@runtime_checkable
 class Region(Protocol):
     """Pixels of a picture."""
 
@@ -151,6 +152,33 @@ class RunLengths:
         runs = np.diff(ends, prepend=start * self.height)
         inside = np.arange(len(runs)) % 2 == 1
         return np.repeat(inside, runs).reshape(stop - start, self.height).T
+
+
+@dataclass(frozen=True)
+class CompressedRuns:
+    """Run lengths as COCO's compressed string: a tenth of their memory. They are decoded whenever they are asked for.
+
+    Attributes:
+        text: the string.
+        height: of the picture.
+        width: of the picture.
+    """
+
+    text: str | bytes
+    height: int
+    width: int
+
+    def runs(self) -> RunLengths:
+        """Return the run lengths. Raises ValueError where the string makes no sense."""
+        return RunLengths.parsed(self.text, self.height, self.width)
+
+    def mask(self, height: int, width: int) -> Bool[np.ndarray, "H W"]:
+        """Return the pixels. Raises ValueError where the picture has another size."""
+        return self.runs().mask(height, width)
+
+    def moved(self, move: Move) -> Bool[np.ndarray, "H W"]:
+        """Return the pixels in a crop, the nearest ones. Raises ValueError where the picture has another size."""
+        return self.runs().moved(move)
 
 
 def _near(ring: Float[np.ndarray, "P 2"], height: int, width: int) -> Float[np.ndarray, "Q 2"]:

@@ -23,7 +23,7 @@ def parsed(text: str | bytes) -> Int[np.ndarray, " R"]:
     Raises:
         ValueError: a letter is none of the code, a number is too long, or the string ends inside of one.
     """
-    raw = text.encode("latin-1", "replace") if isinstance(text, str) else text
+    raw = text.encode("latin-1") if isinstance(text, str) else text  # fails with a ValueError too
     letters = np.frombuffer(raw, dtype=np.uint8).astype(np.int64) - _FIRST
     if not len(letters):
         return letters
@@ -53,18 +53,15 @@ def compressed(counts: Int[np.ndarray, " R"]) -> str:
     """
     written = counts.copy()
     written[3:] -= counts[1:-2]
-    return "".join(map(_written, written.tolist()))
-
-
-def _written(value: int) -> str:
-    letters = []
-    while True:
-        bits = value & (_MORE - 1)
-        value >>= _BITS  # of a negative number too: it ends at -1
-        more = value != (-1 if bits & _SIGN else 0)
-        letters.append(chr(_FIRST + bits + (_MORE if more else 0)))
-        if not more:
-            return "".join(letters)
+    if not len(written):
+        return ""
+    # Letters that each number takes: the fewest whose bits, the sign among them, hold it.
+    most = max(int(written.max()), -1 - int(written.min()))
+    which = np.arange(most.bit_length() // _BITS + 1)
+    rest = written[:, None] >> (_BITS * which)
+    lengths = ((rest >= _SIGN) | (rest < -_SIGN)).sum(axis=1, keepdims=True) + 1
+    letters = (rest & (_MORE - 1)) + np.where(which < lengths - 1, _MORE + _FIRST, _FIRST)
+    return letters[which < lengths].astype(np.uint8).tobytes().decode("ascii")
 
 
 def _strange(letters: Int[np.ndarray, " N"]) -> int:
