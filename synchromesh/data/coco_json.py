@@ -11,13 +11,12 @@ from jaxtyping import Float, Int
 
 from synchromesh.data.annotated import NAMED, Annotated, Faults, Lazy
 from synchromesh.data.annotation import AnnotatedPicture
+from synchromesh.data.box_checks import check_boxes
 from synchromesh.data.coco_columns import BROKEN_REGIONS, NO_NUMBER, NO_REGION, RUNS, Columns, ColumnsBuilder
 from synchromesh.data.coco_parts import Categories, CocoPictures, PicturesBuilder, required
 from synchromesh.data.json_arrays import read_object
 from synchromesh.data.picture_files import PictureFolder
 from synchromesh.errors import InputError
-
-_TOLERANCE = 1.0  # pixels by which rounded boxes reach out of their pictures
 
 
 @dataclass(frozen=True)
@@ -122,15 +121,12 @@ class _Checked:
         return CocoObjects(self._columns, self._known, np.flatnonzero(there), chosen, starts, self._boxes, self._labels)
 
     def _check_boxes(self) -> None:
-        boxes, sizes = self._boxes, self._known.sizes[self._picture]
-        borders = np.concatenate([sizes[:, ::-1], sizes[:, ::-1]], axis=1)
-        self._drop(~np.all(np.isfinite(boxes), axis=1), "annotations without a box of four finite numbers, left out")
-        self._drop(np.any(boxes[:, 2:] <= boxes[:, :2], axis=1), "boxes without area, left out")
-        outside = np.any((boxes[:, 2:] <= 0) | (boxes[:, :2] >= borders[:, :2]), axis=1)
-        self._drop(outside, "boxes outside of their picture, left out")
-        over = np.any((boxes < -_TOLERANCE) | (boxes > borders + _TOLERANCE), axis=1) & self._right
-        self._say(over, "boxes that reach out of their picture, cut at its border")
-        boxes[over] = boxes[over].clip(0, borders[over])
+        checked = check_boxes(self._boxes, self._known.sizes[self._picture])
+        for what, wrong in checked.left_out.items():
+            self._drop(wrong, what)
+        for what, changed in checked.mended.items():
+            self._say(changed & self._right, what)
+        self._boxes = checked.boxes
 
     def _check_twins(self) -> None:
         """Leave out what is there twice; keep different annotations of one id, which only stands in messages."""

@@ -13,8 +13,9 @@ from jaxtyping import Int
 from synchromesh.data.annotated import Faults
 from synchromesh.data.coco_columns import NO_NUMBER, whole_number
 from synchromesh.data.files import header
+from synchromesh.data.lookup import places
 from synchromesh.data.moves import Size
-from synchromesh.data.picture_files import PictureFolder, lies
+from synchromesh.data.picture_files import PictureFolder, check_size
 from synchromesh.errors import InputError, UnreadableError
 
 PROBED = 200  # pictures whose size is compared with what the annotations say when they are loaded; later, all
@@ -93,7 +94,7 @@ class CocoPictures:
             path, (height, width) = self.paths[place], self.sizes[place].tolist()
             assert path is not None
             try:
-                if lies(path, (height, width)):
+                if check_size(path, (height, width)):
                     lying.append(self.names[place])
             except UnreadableError as error:
                 wrong.append(str(error))
@@ -173,19 +174,6 @@ class PicturesBuilder:
         except UnreadableError as error:
             self.faults.add("pictures without a size that cannot be read, left out", str(error))
             return None, None
-
-
-def places(known: Int[np.ndarray, " K"], wanted: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
-    """Return where each wanted number stands among the known ones, which differ; -1 for none.
-
-    >>> places(np.array([7, 3]), np.array([3, 4, 7]))
-    array([ 1, -1,  0])
-    """
-    if not len(known):
-        return np.full(len(wanted), -1)
-    order = np.argsort(known)
-    found = np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)
-    return np.where(known[order[found]] == wanted, order[found], -1)
 
 
 def required(path: Path, found: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -26,9 +26,9 @@ OTHER_SUFFIXES = frozenset(
 DEEP_TOP = 65535.0  # white of grey with more than 8 bits, whatever a picture holds
 
 # What Pillow raises on truncated, mislabelled, hostile or oversized files.
-_BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 # What it runs into where numbers of a header make no sense, most of all in TIFF.
-_BAD_HEADER = (struct.error, KeyError, IndexError, TypeError, OverflowError, MemoryError, ZeroDivisionError)
+BAD_HEADER = (struct.error, KeyError, IndexError, TypeError, OverflowError, MemoryError, ZeroDivisionError)
 
 
 def pictures_in(files: Iterable[Path]) -> tuple[list[Path], list[Path]]:
@@ -69,7 +69,7 @@ def read_picture(path: Path, channels: int, *, draft: int | None = None, upright
         if image.mode.startswith("I") or image.mode == "F":
             image = _in_8_bits(image, white)
         return _to_mode(image, "L" if channels == 1 else "RGB")
-    except _BAD_IMAGE as error:
+    except BAD_IMAGE as error:
         raise UnreadableError(path, str(error) or type(error).__name__) from error
 
 
@@ -86,7 +86,7 @@ def header(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
             lying = opened.height, opened.width
             sideways = opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             turned = sideways and not isinstance(opened, TiffImageFile)
-    except (*_BAD_IMAGE, *_BAD_HEADER) as error:
+    except (*BAD_IMAGE, *BAD_HEADER) as error:
         raise UnreadableError(path, str(error) or type(error).__name__) from error
     return (lying[::-1] if turned else lying), lying
 
@@ -109,7 +109,7 @@ def _decoded(path: Path, draft: int | None, upright: bool) -> tuple[Image.Image,
             image = ImageOps.exif_transpose(opened) if upright else opened.copy()
     except UnidentifiedImageError as error:
         raise OSError("it is of no kind that Pillow knows") from error
-    except _BAD_HEADER as error:
+    except BAD_HEADER as error:
         raise OSError(f"{type(error).__name__} in its header: {error}") from error
     clear = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:  # of 16 bits, unlike the pixels

@@ -68,12 +68,10 @@ def read_annotated(path: Path, channels: int, size: Size | None) -> Image.Image:
         lying = read_picture(path, channels, upright=False)
         if (lying.height, lying.width) == size:
             return lying
-    raise UnreadableError(
-        path, f"it has {image.height} x {image.width} pixels, its annotations say {size[0]} x {size[1]}"
-    )
+    raise _other_size(path, (image.height, image.width), size)
 
 
-def lies(path: Path, size: Size) -> bool:
+def check_size(path: Path, size: Size) -> bool:
     """Tell whether a picture was annotated as its file lies, and not upright, by its header alone.
 
     Raises:
@@ -81,7 +79,9 @@ def lies(path: Path, size: Size) -> bool:
     """
     upright, lying = header(path)
     if size not in (upright, lying):
-        raise UnreadableError(
-            path, f"it has {upright[0]} x {upright[1]} pixels, its annotations say {size[0]} x {size[1]}"
-        )
+        raise _other_size(path, upright, size)
     return size != upright
+
+
+def _other_size(path: Path, got: Size, said: Size) -> UnreadableError:
+    return UnreadableError(path, f"it has {got[0]} x {got[1]} pixels, its annotations say {said[0]} x {said[1]}")

@@ -60,3 +60,27 @@ def coco(tmp_path: Path, picture: Callable[..., Path]) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def label_file(tmp_path: Path) -> Callable[..., Path]:
+    """Write a file of labels: of a mode of Pillow's, where "P" gives each index an unlike colour."""
+
+    def write(name: str, values: Any, *, mode: str = "L") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        array = np.array(values)
+        if mode == "P":
+            image = Image.fromarray(array.astype(np.uint8)).convert("P")
+            image.frombytes(array.astype(np.uint8).tobytes())
+            image.putpalette([(37 * index + 11 * channel) % 256 for index in range(256) for channel in range(3)])
+        elif mode == "I;16":
+            image = Image.fromarray(array.astype(np.uint16))
+        elif mode == "F":
+            image = Image.fromarray(array.astype(np.float32))
+        else:
+            image = Image.fromarray(array.astype(np.uint8))
+        image.save(path)
+        return path
+
+    return write
