@@ -50,12 +50,12 @@ class Cityscapes:
     Attributes:
         root: the folder.
         split: train, val or test.
-        kind: of annotations: gtFine or gtCoarse.
+        labels: folder of the annotations, gtFine or gtCoarse.
     """
 
     root: Path
     split: str = "train"
-    kind: str = "gtFine"
+    labels: str = "gtFine"
 
     def load(self) -> LabelMaps:
         """List the files, and read some.
@@ -66,12 +66,7 @@ class Cityscapes:
         faults = Faults()
         ignored = dict.fromkeys((-1, *range(_FILE_IDS)), IGNORED)  # -1 is the plate of the car
         coding = LabelCoding.of({**ignored, **_LABELS}, len(IDS))
-        return label_maps(f"{self.root}, {self.split}", self._pairs("labelIds", faults), coding, tuple(IDS), faults)
-
-    def _pairs(self, what: str, faults: Faults) -> list[tuple[Path, Path]]:
-        images = by_stem(PictureFolder.of(self.root / "leftImg8bit" / self.split), (".png",), "_leftImg8bit")
-        labels = by_stem(PictureFolder.of(self.root / self.kind / self.split), (".png",), f"_{self.kind}_{what}")
-        return pairs(images, labels, faults, str(self.root))
+        return label_maps(f"{self.root}, {self.split}", _pairs(self, "labelIds", faults), coding, tuple(IDS), faults)
 
 
 @dataclass(frozen=True)
@@ -81,17 +76,17 @@ class CityscapesPanoptic:
     Attributes:
         root: the folder.
         split: train, val or test.
-        kind: of annotations: gtFine or gtCoarse.
+        labels: folder of the annotations, gtFine or gtCoarse.
     """
 
     root: Path
     split: str = "train"
-    kind: str = "gtFine"
+    labels: str = "gtFine"
 
     def load(self) -> Annotated[PanopticPicture]:
         """List the files. Raises InputError where a folder is missing, or no picture has a file of instances."""
         faults = Faults()
-        found = Cityscapes(self.root, self.split, self.kind)._pairs("instanceIds", faults)
+        found = _pairs(self, "instanceIds", faults)
         pictures = tuple(PanopticPicture(path, i + 1, InstanceIds(ids)) for i, (path, ids) in enumerate(found))
         return Annotated(
             f"{self.root}, {self.split}",
@@ -123,3 +118,11 @@ class InstanceIds:
                 crowd = value < 1000 and tuple(IDS)[label] in THINGS
                 segments.append(Segment(value, label, crowd))
         return SegmentMap.of(ids, segments)
+
+
+def _pairs(settings: Cityscapes | CityscapesPanoptic, what: str, faults: Faults) -> list[tuple[Path, Path]]:
+    root, split, labels = settings.root, settings.split, settings.labels
+    images = by_stem(PictureFolder.of(root / "leftImg8bit" / split), (".png",), "_leftImg8bit")
+    return pairs(
+        images, by_stem(PictureFolder.of(root / labels / split), (".png",), f"_{labels}_{what}"), faults, str(root)
+    )
