@@ -11,7 +11,7 @@ from PIL import Image
 from synchromesh.data.files import BAD_HEADER, BAD_IMAGE
 from synchromesh.errors import UnreadableError
 
-LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")  # of kinds that keep every value
+LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")  # of kinds that keep every value
 _GREY = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 

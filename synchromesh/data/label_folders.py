@@ -31,7 +31,7 @@ class LabelFolders:
 
     Attributes:
         images: the pictures.
-        labels: PNG, TIFF, BMP or GIF files with indices, with a palette or grey.
+        labels: PNG, TIFF or BMP files with indices, with a palette or grey.
         classes: names; those of a file classes.txt, or else the values that are found in all files.
         reduce_zero: 0 is ignored, and class 0 has the value 1.
         ignore: value of what is neither learnt from nor scored.

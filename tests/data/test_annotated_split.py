@@ -115,6 +115,13 @@ def test_what_a_crop_hides_is_not_learnt_from_but_scored_on(objects) -> None:
     assert len(split.read(0).truth) == 1
 
 
+def test_a_box_that_rounding_has_put_beyond_the_border_is_scored_on(coco) -> None:
+    path = coco([{"bbox": [-0.5, 2, 10, 10]}])
+    reading = Reading(1, Fit(longer=30), RandomMoves(least_visible=1.0))
+    split = AnnotatedSplit(CocoJson(path, path.parent / "images").load(), ObjectScenes(), reading)
+    assert split.read(0).truth.boxes.tolist() == [[0.0, 2.0, 9.5, 12.0]]
+
+
 @pytest.mark.parametrize("masks", [False, True])
 def test_a_mosaic_has_the_objects_of_four_samples(objects, masks) -> None:
     reading = dataclasses.replace(READING, mosaic=Mosaic(1.0))

@@ -96,6 +96,15 @@ def test_what_is_no_json_is_refused_by_name_and_line(file: Path, content: bytes,
     assert str(file) in str(error.value)
 
 
+def test_lines_are_counted_from_the_begin_of_the_file_and_not_of_a_block(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_arrays, "BLOCK", 16)
+    file.write_text('{"long": [\n' + '{"a": 1},\n' * 50 + '{"a": 1}\n{"a": 2}]}')
+    with pytest.raises(InputError, match="Expecting ',' in line 53"):
+        read(file)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot read .*none\.json"):
         read(tmp_path / "none.json")

@@ -9,14 +9,10 @@ VALUES = [[0, 1, 7], [255, 200, 3]]
 
 
 @pytest.mark.parametrize("mode", ["L", "P"])
-@pytest.mark.parametrize("suffix", ["png", "tif", "bmp", "gif"])
+@pytest.mark.parametrize("suffix", ["png", "tif", "bmp"])
 def test_indices_stay_what_they_are_whatever_their_colours(label_file, mode, suffix) -> None:
     path = label_file(f"a.{suffix}", VALUES, mode=mode)
-    found = read_indices(path)
-    if suffix == "gif":  # Pillow orders the colours of its palette anew
-        assert found.shape == (2, 3)
-    else:
-        assert found.tolist() == VALUES
+    assert read_indices(path).tolist() == VALUES
 
 
 def test_indices_may_have_16_bits_or_one(label_file, tmp_path) -> None:
