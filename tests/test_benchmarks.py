@@ -99,3 +99,13 @@ def test_a_folder_that_is_no_checkout_is_named(tmp_path):
     )
     assert done.returncode == 1
     assert f"{tmp_path / 'synchromesh'} holds no Python files" in done.stderr
+
+
+def test_the_benchmark_of_a_large_coco_json_reads_back_what_it_generates(tmp_path):
+    out = tmp_path / "figures.jsonl"
+    done = run_program(BENCHMARKS / "coco_json.py", "--annotations", "300", "--pictures", "40", "--out", out)
+    assert done.returncode == 0, done.stderr
+    (record,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert (record["annotations"], record["pictures"], record["faults"]) == (300, 40, {})
+    assert record["seconds"] > 0
+    assert record["peak_mib"] > 0

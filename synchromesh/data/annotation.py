@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
+from synchromesh.data.picture_files import read_annotated
 from synchromesh.data.regions import Region
 
 Box = tuple[float, float, float, float]
@@ -42,8 +45,8 @@ class AnnotatedPicture:
     Attributes:
         path: of the picture.
         number: its own in the annotations; results are written under it.
-        height: in pixels, upright.
-        width: in pixels, upright.
+        height: in pixels, of the picture as it was annotated: upright, or as the file lies.
+        width: in pixels.
         objects: in it, perhaps none.
     """
 
@@ -52,3 +55,11 @@ class AnnotatedPicture:
     height: int
     width: int
     objects: Sequence[Annotation] = ()
+
+    def opened(self, channels: int) -> tuple[Image.Image, Sequence[Annotation]]:
+        """Read the picture, the way round that it was annotated, with its objects.
+
+        Raises:
+            UnreadableError: the file is not readable, or has another size.
+        """
+        return read_annotated(self.path, channels, (self.height, self.width)), self.objects

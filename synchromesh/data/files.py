@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from synchromesh.errors import UnreadableError
@@ -26,9 +26,9 @@ OTHER_SUFFIXES = frozenset(
 DEEP_TOP = 65535.0  # white of grey with more than 8 bits, whatever a picture holds
 
 # What Pillow raises on truncated, mislabelled, hostile or oversized files.
-_BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 # What it runs into where numbers of a header make no sense, most of all in TIFF.
-_BAD_HEADER = (struct.error, KeyError, IndexError, TypeError, OverflowError, MemoryError, ZeroDivisionError)
+BAD_HEADER = (struct.error, KeyError, IndexError, TypeError, OverflowError, MemoryError, ZeroDivisionError)
 
 
 def pictures_in(files: Iterable[Path]) -> tuple[list[Path], list[Path]]:
@@ -43,7 +43,7 @@ def pictures_in(files: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     return sorted(taken), sorted(others)
 
 
-def read_picture(path: Path, channels: int, *, draft: int | None = None) -> Image.Image:
+def read_picture(path: Path, channels: int, *, draft: int | None = None, upright: bool = True) -> Image.Image:
     """Decode one file, turned upright by its EXIF orientation and flattened on black; of several frames the first.
 
     8-bit channels are taken as they are; of colour with 16 bits Pillow keeps the upper 8. Other grey is scaled by its
@@ -59,17 +59,36 @@ def read_picture(path: Path, channels: int, *, draft: int | None = None) -> Imag
         path: of the file.
         channels: 1 for grey, 3 for colour.
         draft: pixels of a side that are enough, so that a JPEG may be decoded smaller.
+        upright: turn it; else it stays as the file has it.
 
     Raises:
         UnreadableError: the file is missing or not a readable picture; the message names it.
     """
     try:
-        image, white = _decoded(path, draft)
+        image, white = _decoded(path, draft, upright)
         if image.mode.startswith("I") or image.mode == "F":
             image = _in_8_bits(image, white)
         return _to_mode(image, "L" if channels == 1 else "RGB")
-    except _BAD_IMAGE as error:
+    except BAD_IMAGE as error:
         raise UnreadableError(path, str(error) or type(error).__name__) from error
+
+
+def header(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return height and width of a picture upright, and as the file has it, without decoding it.
+
+    Pillow turns TIFF files in any case: they have one size only.
+
+    Raises:
+        UnreadableError: the file is missing or not a readable picture; the message names it.
+    """
+    try:
+        with path.open("rb") as file, Image.open(file) as opened:
+            lying = opened.height, opened.width
+            sideways = opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            turned = sideways and not isinstance(opened, TiffImageFile)
+    except (*BAD_IMAGE, *BAD_HEADER) as error:
+        raise UnreadableError(path, str(error) or type(error).__name__) from error
+    return (lying[::-1] if turned else lying), lying
 
 
 @dataclass(frozen=True)
@@ -80,17 +99,17 @@ class _White:
     negative: bool = False
 
 
-def _decoded(path: Path, draft: int | None) -> tuple[Image.Image, _White]:
+def _decoded(path: Path, draft: int | None, upright: bool) -> tuple[Image.Image, _White]:
     try:
         # Not by its name: then Pillow maps TIFF files into memory, and lays out those that are turned in a wrong size.
         with path.open("rb") as file, Image.open(file) as opened:
             if draft is not None:
                 opened.draft(None, (draft, draft))
             white = _white_of(opened)
-            image = ImageOps.exif_transpose(opened)
+            image = ImageOps.exif_transpose(opened) if upright else opened.copy()
     except UnidentifiedImageError as error:
         raise OSError("it is of no kind that Pillow knows") from error
-    except _BAD_HEADER as error:
+    except BAD_HEADER as error:
         raise OSError(f"{type(error).__name__} in its header: {error}") from error
     clear = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:  # of 16 bits, unlike the pixels

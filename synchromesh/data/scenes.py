@@ -15,6 +15,7 @@ from synchromesh import seeds
 from synchromesh.data.images import Preprocess
 from synchromesh.data.instances import Instances
 from synchromesh.data.photographs import PackagePhotographs, Photographs, PhotographSource
+from synchromesh.data.scene import Scene
 from synchromesh.data.sources import MnistDigits
 from synchromesh.errors import at_least
 
@@ -23,21 +24,6 @@ BACKGROUND_BRIGHTNESS = 0.45  # of the photograph's own, so that white ink stand
 MOST_OVERLAP = 0.1  # common area of two boxes over the smaller one's area
 PLACES_TRIED = 8  # for a digit, before it is left out
 BACKGROUND_SCALE = (0.15, 0.6)  # least and most side of a background over its photograph's shorter side
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A picture and what is in it.
-
-    Attributes:
-        image: its pixels.
-        truth: the objects; None where nobody knows.
-        scale: pixels of the image for one of the picture as it was, along width and height.
-    """
-
-    image: UInt8[Tensor, "C H W"]
-    truth: Instances | None = None
-    scale: tuple[float, float] = (1.0, 1.0)
 
 
 @dataclass(frozen=True)
