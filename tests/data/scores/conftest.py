@@ -21,6 +21,9 @@ class Pixels:
         assert self.pixels.shape == (height, width)
         return self.pixels
 
+    def moved(self, move: object) -> np.ndarray:
+        raise AssertionError("scores are of whole pictures")
+
 
 @dataclass(frozen=True)
 class Looked:
