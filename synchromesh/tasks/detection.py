@@ -26,13 +26,14 @@ from synchromesh.models.boxes import iou
 from synchromesh.models.features import BackboneConfig
 from synchromesh.models.heads.centre_boxes import CentreBoxes
 from synchromesh.models.heads.objects import ObjectHead, Objects
+from synchromesh.tasks.object_panels import object_details, object_panels
 from synchromesh.training.task import (
     Answer,
     Ask,
-    Bars,
     Batch,
     Facts,
     Number,
+    Panel,
     Run,
     Scorer,
     Scores,
@@ -208,10 +209,8 @@ class Detection(Task):
     def about(self, facts: Facts) -> str:
         return f"{len(facts['classes']):,} classes"
 
-    def panels(self, scores: Scores) -> Sequence[Bars]:
-        classes = scores.details["AP_by_class"]
-        heights = {"AP": tuple(0.0 if ap is None else ap for ap in classes.values())}
-        return (Bars("AP of each class", "class", "AP", tuple(classes), heights),)
+    def panels(self, scores: Scores) -> Sequence[Panel]:
+        return object_panels(scores.details)
 
 
 class _Scorer(Scorer):
@@ -235,7 +234,7 @@ class _Scorer(Scorer):
     def scores(self, states: Sequence[list[Seen]]) -> Scores:
         scored = self._scores.numbers(states)
         numbers = {number.name: scored.boxes.twelve[number.name] or 0.0 for number in self._task.numbers}
-        return Scores(numbers, {"AP_by_class": dict(scored.boxes.by_class), "objects": scored.objects})
+        return Scores(numbers, object_details(scored))
 
 
 def _annotations(truth: Instances) -> list[Annotation]:
