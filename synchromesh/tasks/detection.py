@@ -14,14 +14,13 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
-from synchromesh.data.annotation import Annotation
 from synchromesh.data.augment import normalize
 from synchromesh.data.images import Preprocess, read_picture
 from synchromesh.data.instances import Instances
 from synchromesh.data.photographs import PhotographFolder
 from synchromesh.data.pictures import COLORS, TRUTH, Box, enlarged, factor_of, png, with_boxes
 from synchromesh.data.scenes import ComposedScenes, Scene
-from synchromesh.data.scores.boxes import ObjectScores, Seen
+from synchromesh.data.scores.boxes import ObjectScores, Seen, annotations_of
 from synchromesh.models.boxes import iou
 from synchromesh.models.features import BackboneConfig
 from synchromesh.models.heads.centre_boxes import CentreBoxes
@@ -224,7 +223,7 @@ class _Scorer(Scorer):
         found = self._task.found(run, batch, least=LEAST_SCORED)
         truths = [Instances(b.cpu(), n.cpu()) for b, n in zip(batch.boxes, batch.labels, strict=True)]
         for one, truth, (height, width), (x, y) in zip(found, truths, batch.sizes, batch.scales, strict=True):
-            objects, seen = _annotations(truth.scaled(1 / x, 1 / y)), one.scaled(1 / x, 1 / y)
+            objects, seen = annotations_of(truth.scaled(1 / x, 1 / y)), one.scaled(1 / x, 1 / y)
             self._scores.add(objects, seen, height=round(height / y), width=round(width / x))
         return [_quality(one, truth) for one, truth in zip(found, truths, strict=True)]
 
@@ -235,15 +234,6 @@ class _Scorer(Scorer):
         scored = self._scores.numbers(states)
         numbers = {number.name: scored.boxes.twelve[number.name] or 0.0 for number in self._task.numbers}
         return Scores(numbers, object_details(scored))
-
-
-def _annotations(truth: Instances) -> list[Annotation]:
-    """Return objects whose area is that of their boxes."""
-    each = zip(truth.boxes.tolist(), truth.labels.tolist(), strict=True)
-    return [
-        Annotation((left, top, right, bottom), label, area=(right - left) * (bottom - top))
-        for (left, top, right, bottom), label in each
-    ]
 
 
 def _quality(found: Instances, truth: Instances) -> float:

@@ -157,6 +157,15 @@ class ObjectScores:
         return Drawn(boxes, found.labels.cpu(), scores, masks=masks)
 
 
+def annotations_of(truth: Instances) -> list[Annotation]:
+    """Return true objects of which only the boxes are known: the area of each is that of its box."""
+    each = zip(truth.boxes.tolist(), truth.labels.tolist(), strict=True)
+    return [
+        Annotation((left, top, right, bottom), label, area=(right - left) * (bottom - top))
+        for (left, top, right, bottom), label in each
+    ]
+
+
 def _in_order(seen: Sequence[Seen]) -> list[Seen]:
     """Return pictures by number, those without one by their contents: equal scores of two stand in this order."""
     counts = Counter(one.number for one in seen if one.number is not None)

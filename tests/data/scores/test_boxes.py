@@ -16,7 +16,7 @@ from torch import Tensor
 
 from synchromesh.data.annotation import Annotation
 from synchromesh.data.instances import Instances
-from synchromesh.data.scores.boxes import ObjectNumbers, ObjectScores
+from synchromesh.data.scores.boxes import ObjectNumbers, ObjectScores, annotations_of
 from synchromesh.data.scores.coco import TWELVE
 from synchromesh.data.scores.rle import encoded
 from synchromesh.errors import InputError
@@ -111,6 +111,14 @@ def test_a_crowd_is_not_missed_and_takes_all_results_that_lie_in_it() -> None:
 def test_the_area_of_an_object_says_which_size_it_has() -> None:
     numbers = scored(([thing(0, BOX, area=40.0**2)], results((0, BOX, 0.5)))).boxes.twelve
     assert (numbers["APs"], numbers["APm"], numbers["APl"]) == (None, 1, None)
+
+
+def test_objects_of_which_only_boxes_are_known_have_the_area_of_their_boxes() -> None:
+    truth = Instances(torch.tensor([[1.0, 2.0, 41.0, 42.0]]), torch.tensor([2]))
+    (one,) = annotations_of(truth)
+    assert (one.box, one.label, one.area) == ((1, 2, 41, 42), 2, 1600)
+    found = dataclasses.replace(truth, scores=torch.tensor([0.5]))
+    assert scored(([one], found)).boxes.twelve["APm"] == 1
 
 
 def directly(pictures: Sequence[Any], kind: str) -> tuple[list[float], list[float]]:
