@@ -15,23 +15,24 @@ from PIL import Image
 from torch import Tensor, nn
 
 from synchromesh.data.augment import normalize
-from synchromesh.data.average_precision import average_precision
 from synchromesh.data.images import Preprocess, read_picture
 from synchromesh.data.instances import Instances
 from synchromesh.data.photographs import PhotographFolder
 from synchromesh.data.pictures import COLORS, TRUTH, Box, enlarged, factor_of, png, with_boxes
 from synchromesh.data.scenes import ComposedScenes, Scene
+from synchromesh.data.scores.boxes import ObjectScores, Seen, annotations_of
 from synchromesh.models.boxes import iou
 from synchromesh.models.features import BackboneConfig
 from synchromesh.models.heads.centre_boxes import CentreBoxes
 from synchromesh.models.heads.objects import ObjectHead, Objects
+from synchromesh.tasks.object_panels import object_details, object_panels
 from synchromesh.training.task import (
     Answer,
     Ask,
-    Bars,
     Batch,
     Facts,
     Number,
+    Panel,
     Run,
     Scorer,
     Scores,
@@ -207,36 +208,32 @@ class Detection(Task):
     def about(self, facts: Facts) -> str:
         return f"{len(facts['classes']):,} classes"
 
-    def panels(self, scores: Scores) -> Sequence[Bars]:
-        classes = scores.details["AP_by_class"]
-        heights = {"AP": tuple(0.0 if ap is None else ap for ap in classes.values())}
-        return (Bars("AP of each class", "class", "AP", tuple(classes), heights),)
+    def panels(self, scores: Scores) -> Sequence[Panel]:
+        return object_panels(scores.details)
 
 
 class _Scorer(Scorer):
-    """Keeps what was found and what is true of every scene, for the average precision of all."""
+    """Collects what was found and what is true of every scene, in the pixels it had before it was shrunk."""
 
     def __init__(self, task: Detection, classes: tuple[str, ...]) -> None:
-        self._task, self._classes = task, classes
-        self._found: list[Instances] = []
-        self._truths: list[Instances] = []
+        self._task, self._scores = task, ObjectScores(classes)
 
     def add(self, run: Run, batch: Batch) -> Sequence[float]:
         assert isinstance(batch, Scenes)
         found = self._task.found(run, batch, least=LEAST_SCORED)
         truths = [Instances(b.cpu(), n.cpu()) for b, n in zip(batch.boxes, batch.labels, strict=True)]
-        self._found += found
-        self._truths += truths
+        for one, truth, (height, width), (x, y) in zip(found, truths, batch.sizes, batch.scales, strict=True):
+            objects, seen = annotations_of(truth.scaled(1 / x, 1 / y)), one.scaled(1 / x, 1 / y)
+            self._scores.add(objects, seen, height=round(height / y), width=round(width / x))
         return [_quality(one, truth) for one, truth in zip(found, truths, strict=True)]
 
-    def state(self) -> tuple[list[Instances], list[Instances]]:
-        return self._truths, self._found
+    def state(self) -> list[Seen]:
+        return self._scores.state()
 
-    def scores(self, states: Sequence[tuple[list[Instances], list[Instances]]]) -> Scores:
-        truths, found = ([one for state in states for one in state[i]] for i in range(2))
-        scored = average_precision(truths, found, self._classes)
-        numbers = {"AP": scored.ap or 0.0, "AP50": scored.ap50 or 0.0, "AP75": scored.ap75 or 0.0}
-        return Scores(numbers, {"AP_by_class": dict(scored.by_class), "objects": sum(map(len, truths))})
+    def scores(self, states: Sequence[list[Seen]]) -> Scores:
+        scored = self._scores.numbers(states)
+        numbers = {number.name: scored.boxes.twelve[number.name] or 0.0 for number in self._task.numbers}
+        return Scores(numbers, object_details(scored))
 
 
 def _quality(found: Instances, truth: Instances) -> float:

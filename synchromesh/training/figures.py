@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from synchromesh.training.metrics import short_name
-from synchromesh.training.task import Bars, Number
+from synchromesh.training.task import Bars, Curves, Number
 
 Line = dict[str, Any]
 
@@ -61,6 +61,15 @@ def bars_figure(bars: Bars) -> go.Figure:
         figure.add_hline(y=bars.even, line={"color": INK, "dash": "dot"}, annotation_text="even")
     figure.update_xaxes(type="category")
     return figure.update_layout(barmode="group")
+
+
+def curves_figure(curves: Curves) -> go.Figure:
+    """Draw curves of the task's own."""
+    figure = _empty(_title(curves.title), curves.x, curves.y)
+    for i, (name, points) in enumerate(curves.series.items()):
+        line = {"color": LAYER_COLORS[i % len(LAYER_COLORS)], "width": 2}
+        figure.add_scatter(x=[x for x, _ in points], y=[y for _, y in points], name=name, mode="lines", line=line)
+    return figure.update_layout(showlegend=True)
 
 
 def throughput_figure(series: Sequence[Series], unit: str) -> go.Figure:

@@ -16,7 +16,7 @@ from synchromesh.training.config import TrainConfig
 from synchromesh.training.durable import write_atomically
 from synchromesh.training.metrics import METRICS_FILE, read_metrics
 from synchromesh.training.run_folder import PICTURES, REPORT, TWIN, read_config, read_summary
-from synchromesh.training.task import Bars, Sheet
+from synchromesh.training.task import Bars, Curves, Panel, Sheet
 
 
 def write_report(folder: Path, catalog: Catalog) -> Path:
@@ -43,8 +43,9 @@ def write_report(folder: Path, catalog: Catalog) -> Path:
         rest.append(figures.drop_figure(main))
     if summary.get("test_load"):
         rest.append(figures.final_load_figure(summary["test_load"]))
-    panels = [decode(Sheet | Bars, panel) for panel in summary.get("panels", [])]
+    panels = [decode(Panel, panel) for panel in summary.get("panels", [])]
     rest += [figures.bars_figure(panel) for panel in panels if isinstance(panel, Bars)]
+    rest += [figures.curves_figure(panel) for panel in panels if isinstance(panel, Curves)]
     body = [
         _head(config, summary, folder),
         _grid(wide),

@@ -205,7 +205,24 @@ class Bars:
     even: float | None = None
 
 
-Panel = Sheet | Bars
+@dataclass(frozen=True)
+class Curves:
+    """A chart of curves of a report.
+
+    Attributes:
+        title: what it shows.
+        x: what lies along it, with its unit.
+        y: what its height is, with its unit.
+        series: points (x, y) of each curve, by name.
+    """
+
+    title: str
+    x: str
+    y: str
+    series: Mapping[str, tuple[tuple[float, float], ...]]
+
+
+Panel = Sheet | Bars | Curves
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,22 @@ def test_eval_says_what_the_summary_says(done: Done, capsys: pytest.CaptureFixtu
     assert found[done.trial.unit] == 7
 
 
+@pytest.mark.parametrize("done", ["detection"], indirect=True)
+def test_eval_prints_the_tables_of_the_task_and_its_json_has_their_numbers(
+    done: Done, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for options in ([], ["--json"]):
+        capsys.readouterr()
+        assert cli.main(["eval", str(done.folder), *options]) == 0
+        said.append(capsys.readouterr().out)
+    boxes = json.loads(said[1])["boxes"]
+    assert len(boxes) == 12
+    for name, value in boxes.items():
+        cell = "-" if value is None else f"{value:.3f}"
+        assert re.search(rf"^\W*{name}\W.*\s{cell}\W*$", said[0], flags=re.MULTILINE), name
+
+
 def test_predict_writes_json_and_a_picture_of_every_file(
     done: Done, photo: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -93,7 +93,7 @@ def test_a_model_that_says_what_is_true_scores_one_and_one_that_says_nothing_zer
     assert none.add(saying(model, batch_of(scene(), scene(), scene())), batch) == [0, 1, 0]
     found = right.scores([right.state()])
     assert found.numbers == {"AP": 1, "AP50": 1, "AP75": 1}
-    assert found.details == {"AP_by_class": {"cat": 1, "dog": 1}, "objects": 3}
+    assert (found.details["AP_by_class"], found.details["objects"]) == ({"cat": 1, "dog": 1}, 3)
     assert none.scores([none.state()]).numbers == {"AP": 0, "AP50": 0, "AP75": 0}
 
 
@@ -110,6 +110,18 @@ def test_the_scores_of_ranks_are_those_of_all_scenes() -> None:
     got, wanted = ranks[0].scores([one.state() for one in ranks]), whole.scores([whole.state()])
     assert got == wanted
     assert 0 < wanted.numbers["AP"] < 1
+
+
+@torch.no_grad()
+def test_scenes_are_scored_in_the_pixels_that_they_had_before_they_were_shrunk() -> None:
+    batch = dataclasses.replace(batch_of(scene((1, BOX))), scales=((0.25, 0.25),))  # 64 x 64 pixels are no small ones
+    scorer = TASK.scorer(FACTS)
+    scorer.add(saying(built().model, batch), batch)
+    boxes = scorer.scores([scorer.state()]).details["boxes"]
+    assert (boxes["APs"], boxes["APm"], boxes["APl"]) == (None, 1, None)
+    (seen,) = scorer.state()
+    assert (seen.height, seen.width) == (128, 128)
+    assert seen.truth.boxes.tolist() == seen.found.boxes.tolist() == [[16, 32, 80, 96]]
 
 
 def test_the_merit_of_a_scene_falls_with_wrong_missing_and_loose_boxes() -> None:
@@ -161,8 +173,10 @@ def test_the_picture_shows_the_truth_in_white_and_what_was_found_in_colour() -> 
     assert tuple(unknown[8 * 6, 12 * 6]) != TRUTH or one.image[0, 8, 12] == 255
 
 
-def test_every_class_has_a_bar_in_the_report() -> None:
+def test_the_report_shows_every_class_and_number_also_where_nothing_was_scored() -> None:
     scorer = TASK.scorer(FACTS)
-    (bars,) = TASK.panels(scorer.scores([scorer.state()]))
+    sheet, bars, curves = TASK.panels(scorer.scores([scorer.state()]))
+    assert len(sheet.rows) == 12
     assert bars.labels == ("cat", "dog")
-    assert bars.series == {"AP": (0.0, 0.0)}
+    assert bars.series == {"boxes": (0.0, 0.0)}
+    assert curves.series == {}

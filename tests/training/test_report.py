@@ -14,9 +14,18 @@ from synchromesh.recipes.catalog import CATALOG
 from synchromesh.training.codec import encode
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.report import write_report
+from synchromesh.training.task import Bars, Curves, Sheet
 
 pytest.importorskip("plotly")
 LAYER = "backbone.stages.1.blocks.1.ffn"
+PANELS = (
+    Sheet("Sizes <of> boxes", ("size", "AP"), (("small", "0.250"), ("large", "-"))),
+    Bars("AP of classes", "class", "AP in 1", ("cat", "dog"), {"boxes": (0.5, 0.25), "masks": (0.4, 0.2)}),
+    Curves(
+        "Precision, recall", "recall of all", "precision of all",
+        {f"IoU {iou}": tuple((n / 8, 1 - iou * (n / 8) ** 2) for n in range(9)) for iou in (0.5, 0.75)},
+    ),
+)  # fmt: skip
 
 
 def numbers(prefix: str) -> dict[str, float]:
@@ -52,6 +61,7 @@ def write_run(folder: Path, config: TrainConfig, *, finished: bool = True) -> No
         summary = {
             **numbers(""), **numbers("dense_"), "recipe": "tiny", "seed": 0, "epochs": 6, "test_images": 1000,
             "device": "cpu", "dead_experts": 0, "test_load": {LAYER: [0.3, 0.25, 0.25, 0.2]},
+            "panels": [encode(panel) for panel in PANELS],
         }  # fmt: skip
         (folder / "summary.json").write_text(json.dumps(summary))
 
@@ -67,6 +77,23 @@ def test_the_report_needs_nothing_from_outside(tiny: TrainConfig, tmp_path: Path
         assert title in own
     for unit in ("epoch", "accuracy, %", "loss, nats", "images per second", "expert"):
         assert unit in own
+
+
+def test_the_panels_of_a_task_are_in_the_report(tiny: TrainConfig, tmp_path: Path) -> None:
+    write_run(tmp_path, tiny)
+    page = write_report(tmp_path, CATALOG).read_text()
+    assert "<h2>Sizes &lt;of&gt; boxes</h2>" in page
+    assert "<tr><th>small</th><td>0.250</td></tr><tr><th>large</th><td>-</td></tr>" in page
+    figures = [json.loads(one) for one in re.findall(r"<script type='application/json'>(.*?)</script>", page)]
+    by_title = {one["layout"]["title"]["text"]: one for one in figures}
+    bars, curves = by_title["AP of classes"], by_title["Precision"]
+    assert [(one["name"], one["y"]) for one in bars["data"]] == [("boxes", [0.5, 0.25]), ("masks", [0.4, 0.2])]
+    assert [one["name"] for one in curves["data"]] == ["IoU 0.5", "IoU 0.75"]
+    assert {one["type"] for one in curves["data"]} == {"scatter"}
+    assert [one["x"] for one in curves["data"]] == [[n / 8 for n in range(9)]] * 2
+    assert [[one["y"][n] for n in (0, 4, 8)] for one in curves["data"]] == [[1, 0.875, 0.5], [1, 0.8125, 0.25]]
+    axes = [curves["layout"][axis]["title"]["text"] for axis in ("xaxis", "yaxis")]
+    assert axes == ["recall of all", "precision of all"]
 
 
 def test_an_unfinished_run_has_a_report_too(tiny: TrainConfig, tmp_path: Path) -> None:
@@ -121,5 +148,7 @@ def test_a_browser_draws_every_curve(tiny: TrainConfig, tmp_path: Path, browser:
     assert len(lines["Loss"]) == 4
     assert len(lines["Throughput of training"]) == 2
     assert len(lines["Dropped tokens"]) == 2
+    assert len(lines["Precision"]) == 2
+    assert by_title["AP of classes"].count('class="point"') == 4
     assert 'class="hm"' in by_title["Expert load: stage 2, block 2"]
     assert by_title["Expert load in the last test"].count('class="point"') == 4
