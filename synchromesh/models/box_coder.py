@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from synchromesh.models.boxes import wide
+
 MOST_GROWTH = math.log(1000 / 16)  # of a side, as logarithm: a wild output must not overflow
 
 
@@ -36,7 +38,7 @@ class BoxCoder:
     def decode(self, boxes: Float[Tensor, "M 4"], deltas: Float[Tensor, "M 4"]) -> Float[Tensor, "M 4"]:
         """Return the boxes moved by deltas; no side grows or shrinks by more than 1000 / 16."""
         centre, size = _centre_and_size(boxes)
-        deltas = _wide(deltas) * self._std(centre)
+        deltas = wide(deltas) * self._std(centre)
         centre = centre + deltas[:, :2] * size
         half = deltas[:, 2:].clamp(-MOST_GROWTH, MOST_GROWTH).exp() * size / 2
         return torch.cat([centre - half, centre + half], dim=1)
@@ -46,9 +48,5 @@ class BoxCoder:
 
 
 def _centre_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    boxes = _wide(boxes)
+    boxes = wide(boxes)
     return (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -35,7 +35,7 @@ def giou(one: Float[Tensor, "M 4"], other: Float[Tensor, "M 4"]) -> Float[Tensor
 
     IoU - (hull - union) / hull, the hull being the smallest box around both
     """
-    one, other = one.float(), other.float()  # areas overflow in half precision
+    one, other = wide(one), wide(other)  # areas overflow in half precision
     inner = torch.cat([torch.maximum(one[:, :2], other[:, :2]), torch.minimum(one[:, 2:], other[:, 2:])], dim=1)
     outer = torch.cat([torch.minimum(one[:, :2], other[:, :2]), torch.maximum(one[:, 2:], other[:, 2:])], dim=1)
     both, hull = area(inner), area(outer)
@@ -43,10 +43,15 @@ def giou(one: Float[Tensor, "M 4"], other: Float[Tensor, "M 4"]) -> Float[Tensor
     return both / union.clamp(min=1e-9) - (hull - union) / hull.clamp(min=1e-9)
 
 
-def inside(boxes: Float[Tensor, "M 4"], size: Int[Tensor, " 2"]) -> Float[Tensor, "M 4"]:
-    """Return boxes cut off at the border of an image of this height and width."""
-    height, width = size.to(boxes)
-    return boxes.clamp(min=0).minimum(torch.stack([width, height, width, height]))
+def wide(x: Float[Tensor, ...]) -> Float[Tensor, ...]:
+    """Return numbers in float32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def inside(boxes: Float[Tensor, "M 4"], size: Int[Tensor, "... 2"]) -> Float[Tensor, "M 4"]:
+    """Return boxes cut off at the border of an image of this height and width, one for all or [M 2] one for each."""
+    far = size.flip(-1).to(boxes)
+    return boxes.clamp(min=0).minimum(torch.cat([far, far], dim=-1))
 
 
 def nms(

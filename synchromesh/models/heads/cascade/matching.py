@@ -26,8 +26,8 @@ def matched(
     """Return the number of the object that each box stands for, `NOTHING`, or `UNDECIDED`.
 
     A box stands for the object that it overlaps most, the first of equals, if by `positive` (IoU) or more; and for
-    nothing if that is below `negative`. Where `least_best` is given, the boxes that of all boxes overlap an object most,
-    by that or more, stand for it in any case; if for several objects, for the last.
+    nothing if that is below `negative`. Where `least_best` is given, the boxes that overlap an object most of all, by
+    that or more, stand for it in any case; if for several objects, for the last.
     """
     which = torch.full((len(boxes),), NOTHING, device=boxes.device)
     if not len(boxes) or not len(objects):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from synchromesh.models.boxes import area
+from synchromesh.models.boxes import area, wide
 
 USUAL_CELLS = 14  # side of the boxes that a level is for, in its cells: 56 pixels at stride 4, as in arXiv 1612.03144
 AT_ONCE = 512  # boxes whose points are in memory at a time
@@ -43,7 +43,7 @@ def roi_align(
         side: S.
         samples: points of a bin along each side.
     """
-    maps, boxes = maps.to(torch.promote_types(maps.dtype, torch.float32)), boxes.detach()
+    maps, boxes = wide(maps), boxes.detach()
     squares, places = [maps.new_zeros(0, maps.shape[1], side, side)], []
     for number in range(len(maps)):
         for some in (image == number).nonzero()[:, 0].split(AT_ONCE):
