@@ -15,7 +15,7 @@ class PositionNorm(nn.LayerNorm):
     """Normalises each position of a map by itself, channels first: what lies elsewhere, padding too, has no say."""
 
     def forward(self, input: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:  # noqa: A002, torch's name of it
-        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
 
 
 def map_norm(width: int) -> nn.Module:

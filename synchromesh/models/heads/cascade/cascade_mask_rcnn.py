@@ -22,7 +22,15 @@ from synchromesh.errors import at_least
 from synchromesh.models.box_coder import BoxCoder
 from synchromesh.models.boxes import wide
 from synchromesh.models.features import Backbone
-from synchromesh.models.heads.cascade.box_stage import BoxHead, BoxStages, Sample, box_losses, refined, sample_regions
+from synchromesh.models.heads.cascade.box_stage import (
+    BoxHead,
+    BoxStages,
+    Said,
+    Sample,
+    box_losses,
+    refined,
+    sample_regions,
+)
 from synchromesh.models.heads.cascade.found import found_boxes
 from synchromesh.models.heads.cascade.mask_branch import MaskHead, mask_loss, mask_targets, pasted
 from synchromesh.models.heads.cascade.region_proposals import (
@@ -36,6 +44,7 @@ from synchromesh.models.heads.cascade.roi_align import pyramid_roi_align
 from synchromesh.models.heads.objects import Found, ObjectHead, ObjectModel, Objects
 from synchromesh.models.heads.pyramid import FeaturePyramid, PositionNorm
 
+REGIONS_AT_ONCE = 2048  # whose squares are in memory at a time, in evaluation
 MASKS_AT_ONCE = 128  # regions whose masks of all classes are in memory at a time, in evaluation
 
 
@@ -170,12 +179,19 @@ class CascadeDetector(ObjectModel):
     def _found(self, maps: Sequence[Tensor], regions: Regions, sizes: Int[Tensor, "B 2"], least: float) -> list[Found]:
         scores = []
         for head, coder in zip(self.boxes, self.coders, strict=True):
-            said = head(self._squares(maps, regions, self.settings.boxes.side))
+            said = self._said(head, maps, regions)
             scores.append(said.logits.softmax(1))
             regions = refined(regions, said.deltas, sizes, coder)
         own = self.settings
         found = found_boxes(regions, scores, len(sizes), least=least, overlap=own.overlap, most=own.most)
         return self._with_masks(maps, found, sizes) if self.masks else found
+
+    def _said(self, head: nn.Module, maps: Sequence[Tensor], regions: Regions) -> Said:
+        parts = []
+        for some in torch.arange(len(regions), device=regions.image.device).split(REGIONS_AT_ONCE):
+            own = Regions(regions.boxes[some], regions.image[some])
+            parts.append(head(self._squares(maps, own, self.settings.boxes.side)))
+        return Said(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
     def _with_masks(self, maps: Sequence[Tensor], found: Sequence[Found], sizes: Int[Tensor, "B 2"]) -> list[Found]:
         regions = Regions.joined([one.boxes for one in found], maps[0])

@@ -12,6 +12,7 @@ from synchromesh.data.images import Preprocess
 from synchromesh.data.instances import Instances
 from synchromesh.data.scenes import ComposedScenes
 from synchromesh.models.boxes import iou
+from synchromesh.models.heads.cascade import cascade_mask_rcnn
 from synchromesh.models.heads.cascade.box_stage import (
     BoxLoss,
     BoxStages,
@@ -190,6 +191,17 @@ def test_found_boxes_are_likely_few_inside_of_their_image_and_have_masks_inside_
     assert all(one.masks is None for one in detector(PLAIN).eval()(images(2), sizes))
 
 
+def test_regions_in_pieces_are_found_as_all_at_once_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pixels = detector().eval(), images(2)
+    whole_ones = model(pixels, whole(2))
+    monkeypatch.setattr(cascade_mask_rcnn, "REGIONS_AT_ONCE", 7)
+    monkeypatch.setattr(cascade_mask_rcnn, "MASKS_AT_ONCE", 3)
+    for one, other in zip(whole_ones, model(pixels, whole(2)), strict=True):
+        torch.testing.assert_close(other.boxes, one.boxes)
+        torch.testing.assert_close(other.scores, one.scores)
+        assert (other.masks == one.masks).float().mean() > 0.999
+
+
 def test_the_lowest_probability_of_the_settings_holds_where_nobody_asks_for_a_higher_one() -> None:
     model = detector(dataclasses.replace(PLAIN, least=0.245)).eval()
     pixels = images(1)
@@ -208,6 +220,8 @@ def test_every_parameter_gets_a_gradient_without_images_and_without_objects_too(
     sums = model(images(len(counts)), whole(len(counts)), truth)
     mean_loss(HEAD, sums, truth, len(counts)).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    laid = {name: p.grad.stride() for name, p in model.named_parameters() if p.grad is not None}
+    assert laid == {name: p.stride() for name, p in model.named_parameters()}, "other strides cost DDP a copy"
     if not counts:
         assert all(total == 0 for total in sums.values())
         assert model.eval()(images(0), whole(0)) == []
@@ -266,6 +280,15 @@ def test_under_autocast_losses_and_boxes_are_finite_and_in_float32() -> None:
     assert found.boxes.dtype == found.scores.dtype == torch.float32
     for name in ("proposal_score_loss", "score_loss_1", "mask_loss_1"):
         assert sums[name].item() == pytest.approx(plain[name], rel=0.1), name
+
+
+@pytest.mark.parametrize("where", ["backbone.norm.weight", "proposals.deltas.weight", "boxes.0.deltas.bias"])
+def test_weights_that_are_no_numbers_show_in_the_losses_and_stop_nothing_before(where: str) -> None:
+    model, truth = detector(), objects(2, 1)
+    torch.nn.init.constant_(model.get_parameter(where), torch.nan)
+    sums = model(images(2), whole(2), truth)
+    assert not torch.stack(list(sums.values())).isfinite().all()
+    assert all(one.boxes.isfinite().all() for one in model.eval()(images(2), whole(2)))
 
 
 def test_experts_and_routers_learn_through_the_head() -> None:
