@@ -52,6 +52,9 @@ MASKS_AT_ONCE = 128  # regions whose masks of all classes are in memory at a tim
 class CascadeMaskRCNN(ObjectHead):
     """Settings of the head.
 
+    Which anchors and regions a step learns from is drawn from torch's generator of the process, as dropout is, where
+    there are more than wanted; else training is deterministic.
+
     Attributes:
         masks: whether it says masks too; then the truth needs them.
         width: channels of the pyramid and of what stands on it.

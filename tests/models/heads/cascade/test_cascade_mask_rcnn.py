@@ -30,7 +30,7 @@ from synchromesh.models.heads.cascade.region_proposals import (
     proposed,
 )
 from synchromesh.models.heads.cascade.roi_align import pyramid_roi_align
-from synchromesh.models.heads.objects import Objects
+from synchromesh.models.heads.objects import ObjectHead, Objects
 from synchromesh.models.swin_v2 import SwinV2Config
 from synchromesh.models.swin_v2_moe import DEMO, DEMO_EXPERTS
 from synchromesh.moe.record import aux_loss
@@ -108,7 +108,7 @@ def test_counts_are_those_of_samples_and_objects_and_weights_those_of_the_stages
 
 def test_the_settings_go_to_disk_and_back() -> None:
     head = dataclasses.replace(HEAD, boxes=BoxStages(norm=Norm.SYNC_BATCH, loss=BoxLoss.SMOOTH_L1, loss_weight=1.0))
-    assert CATALOG.decode(type(head), encode(head)) == head
+    assert CATALOG.decode(ObjectHead, encode(head)) == head
 
 
 @pytest.mark.parametrize("counts", [(3, 2), (0, 2), (0, 0)], ids=str)
