@@ -203,11 +203,14 @@ def test_regions_in_pieces_are_found_as_all_at_once_are(monkeypatch: pytest.Monk
 
 
 def test_the_lowest_probability_of_the_settings_holds_where_nobody_asks_for_a_higher_one() -> None:
-    model = detector(dataclasses.replace(PLAIN, least=0.245)).eval()
-    pixels = images(1)
-    (all_of_it,), (some,) = model(pixels, whole(1)), model(pixels, whole(1), least=0.25)
-    assert 0 < len(some.scores) < len(all_of_it.scores)
-    assert (all_of_it.scores >= 0.245).all()
+    model, pixels = detector(dataclasses.replace(PLAIN, least=0.0, overlap=1.0)).eval(), images(1)
+    everything = model(pixels, whole(1))[0].scores.detach()
+    low, high = (float(everything[len(everything) * part // 4]) for part in (3, 1))
+    model.settings = dataclasses.replace(model.settings, least=low)
+    assert len(everything) > int((everything >= low).sum()) > int((everything >= high).sum()) > 0
+    for asked, expected in ((0.0, low), (high, high)):
+        scores = model(pixels, whole(1), least=asked)[0].scores
+        assert scores.tolist() == everything[everything >= expected].tolist()
 
 
 @pytest.mark.parametrize("norm", [Norm.GROUP, Norm.SYNC_BATCH])

@@ -51,6 +51,14 @@ def test_a_box_stands_for_the_object_that_the_loops_find(seed, boxes, objects, r
     assert found.tolist() == slow(own, true, positive, negative, least)
 
 
+@pytest.mark.parametrize("pairs", [1, 1000])
+def test_of_equal_objects_a_box_stands_for_the_first_and_the_best_box_of_both_for_the_last(pairs, monkeypatch) -> None:
+    monkeypatch.setattr(matching, "PAIRS_AT_ONCE", pairs)
+    box = torch.tensor([[2.0, 2, 8, 8]])
+    assert matched(box, box.repeat(3, 1), positive=0.5, negative=0.5).tolist() == [0]
+    assert matched(box, box.repeat(3, 1), positive=0.7, negative=0.3, least_best=0.3).tolist() == [2]
+
+
 def test_an_object_without_area_is_nobodys() -> None:
     flat = torch.tensor([[3.0, 3, 3, 9]])
     found = matched(torch.tensor([[3.0, 3, 3, 9], [0.0, 0, 8, 8]]), flat, positive=0.5, negative=0.5, least_best=0.0)
