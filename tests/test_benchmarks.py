@@ -21,6 +21,16 @@ def test_the_benchmark_of_transformers_experts_runs(tmp_path):
     assert all(set(r["seconds"]) == {"eager", "batched_mm", "grouped_mm", "synchromesh"} for r in records)
 
 
+def test_the_benchmark_of_a_cascades_memory_runs_and_fits_its_formula(tmp_path):
+    out = tmp_path / "figures.jsonl"
+    done = run_program(BENCHMARKS / "cascade_memory.py", "--tiny", "--out", out)
+    assert done.returncode == 0, done.stderr
+    (record,) = [json.loads(line) for line in out.read_text().splitlines()]
+    kept = sum(record["formula"].values()) - record["formula"]["weights"] - record["formula"]["working"]
+    assert record["measured"]["forward"] > 0.8 * kept
+    assert 0.7 < record["peak_over_formula"] < 1.4  # a small model: code pages and buffers of threads show
+
+
 def loaded(name, monkeypatch):
     """Return a benchmark as a module."""
     spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")

@@ -38,37 +38,11 @@ from torch.distributed.tensor import DTensor
 
 from synchromesh.compat.rename import rename
 from synchromesh.compat.swin_classes import read_classes as read_classes
+from synchromesh.compat.swin_names import BACK, COUNT, DERIVED, RENAMED, check_known, turned
 from synchromesh.compat.unpickle import STORAGES, load_inert
 from synchromesh.models.heads.classifier import Classifier
 from synchromesh.models.swin_v2 import SwinV2
 from synchromesh.moe.experts import Experts
-
-_RENAMED = (  # theirs, ours, the longer names first; ^ is the beginning of a key
-    ("^patch_embed.", "^backbone.embed."),
-    ("^layers.", "^backbone.stages."),
-    ("^norm.", "^backbone.norm."),
-    (".downsample.", ".merge."),
-    (".attn.cpb_mlp.", ".attention.position_bias.mlp."),
-    (".attn.logit_scale", ".attention.kernel.log_scale"),
-    (".attn.", ".attention."),
-    (".mlp.fc1.", ".ffn.up."),
-    (".mlp.fc2.", ".ffn.down."),
-    (".mlp._moe_layer.gates.0.cosine_projector.", ".ffn.router.projector."),
-    (".mlp._moe_layer.gates.0.sim_matrix", ".ffn.router.directions"),
-    (".mlp._moe_layer.gates.0.temperature", ".ffn.router.log_scale"),
-    (".mlp._moe_layer.gates.0.wg.", ".ffn.router."),
-    (".mlp._moe_layer.experts.batched_fc1_bias", ".ffn.experts.up_bias"),
-    (".mlp._moe_layer.experts.batched_fc1_w", ".ffn.experts.up"),
-    (".mlp._moe_layer.experts.batched_fc2_bias", ".ffn.experts.down_bias"),
-    (".mlp._moe_layer.experts.batched_fc2_w", ".ffn.experts.down"),
-)
-_BACK = tuple((ours, theirs) for theirs, ours in _RENAMED)
-_KNOWN = re.compile(
-    r"backbone|embed|stages|blocks|merge|reduction|norm[12]?|attention|qkv|proj|[qv]_bias|kernel|position_bias|mlp|ffn"
-    r"|router|projector|directions|log_scale|experts|(up|down)(_bias)?|head|weight|bias|\d+"
-)
-_DERIVED = ("relative_position_index", "relative_coords_table", "attn_mask")
-_COUNT = ".mlp._moe_layer._num_global_experts"
 
 
 @dataclass(frozen=True)
@@ -179,16 +153,16 @@ def _read(path: Path) -> _Stored:
     shared: dict[str, Tensor] = {}
     found: dict[str, list[Tensor]] = {}
     whole = ChainMap(common, *states)
-    counts = {key.removesuffix(_COUNT): _count(key, whole[key], path) for key in keys if key.endswith(_COUNT)}
+    counts = {key.removesuffix(COUNT): _count(key, whole[key], path) for key in keys if key.endswith(COUNT)}
     for key in keys:
-        name = rename(key, _RENAMED)
-        if key.endswith((*_DERIVED, _COUNT)):
+        name = rename(key, RENAMED)
+        if key.endswith((*DERIVED, COUNT)):
             continue
-        _check_known(key, name, path)
+        check_known(key, name, path)
         if ".ffn.experts." in name:
             found[name] = [state[key] for state in states if key in state] or [common[key]]
         else:
-            shared[name] = _turned(name, whole[key])
+            shared[name] = turned(name, whole[key])
     experts = {name: _num_experts(name, shared, counts, path) for name in found}
     pieces = {name: _rows(name, found, experts[name], len(states), path) for name in found}
     return _Stored(shared, pieces, experts)
@@ -244,20 +218,6 @@ def _count(key: str, tensor: Tensor, path: Path) -> int:
         raise ValueError(f"{path}: {key!r} is no number of experts: shape {shape}, wanted one whole number") from error
 
 
-def _check_known(key: str, name: str, path: Path) -> None:
-    if not all(_KNOWN.fullmatch(part) for part in name.split(".")):
-        why = ": tables of positions are the first Swin's" if "_bias_table" in key or "_pos_embed" in key else ""
-        raise ValueError(f"{path}: Swin-MoE has no tensor {key!r}{why}")
-
-
-def _turned(name: str, tensor: Tensor) -> Tensor:
-    """Bring a cosine router's tensors into our shapes, or back."""
-    if name.endswith(".router.directions") and tensor.dim() == 2:
-        return tensor.t()
-    scale = name.endswith(".router.log_scale") and tensor.numel() == 1
-    return tensor.view(() if tensor.dim() else (1,)) if scale else tensor
-
-
 def _num_experts(name: str, shared: Mapping[str, Tensor], counts: Mapping[str, int], path: Path) -> int:
     block = name.partition(".ffn.")[0]
     gate = next(
@@ -267,7 +227,7 @@ def _num_experts(name: str, shared: Mapping[str, Tensor], counts: Mapping[str, i
         raise ValueError(f"{path} holds experts of {block} and no router: wanted {path.name}.master beside the ranks'")
     if gate.dim() != 2 or not len(gate):
         raise ValueError(f"{path}: the router of {block} has shape {tuple(gate.shape)}, wanted a row for each expert")
-    said = counts.get(rename(block + ".", _BACK)[:-1], len(gate))
+    said = counts.get(rename(block + ".", BACK)[:-1], len(gate))
     if said != len(gate):
         raise ValueError(f"{path} says that {block} has {said} experts, its router has {len(gate)}")
     return len(gate)
@@ -364,7 +324,7 @@ def _files(model: Classifier, ranks: int | None, *, everything: bool) -> Iterato
     common = _theirs({name: tensor for name, tensor in state.items() if name not in experts})
     biased = any(name.endswith(".down_bias") for name in experts)
     for name, module in experts.items():
-        layer = rename(name, _BACK).partition("experts.")[0]
+        layer = rename(name, BACK).partition("experts.")[0]
         common[f"{layer}_num_global_experts"] = torch.tensor(module.num_experts)
         if not biased and module.width is not None:
             frozen = torch.zeros(module.num_experts, module.width)
@@ -394,5 +354,5 @@ def _theirs(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if isinstance(tensor, DTensor):
             raise ValueError(f"{name} is spread over ranks by FSDP: gather the model, or load it on one rank")
-        _check_known(name, name, Path("the model"))
-    return {rename(name, _BACK): _turned(name, tensor).contiguous() for name, tensor in state.items()}
+        check_known(name, name, Path("the model"))
+    return {rename(name, BACK): turned(name, tensor).contiguous() for name, tensor in state.items()}

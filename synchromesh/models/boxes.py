@@ -18,9 +18,15 @@ def iou(one: Float[Tensor, "M 4"], other: Float[Tensor, "N 4"]) -> Float[Tensor,
     >>> iou(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[1.0, 0, 3, 2]]))
     tensor([[0.3333]])
     """
-    corner = torch.maximum(one[:, None, :2], other[None, :, :2])
-    opposite = torch.minimum(one[:, None, 2:], other[None, :, 2:])
-    both = area(torch.cat([corner, opposite], dim=2))
+    # Side by side and not as pairs of boxes: with thousands of them each [M, N] counts.
+    across, down = (
+        (
+            torch.minimum(one[:, None, far], other[None, :, far])
+            - torch.maximum(one[:, None, near], other[None, :, near])
+        )
+        for near, far in ((0, 2), (1, 3))
+    )
+    both = across.clamp(min=0) * down.clamp(min=0)
     return both / (area(one)[:, None] + area(other)[None] - both).clamp(min=1e-9)
 
 
@@ -29,7 +35,7 @@ def giou(one: Float[Tensor, "M 4"], other: Float[Tensor, "M 4"]) -> Float[Tensor
 
     IoU - (hull - union) / hull, the hull being the smallest box around both
     """
-    one, other = one.float(), other.float()  # areas overflow in half precision
+    one, other = wide(one), wide(other)  # areas overflow in half precision
     inner = torch.cat([torch.maximum(one[:, :2], other[:, :2]), torch.minimum(one[:, 2:], other[:, 2:])], dim=1)
     outer = torch.cat([torch.minimum(one[:, :2], other[:, :2]), torch.maximum(one[:, 2:], other[:, 2:])], dim=1)
     both, hull = area(inner), area(outer)
@@ -37,10 +43,45 @@ def giou(one: Float[Tensor, "M 4"], other: Float[Tensor, "M 4"]) -> Float[Tensor
     return both / union.clamp(min=1e-9) - (hull - union) / hull.clamp(min=1e-9)
 
 
-def inside(boxes: Float[Tensor, "M 4"], size: Int[Tensor, " 2"]) -> Float[Tensor, "M 4"]:
-    """Return boxes cut off at the border of an image of this height and width."""
-    height, width = size.to(boxes)
-    return boxes.clamp(min=0).minimum(torch.stack([width, height, width, height]))
+def wide(x: Float[Tensor, ...]) -> Float[Tensor, ...]:
+    """Return numbers in float32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def inside(boxes: Float[Tensor, "M 4"], size: Int[Tensor, "... 2"]) -> Float[Tensor, "M 4"]:
+    """Return boxes cut off at the border of an image of this height and width, one for all or [M 2] one for each."""
+    far = size.flip(-1).to(boxes)
+    return boxes.clamp(min=0).minimum(torch.cat([far, far], dim=-1))
+
+
+def nms(
+    boxes: Float[Tensor, "M 4"],
+    scores: Float[Tensor, " M"],
+    groups: Int[Tensor, " M"],
+    *,
+    most: float,
+    at_once: int = 2048,
+) -> Int[Tensor, " K"]:
+    """Return the numbers of the boxes that `suppressed` leaves, by falling score; of equal ones the first comes first.
+
+    Boxes of different groups (classes, images, levels of a pyramid) do not cover each other. However many boxes there
+    are, the overlaps of no more than `at_once`^2 pairs are in memory at a time.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    order = order[groups[order].argsort(stable=True)]  # by group, and in it by falling score
+    sorted_boxes, sorted_scores, sorted_groups = boxes[order], scores[order], groups[order]
+    kept = torch.zeros(len(order), dtype=torch.bool, device=boxes.device)
+    for start in range(0, len(order), at_once):
+        piece = torch.arange(start, min(start + at_once, len(order)), device=boxes.device)
+        # What was kept before can cover boxes of its own group only, which is the first one of this piece.
+        before = (kept & (sorted_groups == sorted_groups[start])).nonzero()[:, 0]
+        for some in before.split(at_once):
+            covers = iou(sorted_boxes[piece], sorted_boxes[some]) > most
+            piece = piece[~(covers & (sorted_groups[piece] == sorted_groups[start])[:, None]).any(1)]
+        gone = suppressed(sorted_boxes[piece], sorted_scores[piece], sorted_groups[piece], most=most)
+        kept[piece[~gone]] = True
+    chosen = order[kept].sort().values
+    return chosen[scores[chosen].argsort(descending=True, stable=True)]
 
 
 def suppressed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from synchromesh.models.features import BackboneConfig
+from synchromesh.models.heads.cascade.cascade_mask_rcnn import CascadeMaskRCNN
 from synchromesh.models.heads.centre_boxes import CentreBoxes
 from synchromesh.models.heads.objects import ObjectHead
 from synchromesh.models.mixtures import CosineGate, Gate, LinearGate
@@ -53,7 +54,7 @@ CATALOG = Catalog(
         {
             Task: (Classification, Detection, SimMIM),
             BackboneConfig: (SwinV2Config,),
-            ObjectHead: (CentreBoxes,),
+            ObjectHead: (CentreBoxes, CascadeMaskRCNN),
             Gate: (LinearGate, CosineGate),
             Capacity: (Dropless, FixedCapacity, FixedRows, NeededCapacity),
             Priority: (TokenOrder, BatchPrioritized),

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from synchromesh.models.boxes import area, giou, iou, suppressed
+from synchromesh.models.boxes import area, giou, iou, nms, suppressed
 
 
 def random_boxes(count: int, seed: int) -> torch.Tensor:
@@ -72,3 +72,38 @@ def test_suppression_is_the_greedy_rule_also_for_chains_and_equal_scores(seed: i
     boxes, labels = random_boxes(count, seed), torch.randint(0, 2, (count,), generator=generator)
     scores = torch.randint(0, 6, (count,), generator=generator) / 6
     assert suppressed(boxes, scores, labels, most=most).tolist() == greedy(boxes, scores, labels, most)
+
+
+@given(st.integers(0, 10_000), st.integers(0, 40), st.sampled_from([0.0, 0.3, 0.6]), st.sampled_from([1, 3, 7, 64]))
+@settings(max_examples=80, deadline=None)
+def test_suppression_piece_by_piece_keeps_what_the_greedy_rule_keeps_the_best_first(
+    seed: int, count: int, most: float, at_once: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    boxes, groups = random_boxes(count, seed), torch.randint(0, 3, (count,), generator=generator)
+    scores = torch.randint(0, 6, (count,), generator=generator) / 6
+    gone = greedy(boxes, scores, groups, most)
+    expected = sorted((i for i in range(count) if not gone[i]), key=lambda i: (-scores[i], i))
+    assert nms(boxes, scores, groups, most=most, at_once=at_once).tolist() == expected
+
+
+def test_suppression_has_the_overlaps_of_a_piece_in_memory_and_not_those_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pairs = []
+
+    def counted(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        pairs.append(len(one) * len(other))
+        return iou(one, other)
+
+    monkeypatch.setattr("synchromesh.models.boxes.iou", counted)
+    corners = torch.rand(700, 2) * 400
+    boxes = torch.cat([corners, corners + 20], dim=1)
+    nms(boxes, torch.rand(700), torch.zeros(700, dtype=torch.int64), most=0.5, at_once=100)
+    assert 0 < max(pairs) <= 100**2
+
+
+def test_overlaps_of_boxes_in_a_large_picture_are_exact_enough_to_be_compared() -> None:
+    box = torch.tensor([[9_000.0, 9_000, 9_999, 9_990]])
+    moved = box + torch.tensor([[1.0, 0, 1, 0]])
+    assert iou(box, moved).item() == pytest.approx(998 / 1000, abs=1e-6)

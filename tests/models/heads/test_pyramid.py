@@ -1,7 +1,7 @@
 import torch
 
 from synchromesh.models.features import Features
-from synchromesh.models.heads.pyramid import FeaturePyramid
+from synchromesh.models.heads.pyramid import FeaturePyramid, PositionNorm
 
 
 def features(sizes: list[tuple[int, int]], widths: tuple[int, ...]) -> Features:
@@ -24,3 +24,19 @@ def test_a_finer_map_is_told_what_the_coarser_ones_see_and_not_the_other_way_rou
     none, own = torch.autograd.grad(coarse.sum(), given.maps, allow_unused=True)
     assert none is None
     assert own.abs().sum() > 0
+
+
+def test_where_each_position_is_normalised_by_itself_padding_has_no_say() -> None:
+    pyramid = FeaturePyramid((4, 8), 6, norm=PositionNorm)
+    given = features([(8, 8), (4, 4)], (4, 8))
+    other = [torch.where(torch.arange(one.shape[3]) < one.shape[3] // 2, one, one * 9 + 5) for one in given.maps]
+    fine, _ = pyramid(given)
+    moved, _ = pyramid(Features(given.pooled, other[1].permute(0, 2, 3, 1), tuple(other)))
+    torch.testing.assert_close(fine[..., :3], moved[..., :3])  # all but the last column that the 3 x 3 cells reach
+    assert not torch.allclose(fine[..., 4:], moved[..., 4:])
+
+
+def test_the_norm_of_a_position_is_that_of_its_channels() -> None:
+    norm, x = PositionNorm(5), torch.randn(2, 5, 3, 4)
+    mean, variance = x.mean(1, keepdim=True), x.var(1, unbiased=False, keepdim=True)
+    torch.testing.assert_close(norm(x), (x - mean) / (variance + norm.eps).sqrt())
