@@ -6,7 +6,11 @@ from types import MappingProxyType
 
 from synchromesh.models.features import BackboneConfig
 from synchromesh.models.heads.centre_boxes import CentreBoxes
+from synchromesh.models.heads.centre_panoptic import CentrePanoptic
+from synchromesh.models.heads.depth import DepthFPN, DepthHead
 from synchromesh.models.heads.objects import ObjectHead
+from synchromesh.models.heads.panoptic import PanopticHead
+from synchromesh.models.heads.semantic import SemanticFPN, SemanticHead
 from synchromesh.models.mixtures import CosineGate, Gate, LinearGate
 from synchromesh.models.swin_v2 import SwinV2Config
 from synchromesh.moe.capacity import (
@@ -54,6 +58,9 @@ CATALOG = Catalog(
             Task: (Classification, Detection, SimMIM),
             BackboneConfig: (SwinV2Config,),
             ObjectHead: (CentreBoxes,),
+            SemanticHead: (SemanticFPN,),
+            DepthHead: (DepthFPN,),
+            PanopticHead: (CentrePanoptic,),
             Gate: (LinearGate, CosineGate),
             Capacity: (Dropless, FixedCapacity, FixedRows, NeededCapacity),
             Priority: (TokenOrder, BatchPrioritized),

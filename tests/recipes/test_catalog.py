@@ -7,6 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from synchromesh.models.heads.centre_boxes import CentreBoxes
+from synchromesh.models.heads.centre_panoptic import CentrePanoptic
+from synchromesh.models.heads.depth import DepthFPN, DepthHead, LogDifference
+from synchromesh.models.heads.panoptic import PanopticHead
+from synchromesh.models.heads.semantic import SemanticFPN, SemanticHead
 from synchromesh.models.swin_v2 import SWIN_MOE
 from synchromesh.moe.capacity import FixedCapacity, batch_prioritized
 from synchromesh.moe.layer import MoE
@@ -86,3 +91,16 @@ def test_fine_tuning_and_probing_start_from_weights() -> None:
     assert RECIPES["finetune_1k"]().start.weights is not None
     probe = RECIPES["few_shot"]()
     assert (probe.start.freeze, probe.task.data.shots) == (Freeze.BACKBONE, 5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        (SemanticHead, SemanticFPN(width=32)),
+        (DepthHead, DepthFPN(farthest=None, loss=LogDifference())),
+        (PanopticHead, CentrePanoptic(CentreBoxes(width=8), least=0.25)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_head_comes_back_from_a_file(kind: type, head: object) -> None:
+    assert CATALOG.decode(kind, json.loads(json.dumps(encode(head)))) == head
