@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from synchromesh.compat.huggingface import heads as hf
 from synchromesh.models.features import BackboneConfig
 from synchromesh.models.heads.centre_boxes import CentreBoxes
 from synchromesh.models.heads.centre_panoptic import CentrePanoptic
@@ -57,7 +58,7 @@ CATALOG = Catalog(
         {
             Task: (Classification, Detection, SimMIM),
             BackboneConfig: (SwinV2Config,),
-            ObjectHead: (CentreBoxes,),
+            ObjectHead: (CentreBoxes, hf.Detr, hf.DeformableDetr, hf.RTDetrV2, hf.DFine),
             SemanticHead: (SemanticFPN,),
             DepthHead: (DepthFPN,),
             PanopticHead: (CentrePanoptic,),

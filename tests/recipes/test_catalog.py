@@ -1,15 +1,19 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from synchromesh.compat.huggingface import heads as hf
 from synchromesh.models.heads.centre_boxes import CentreBoxes
 from synchromesh.models.heads.centre_panoptic import CentrePanoptic
 from synchromesh.models.heads.depth import DepthFPN, DepthHead, LogDifference
+from synchromesh.models.heads.objects import ObjectHead
 from synchromesh.models.heads.panoptic import PanopticHead
 from synchromesh.models.heads.semantic import SemanticFPN, SemanticHead
 from synchromesh.models.swin_v2 import SWIN_MOE
@@ -93,9 +97,25 @@ def test_fine_tuning_and_probing_start_from_weights() -> None:
     assert (probe.start.freeze, probe.task.data.shots) == (Freeze.BACKBONE, 5)
 
 
+def test_nobody_waits_for_transformers_who_builds_nothing_of_it() -> None:
+    code = (
+        "import sys\n"
+        "from synchromesh.recipes.catalog import CATALOG\n"
+        "from synchromesh.models.heads.objects import ObjectHead\n"
+        "heads = [kind() for kind in CATALOG.kinds[ObjectHead] if 'huggingface' in kind.__module__]\n"
+        "print(len(heads), [name for name in ('transformers', 'scipy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    count, _, found = done.stdout.strip().partition(" ")
+    assert int(count) > 3
+    assert found == "[]"
+
+
 @pytest.mark.parametrize(
     ("kind", "head"),
     [
+        (ObjectHead, hf.DeformableDetr(queries=30)),
         (SemanticHead, SemanticFPN(width=32)),
         (DepthHead, DepthFPN(farthest=None, loss=LogDifference())),
         (PanopticHead, CentrePanoptic(CentreBoxes(width=8), least=0.25)),
