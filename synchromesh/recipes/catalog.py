@@ -58,10 +58,10 @@ CATALOG = Catalog(
         {
             Task: (Classification, Detection, SimMIM),
             BackboneConfig: (SwinV2Config,),
-            ObjectHead: (CentreBoxes, hf.Detr, hf.DeformableDetr, hf.RTDetrV2, hf.DFine),
-            SemanticHead: (SemanticFPN,),
+            ObjectHead: (CentreBoxes, *hf.BOXES, *hf.MASKS),
+            SemanticHead: (SemanticFPN, hf.UperNet, hf.SemanticMasks),
             DepthHead: (DepthFPN,),
-            PanopticHead: (CentrePanoptic,),
+            PanopticHead: (CentrePanoptic, hf.PanopticMasks),
             Gate: (LinearGate, CosineGate),
             Capacity: (Dropless, FixedCapacity, FixedRows, NeededCapacity),
             Priority: (TokenOrder, BatchPrioritized),

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from synchromesh.compat.huggingface import heads as hf
-from synchromesh.models.heads.centre_boxes import CentreBoxes
 from synchromesh.models.heads.centre_panoptic import CentrePanoptic
 from synchromesh.models.heads.depth import DepthFPN, DepthHead, LogDifference
 from synchromesh.models.heads.objects import ObjectHead
@@ -101,14 +100,14 @@ def test_nobody_waits_for_transformers_who_builds_nothing_of_it() -> None:
     code = (
         "import sys\n"
         "from synchromesh.recipes.catalog import CATALOG\n"
-        "from synchromesh.models.heads.objects import ObjectHead\n"
-        "heads = [kind() for kind in CATALOG.kinds[ObjectHead] if 'huggingface' in kind.__module__]\n"
+        "own = [kind for kinds in CATALOG.kinds.values() for kind in kinds if 'huggingface' in kind.__module__]\n"
+        "heads = [kind() for kind in own]\n"
         "print(len(heads), [name for name in ('transformers', 'scipy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     count, _, found = done.stdout.strip().partition(" ")
-    assert int(count) > 3
+    assert int(count) == 9
     assert found == "[]"
 
 
@@ -116,9 +115,13 @@ def test_nobody_waits_for_transformers_who_builds_nothing_of_it() -> None:
     ("kind", "head"),
     [
         (ObjectHead, hf.DeformableDetr(queries=30)),
+        (ObjectHead, hf.MaskFormer(levels=2)),
         (SemanticHead, SemanticFPN(width=32)),
+        (SemanticHead, hf.SemanticMasks(hf.MaskFormer())),
+        (SemanticHead, hf.UperNet(norms=hf.Norms.BATCH)),
         (DepthHead, DepthFPN(farthest=None, loss=LogDifference())),
-        (PanopticHead, CentrePanoptic(CentreBoxes(width=8), least=0.25)),
+        (PanopticHead, CentrePanoptic(hf.Mask2Former(), least=0.25)),
+        (PanopticHead, hf.PanopticMasks(hf.Mask2Former(queries=7))),
     ],
     ids=lambda value: type(value).__name__,
 )
