@@ -9,7 +9,7 @@ from typing import Any
 from synchromesh.models.features import Backbone
 
 _SAYS_MAPS = ("out_features", "stage_names", "embed_dim", "patch_size")
-_HYBRID = ("rt_detr", "rt_detr_v2", "d_fine")  # their encoders and decoders see the same maps
+_HYBRID = ("rt_detr", "rt_detr_v2", "d_fine", "deimv2")  # their encoders and decoders see the same maps
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def pyramid_fields(backbone: Any, of: Any, *, width: int = 256, points: int = 4,
     Args:
         backbone: of this library, a transformers configuration, or `Levels`.
         of: the class of the configuration; one that repeats nothing of its backbone gets no field.
-        width: `encoder_hidden_dim` of RT-DETR and D-FINE, in which their decoder gets the maps.
-        points: that D-FINE's decoder samples on each map.
+        width: `encoder_hidden_dim` of RT-DETR, D-FINE and DEIMv2, in which their decoder gets the maps.
+        points: that the decoder of D-FINE and DEIMv2 samples on each map.
         extra: maps that Deformable DETR makes itself, each half of the one before.
 
     Raises:
@@ -71,7 +71,8 @@ def pyramid_fields(backbone: Any, of: Any, *, width: int = 256, points: int = 4,
     maps = backbone if isinstance(backbone, Levels) else levels_of(backbone)
     count, kind = len(maps), of.model_type
     if kind in _HYBRID:
-        own = {"rt_detr_v2": {"decoder_n_levels": count}, "d_fine": {"decoder_n_points": [points] * count}}
+        each = {"decoder_n_points": [points] * count}
+        own = {"rt_detr_v2": {"decoder_n_levels": count}, "d_fine": each, "deimv2": each}
         return {
             "encoder_in_channels": list(maps.widths),
             "feat_strides": list(maps.strides),
