@@ -108,7 +108,7 @@ def deformable_detr(settings: values.DeformableDetr, backbone: Backbone, num_cla
         with_box_refine=settings.box_refine,
         two_stage=settings.two_stage,
         auxiliary_loss=True,
-        tie_word_embeddings=not settings.box_refine,
+        tie_word_embeddings=not settings.box_refine and settings.decoder_layers > 1,  # one cannot be tied to itself
     )
     habits = Habits(deformable_sums, settings.most, picks=settings.queries if settings.two_stage else 0)
     network = DeformableDetrForObjectDetection(config)
