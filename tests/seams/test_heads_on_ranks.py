@@ -3,11 +3,13 @@
 import copy
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from synchromesh import Grid, parallelize
+from synchromesh import FullySharded, Grid, Replicated, parallelize
 from synchromesh.compat.huggingface import heads as hf
 from synchromesh.models.heads.depth import DepthFPN
 from synchromesh.models.heads.objects import Objects
@@ -15,6 +17,7 @@ from synchromesh.models.heads.semantic import IGNORE, SemanticFPN
 from synchromesh.models.mixtures import ExpertsConfig, LinearGate
 from synchromesh.models.swin_v2 import SwinV2Config
 from synchromesh.moe.capacity import Dropless
+from synchromesh.parallel.shared import Shared
 from synchromesh.testing.compare import assert_close
 from synchromesh.testing.distributed import run_ranks
 
@@ -82,12 +85,12 @@ def loss(name: str, run: nn.Module, inputs: tuple[Any, ...], counts: dict[str, i
     return torch.stack([weights[key] * value / counts[key] for key, value in run(*inputs).items()]).sum()
 
 
-def learns(name: str) -> None:
+def learns(name: str, shared: Shared) -> None:
     """Two steps: the first rank has an image without an object, and then all images, the second one none."""
     grid = Grid.from_group(dist.group.WORLD)
     model = model_of(name)
     whole = copy.deepcopy(model)
-    run = parallelize(model, grid)
+    run = parallelize(model, grid, shared=shared)
     for step, cut in enumerate((1, 3)):
         inputs, counts = batch(name, step, slice(0, 3))
         run.zero_grad()
@@ -98,16 +101,22 @@ def learns(name: str) -> None:
         got, wanted = [], []
         for (key, parameter), other in zip(model.named_parameters(), whole.parameters(), strict=True):
             assert parameter.grad is not None, key
-            got.append(parameter.grad.flatten())
+            whole_grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+            got.append(whole_grad.flatten())
             right = other.grad.chunk(grid.size)[grid.rank] if ".experts." in key else other.grad
             wanted.append(right.flatten())
         assert_close(f"gradient of {name}", torch.cat(got), torch.cat(wanted))
 
 
-def learns_all(names: tuple[str, ...]) -> None:
+def learns_all(names: tuple[str, ...], shared: Shared) -> None:
     for name in names:
-        learns(name)
+        learns(name, shared)
 
 
-def test_gradients_on_two_ranks_are_those_of_the_whole_batch() -> None:
-    run_ranks(learns_all, 2, tuple(HEADS))
+@pytest.mark.parametrize(
+    ("names", "shared"),
+    [(tuple(HEADS), Replicated()), (("DeformableDetr", "MaskFormer", "UperNet"), FullySharded())],
+    ids=["replicated", "fully sharded"],
+)
+def test_gradients_on_two_ranks_are_those_of_the_whole_batch(names: tuple[str, ...], shared: Shared) -> None:
+    run_ranks(learns_all, 2, names, shared)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
@@ -108,8 +109,12 @@ def is_picture(images: Float[Tensor, "B C H W"], sizes: Int[Tensor, "B 2"]) -> B
 
 
 def touched(module: nn.Module) -> Float[Tensor, ""]:
-    """Return 0, in float32, with a gradient of zero for every parameter: ranks average gradients of all of them."""
-    ones = [p.flatten()[:1].float() for p in module.parameters() if p.requires_grad and p.numel()]
+    """Return 0, in float32, with a gradient of zero for every parameter: ranks average gradients of all of them.
+
+    But for what FSDP2 has cut again by now: it does without.
+    """
+    here = (p for p in module.parameters() if p.requires_grad and p.numel() and not isinstance(p, DTensor))
+    ones = [p.flatten()[:1].float() for p in here]
     return torch.cat(ones).sum() * 0 if ones else torch.zeros(())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -52,6 +52,7 @@ class Habits:
         sees_padding: whether padding is a part of the image to it; then its boxes are shares of the padded image.
         one_class: whether a query is of one class, or of none; else each class of a query counts.
         picks: positions of the maps that it chooses queries from; 0 for none.
+        extra: maps that it makes itself, each half of the one before.
         multiple: pixels that the sides of images are made a multiple of; 1 for any side.
     """
 
@@ -60,6 +61,7 @@ class Habits:
     sees_padding: bool = False
     one_class: bool = False
     picks: int = 0
+    extra: int = 0
     multiple: int = 1
 
 
@@ -110,7 +112,8 @@ def deformable_detr(settings: values.DeformableDetr, backbone: Backbone, num_cla
         auxiliary_loss=True,
         tie_word_embeddings=not settings.box_refine and settings.decoder_layers > 1,  # one cannot be tied to itself
     )
-    habits = Habits(deformable_sums, settings.most, picks=settings.queries if settings.two_stage else 0)
+    picks = settings.queries if settings.two_stage else 0
+    habits = Habits(deformable_sums, settings.most, picks=picks, extra=settings.extra_levels)
     network = DeformableDetrForObjectDetection(config)
     network = _refining(network) if settings.box_refine else network
     _start_deformable(network, two_stage=settings.two_stage)
@@ -167,7 +170,7 @@ class QueryDetector(ObjectModel):
         return {name: sums[name] + zero for name in self.names}
 
     def _asked(self, features: Features, images: Tensor, sizes: Tensor, **more: Any) -> Any:
-        there = sum(x.shape[2] * x.shape[3] for x in features.maps[-self.levels :])
+        there = _positions(features.maps[-self.levels :], self.habits.extra)
         if there < self.habits.picks:
             raise ValueError(
                 f"the maps of such an image have {there} positions, wanted {self.habits.picks} at least, one for each "
@@ -182,6 +185,15 @@ class QueryDetector(ObjectModel):
         height, width = images.shape[2:]
         of = torch.tensor([height, width], device=images.device).expand_as(sizes) if self.habits.sees_padding else sizes
         return of.flip(1).repeat(1, 2)[:, None].float()
+
+
+def _positions(maps: Sequence[Tensor], extra: int) -> int:
+    """Return how many positions maps have, and those that are made of the last one."""
+    sizes = [(x.shape[2], x.shape[3]) for x in maps]
+    for _ in range(extra):
+        height, width = sizes[-1]
+        sizes.append((-(-height // 2), -(-width // 2)))
+    return sum(height * width for height, width in sizes)
 
 
 def _hybrid_habits(sums: Sums, settings: values.RTDetrV2 | values.DFine, backbone: Backbone) -> Habits:

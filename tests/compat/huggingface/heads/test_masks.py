@@ -13,6 +13,7 @@ from transformers import Mask2FormerImageProcessorPil
 
 from synchromesh.compat.huggingface import heads as hf
 from synchromesh.compat.huggingface.heads.mask_results import boxes_around, objects_of, pixels_of, segments_of
+from synchromesh.models.heads.centre_panoptic import CentrePanoptic
 from synchromesh.models.heads.objects import Objects
 from synchromesh.models.heads.semantic import IGNORE
 from synchromesh.training.codec import decode, encode
@@ -252,6 +253,18 @@ def test_the_three_models_share_their_tensors_names_and_the_backbones(name, tiny
     model = built(name, "objects", tiny)
     assert model.state_dict().keys() == copy.deepcopy(model).state_dict().keys()
     assert len({p.data_ptr() for p in model.state_dict().values()}) == len(keys[0])  # none is shared
+
+
+def test_a_mask_transformer_and_upernet_are_the_branches_of_a_panoptic_head(tiny, scenes) -> None:
+    head = CentrePanoptic(MASKS["maskformer"], hf.UperNet(width=16, pool_scales=(1, 2)), least=0.0, least_stuff=1)
+    model, (images, sizes, truth) = head.build(tiny.build(), THINGS), scenes(2, 1)
+    _, labels = truths("panoptic", truth, 2)[0]
+    things = dataclasses.replace(truth, labels=truth.labels - truth.labels % 2)
+    sums = model(images, sizes, things, labels)
+    assert sums.keys() == head.counts(things, labels, THINGS).keys() == head.weights().keys()
+    sum(sums.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert [tuple(one.ids.shape) for one in model.eval()(images, sizes)] == [(64, 64), (32, 48)]
 
 
 @masks
