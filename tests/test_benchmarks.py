@@ -31,6 +31,19 @@ def test_the_benchmark_of_a_cascades_memory_runs_and_fits_its_formula(tmp_path):
     assert 0.7 < record["peak_over_formula"] < 1.4  # a small model: code pages and buffers of threads show
 
 
+def test_the_benchmark_of_heads_runs(tmp_path):
+    out = tmp_path / "figures.jsonl"
+    heads = ["RTDetrV2", "MaskFormer", "UperNet", "CentreBoxes", "DepthFPN"]
+    done = run_program(BENCHMARKS / "heads.py", "--quick", "--heads", *heads, "--out", out)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(r["head"], r["pass"]) for r in records] == [(head, kind) for head in heads for kind in ("train", "infer")]
+    assert all(set(r["seconds"]) == {"theirs", "ours"} and len(r["load"]) == 3 for r in records)
+    wrong = run_program(BENCHMARKS / "heads.py", "--heads", "Yolo", "--out", out)
+    assert wrong.returncode == 1
+    assert "got the heads ['Yolo'], wanted some of Detr, " in wrong.stderr
+
+
 def loaded(name, monkeypatch):
     """Return a benchmark as a module."""
     spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")

@@ -202,3 +202,18 @@ def test_the_extra_vision_is_all_that_training_needs(wheel: Path, tmp_path: Path
         done = seeing.run("synchromesh", *command, check=False)
         assert done.returncode == 2
         assert re.fullmatch(r"error: .*pip install 'synchromesh\[report\]'\n", done.stderr), done.stderr
+
+
+def test_the_extra_hf_is_all_that_heads_of_transformers_need(wheel: Path, tmp_path: Path) -> None:
+    said = installed(wheel, tmp_path / "hf", "hf").python(
+        "import torch\n"
+        "from synchromesh.compat.huggingface import heads as hf\n"
+        "from synchromesh.models.heads.objects import Objects\n"
+        "from synchromesh.models.swin_v2 import SwinV2Config\n"
+        "backbone = SwinV2Config(image_size=32, embed_dim=8, depths=(1, 1), num_heads=(1, 1), window_size=4).build()\n"
+        "model = hf.Detr(queries=3, width=16, heads=2, ffn=8, encoder_layers=1, decoder_layers=1).build(backbone, 2)\n"
+        "truth = Objects(torch.zeros(1).long(), torch.tensor([[2.0, 3, 9, 9]]), torch.ones(1).long())\n"
+        "sums = model(torch.randn(1, 3, 32, 32), torch.tensor([[32, 32]]), truth)\n"
+        "print(all(bool(one.isfinite()) for one in sums.values()))"
+    )
+    assert said == "True\n"

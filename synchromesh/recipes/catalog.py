@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from synchromesh.compat.huggingface import heads as hf
 from synchromesh.models.features import BackboneConfig
 from synchromesh.models.heads.cascade.cascade_mask_rcnn import CascadeMaskRCNN
 from synchromesh.models.heads.centre_boxes import CentreBoxes
+from synchromesh.models.heads.centre_panoptic import CentrePanoptic
+from synchromesh.models.heads.depth import DepthFPN, DepthHead
 from synchromesh.models.heads.objects import ObjectHead
+from synchromesh.models.heads.panoptic import PanopticHead
+from synchromesh.models.heads.semantic import SemanticFPN, SemanticHead
 from synchromesh.models.mixtures import CosineGate, Gate, LinearGate
 from synchromesh.models.swin_v2 import SwinV2Config
 from synchromesh.moe.capacity import (
@@ -54,7 +59,10 @@ CATALOG = Catalog(
         {
             Task: (Classification, Detection, SimMIM),
             BackboneConfig: (SwinV2Config,),
-            ObjectHead: (CentreBoxes, CascadeMaskRCNN),
+            ObjectHead: (CentreBoxes, CascadeMaskRCNN, *hf.BOXES, *hf.MASKS),
+            SemanticHead: (SemanticFPN, hf.UperNet, hf.SemanticMasks),
+            DepthHead: (DepthFPN,),
+            PanopticHead: (CentrePanoptic, hf.PanopticMasks),
             Gate: (LinearGate, CosineGate),
             Capacity: (Dropless, FixedCapacity, FixedRows, NeededCapacity),
             Priority: (TokenOrder, BatchPrioritized),

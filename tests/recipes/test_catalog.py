@@ -1,12 +1,20 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from synchromesh.compat.huggingface import heads as hf
+from synchromesh.models.heads.centre_panoptic import CentrePanoptic
+from synchromesh.models.heads.depth import DepthFPN, DepthHead, LogDifference
+from synchromesh.models.heads.objects import ObjectHead
+from synchromesh.models.heads.panoptic import PanopticHead
+from synchromesh.models.heads.semantic import SemanticFPN, SemanticHead
 from synchromesh.models.swin_v2 import SWIN_MOE
 from synchromesh.moe.capacity import FixedCapacity, batch_prioritized
 from synchromesh.moe.layer import MoE
@@ -86,3 +94,36 @@ def test_fine_tuning_and_probing_start_from_weights() -> None:
     assert RECIPES["finetune_1k"]().start.weights is not None
     probe = RECIPES["few_shot"]()
     assert (probe.start.freeze, probe.task.data.shots) == (Freeze.BACKBONE, 5)
+
+
+def test_nobody_waits_for_transformers_who_builds_nothing_of_it() -> None:
+    code = (
+        "import sys\n"
+        "from synchromesh.recipes.catalog import CATALOG\n"
+        "own = [kind for kinds in CATALOG.kinds.values() for kind in kinds if 'huggingface' in kind.__module__]\n"
+        "heads = [kind() for kind in own]\n"
+        "print(len(heads), [name for name in ('transformers', 'scipy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    count, _, found = done.stdout.strip().partition(" ")
+    assert int(count) == 9
+    assert found == "[]"
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        (ObjectHead, hf.DeformableDetr(queries=30)),
+        (ObjectHead, hf.MaskFormer(levels=2)),
+        (SemanticHead, SemanticFPN(width=32)),
+        (SemanticHead, hf.SemanticMasks(hf.MaskFormer())),
+        (SemanticHead, hf.UperNet(norms=hf.Norms.BATCH)),
+        (DepthHead, DepthFPN(farthest=None, loss=LogDifference())),
+        (PanopticHead, CentrePanoptic(hf.Mask2Former(), least=0.25)),
+        (PanopticHead, hf.PanopticMasks(hf.Mask2Former(queries=7))),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_head_comes_back_from_a_file(kind: type, head: object) -> None:
+    assert CATALOG.decode(kind, json.loads(json.dumps(encode(head)))) == head

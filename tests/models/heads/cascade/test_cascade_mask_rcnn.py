@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from synchromesh.data.average_precision import average_precision
 from synchromesh.data.images import Preprocess
 from synchromesh.data.instances import Instances
 from synchromesh.data.scenes import ComposedScenes
+from synchromesh.data.scores.boxes import ObjectScores, annotations_of
 from synchromesh.models.boxes import iou
 from synchromesh.models.heads.cascade import cascade_mask_rcnn
 from synchromesh.models.heads.cascade.box_stage import (
@@ -350,9 +350,10 @@ def test_two_scenes_are_learnt_by_heart() -> None:
     with torch.no_grad():
         found = model.eval()(pixels, whole(2))
     told = [Instances(one.boxes, one.labels, one.scores) for one in found]
-    scored = average_precision(parts, told, tuple("0123456789"))
-    assert scored.ap50 is not None
-    assert scored.ap50 > 0.9
+    scores = ObjectScores(tuple("0123456789"))
+    for wanted, one in zip(parts, told, strict=True):
+        scores.add(annotations_of(wanted), one, height=SIDE, width=SIDE)
+    assert scores.numbers([scores.state()]).boxes.twelve["AP50"] > 0.9
     for number, one in enumerate(found):
         for box, label, mask in zip(parts[number].boxes, parts[number].labels, parts[number].masks, strict=True):
             best = int((iou(box[None], one.boxes)[0] * (one.labels == label)).argmax())
