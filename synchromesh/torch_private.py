@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,13 +21,24 @@ from torch._library.custom_ops import OPDEFS as CUSTOM_OPS  # by qualified name
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves as tree_leaves
-from torch.utils.checkpoint import _CheckpointFrame
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode, _CheckpointFrame
 
 __all__ = ["CUSTOM_OPS", "TorchDispatchMode", "tree_leaves"]
 
+_POLICIES = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+
 # What dispatches under an index assignment, and under `tensor.to(...)`.
 INDEX_PUT, TO_COPY = torch.ops.aten._index_put_impl_.default, torch.ops.aten._to_copy.default
+
+# What torch's clip_grad_norm_ asks of many gradients at once, and a GradScaler.
+FOREACH_NORM, UNSCALE = torch._foreach_norm, torch._amp_foreach_non_finite_check_and_unscale_
+
+
+def without_torch_function() -> Any:
+    """Return a context in which `__torch_function__` of tensors is not asked."""
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 def backward_task() -> int | None:
@@ -49,6 +61,23 @@ def checkpoint_frame() -> object | None:
     held = inspect.getclosurevars(pack).nonlocals
     frame = held["target_frame_ref"]() if "target_frame_ref" in held else held.get("frame")
     return frame if isinstance(frame, _CheckpointFrame) else None
+
+
+@contextmanager
+def unseen_by_policies() -> Iterator[None]:
+    """Hide operations from the policy of a selective checkpoint, which pairs those of a recomputation by their number.
+
+    What is hidden is neither saved nor looked up; other modes go on seeing it.
+    """
+    stack = [] if torch.compiler.is_compiling() else _get_current_dispatch_mode_stack()
+    if not any(isinstance(mode, _POLICIES) for mode in stack):
+        yield
+        return
+    with _disable_current_modes() as modes, ExitStack() as others:
+        for mode in modes:
+            if not isinstance(mode, _POLICIES):
+                others.enter_context(mode)
+        yield
 
 
 def transformed() -> bool:

@@ -21,7 +21,7 @@ from synchromesh.moe.recompute import Decisions
 from synchromesh.moe.record import Record
 from synchromesh.moe.routing import routed
 from synchromesh.moe.strategy import Local, Strategy, compute_dtype
-from synchromesh.torch_private import unaliased
+from synchromesh.torch_private import unaliased, unseen_by_policies
 from synchromesh.types import Plan, Routing, RowMap
 
 
@@ -143,6 +143,7 @@ class MoE(nn.Module):
     def _run(self, x_TD: Tensor, options: Options, given: Routing | None) -> Tensor:
         choice = self._decisions.once(lambda: self._choose(x_TD, options))
         routing = self._routed(x_TD, choice, given)
+        self.strategy.see(self.experts)
         y_TD = self.experts(x_TD, partial(self._compute, routing, choice))
         if choice.capacity.drops:  # a NaN weight of a pair that was dropped must show too
             y_TD = y_TD.masked_fill(_broken(routing), math.nan)
@@ -220,11 +221,15 @@ class MoE(nn.Module):
         kept = loss if self.losses_in_backward is None else None
         trained = note(self.record, routing, rowmap, plan, self.strategy, loss=kept, training=training)
         if trained is not None:
-            for module in self.router.modules():
-                observe = getattr(module, "observe", None)  # such as that of `BiasBalance`
-                if observe is not None:
-                    observe(self.strategy.agree_sum(trained))
+            with unseen_by_policies():
+                self._let_router_observe(trained)
         return loss
+
+    def _let_router_observe(self, load: Tensor) -> None:
+        for module in self.router.modules():
+            observe = getattr(module, "observe", None)  # such as that of `BiasBalance`
+            if observe is not None:
+                observe(self.strategy.agree_sum(load))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from synchromesh.torch_private import backward_task, checkpoint_frame
+from synchromesh.torch_private import backward_task, checkpoint_frame, unseen_by_policies
 
 T = TypeVar("T")
 
@@ -60,9 +60,11 @@ class Decisions:
             return decide()
         frame = checkpoint_frame()
         if not in_backward():
-            decision = decide()
-            if frame is not None:
-                self._made.setdefault(frame, []).append(decision)
+            if frame is None:
+                return decide()
+            with unseen_by_policies():  # no recomputation repeats these operations
+                decision = decide()
+            self._made.setdefault(frame, []).append(decision)
             return decision
         made = [] if frame is None else self._made.get(frame, [])
         used = {} if frame is None else self._next.setdefault(frame, {})
@@ -84,7 +86,9 @@ class Decisions:
             yield
             return
         before = self.once(lambda: _random_state(device))
-        if all(map(torch.equal, before, _random_state(device))):  # the checkpoint itself restored it
+        with unseen_by_policies():
+            restored = all(map(torch.equal, before, _random_state(device)))  # by the checkpoint itself
+        if restored:
             yield
             return
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from synchromesh.moe.recompute import first_forward, in_backward
-from synchromesh.torch_private import outlived, transformed
+from synchromesh.torch_private import outlived, transformed, unseen_by_policies
 from synchromesh.types import LoadStats, Plan
 
 UNREAD_LIMIT = 64  # forwards whose losses are kept until they are read
@@ -56,7 +56,10 @@ class Record(nn.Module):
         if torch.compiler.is_compiling():
             first = first_forward(forward.tokens_per_expert)
             return self._add(forward, training=training, first=first)
-        return None if in_backward() else self._add(forward, training=training, first=True)
+        if in_backward():
+            return None
+        with unseen_by_policies():  # no recomputation repeats these operations
+            return self._add(forward, training=training, first=True)
 
     def _add(self, forward: Forward, *, training: bool, first: Tensor | bool) -> Int[Tensor, " E"] | None:
         counts, dropped = forward.tokens_per_expert * first, forward.dropped * first

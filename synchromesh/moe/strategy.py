@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from synchromesh.kernels import Activation, Kernels, MLPWeights, kernels_for
 from synchromesh.moe.capacity import Capacity
@@ -38,6 +38,9 @@ class Strategy(ABC):
         Raises:
             ValueError: they cannot be cut so, or are cut already.
         """
+
+    def see(self, experts: nn.Module) -> None:  # noqa: B027 - there is nothing to see on one rank
+        """Look, before each forward, at what the layer calls: its experts, or what by now wraps them."""
 
     @abstractmethod
     def choose(self, workload: Workload, capacity: Capacity) -> Plan:

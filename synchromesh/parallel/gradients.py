@@ -33,7 +33,7 @@ def clip_grad_norm(model: nn.Module, grid: Grid, max_norm: float) -> Float[Tenso
     then nobody should step.
     """
     experts = {id(p) for p in expert_parameters(model).values()}
-    own = [p.grad for p in model.parameters() if p.grad is not None and id(p) in experts]
+    own = [p.grad.as_subclass(Tensor) for p in model.parameters() if p.grad is not None and id(p) in experts]
     rest = [p.grad for p in model.parameters() if p.grad is not None and id(p) not in experts]
     plain = [grad for grad in rest if not isinstance(grad, DTensor)]
     sharded = [grad for grad in rest if isinstance(grad, DTensor)]

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from synchromesh.kernels import Kernels, kernels_for
 from synchromesh.moe.capacity import Capacity
-from synchromesh.moe.experts import Cut, Experts
+from synchromesh.moe.experts import Cut, Experts, experts_in
 from synchromesh.moe.recompute import checkpointed
 from synchromesh.moe.strategy import Strategy, compute_dtype, run_here
 from synchromesh.parallel.chooser import Chooser
@@ -33,7 +33,7 @@ from synchromesh.parallel.pool import Pool
 from synchromesh.parallel.waiting import Waiting
 from synchromesh.parallel.wire import AS_IS, Wire
 from synchromesh.planning.lattice import check_sizes, every_plan, refusal
-from synchromesh.torch_private import transformed
+from synchromesh.torch_private import transformed, unseen_by_policies
 from synchromesh.types import Plan, Routing, RowMap, Workload
 
 
@@ -73,6 +73,10 @@ class Sharded(Strategy):
         if _size(experts) < before:  # else it was made as a part, by somebody whose names for it others know
             _show_as_whole(experts, self.grid)
 
+    def see(self, experts: nn.Module) -> None:
+        if not torch.compiler.is_compiling():
+            _teach(experts)  # again: it may be a copy, or have parameters of its own, by now
+
     def choose(self, workload: Workload, capacity: Capacity) -> Plan:
         usual = self.plan or Plan(gather=max(1, self.grid.size // workload.experts))
         chooser = self._asked()
@@ -99,10 +103,16 @@ class Sharded(Strategy):
                 "got a layer on several ranks inside torch.func or forward-mode differentiation, which cannot exchange "
                 "rows; wanted it on one rank: build the model without parallelize, or use backward"
             )
+        if self.grid.size == 1:
+            return self._run(x, routing, rowmap, experts, plan)
+        with unseen_by_policies():  # exchanges write into tensors that a selective checkpoint would not repeat
+            return self._run(x, routing, rowmap, experts, plan)
+
+    def _run(
+        self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, experts: Experts, plan: Plan
+    ) -> Float[Tensor, "T D"]:
         x = x.to(compute_dtype(x))
         kernels = self.kernels_on(x.device)
-        if experts.spread is not None and not torch.compiler.is_compiling():
-            _watch_optimizers(experts)  # of a copy, by now
         layout = self._layout(experts.num_experts, plan)
         again = plan.regather and not checkpointed()
         pool = Pool(self.grid.axis(layout.gather_group(self.grid.rank)), self._waiting, again=again)
@@ -182,13 +192,19 @@ def _show_as_whole(experts: Experts, grid: Grid) -> None:
     from synchromesh.parallel.state import spread_over
 
     spread_over(experts, grid)
-    _watch_optimizers(experts)
+    _teach(experts)
 
 
-def _watch_optimizers(experts: Experts) -> None:
+def _teach(experts: nn.Module) -> None:
+    """Teach optimizers, and whoever asks gradients for their norm, that this rank has a part of these experts."""
     from synchromesh.parallel.moments import watch
+    from synchromesh.parallel.norms import speak_for_all
+    from synchromesh.parallel.state import Spread
 
-    watch(experts)
+    inner = experts_in(experts)
+    if isinstance(inner.spread, Spread):
+        watch(inner)
+        speak_for_all(experts.parameters(), inner.spread)
 
 
 class _Sum(Function):
@@ -206,8 +222,9 @@ class _Sum(Function):
 
 
 def _summed(value: Tensor, grid: Grid) -> Tensor:
-    total = value.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=grid.group)
+    with unseen_by_policies():
+        total = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=grid.group)
     return total
 
 

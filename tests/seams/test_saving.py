@@ -5,8 +5,10 @@ docs/guarantees.md names these tests. What torch's own state dicts and checkpoin
 
 import copy
 import io
+import math
 import os
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -78,7 +80,7 @@ def train(run, optimizer, first, last, *, backward=torch.Tensor.backward, clip=N
         optimizer.zero_grad()
         backward(run(batch(step, dist.get_rank())).square().mean())
         if clip is not None:
-            clip_grad_norm(run, ranks(), clip)
+            clip(run)
         optimizer.step()
 
 
@@ -180,23 +182,90 @@ def test_fully_shard_leaves_spread_experts_as_they_are_and_trains_as_one_process
     run_ranks(wrapped_by_fsdp2, 2, modules)
 
 
-def clips():
-    world, clip = dist.get_world_size(), 0.01
-    wanted = net(0)
-    train_alone(wanted, adam(wanted), 0, END, world, clip)
-    model = spread(0)
-    run = DistributedDataParallel(model)
-    train(run, adam(run), 0, END, clip=clip)
-    check(run, wanted)
+def by_the_library(run, clip):
+    return clip_grad_norm(run, ranks(), clip)
+
+
+def by_torch(run, clip, **options):
+    return nn.utils.clip_grad_norm_(run.parameters(), clip, **options)
+
+
+def clips(modules):
+    world, bound = dist.get_world_size(), 0.01
+    wanted = net(0, modules=modules)
+    train_alone(wanted, adam(wanted), 0, END, world, bound)
+    after = copy.deepcopy(wanted)
+    train_alone(after, adam(after), END, END + 1, world, bound)
+    for clip in (by_the_library, by_torch, partial(by_torch, foreach=False), partial(by_torch, foreach=True)):
+        model = spread(0, modules=modules)
+        run = DistributedDataParallel(model)
+        train(run, adam(run), 0, END, clip=partial(clip, clip=bound))
+        check(run, wanted)
+        again = copy.deepcopy(model)  # its gradients speak for all ranks too
+        train(DistributedDataParallel(again), adam(again), END, END + 1, clip=partial(clip, clip=bound))
+        check(again, after)
+
+
+@pytest.mark.parametrize("modules", [False, True], ids=["stacked", "modules"])
+def test_clipping_is_right_whoever_clips(modules):
+    run_ranks(clips, 2, modules)
+
+
+def norm_and_gradients(run, **options):
+    """Return the norm before and the gradients after clipping by torch, of two backwards."""
+    for step in range(2):
+        run(batch(step, dist.get_rank())).square().mean().backward()
+    return float(by_torch(run, **options)), {name: p.grad for name, p in run.named_parameters()}
+
+
+def clips_by_other_norms():
+    world, rank, alone = dist.get_world_size(), dist.get_rank(), net(0)
+    for every in range(world):
+        for step in range(2):
+            (alone(batch(step, every)).square().mean() / world).backward()
+    for order in (1.0, 2.0, 3.0, math.inf):
+        wanted = nn.utils.get_total_norm([p.grad for p in alone.parameters()], order)
+        got, _ = norm_and_gradients(DistributedDataParallel(spread(0)), clip=1e9, norm_type=order)
+        assert got == pytest.approx(float(wanted), rel=1e-10), order
     sharded = spread(0)
     fully_shard(sharded)
-    sharded(batch(0, dist.get_rank())).square().mean().backward()
-    with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):  # torch's own sentence
-        nn.utils.clip_grad_norm_(sharded.parameters(), clip)
+    wanted = float(by_torch(alone, 0.01))
+    got, after = norm_and_gradients(sharded, clip=0.01)
+    assert got == pytest.approx(wanted, rel=1e-10)
+    for name, parameter in alone.named_parameters():
+        grad = after[name]
+        whole = parameter.grad if isinstance(grad, DTensor) else parameter.grad.chunk(world)[rank]
+        assert_close(name, grad.full_tensor() if isinstance(grad, DTensor) else grad, whole)
 
 
-def test_clipping_by_the_library_is_right_and_by_torch_under_fsdp2_refused():
-    run_ranks(clips, 2)
+def test_every_norm_counts_the_experts_of_all_ranks_beside_ddp_and_fsdp2():
+    run_ranks(clips_by_other_norms, 2)
+
+
+def scales():
+    """One rank's experts overflow: no rank steps, and all scale down."""
+    run = DistributedDataParallel(spread(0))
+    optimizer, scaler = adam(run), torch.amp.GradScaler("cpu", init_scale=8.0)
+    before = {name: p.detach().clone() for name, p in run.named_parameters()}
+    scaler.scale(run(batch(0, dist.get_rank())).square().mean()).backward()
+    if dist.get_rank() == 1:
+        next(iter(expert_parameters(run).values())).grad[0, 0] = math.inf
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 4.0
+    assert all(torch.equal(p, before[name]) for name, p in run.named_parameters())
+    optimizer.zero_grad()
+    wanted = net(0)
+    train_alone(wanted, adam(wanted), 0, 1, dist.get_world_size(), 0.01)
+    scaler.scale(run(batch(0, dist.get_rank())).square().mean()).backward()
+    scaler.unscale_(optimizer)
+    by_torch(run, 0.01)
+    scaler.step(optimizer)
+    check(run, wanted)
+
+
+def test_a_scaler_steps_on_all_ranks_or_on_none():
+    run_ranks(scales, 2)
 
 
 def accelerated(folder):
@@ -272,7 +341,7 @@ def trained_by_transformers(folder, saves):
         learning_rate=0.01,
         weight_decay=0.01,
         lr_scheduler_type="constant",
-        max_grad_norm=0.0,  # its own clipping takes this rank's experts for all
+        max_grad_norm=0.01,
         save_strategy="steps" if saves else "no",
         save_steps=1,
         report_to=[],
@@ -344,6 +413,7 @@ def lightning_trainer(steps, folder):
         strategy=DDPStrategy(cluster_environment=Ranks()),
         max_steps=steps,
         logger=False,
+        gradient_clip_val=0.01,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -360,7 +430,7 @@ def trained_by_lightning(folder, refused):
         model = net(0)
         optimizer = adam(model)
         for _ in range(last):  # one batch again and again: where a resumed epoch goes on is Lightning's choice
-            train_alone(model, optimizer, 0, 1, world)
+            train_alone(model, optimizer, 0, 1, world, 0.01)
         return model
 
     module, trainer = lightning_module(spread(0)), lightning_trainer(HALF, folder)
