@@ -231,34 +231,114 @@ def test_each_rank_adapts_its_own_experts(ranks_first):
     assert run_ranks(adapters_on_ranks, 2, ranks_first) == [True, True]
 
 
-@pytest.mark.parametrize("threads", [8])
-def test_one_model_serves_several_threads(threads):
-    """Every answer is that of its own request, 2,000 of them, of other lengths, with masks and other k."""
-    net = model(capacity=FixedCapacity(2.0), losses=(LoadBalance(0.1),)).eval()
-    requests = [tokens(1 + number % 13) * (1 + number % 7) for number in range(50)]
+def adapted_under_fsdp2():
+    """LoRA of experts that FSDP2 shards learns what it learns in one process."""
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["1.experts.up", "1.experts.down"])
+    net, x = get_peft_model(model(), config).double(), tokens() * (1 + dist.get_rank())
+    torch.manual_seed(5)
+    for name, parameter in net.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.3)
+    plain = copy.deepcopy(net)
+    fully_shard(net.base_model.model[1])
+    fully_shard(net)
+    sharded, alone = (torch.optim.SGD((p for p in m.parameters() if p.requires_grad), lr=0.1) for m in (net, plain))
+    for _ in range(2):
+        for one, optimizer in ((net, sharded), (plain, alone)):
+            optimizer.zero_grad()
+            one(x).square().mean().backward()
+        for parameter in plain.parameters():
+            if parameter.requires_grad:
+                dist.all_reduce(parameter.grad, dist.ReduceOp.SUM)
+                parameter.grad /= dist.get_world_size()
+        sharded.step()
+        alone.step()
+    for (name, got), wanted in zip(net.named_parameters(), plain.parameters(), strict=True):
+        assert got.requires_grad == ("lora_" in name)
+        assert_close(name, got.full_tensor(), wanted)
+    return True
 
-    def answer(number, x):
-        h = net[0](x)
-        mask = torch.arange(len(x)) % 3 != 0 if number % 4 == 0 else None
-        return net[1](h, k=1 + number % 3, mask=mask)
 
+def test_fsdp2_shards_the_adapters_of_experts_with_them():
+    assert run_ranks(adapted_under_fsdp2, 2) == [True, True]
+
+
+def serve(answer, requests, threads):
+    """Ask from several threads at once, 2,000 times in all; return the requests whose answer was not their own."""
     with torch.no_grad():
         wanted = [answer(number, x) for number, x in enumerate(requests)]
     wrong, done = [], []
 
-    def serve(thread):
+    def ask(thread):
         with torch.no_grad():
             for number in range(2000 // threads):
                 at = (number * 7 + thread) % len(requests)
-                if not torch.equal(answer(at, requests[at]), wanted[at]):
+                got = answer(at, requests[at])
+                if got.shape != wanted[at].shape or not torch.equal(got, wanted[at]):
                     wrong.append(at)
         done.append(thread)
 
-    workers = [threading.Thread(target=serve, args=(thread,)) for thread in range(threads)]
+    workers = [threading.Thread(target=ask, args=(thread,)) for thread in range(threads)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert wrong == []
     assert sorted(done) == list(range(threads))
+    return wrong
+
+
+def test_one_model_serves_several_threads():
+    """Requests of other lengths, with masks and other k."""
+    net = model(capacity=FixedCapacity(2.0), losses=(LoadBalance(0.1),)).eval()
+    requests = [tokens(1 + number % 13) * (1 + number % 7) for number in range(50)]
+
+    def answer(number, x):
+        mask = torch.arange(len(x)) % 3 != 0 if number % 4 == 0 else None
+        return net[1](net[0](x), k=1 + number % 3, mask=mask)
+
+    assert serve(answer, requests, threads=8) == []
     assert aux_loss(net) == 0
+
+
+@pytest.mark.parametrize("spread", ["alone", "on a grid of one rank", "adaptive on a grid of one rank"])
+def test_one_transformers_model_serves_several_threads(spread):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from synchromesh.compat.huggingface import parallelize_experts, register
+
+    register()
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=31, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, experts_implementation="synchromesh",
+    )  # fmt: skip
+    net = MixtralForCausalLM(config).eval()
+    if spread != "alone":
+        adaptive = spread.startswith("adaptive")
+        parallelize_experts(net, Grid(None), strategy=None if adaptive else lambda: Sharded(Grid(None)))
+    requests = [torch.arange(1 + number % 11)[None] * (number + 1) % 31 for number in range(20)]
+    assert serve(lambda _, ids: net(input_ids=ids, use_cache=False).logits, requests, threads=8) == []
+
+
+class Doubled(nn.Module):
+    """Experts of the user's own, who look at the dims that a call reserves."""
+
+    def __init__(self, model_dim, **_):
+        super().__init__()
+
+    def forward(self, rows, _layer):
+        return rows * (1 + torch.arange(rows.shape[2]).view(-1, *[1] * (rows.dim() - 3)))
+
+
+def test_tutels_layer_serves_several_threads():
+    from synchromesh.compat.tutel import moe
+
+    torch.manual_seed(0)
+    layer = moe.moe_layer(
+        gate_type={"type": "top", "k": 2},
+        model_dim=D,
+        experts={"type": "custom", "module": Doubled, "num_experts_per_device": E},
+    ).eval()
+    shapes = [(D,), (2, D // 2), (4, D // 4), (2, 2, D // 4)]
+    requests = [torch.randn(2 + number % 5, *shapes[number % 4]) for number in range(24)]
+    assert serve(lambda _, x: layer(x, reserve_dims=x.dim() - 1), requests, threads=8) == []

@@ -91,7 +91,7 @@ class MOELayer(nn.Module):
         self._mark(scan_expert_func)
         if not isinstance(self.experts, TutelExperts):
             output_dim = getattr(self.experts, "output_dim", None)
-            self._custom = CustomExperts(share, self._call_custom, output_dim)
+            self._custom = CustomExperts(share, output_dim)
         self.gates = build_gates(
             gate_type,
             model_dim=model_dim,
@@ -102,7 +102,7 @@ class MOELayer(nn.Module):
         _seed(seed_after)
         self.l_aux: Tensor | None = None
         self.dispatch_count: Tensor | None = None
-        self.megablocks_size, self._reserved, self._returned = 0, (model_dim,), (model_dim,)
+        self.megablocks_size = 0
         self._strategy = self._strategy_of(parallel_type)
         self._strategy.adopt(self._runner)
         self.record, self._decisions = Record(), Decisions()
@@ -156,8 +156,9 @@ class MOELayer(nn.Module):
         if adaptive_r is not None:
             self._settle(adaptive_r)
         single = self.num_local_experts <= 1 or torch.is_grad_enabled() or self.world_size > 1
-        self.megablocks_size = 0 if single else megablocks_size
+        self.megablocks_size = megablocks_size = 0 if single else megablocks_size
         x, gate = self._tokens(input, reserve_dims), self._gate(gate_index)
+        runner, ends = self._runner_of(input.shape[input.dim() - reserve_dims :])
         routing, l_aux = route(
             gate,
             x,
@@ -167,9 +168,9 @@ class MOELayer(nn.Module):
             gshard=self.is_gshard_loss,
         )
         factor = gate.capacity_factor if capacity_factor is None else number("capacity_factor", capacity_factor)
-        capacity = self._capacity(factor, routing, inequivalent_tokens)
-        y = self._run(x, routing, capacity)[:, : self._runner.output_dim]
-        y = y.reshape(*input.shape[: input.dim() - reserve_dims], *self._returned).to(input.dtype)
+        capacity = self._capacity(factor, routing, inequivalent_tokens, megablocks_size)
+        y = self._run(x, routing, capacity, runner)[:, : runner.output_dim]
+        y = y.reshape(*input.shape[: input.dim() - reserve_dims], *ends()).to(input.dtype)
         self.l_aux = y.l_aux = l_aux  # pyright: ignore[reportAttributeAccessIssue]
         return y if self.result_func is None else self.result_func(y)
 
@@ -229,31 +230,46 @@ class MOELayer(nn.Module):
                 f"moe_layer got an input of {input.dim()} dims and reserve_dims={reserve_dims}, wanted at least one "
                 "dim of tokens before the reserved ones"
             )
-        self._reserved = tuple(input.shape[input.dim() - reserve_dims :])
-        if math.prod(self._reserved) != self.model_dim:
+        if math.prod(input.shape[input.dim() - reserve_dims :]) != self.model_dim:
             raise ValueError(
                 f"moe_layer got an input of shape {tuple(input.shape)}, wanted last dims of {self.model_dim}"
             )
-        experts = self._runner
-        self._returned = self._reserved if experts.output_dim == self.model_dim else (experts.output_dim,)
         x = input.reshape(-1, self.model_dim)
         weight = next(self.experts.parameters(), None)
         return x.to(compute_dtype(x) if weight is None or torch.is_autocast_enabled(x.device.type) else weight.dtype)
 
-    def _capacity(self, factor: int | float, routing: Routing, inequivalent_tokens: bool) -> Capacity:
+    def _runner_of(self, reserved: torch.Size) -> tuple[TutelExperts, Callable[[], tuple[int, ...]]]:
+        """Return what the strategy runs in this call, and what tells the last dims of the result afterwards."""
+        runner = self._runner
+        usual = tuple(reserved) if runner.output_dim == self.model_dim else (runner.output_dim,)
+        if not isinstance(runner, CustomExperts):
+            return runner, lambda: usual
+        returned = [usual]  # of this call: other threads may be in theirs
+
+        def call(rows: Tensor) -> Tensor:
+            """Call the user's experts on padded rows [L, C, D], with the layer as their ctx."""
+            out = self.experts(rows.reshape(*rows.shape[:2], *reserved), self)
+            returned[0] = tuple(out.shape[2:])
+            return out.reshape(*out.shape[:2], -1)
+
+        return runner.calling(call), lambda: returned[0]
+
+    def _capacity(
+        self, factor: int | float, routing: Routing, inequivalent_tokens: bool, megablocks_size: int
+    ) -> Capacity:
         """Return which pairs are kept; a negative factor drops what -f does, so that nobody needs to be asked."""
         if factor == 0:
             return Dropless()
         tokens, choices = routing.expert_ids.shape
         if inequivalent_tokens:
             tokens = agree_max(tokens, self.group, routing.scores.device)
-        alignment = parallel.alignment_of(self.sharded_count, self.a2a_ffn_overlap_degree, self.megablocks_size)
+        alignment = parallel.alignment_of(self.sharded_count, self.a2a_ffn_overlap_degree, megablocks_size)
         experts = self.num_global_experts
         rows = parallel.rows_per_expert(factor, tokens=tokens, choices=choices, experts=experts, alignment=alignment)
         return FixedRows(rows, batch_prioritized if self.batch_prioritized_routing else token_order)
 
-    def _run(self, x: Tensor, routing: Routing, capacity: Capacity) -> Tensor:
-        rowmap, experts = capacity(routing, self._strategy.agree_max), self._runner
+    def _run(self, x: Tensor, routing: Routing, capacity: Capacity, experts: TutelExperts) -> Tensor:
+        rowmap = capacity(routing, self._strategy.agree_max)
         plan = self._plan(x, routing, capacity)
         self._note(routing, rowmap, plan)
         x = nn.functional.pad(x, (0, experts.row_dim - self.model_dim))
@@ -290,12 +306,6 @@ class MOELayer(nn.Module):
         training = self.training and torch.is_grad_enabled()
         if training or self.record.observing:
             note(self.record, routing, rowmap, plan, self._strategy, loss=None, training=training)
-
-    def _call_custom(self, rows: Tensor) -> Tensor:
-        """Call the user's experts on padded rows [L, C, D], with the layer as their ctx."""
-        out = self.experts(rows.reshape(*rows.shape[:2], *self._reserved), self)
-        self._returned = tuple(out.shape[2:])
-        return out.reshape(*out.shape[:2], -1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any, **options: Any) -> None:
         refused = refusal(state_dict, prefix, self.num_global_experts)

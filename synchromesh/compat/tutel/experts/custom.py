@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 
 import torch
@@ -17,17 +18,24 @@ from synchromesh.kernels import Kernels
 class CustomExperts(TutelExperts):
     """A module of the user's, called with its rows padded: [L, C, D] to [L, C, O]. It gathers its shards by itself.
 
+    A call of the layer runs `calling(...)` of its own, since others may run at the same time.
+
     Args:
-        call: padded rows of the experts at hand -> what the module makes of them.
         output_dim: O, where it is not D.
     """
 
     anchor: Tensor
 
-    def __init__(self, share: Share, call: Callable[[Tensor], Tensor], output_dim: int | None = None) -> None:
+    def __init__(self, share: Share, output_dim: int | None = None) -> None:
         super().__init__(share, output_dim)
-        self._call = call
+        self._call: Callable[[Tensor], Tensor] | None = None
         self.register_buffer("anchor", torch.zeros(share.local_experts), persistent=False)
+
+    def calling(self, call: Callable[[Tensor], Tensor]) -> CustomExperts:
+        """Return these experts with what the module makes of padded rows of the experts at hand."""
+        called = copy.copy(self)
+        called._call = call
+        return called
 
     def parts(self) -> dict[str, Tensor]:
         return {"anchor": self.anchor}  # nothing else is pooled
@@ -38,6 +46,7 @@ class CustomExperts(TutelExperts):
         sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
         *groups, tail = rows[:, : self.model_dim].split([*sizes, len(rows) - sum(sizes)])
         padded = F.pad(pad_sequence(groups, batch_first=True), (0, 0, 0, int(max(sizes) == 0)))
+        assert self._call is not None
         out = self._call(padded)
         wanted = (*padded.shape[:2], self.output_dim)
         if out.shape != wanted:
