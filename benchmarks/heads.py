@@ -14,8 +14,6 @@ ends with boxes, masks or logits of each pixel. Stochastic depth is off. Rounds 
 from __future__ import annotations
 
 import copy
-import importlib
-import importlib.util
 import json
 import os
 import sys
@@ -43,6 +41,9 @@ from transformers import (
 from synchromesh.compat.huggingface import heads as hf
 from synchromesh.compat.huggingface.swin.weights import from_transformers
 from synchromesh.models.features import Backbone, Features, Place
+from synchromesh.models.heads.cascade.box_stage import BoxStages
+from synchromesh.models.heads.cascade.cascade_mask_rcnn import CascadeMaskRCNN
+from synchromesh.models.heads.cascade.region_proposals import RegionProposals
 from synchromesh.models.heads.centre_boxes import CentreBoxes
 from synchromesh.models.heads.depth import DepthFPN, DepthHead
 from synchromesh.models.heads.objects import ObjectHead, Objects
@@ -67,9 +68,16 @@ HEADS: dict[str, tuple[Any, Any]] = {  # as published, and for a quick look
     "CentreBoxes": (CentreBoxes(width=256, convs=4), CentreBoxes(width=8)),
     "SemanticFPN": (SemanticFPN(pyramid_width=256), SemanticFPN(width=8)),
     "DepthFPN": (DepthFPN(), DepthFPN(width=8)),
+    "CascadeMaskRCNN": (
+        CascadeMaskRCNN(),
+        CascadeMaskRCNN(
+            width=8,
+            proposals=RegionProposals(scale=4.0, sampled=32, of_level=50, kept=20),
+            boxes=BoxStages(hidden=16, convs=1, sampled=16),
+            mask_convs=1,
+        ),
+    ),
 }
-# Heads of ours that stand in files of their own: measured where they are. (module, class, settings, quick settings)
-ELSEWHERE = (("synchromesh.models.heads.cascade.head", "CascadeMaskRCNN", {}, {}),)
 
 
 @dataclass(frozen=True)
@@ -253,16 +261,6 @@ def _their_results(head: Any, model: nn.Module, p: Problem) -> object:
     return processor.post_process_object_detection(model(pixel_values=p.images), threshold=0.0, target_sizes=p.sizes)
 
 
-def known_heads() -> dict[str, tuple[Any, Any]]:
-    """Return all heads that are there: as published, and for a quick look."""
-    found = dict(HEADS)
-    for module, name, settings, quick in ELSEWHERE:
-        if importlib.util.find_spec(module.rpartition(".")[0]) and importlib.util.find_spec(module):
-            kind = getattr(importlib.import_module(module), name)
-            found[name] = (kind(**settings), kind(**quick))
-    return found
-
-
 def measure(name: str, head: Any, args: Args) -> list[dict[str, Any]]:
     """Return one record for training and one for inference."""
     torch.manual_seed(0)
@@ -315,13 +313,12 @@ def main(args: Args) -> None:
         torch.set_num_threads(args.threads)
     if args.quick:
         args = Args(**{**vars(args), "pixels": min(args.pixels, 64)})
-    known = known_heads()
-    unknown = [name for name in args.heads if name not in known]
+    unknown = [name for name in args.heads if name not in HEADS]
     if unknown:
-        raise SystemExit(f"got the heads {unknown}, wanted some of {', '.join(known)}")
+        raise SystemExit(f"got the heads {unknown}, wanted some of {', '.join(HEADS)}")
     about, records = machine(), []
-    for name in args.heads or known:
-        records += [{**about, **record} for record in measure(name, known[name][args.quick], args)]
+    for name in args.heads or HEADS:
+        records += [{**about, **record} for record in measure(name, HEADS[name][args.quick], args)]
         if not args.quick or args.out != RESULTS:
             save(records, args.out)
         print(f"{len(records)} figures", file=sys.stderr)

@@ -33,7 +33,7 @@ def test_the_benchmark_of_a_cascades_memory_runs_and_fits_its_formula(tmp_path):
 
 def test_the_benchmark_of_heads_runs(tmp_path):
     out = tmp_path / "figures.jsonl"
-    heads = ["RTDetrV2", "MaskFormer", "UperNet", "CentreBoxes", "DepthFPN"]
+    heads = ["RTDetrV2", "MaskFormer", "UperNet", "CascadeMaskRCNN", "DepthFPN"]
     done = run_program(BENCHMARKS / "heads.py", "--quick", "--heads", *heads, "--out", out)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in out.read_text().splitlines()]
