@@ -33,7 +33,8 @@ _POLICIES = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 INDEX_PUT, TO_COPY = torch.ops.aten._index_put_impl_.default, torch.ops.aten._to_copy.default
 
 # What torch's clip_grad_norm_ asks of many gradients at once, and a GradScaler.
-FOREACH_NORM, UNSCALE = torch._foreach_norm, torch._amp_foreach_non_finite_check_and_unscale_
+FOREACH_NORM: Any = getattr(torch, "_foreach_norm")  # noqa: B009 - its stubs do not name them
+UNSCALE: Any = getattr(torch, "_amp_foreach_non_finite_check_and_unscale_")  # noqa: B009
 
 
 def without_torch_function() -> Any:
@@ -74,7 +75,7 @@ def unseen_by_policies() -> Iterator[None]:
         yield
         return
     with _disable_current_modes() as modes, ExitStack() as others:
-        for mode in modes:
+        for mode in (one for one in modes if one is not None):
             if not isinstance(mode, _POLICIES):
                 others.enter_context(mode)
         yield

@@ -31,6 +31,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(left)]
 
 
+FOUR_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=FOUR_GPUS)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where ranks compute, for `run_ranks`: by gloo on the CPU, or by NCCL on a GPU each."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _known_start(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test starts from one seed; outside of tests/compile fresh memory is NaN."""

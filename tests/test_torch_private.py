@@ -1,6 +1,7 @@
 """Each private part of torch that the package leans on does what is expected of it; a new torch fails here first."""
 
 import ast
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from synchromesh import torch_private
 from synchromesh.testing.distributed import run_ranks
@@ -209,6 +210,53 @@ def test_an_unaliased_tensor_can_be_written_to():
     y += 1
     y.sum().backward()
     assert torch.equal(x.grad, torch.full((2, 3), 2.0))
+
+
+def test_clipping_and_scaling_ask_a_gradient_s_own_kind():
+    asked = []
+
+    class Own(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            asked.append(func)
+            with torch_private.without_torch_function():
+                return func(*args, **(kwargs or {}))
+
+    parameter = nn.Parameter(torch.ones(3))
+    parameter.grad = torch.full((3,), 2.0).as_subclass(Own)
+    nn.utils.clip_grad_norm_([parameter], 1.0, foreach=True)
+    assert torch_private.FOREACH_NORM in asked
+    nn.utils.clip_grad_norm_([parameter], 1.0)
+    assert torch.linalg.vector_norm in asked
+    scaler, optimizer = torch.amp.GradScaler("cpu"), torch.optim.SGD([parameter])
+    scaler.scale(torch.ones(()))
+    scaler.unscale_(optimizer)
+    assert torch_private.UNSCALE in asked
+
+
+def test_what_is_hidden_from_policies_is_seen_by_others():
+    seen, counted = [], []
+
+    def policy(context, op, *_args, **_kwargs):
+        seen.append((context.is_recompute, op))
+        return CheckpointPolicy.MUST_SAVE
+
+    class Counts(torch_private.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counted.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def run(x):
+        with torch_private.unseen_by_policies():
+            shown = x.cos()
+        return x.sin() * shown
+
+    x = torch.ones(3, requires_grad=True)
+    with Counts():
+        checkpoint(run, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, policy))
+    assert torch.ops.aten.sin.default in [op for _, op in seen]
+    assert torch.ops.aten.cos.default not in [op for _, op in seen]
+    assert torch.ops.aten.cos.default in counted
 
 
 def test_a_mode_sees_index_assignments_copies_and_trees():

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from synchromesh.torch_private import softmax_backward
+from synchromesh.torch_private import softmax_backward, unseen_by_policies
 
 VECTOR_NUMBERS = 32  # of half precision in a vector register; torch does not vectorise loops over fewer
 
@@ -37,7 +37,8 @@ class _CosineAttention(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         (W, N, C), h = qkv.shape, scale.shape[0]
         C = C // 3
-        with torch.autocast("cpu", enabled=False):
+        # A selective checkpoint cannot save what is written to in place: it runs this again as a whole.
+        with torch.autocast("cpu", enabled=False), unseen_by_policies():
             # Queries are divided by their norm and multiplied by the scale, keys divided by their norm: one factor for
             # each position and head of both.
             factors = torch.cat((scale, torch.ones_like(scale))).to(qkv.dtype)

@@ -160,9 +160,7 @@ class PositionBias(nn.Module):
     def __init__(self, side: int, pretrained: int, num_heads: int, *, squash: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.side, self.pretrained, self.squash = side, pretrained, squash
-        self.mlp = nn.Sequential(
-            nn.Linear(2, BIAS_HIDDEN), nn.ReLU(inplace=True), nn.Linear(BIAS_HIDDEN, num_heads, bias=False)
-        )
+        self.mlp = nn.Sequential(nn.Linear(2, BIAS_HIDDEN), nn.ReLU(), nn.Linear(BIAS_HIDDEN, num_heads, bias=False))
         self.coordinates = nn.Buffer(torch.empty((2 * side - 1) ** 2, 2), persistent=False)
         self.index = nn.Buffer(torch.empty(side**4, dtype=torch.int64), persistent=False)
         self.reset_buffers()

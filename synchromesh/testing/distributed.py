@@ -24,11 +24,19 @@ class RankError(AssertionError):
     """A rank failed, died or did not end; the message says which, with its traceback."""
 
 
-def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout: int = 600) -> list[Any]:
-    """Run `function(*arguments)` on `world` gloo ranks at once, one thread each; return what they return, by rank.
+def rank_device() -> torch.device:
+    """Return the device of this rank, where `run_ranks` started it."""
+    return torch.device("cuda", dist.get_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
-    The function stands at the top of its file, and finds the default process group initialised and fresh memory
-    poisoned. Arguments and results travel pickled.
+
+def run_ranks(
+    function: Callable[..., Any], world: int, *arguments: Any, timeout: int = 600, device: str = "cpu"
+) -> list[Any]:
+    """Run `function(*arguments)` on `world` ranks at once, one thread each; return what they return, by rank.
+
+    The function stands at the top of its file, and finds the default process group initialised (gloo; NCCL and a GPU
+    of its own, `rank_device()`, for each rank where the device is "cuda") and fresh memory poisoned. Arguments and
+    results travel pickled.
 
     Raises:
         RankError: a rank raised, died, or was not done in time; the others are ended.
@@ -38,7 +46,7 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
         ranks, ends = [], []
         for rank in range(world):
             ours, theirs = Pipe(duplex=False)
-            place = (rank, world, folder)
+            place = (rank, world, folder, device)
             ranks.append(fork(_rank_main, target, place, theirs, arguments, timeout, daemon=True))
             theirs.close()
             ends.append(ours)
@@ -74,14 +82,17 @@ def _errors_of(folder: Path, rank: int) -> Path:
 
 
 def _rank_main(
-    target: tuple[str, str], place: tuple[int, int, str], end: Connection, arguments: tuple[Any, ...], timeout: int
+    target: tuple[str, str], place: tuple[int, int, str, str], end: Connection, arguments: tuple[Any, ...], timeout: int
 ) -> None:
-    rank, world, folder = place
+    rank, world, folder, device = place
     with _errors_of(Path(folder), rank).open("w") as file:
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), world)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+    backend = "nccl" if device == "cuda" else "gloo"
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
     with poisoned_memory():
         end.send(_load(*target)(*arguments))
     end.close()

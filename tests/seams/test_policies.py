@@ -29,7 +29,7 @@ from synchromesh import (
 from synchromesh.models.mixtures import ExpertsConfig
 from synchromesh.models.swin_v2 import SwinV2Config
 from synchromesh.testing.compare import assert_close
-from synchromesh.testing.distributed import run_ranks
+from synchromesh.testing.distributed import rank_device, run_ranks
 
 D, E, T = 8, 4, 24
 SAVE, AGAIN = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
@@ -115,7 +115,7 @@ def test_a_layer_has_the_same_gradients_and_load_whatever_is_saved(layer, policy
 
 @pytest.mark.parametrize("policy", ["everything", "products", "at random 0"])
 def test_a_backbone_has_the_same_gradients_whatever_is_saved(policy):
-    experts = ExpertsConfig(blocks=((), (0,)), num_experts=4)
+    experts = ExpertsConfig(blocks=((), (0,)), num_experts=4, dropout=0.0)
     config = SwinV2Config(
         image_size=16, embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=4, drop_path=0.0, experts=experts
     )
@@ -140,11 +140,11 @@ def on_ranks(names):
             TopKRouter(D, E, k=2), MLPExperts(E, D, hidden=16), losses=(LoadBalance(0.1),),
             strategy=Sharded(grid, plan=plan),
         )  # fmt: skip
-        net = nn.Sequential(nn.Linear(D, D), layer, nn.Linear(D, D)).double()
-        x = torch.randn(T, D, generator=torch.Generator().manual_seed(dist.get_rank())).double()
+        net = nn.Sequential(nn.Linear(D, D), layer, nn.Linear(D, D)).double().to(rank_device())
+        x = torch.randn(T, D, generator=torch.Generator().manual_seed(dist.get_rank())).double().to(rank_device())
         for name in names:
             compare(net, x, POLICIES[name]())
 
 
-def test_ranks_have_the_same_gradients_whatever_is_saved():
-    run_ranks(on_ranks, 2, list(POLICIES))
+def test_ranks_have_the_same_gradients_whatever_is_saved(device):
+    run_ranks(on_ranks, 2, list(POLICIES), device=device)

@@ -33,7 +33,7 @@ from synchromesh import (
     whole_state,
 )
 from synchromesh.testing.compare import assert_close
-from synchromesh.testing.distributed import RankError, run_ranks
+from synchromesh.testing.distributed import RankError, rank_device, run_ranks
 
 D, E, HALF, END = 8, 4, 2, 4
 FULL = StateDictOptions(full_state_dict=True)
@@ -44,7 +44,7 @@ def net(seed, *, modules=False, balance=None, **options):
     torch.manual_seed(seed)
     experts = ModuleExperts([nn.Linear(D, D) for _ in range(E)]) if modules else MLPExperts(E, D, hidden=16)
     router = TopKRouter(D, E, k=2, balance=balance)
-    return nn.Sequential(nn.Linear(D, D), MoE(router, experts, **options), nn.Linear(D, D)).double()
+    return nn.Sequential(nn.Linear(D, D), MoE(router, experts, **options), nn.Linear(D, D)).double().to(rank_device())
 
 
 def spread(seed, **options):
@@ -57,7 +57,7 @@ def ranks():
 
 def batch(step, rank):
     generator = torch.Generator().manual_seed(100 * step + rank)
-    return torch.randn(6, D, generator=generator).double()
+    return torch.randn(6, D, generator=generator).double().to(rank_device())
 
 
 def adam(model):
@@ -127,12 +127,12 @@ def wrapped_deep_inside():
 
 
 @pytest.mark.parametrize("modules", [False, True], ids=["stacked", "modules"])
-def test_ddp_around_spread_experts_trains_as_one_process(modules):
-    run_ranks(wrapped_by_ddp, 2, modules)
+def test_ddp_around_spread_experts_trains_as_one_process(modules, device):
+    run_ranks(wrapped_by_ddp, 2, modules, device=device)
 
 
-def test_ddp_finds_spread_experts_however_deep():
-    run_ranks(wrapped_deep_inside, 2)
+def test_ddp_finds_spread_experts_however_deep(device):
+    run_ranks(wrapped_deep_inside, 2, device=device)
 
 
 def buffers():
@@ -150,8 +150,8 @@ def buffers():
         assert_close("y", run(x), eight_wanted(x))
 
 
-def test_broadcast_buffers_leaves_experts_of_eight_bits_to_their_ranks():
-    run_ranks(buffers, 2)
+def test_broadcast_buffers_leaves_experts_of_eight_bits_to_their_ranks(device):
+    run_ranks(buffers, 2, device=device)
 
 
 def wrapped_by_fsdp2(modules):
@@ -178,8 +178,8 @@ def wrapped_by_fsdp2(modules):
 
 
 @pytest.mark.parametrize("modules", [False, True], ids=["stacked", "modules"])
-def test_fully_shard_leaves_spread_experts_as_they_are_and_trains_as_one_process(modules):
-    run_ranks(wrapped_by_fsdp2, 2, modules)
+def test_fully_shard_leaves_spread_experts_as_they_are_and_trains_as_one_process(modules, device):
+    run_ranks(wrapped_by_fsdp2, 2, modules, device=device)
 
 
 def by_the_library(run, clip):
@@ -207,8 +207,8 @@ def clips(modules):
 
 
 @pytest.mark.parametrize("modules", [False, True], ids=["stacked", "modules"])
-def test_clipping_is_right_whoever_clips(modules):
-    run_ranks(clips, 2, modules)
+def test_clipping_is_right_whoever_clips(modules, device):
+    run_ranks(clips, 2, modules, device=device)
 
 
 def norm_and_gradients(run, **options):
@@ -238,14 +238,14 @@ def clips_by_other_norms():
         assert_close(name, grad.full_tensor() if isinstance(grad, DTensor) else grad, whole)
 
 
-def test_every_norm_counts_the_experts_of_all_ranks_beside_ddp_and_fsdp2():
-    run_ranks(clips_by_other_norms, 2)
+def test_every_norm_counts_the_experts_of_all_ranks_beside_ddp_and_fsdp2(device):
+    run_ranks(clips_by_other_norms, 2, device=device)
 
 
 def scales():
     """One rank's experts overflow: no rank steps, and all scale down."""
     run = DistributedDataParallel(spread(0))
-    optimizer, scaler = adam(run), torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer, scaler = adam(run), torch.amp.GradScaler(rank_device().type, init_scale=8.0)
     before = {name: p.detach().clone() for name, p in run.named_parameters()}
     scaler.scale(run(batch(0, dist.get_rank())).square().mean()).backward()
     if dist.get_rank() == 1:
@@ -264,8 +264,8 @@ def scales():
     check(run, wanted)
 
 
-def test_a_scaler_steps_on_all_ranks_or_on_none():
-    run_ranks(scales, 2)
+def test_a_scaler_steps_on_all_ranks_or_on_none(device):
+    run_ranks(scales, 2, device=device)
 
 
 def accelerated(folder):
@@ -475,5 +475,5 @@ def copies():
     check(again, wanted)
 
 
-def test_deep_copies_and_averages_hold_their_part_and_a_pickled_model_is_refused():
-    run_ranks(copies, 2)
+def test_deep_copies_and_averages_hold_their_part_and_a_pickled_model_is_refused(device):
+    run_ranks(copies, 2, device=device)

@@ -31,7 +31,7 @@ from synchromesh import (
     parallelize,
 )
 from synchromesh.testing.compare import assert_close
-from synchromesh.testing.distributed import run_ranks
+from synchromesh.testing.distributed import rank_device, run_ranks
 
 D, E, F, T = 8, 4, 16, 9
 
@@ -41,6 +41,11 @@ def model(experts=None, **options):
     router = TopKRouter(D, E, k=2, scores=Softmax(dtype=torch.float64))
     own = MLPExperts(E, D, hidden=F) if experts is None else experts()
     return nn.Sequential(nn.Linear(D, D), MoE(router, own, **options)).double()
+
+
+def here(what):
+    """A model or tensor where this rank computes."""
+    return what.to(rank_device())
 
 
 def tokens(number=T):
@@ -166,7 +171,7 @@ class Residual(nn.Module):
 
 
 def fully_sharded(what):
-    net, x = Residual(model()), tokens() * (1 + dist.get_rank())
+    net, x = here(Residual(model())), here(tokens() * (1 + dist.get_rank()))
     plain = copy.deepcopy(net)
     fully_shard(net.moe.experts if what == "experts" else net.moe)
     fully_shard(net)
@@ -181,15 +186,15 @@ def fully_sharded(what):
 
 
 @pytest.mark.parametrize("what", ["experts", "layer"])
-def test_fsdp2_shards_experts_of_their_own_and_layers(what):
-    assert run_ranks(fully_sharded, 2, what) == [True, True]
+def test_fsdp2_shards_experts_of_their_own_and_layers(what, device):
+    assert run_ranks(fully_sharded, 2, what, device=device) == [True, True]
 
 
 def adapters_on_ranks(ranks_first):
     """LoRA of each rank's experts equals LoRA of the whole, whose numbers it is given."""
     grid = Grid.from_group(dist.group.WORLD)
     config = LoraConfig(r=2, target_modules=[], target_parameters=["1.experts.up"])
-    whole = get_peft_model(model(), config).double()
+    whole = here(get_peft_model(model(), config).double())
     torch.manual_seed(5)
     for name, parameter in whole.named_parameters():
         if "lora_B" in name:
@@ -198,9 +203,9 @@ def adapters_on_ranks(ranks_first):
         with pytest.raises(ValueError, match="distribute the layer first"):
             distribute(whole, grid, strategy=lambda: Sharded(grid))
         return True
-    part = model()
+    part = here(model())
     distribute(part, grid, strategy=lambda: Sharded(grid))
-    part = get_peft_model(part, config).double()
+    part = here(get_peft_model(part, config).double())
     each, own = E // grid.size, slice(grid.rank * (E // grid.size), (grid.rank + 1) * (E // grid.size))
     named = dict(whole.named_parameters())
     with torch.no_grad():
@@ -216,8 +221,8 @@ def adapters_on_ranks(ranks_first):
         part.zero_grad()
         whole.zero_grad()
         part.base_model.model[1].options = part.base_model.model[1].options.__class__(plan=plan)
-        (run(tokens() * (1 + grid.rank)).square().sum()).backward()
-        sum(whole(tokens() * (1 + rank)).square().sum() for rank in range(grid.size)).div(grid.size).backward()
+        (run(here(tokens()) * (1 + grid.rank)).square().sum()).backward()
+        sum(whole(here(tokens()) * (1 + rank)).square().sum() for rank in range(grid.size)).div(grid.size).backward()
         for name, parameter in part.named_parameters():
             if "lora_A" in name:
                 assert_close(name, parameter.grad, named[name].grad.view(E, -1, D)[own].flatten(0, 1))
@@ -227,14 +232,14 @@ def adapters_on_ranks(ranks_first):
 
 
 @pytest.mark.parametrize("ranks_first", [True, False])
-def test_each_rank_adapts_its_own_experts(ranks_first):
-    assert run_ranks(adapters_on_ranks, 2, ranks_first) == [True, True]
+def test_each_rank_adapts_its_own_experts(ranks_first, device):
+    assert run_ranks(adapters_on_ranks, 2, ranks_first, device=device) == [True, True]
 
 
 def adapted_under_fsdp2():
     """LoRA of experts that FSDP2 shards learns what it learns in one process."""
     config = LoraConfig(r=2, target_modules=[], target_parameters=["1.experts.up", "1.experts.down"])
-    net, x = get_peft_model(model(), config).double(), tokens() * (1 + dist.get_rank())
+    net, x = here(get_peft_model(model(), config).double()), here(tokens() * (1 + dist.get_rank()))
     torch.manual_seed(5)
     for name, parameter in net.named_parameters():
         if "lora_" in name:
@@ -259,8 +264,8 @@ def adapted_under_fsdp2():
     return True
 
 
-def test_fsdp2_shards_the_adapters_of_experts_with_them():
-    assert run_ranks(adapted_under_fsdp2, 2) == [True, True]
+def test_fsdp2_shards_the_adapters_of_experts_with_them(device):
+    assert run_ranks(adapted_under_fsdp2, 2, device=device) == [True, True]
 
 
 def serve(answer, requests, threads):
