@@ -33,11 +33,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
-from synchromesh import MLPExperts, MoE
+from synchromesh import MLPExperts, MoE, TopKRouter
 from synchromesh.kernels import CPU
 from synchromesh.testing.cases import balanced, routing_of, zipf
 from synchromesh.testing.compare import assert_close
-from synchromesh.types import Routing
 
 SHAPES = [
     (4096, 2048, 2048, 2, 2),
@@ -100,24 +99,13 @@ class Contestant:
     turned: bool = False
 
 
-class GivenRouting(nn.Module):
-    """A router whose decision is fixed: the router's own product is not what is measured."""
-
-    def __init__(self, routing: Routing) -> None:
-        super().__init__()
-        self.routing, self.num_experts = routing, routing.num_experts
-
-    def forward(self, x: Tensor, k: int | None = None) -> Routing:
-        return self.routing
-
-
 def ours(p: Problem) -> Contestant:
     num_experts, hidden, width = p.up.shape
     with torch.device("meta"):
         experts = MLPExperts(num_experts, width, hidden=hidden, up_bias=False, down_bias=False)
     experts.up, experts.down = p.up, p.down
-    layer = MoE(GivenRouting(routing_of(p.ids, num_experts, p.weights)), experts)
-    return Contestant(lambda: layer(p.x), p.down)
+    layer, routing = MoE(TopKRouter(width, num_experts), experts), routing_of(p.ids, num_experts, p.weights)
+    return Contestant(lambda: layer(p.x, routing=routing), p.down)  # the router's own product is not what is measured
 
 
 def padded(p: Problem) -> Contestant:

@@ -44,6 +44,18 @@ def test_the_benchmark_of_heads_runs(tmp_path):
     assert "got the heads ['Yolo'], wanted some of Detr, " in wrong.stderr
 
 
+def test_the_experiment_with_frozen_experts_runs(tmp_path):
+    out = tmp_path / "figures.jsonl"
+    done = run_program(
+        BENCHMARKS / "frozen_moe.py", "--tiny", "--seeds=1", "--pre-epochs=1", "--fine-epochs=1", "--out", out
+    )
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["row"] for record in records] == ["MoE, frozen", "MoE, tuned", "dense"]
+    assert records[0]["parameters"] == records[1]["parameters"] > records[2]["parameters"]
+    assert "MoE, frozen" in done.stdout
+
+
 def loaded(name, monkeypatch):
     """Return a benchmark as a module."""
     spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")

@@ -149,6 +149,7 @@ def test_a_file_may_change_a_recipe_that_the_command_line_names(tmp_path: Path) 
         ("[1]", "holds no object of settings"),
         ('{"epochs": 3}', "wanted a whole recipe.json, or recipe = "),
         ('{"recipe": "demo", "optim": {"speed": 1}}', "there is no setting optim.speed"),
+        ('{"recipe": "demo", "optim": {"warmup_epoch": 1}}', "wanted such as warmup_epochs"),
         ('{"recipe": "demo", "epochs": "many"}', "wanted int, got 'many'"),
         ('{"recipe": "demo", "epochs": 0}', "epochs is 0, wanted at least 1"),
         ('{"recipe": "demo", "model": {"experts": {"router": "magic"}}}', "wanted none or one of"),
@@ -160,6 +161,13 @@ def test_a_file_that_says_what_cannot_be_is_named(tmp_path: Path, text: str, sai
     with pytest.raises(InputError, match=r"bad\.json") as caught:
         train.read_request(["--config", str(file)], CATALOG)
     assert said in str(caught.value)
+
+
+def test_a_whole_recipe_beside_a_name_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(encode(configured())))
+    with pytest.raises(InputError, match="got a whole recipe beside a recipe's name"):
+        train.read_request(["digits", "--config", str(file)], CATALOG)
 
 
 def test_a_missing_file_and_a_missing_name_are_said(tmp_path: Path) -> None:
