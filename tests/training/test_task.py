@@ -22,7 +22,8 @@ from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.parallelize import parallelize
 from synchromesh.recipes.catalog import CATALOG
 from synchromesh.tasks.classification import Classification, Data
-from synchromesh.tasks.detection import Detection, SceneData
+from synchromesh.tasks.detection import Detection
+from synchromesh.tasks.object_batch import SceneData
 from synchromesh.tasks.simmim import CropData, SimMIM
 from synchromesh.testing.compare import assert_close
 from synchromesh.testing.distributed import run_ranks
