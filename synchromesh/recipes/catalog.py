@@ -31,6 +31,7 @@ from synchromesh.recipes.detect_demo import detect_demo
 from synchromesh.recipes.digits import digits
 from synchromesh.recipes.few_shot import few_shot
 from synchromesh.recipes.finetune_1k import finetune_1k
+from synchromesh.recipes.instance_demo import instance_demo
 from synchromesh.recipes.simmim_demo import simmim_demo
 from synchromesh.recipes.swinv2_moe_b_22k import swinv2_moe_b_22k
 from synchromesh.recipes.swinv2_moe_s_22k import swinv2_moe_s_22k
@@ -46,6 +47,7 @@ RECIPES = MappingProxyType(
         "demo": demo,
         "digits": digits,
         "detect_demo": detect_demo,
+        "instance_demo": instance_demo,
         "simmim_demo": simmim_demo,
         "swinv2_moe_s_22k": swinv2_moe_s_22k,
         "swinv2_moe_b_22k": swinv2_moe_b_22k,

@@ -1,4 +1,4 @@
-"""What a model finds in scenes, on its way back to whole pictures: with masks as run lengths, as words, as a picture."""
+"""What a model finds in scenes, on its way back to whole pictures: masks as run lengths, words, a picture."""
 
 from __future__ import annotations
 
