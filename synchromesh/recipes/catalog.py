@@ -31,6 +31,7 @@ from synchromesh.recipes.detect_demo import detect_demo
 from synchromesh.recipes.digits import digits
 from synchromesh.recipes.few_shot import few_shot
 from synchromesh.recipes.finetune_1k import finetune_1k
+from synchromesh.recipes.from_data import of_data
 from synchromesh.recipes.instance_demo import instance_demo
 from synchromesh.recipes.simmim_demo import simmim_demo
 from synchromesh.recipes.swinv2_moe_b_22k import swinv2_moe_b_22k
@@ -73,4 +74,5 @@ CATALOG = Catalog(
     ),
     upgrade_recipe=upgrade_recipe,
     upgrade_state=upgrade_state,
+    of_data=of_data,
 )
