@@ -26,6 +26,8 @@ from synchromesh.moe.capacity import (
     TokenOrder,
 )
 from synchromesh.moe.losses import ImportanceLoad, LoadBalance, Loss, OverRanks, ZLoss
+from synchromesh.recipes.cascade_coco_b import cascade_coco_b
+from synchromesh.recipes.cascade_coco_s import cascade_coco_s
 from synchromesh.recipes.demo import demo
 from synchromesh.recipes.detect_demo import detect_demo
 from synchromesh.recipes.digits import digits
@@ -54,6 +56,8 @@ RECIPES = MappingProxyType(
         "swinv2_moe_b_22k": swinv2_moe_b_22k,
         "finetune_1k": finetune_1k,
         "few_shot": few_shot,
+        "cascade_coco_s": cascade_coco_s,
+        "cascade_coco_b": cascade_coco_b,
     }
 )
 CATALOG = Catalog(

@@ -161,7 +161,7 @@ class Scenes(Batch):
     labels: tuple[Tensor, ...]
     sizes: tuple[tuple[int, int], ...]
     scales: tuple[tuple[float, float], ...]
-    masks: tuple[Bool[Tensor, "M _ _"], ...] | None = None
+    masks: tuple[Bool[Tensor, "_ _ _"], ...] | None = None
     pictures: tuple[AnnotatedPicture | None, ...] | None = None
     moves: tuple[Move | None, ...] | None = None
 
