@@ -14,6 +14,7 @@ from synchromesh.data.scores.boxes import ObjectScores, Seen, annotations_of
 from synchromesh.models.boxes import iou
 from synchromesh.tasks.object_answers import told
 from synchromesh.tasks.object_batch import Scenes
+from synchromesh.tasks.object_confusion import confused
 from synchromesh.tasks.object_panels import object_details
 from synchromesh.training.task import Batch, Number, Run, Scorer, Scores
 
@@ -40,6 +41,7 @@ class ObjectScorer(Scorer):
         least_told: float,
     ) -> None:
         self._found, self._masks, self._least = found, masks, least_told
+        self._classes = tuple(classes)
         self._scores = ObjectScores(classes, masks=masks)
 
     def add(self, run: Run, batch: Batch) -> Sequence[float]:
@@ -59,7 +61,8 @@ class ObjectScorer(Scorer):
         if scored.masks is not None:
             twelve = scored.masks.twelve
             numbers |= {one.name: twelve[box.name] or 0.0 for one, box in zip(MASK_NUMBERS, BOX_NUMBERS, strict=True)}
-        return Scores(numbers, object_details(scored))
+        seen = [one for state in states for one in state]
+        return Scores(numbers, {**object_details(scored), "confused": confused(seen, self._classes, least=self._least)})
 
     def _add(self, found: Instances, truth: Instances, batch: Scenes, place: int) -> None:
         picture = None if batch.pictures is None else batch.pictures[place]

@@ -178,7 +178,8 @@ def test_the_picture_shows_the_truth_in_white_and_what_was_found_in_colour() -> 
 
 def test_the_report_shows_every_class_and_number_also_where_nothing_was_scored() -> None:
     scorer = TASK.scorer(FACTS)
-    sheet, bars, curves = TASK.panels(scorer.scores([scorer.state()]))
+    confusion, sheet, bars, curves = TASK.panels(scorer.scores([scorer.state()]))
+    assert confusion.rows == ()
     assert len(sheet.rows) == 12
     assert bars.labels == ("cat", "dog")
     assert bars.series == {"boxes": (0.0, 0.0)}
