@@ -43,17 +43,13 @@ def slow_logit(features: list[float], own: Networks, place: int, x: float, y: fl
 
 
 def slow_logits(shared: torch.Tensor, image: torch.Tensor, own: Networks, stride: int) -> torch.Tensor:
-    height, width = shared.shape[-2:]
-    return torch.tensor([
-        [
-            [
-                slow_logit(shared[which, :, row, column].tolist(), own, place, (column + 0.5) * stride, (row + 0.5) * stride)
-                for column in range(width)
-            ]
-            for row in range(height)
-        ]
-        for place, which in enumerate(image.tolist())
-    ])  # fmt: skip
+    found = torch.zeros(len(image), *shared.shape[-2:])
+    for place, which in enumerate(image.tolist()):
+        for row in range(shared.shape[-2]):
+            for column in range(shared.shape[-1]):
+                features, x, y = shared[which, :, row, column].tolist(), (column + 0.5) * stride, (row + 0.5) * stride
+                found[place, row, column] = slow_logit(features, own, place, x, y)
+    return found
 
 
 def test_an_objects_network_sees_the_map_of_its_image_and_the_way_from_its_centre() -> None:
