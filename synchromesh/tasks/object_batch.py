@@ -101,8 +101,10 @@ class SceneData:
         on = self.on(path)
         if isinstance(on.source, ComposedScenes):
             return on.splits(masks=masks, seed=0).test
-        known = isinstance(self.source, ObjectFiles) and self.source.path == path
-        annotated = scored_pictures(path, self.source.images if known else None)
+        source = self.source
+        # A folder of pictures that was named for this very file holds; that of other files says nothing of it.
+        images = source.images if isinstance(source, ObjectFiles) and source.path == path else None
+        annotated = scored_pictures(path, images)
         check_classes(annotated, tuple(classes), "the model")
         if masks:
             check_regions(annotated)

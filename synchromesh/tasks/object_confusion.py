@@ -38,19 +38,20 @@ def confusion_sheet(details: Sequence[Mapping[str, Any]]) -> Sheet:
 def _pairs(one: Seen, classes: Sequence[str], least: float) -> Iterator[tuple[str, str]]:
     sure = (one.found.values >= least).nonzero()[:, 0]
     sure = sure[one.found.values[sure].argsort(descending=True, stable=True)]
+    found: list[int] = one.found.labels[sure].tolist()
+    truths: list[int] = one.truth.labels.tolist()
     overlap = iou(one.found.boxes[sure].double(), one.truth.boxes.double())
     free = [True] * len(one.truth.labels)
     wanted = (one.truth.values != NO_SIZE).tolist()
-    for row, label in zip(overlap.tolist(), one.found.labels[sure].tolist(), strict=True):
+    for row, label in zip(overlap.tolist(), found, strict=True):
         fits = [(-shared, place) for place, shared in enumerate(row) if free[place] and shared >= OVERLAP]
         place = min(fits)[1] if fits else None
         if place is None:
             yield NOTHING, classes[label]
             continue
         free[place] = not wanted[place]  # an ignored one may be found any number of times
-        truth = int(one.truth.labels[place])
-        if wanted[place] and truth != label:
-            yield classes[truth], classes[label]
-    for place, label in enumerate(one.truth.labels.tolist()):
+        if wanted[place] and truths[place] != label:
+            yield classes[truths[place]], classes[label]
+    for place, label in enumerate(truths):
         if free[place] and wanted[place]:
             yield classes[label], NOTHING
