@@ -199,6 +199,7 @@ def test_a_number_is_said_with_its_title_and_its_unit() -> None:
 def test_what_a_task_does_without_is_an_error_that_names_the_method(tmp_path: Path) -> None:
     for method, call in {
         "reading": lambda: Marks().reading(tmp_path),
+        "with_pictures": lambda: Marks().with_pictures(tmp_path),
         "scored_on": lambda: Marks().scored_on(tmp_path, {}),
         "open": lambda: Marks().open(tmp_path / "a.png"),
     }.items():

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from synchromesh import cli
+from synchromesh.recipes.from_data import of_data
 from synchromesh.testing.squares import write_squares
 
 TINY = [
@@ -177,3 +178,17 @@ def test_numbers_that_a_json_does_not_tell_are_refused(
     picture = files / "images" / "val0.png"
     assert cli.main(["predict", str(picture), f"--run={run}", f"--ids={ids}", f"--draw={tmp_path / 'd'}"]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_large_pictures_get_a_third_stage_and_few_pictures_many_epochs(tmp_path: Path) -> None:
+    path = write_squares(tmp_path, "all", 5)
+    small = of_data(path, None)
+    assert (small.epochs, small.batch_size, small.model.depths) == (100, 1, (2, 4))
+    found = json.loads(path.read_text())
+    for one in found["images"]:
+        Image.new("RGB", (500, 200)).save(tmp_path / "images" / one["file_name"])
+        one |= {"height": 200, "width": 500}
+    path.write_text(json.dumps(found))
+    large = of_data(path, None)
+    assert (large.model.image_size, large.model.depths) == (320, (2, 4, 2))
+    assert large.task.build(large.model, {"classes": ["a"]}).backbone.strides == (4, 8, 16)
