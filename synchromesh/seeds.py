@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 # One stream per purpose, so that a purpose never sees another's numbers.
-ORDER, CROP, AUGMENT, FORWARD, INIT, SPLIT = range(6)
+ORDER, CROP, AUGMENT, FORWARD, INIT, SPLIT, SHAPE = range(7)
 
 
 def numpy_generator(seed: int, stream: int, *position: int) -> np.random.Generator:

@@ -12,6 +12,7 @@ from synchromesh.cli import COMMANDS
 from synchromesh.commands.options import parse
 from synchromesh.recipes.catalog import CATALOG, RECIPES
 from synchromesh.testing.programs import run_program
+from synchromesh.testing.squares import write_squares
 from synchromesh.training.codec import encode
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +68,8 @@ def test_commands_on_the_page_are_understood(command, tmp_path, monkeypatch):
             file = Path(rest[rest.index("--config") + 1])
             file.parent.mkdir(parents=True)
             file.write_text(json.dumps(encode(RECIPES["demo"]())))
+        if rest[0] == "--data":  # the task is found from it
+            assert write_squares(Path(rest[1]).parent, "train", 4) == Path(rest[1])
         assert module.read_request(rest, CATALOG).configured()
 
 

@@ -38,7 +38,8 @@ class Request:
 
     Attributes:
         run: folder of the run.
-        data: folder to score on, instead of the run's own test data.
+        data: folder, or json file, to score on, instead of the run's own test data.
+        images: folder of the pictures of a json file, where they do not lie beside it.
         best: the checkpoint of the best evaluation, instead of the last epoch's.
         on_bad_image: stop at an unreadable image, or skip it, count and name it.
         json: print one JSON object.
@@ -49,6 +50,7 @@ class Request:
 
     run: tyro.conf.Positional[Path]
     data: Path | None = None
+    images: Path | None = None
     best: bool = False
     on_bad_image: Literal["stop", "skip"] = "stop"
     json: bool = False
@@ -113,7 +115,12 @@ def capacity_of(model: nn.Module, factor: float | None) -> Iterator[None]:
 
 def _split(request: Request, config: TrainConfig, trained: Trained) -> Split:
     if request.data is not None:
-        return trained.task.scored_on(request.data, trained.facts)
+        task = trained.task
+        if request.images is not None:
+            task = task.reading(request.data).with_pictures(request.images)
+        return task.scored_on(request.data, trained.facts)
+    if request.images is not None:
+        raise InputError("--images says where the pictures of --data are: give --data too")
     splits = config.task.splits(seed=config.seed)
     changed = [name for name, fact in splits.facts.items() if trained.facts.get(name) != fact]
     if changed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, zip_longest
@@ -17,13 +16,15 @@ from rich.text import Text
 from synchromesh.commands.context import Context
 from synchromesh.commands.device import pick_device
 from synchromesh.commands.evaluate import capacity_of
+from synchromesh.commands.results import RESULTS, TABLE, Predicted, ResultsFile, numbered, numbers_of
+from synchromesh.data.files import KINDS, pictures_in
 from synchromesh.errors import InputError
 from synchromesh.parallel.comm.grid import Grid
-from synchromesh.training.agree import largest, on_all
+from synchromesh.training.agree import largest, on_all, on_first
 from synchromesh.training.config import Parallelism
 from synchromesh.training.durable import write_atomically
 from synchromesh.training.run_folder import Trained, load_trained
-from synchromesh.training.task import Answer, Ask, Run
+from synchromesh.training.task import Answer, Ask, Run, Task
 
 ABOUT = """\
 Say what a trained model sees in image files (JPEG, PNG, TIFF and all that Pillow reads; grey or colour, any size).
@@ -31,6 +32,7 @@ Say what a trained model sees in image files (JPEG, PNG, TIFF and all that Pillo
   synchromesh predict digit.png --run runs/demo
   synchromesh predict runs/demo *.png --json
   synchromesh predict runs/detect_demo *.png --draw answers/
+  synchromesh predict photos/ --run runs/objects --ids val.json --least 0.01      predictions.json as COCO has it
 """
 BATCH_SIZE = 64  # samples that go through the model at a time, on each rank
 PREDICTIONS = "predictions"
@@ -41,7 +43,7 @@ class Request:
     """Options of `predict`.
 
     Attributes:
-        images: image files; a run folder may stand first, instead of --run.
+        images: image files, or folders of such; a run folder may stand first, instead of --run.
         run: folder of a run, or of a checkpoint.
         top: most answers for each image; the task's usual number if not given.
         least: lowest probability of an answer; the task's usual one if not given.
@@ -50,6 +52,8 @@ class Request:
         json: print one JSON object a line.
         draw: folder for a picture of each answer, NAME.png, and its JSON, NAME.json, or NAME-2 where two images have
             one name; if not given, answers that are pictures, such as boxes, go into `predictions` inside the run.
+        ids: COCO json that tells the numbers of the images in predictions.json, which objects that were found in a
+            folder are written to; if not given, images.json beside it tells them.
         capacity: capacity factor of the experts, instead of that of training; 0 drops nothing.
         nproc: ranks to run on, on this machine.
         parallelism: how they share the experts.
@@ -63,26 +67,10 @@ class Request:
     on_bad_image: Literal["stop", "skip"] = "stop"
     json: bool = False
     draw: Path | None = None
+    ids: Path | None = None
     capacity: float | None = None
     nproc: int = 1
     parallelism: Parallelism = field(default_factory=Parallelism)
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """What a model said of one file.
-
-    Attributes:
-        path: of the file.
-        answer: of the model.
-    """
-
-    path: Path
-    answer: Answer
-
-    def json(self) -> str:
-        """Return one JSON object."""
-        return json.dumps({"image": str(self.path), **self.answer.said})
 
 
 def run(request: Request, context: Context) -> int:
@@ -100,22 +88,65 @@ def run(request: Request, context: Context) -> int:
         raise InputError("no image given: name one or more image files")
     if request.top is not None and request.top < 1:
         raise InputError(f"--top is {request.top}, wanted at least 1")
-    return context.on_ranks(request.nproc, lambda own, grid: _answer(request, folder, images, own, grid))
+    files = [file for path in images for file in _files_of(path)]
+    whole = request.ids is not None or any(path.is_dir() for path in images)
+    asked = Asked(request, folder, files, whole=whole)
+    return context.on_ranks(request.nproc, lambda own, grid: _answer(asked, own, grid))
 
 
-def _answer(request: Request, folder: Path, images: Sequence[Path], context: Context, grid: Grid) -> int:
-    plan, catalog = request.parallelism.plan(), context.catalog()
-    trained = load_trained(folder, catalog, best=request.best, device=pick_device(), grid=grid, plan=plan)
-    names = _names(request, folder, images, pictures=trained.task.pictures_by_default())
-    read, bad = _read(trained, images[grid.rank :: grid.size], skip=request.on_bad_image == "skip", grid=grid)
-    for problem in bad:
-        context.errors.print(f"left out: {problem}", style="yellow", soft_wrap=True)
-    with capacity_of(trained.model, request.capacity):
-        own = list(predict(trained, read, Ask(request.top, request.least), grid=grid))
-    drawn = _draw(trained, read, own, names, grid)
-    told = [Predicted(one.path, Answer(one.answer.said)) for one in own]  # others need no pictures
+@dataclass(frozen=True)
+class Asked:
+    """What is predicted.
+
+    Attributes:
+        request: the options.
+        run: folder of the run.
+        files: the images.
+        whole: whether all answers go into one file too, in the field's own format.
+    """
+
+    request: Request
+    run: Path
+    files: Sequence[Path]
+    whole: bool
+
+
+def _files_of(path: Path) -> list[Path]:
+    """Return the pictures of a folder, of any depth; a file is one, whatever it is. Raises InputError for none."""
+    if not path.is_dir():
+        return [path]
+    found, _ = pictures_in(each for each in path.rglob("*") if each.is_file())
+    if not found:
+        raise InputError(f"the folder {path} holds no picture: wanted {KINDS}")
+    return found
+
+
+def _answer(asked: Asked, context: Context, grid: Grid) -> int:
+    request, images, catalog = asked.request, asked.files, context.catalog()
+    plan = request.parallelism.plan()
+    trained = load_trained(asked.run, catalog, best=request.best, device=pick_device(), grid=grid, plan=plan)
+    names = _names(request, asked.run, images, pictures=trained.task.pictures_by_default())
+    results = _results_file(asked, trained, grid)
+    own: list[Predicted] = []
+    drawn: list[Path] = []
+    problems: list[str] = []
+    # Some at a time, so that pictures need not all be in memory; every rank goes round equally often.
+    for start in range(0, len(images), BATCH_SIZE * grid.size):
+        mine = images[start : start + BATCH_SIZE * grid.size][grid.rank :: grid.size]
+        read, bad = _read(trained, mine, skip=request.on_bad_image == "skip", grid=grid)
+        for problem in bad:
+            context.errors.print(f"left out: {problem}", style="yellow", soft_wrap=True)
+        with capacity_of(trained.model, request.capacity):
+            found = list(predict(trained, read, Ask(request.top, request.least), grid=grid))
+        drawn += _draw(trained, read, found, names, grid)
+        if results is not None:
+            results.add(trained, found, grid)
+        own += [Predicted(one.path, Answer(one.answer.said)) for one in found]  # others need no pictures
+        problems += bad
     # Rank r read every W-th file from r on: taking turns restores the order in which the files were given.
-    answers = [one for turn in zip_longest(*on_all(grid, lambda: told)) for one in turn if one is not None]
+    answers = [one for turn in zip_longest(*on_all(grid, lambda: own)) for one in turn if one is not None]
+    if results is not None:
+        drawn += on_first(grid, results.write)
     if request.json:
         for one in answers:
             context.console.print(one.json(), soft_wrap=True, highlight=False, markup=False)
@@ -123,7 +154,19 @@ def _answer(request: Request, folder: Path, images: Sequence[Path], context: Con
         context.console.print(_table(trained, answers))
         for path in drawn:
             context.console.print(str(path), soft_wrap=True, highlight=False)
-    return 2 if bad else 0
+    return 2 if problems else 0
+
+
+def _results_file(asked: Asked, trained: Trained, grid: Grid) -> ResultsFile | None:
+    """Return what collects all answers; None where nobody asks, or the task has no such format."""
+    if not asked.whole or type(trained.task).records is Task.records:
+        if asked.request.ids is not None:
+            raise InputError(f"--ids is for objects: {type(trained.task).__name__} writes no file of results")
+        return None
+    folder = asked.request.draw or asked.run / PREDICTIONS
+    ids = asked.request.ids
+    numbers = on_first(grid, lambda: numbered(asked.files) if ids is None else numbers_of(ids, asked.files))
+    return ResultsFile(folder, numbers, table=ids is None)
 
 
 def predict(trained: Trained, samples: Sequence[tuple[Path, Any]], ask: Ask, *, grid: Grid) -> Iterator[Predicted]:
@@ -169,7 +212,7 @@ def _names(request: Request, run_folder: Path, images: Sequence[Path], *, pictur
     if folder is None:
         return {}
     names: dict[Path, Path] = {}
-    taken: set[Path] = set()
+    taken = {folder / Path(name).stem for name in (RESULTS, TABLE)}  # files that all answers may go into
     for image in images:
         name = folder / image.stem
         for number in count(2):

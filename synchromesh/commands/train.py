@@ -66,7 +66,9 @@ class Request:
         config: file of settings, .json or .toml: a run's recipe.json, or changes to a recipe (docs/training.md).
         run: folder of the run; runs/RECIPE if not given. A run that is there already is moved aside, never deleted.
         data: folder of data, instead of the recipe's; for images train/ and val/ with one folder per class, or one
-            folder per class directly.
+            folder per class directly; for objects a COCO json, or a folder that has one, or as VOC has it. Without a
+            recipe, the task is found from the data.
+        images: folder of the pictures of a json file, where they do not lie beside it.
         resume: continue what was begun in the run folder; a crash loses nothing that was saved.
         on_bad_image: stop at an unreadable image, or skip it; those are counted, and listed in left_out.jsonl of the
             run.
@@ -82,6 +84,7 @@ class Request:
     config: Path | None = None
     run: Path | None = None
     data: Annotated[Path | None, tyro.conf.arg(name="data")] = None
+    images: Path | None = None
     resume: bool = False
     on_bad_image: Literal["stop", "skip"] = "stop"
     tensorboard: bool = False
@@ -93,7 +96,11 @@ class Request:
         """Return the settings with what the other options change of them."""
         config = self.settings
         if self.data is not None:
-            config = dataclasses.replace(config, task=config.task.reading(self.data))
+            task = config.task.reading(self.data)
+            task = task if self.images is None else task.with_pictures(self.images)
+            config = dataclasses.replace(config, task=task)
+        elif self.images is not None:
+            raise InputError("--images says where the pictures of --data are: give --data too")
         if self.on_bad_image == "skip":
             loading = dataclasses.replace(config.loading, skip_bad_images=True)
             config = dataclasses.replace(config, loading=loading)
@@ -113,21 +120,26 @@ def read_request(given: list[str], catalog: Catalog) -> Request:
     if name is not None and name not in catalog.recipes:
         raise InputError(f"there is no recipe {name!r}: wanted one of {', '.join(catalog.recipes)}")
     base = None if name is None else catalog.recipes[name]()
-    file = _file_of(given)
+    file, data = _path_of("--config", given), _path_of("--data", given)
     base = base if file is None else read_file(file, base, catalog)
+    if base is None and data is not None:
+        base = catalog.of_data(data, _path_of("--images", given))
     if base is None:
-        raise InputError(f"no recipe given: wanted one of {', '.join(catalog.recipes)}, or --config FILE")
+        raise InputError(
+            f"no recipe given: wanted one of {', '.join(catalog.recipes)}, --config FILE, or --data for data alone"
+        )
     about = (
         f"Train by the recipe {base.name}. Every setting below can be changed, such as --epochs 5 or --optim.lr 1e-3."
     )
-    prog = f"synchromesh train {name or f'--config {file}'}"
+    prog = f"synchromesh train {name or (f'--data {data}' if file is None else f'--config {file}')}"
     return parse(Request, given, prog=prog, about=about, default=Request(base), kinds=catalog.kinds)
 
 
 def recipes_page(catalog: Catalog) -> str:
     """Return what there is to train."""
     lines = ["usage: synchromesh train RECIPE [--run DIR] [--data DIR] [--resume] [any setting of the recipe]"]
-    lines += ["       synchromesh train --config FILE [the same]", ""]
+    lines += ["       synchromesh train --config FILE [the same]"]
+    lines += ["       synchromesh train --data FILE [--images DIR] [the same]     the task is found from the data", ""]
     for name, recipe in catalog.recipes.items():
         about = (sys.modules[recipe.__module__].__doc__ or "").partition("\n")[0].partition(": ")[2]
         lines.append(f"  {name:18}  {about}")
@@ -229,13 +241,14 @@ def train(
     return 0
 
 
-def _file_of(given: list[str]) -> Path | None:
+def _path_of(option: str, given: list[str]) -> Path | None:
     for number, token in enumerate(given):
         name, equals, value = token.partition("=")
-        if name == "--config":
+        if name == option:
             found = value if equals else next(iter(given[number + 1 :]), "")
             if not found or found.startswith("--"):
-                raise InputError("--config wants a file, .json or .toml")
+                wanted = "a file, .json or .toml" if option == "--config" else "a file or a folder"
+                raise InputError(f"{option} wants {wanted}")
             return Path(found)
     return None
 

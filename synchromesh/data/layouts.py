@@ -79,6 +79,11 @@ def found_in(path: Path, *, images: Path | None = None, split: str = "train") ->
     return None
 
 
+def is_annotated(path: Path) -> bool:
+    """Tell whether a path leads to a json file, or to a folder with annotations of some known layout."""
+    return path.is_file() or any(matches(path) for matches, _ in _LAYOUTS)
+
+
 def train_and_test(
     path: Path, *, images: Path | None = None, test_share: float = 0.1, seed: int = 0
 ) -> tuple[Annotated[Any], Annotated[Any]] | None:
@@ -100,7 +105,7 @@ def train_and_test(
     if reader is None:
         return None
     train = reader.load()
-    other = _second(path, reader)
+    other = _second(path, reader, images)
     if other is None:
         return train.divided(test_share, seed=seed)
     if isinstance(other, LabelFolders) and not other.classes:
@@ -112,11 +117,12 @@ def train_and_test(
     return train, test
 
 
-def _second(path: Path, train: Reader) -> Reader | None:
+def _second(path: Path, train: Reader, images: Path | None) -> Reader | None:
     """Return what reads the pictures to score on; None where the layout has none of its own."""
     if path.is_file():
         twins = [path.with_name(path.name.replace(TRAIN[0], name)) for name in VAL]
-        return next((_of_json(twin, None) for twin in twins if TRAIN[0] in path.name and twin.is_file()), None)
+        twin = next((twin for twin in twins if TRAIN[0] in path.name and twin.is_file()), None)
+        return None if twin is None else _of_json(twin, _folder_of_both(twin, images))
     reader = next(reader for matches, reader in _LAYOUTS if matches(path))
     second = reader(path, VAL)
     return None if second == train else second
@@ -130,6 +136,14 @@ def _of_json(path: Path, images: Path | None) -> CocoJson | CocoPanoptic:
     if isinstance(first.annotation.get("segments_info"), list):
         return CocoPanoptic(path, _folder_with(path, first.annotation, path.stem, "the files of ids"), pictures)
     return CocoJson(path, pictures)
+
+
+def _folder_of_both(twin: Path, images: Path | None) -> Path | None:
+    """Return the folder that was given for the pictures to learn from, where those to score on lie in it too."""
+    if images is None:
+        return None
+    name = str(_first_entries(twin).picture.get("file_name", ""))
+    return images if name and ".." not in name and (images / name.lstrip("/")).is_file() else None
 
 
 @dataclass

@@ -26,11 +26,15 @@ from synchromesh.moe.capacity import (
     TokenOrder,
 )
 from synchromesh.moe.losses import ImportanceLoad, LoadBalance, Loss, OverRanks, ZLoss
+from synchromesh.recipes.cascade_coco_b import cascade_coco_b
+from synchromesh.recipes.cascade_coco_s import cascade_coco_s
 from synchromesh.recipes.demo import demo
 from synchromesh.recipes.detect_demo import detect_demo
 from synchromesh.recipes.digits import digits
 from synchromesh.recipes.few_shot import few_shot
 from synchromesh.recipes.finetune_1k import finetune_1k
+from synchromesh.recipes.from_data import of_data
+from synchromesh.recipes.instance_demo import instance_demo
 from synchromesh.recipes.simmim_demo import simmim_demo
 from synchromesh.recipes.swinv2_moe_b_22k import swinv2_moe_b_22k
 from synchromesh.recipes.swinv2_moe_s_22k import swinv2_moe_s_22k
@@ -46,11 +50,14 @@ RECIPES = MappingProxyType(
         "demo": demo,
         "digits": digits,
         "detect_demo": detect_demo,
+        "instance_demo": instance_demo,
         "simmim_demo": simmim_demo,
         "swinv2_moe_s_22k": swinv2_moe_s_22k,
         "swinv2_moe_b_22k": swinv2_moe_b_22k,
         "finetune_1k": finetune_1k,
         "few_shot": few_shot,
+        "cascade_coco_s": cascade_coco_s,
+        "cascade_coco_b": cascade_coco_b,
     }
 )
 CATALOG = Catalog(
@@ -71,4 +78,5 @@ CATALOG = Catalog(
     ),
     upgrade_recipe=upgrade_recipe,
     upgrade_state=upgrade_state,
+    of_data=of_data,
 )

@@ -7,7 +7,8 @@ import dataclasses
 from synchromesh.data.images import Preprocess
 from synchromesh.models.swin_v2_moe import DEMO
 from synchromesh.recipes.demo import experts
-from synchromesh.tasks.detection import Detection, SceneData
+from synchromesh.tasks.detection import Detection
+from synchromesh.tasks.object_batch import SceneData
 from synchromesh.training.config import Keep, TrainConfig
 from synchromesh.training.optim import Optim
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from synchromesh.data.scores.boxes import ObjectNumbers
 from synchromesh.data.scores.coco import TWELVE, CocoNumbers
+from synchromesh.tasks.object_confusion import confusion_sheet
 from synchromesh.training.task import Bars, Curves, Panel, Sheet
 
 _SAID = dict(
@@ -38,7 +39,7 @@ def object_details(numbers: ObjectNumbers) -> dict[str, Any]:
 
 
 def object_panels(details: Mapping[str, Any]) -> Sequence[Panel]:
-    """Return the panels of what `object_details` made."""
+    """Return the panels of what `object_details` made, and of what was `confused` where that is known."""
     kinds = {"boxes": ""} if "masks" not in details else {"boxes": "", "masks": "mask_"}
     rows = [(name, said, *(_cell(details[kind][name]) for kind in kinds)) for name, said in _SAID.items()]
     classes = {kind: details[f"{prefix}AP_by_class"] for kind, prefix in kinds.items()}
@@ -48,7 +49,9 @@ def object_panels(details: Mapping[str, Any]) -> Sequence[Panel]:
         for kind, prefix in kinds.items()
         for iou, own in details[f"{prefix}precision"].items()
     }
+    taken = (confusion_sheet(details["confused"]),) if "confused" in details else ()
     return (
+        *taken,
         Sheet("As COCO scores it", ("number", "what", *kinds), tuple(rows)),
         Bars("AP of each class", "class", "AP", tuple(classes["boxes"]), heights),
         Curves("Precision and recall", "recall", "precision", curves),

@@ -219,6 +219,7 @@ class _Loop:
         now, task = self.standing, self.config.task
         rng = seeds.numpy_generator(self.config.seed, seeds.AUGMENT, now.step, *own_numbers(self.part))
         batch = task.prepare(loaded.samples, self.job.splits.facts, self.device, rng)
+        batch = task.shaped(batch, seeds.numpy_generator(self.config.seed, seeds.SHAPE, now.step))
         own = task.counts(batch)
         samples, bad, *terms = counted(self.grid, [len(batch), len(loaded.bad), *own.values()], self.device)
         now.bad += bad

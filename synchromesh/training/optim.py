@@ -1,4 +1,4 @@
-"""AdamW with the paper's parameter groups, and its learning rate: a linear warm-up, then half a cosine."""
+"""AdamW with the paper's parameter groups, and its learning rate: a linear warm-up, then half a cosine, or steps."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ class Optim:
         clip_norm: largest norm of the whole gradient; 0 turns clipping off.
         layer_decay: factor on the learning rate from each layer to the one below it; the head's rate is lr. 1 for the
             same rate everywhere.
+        drops: epochs after which the rate falls to a tenth, instead of along a cosine to `final_lr`; none for the
+            cosine.
     """
 
     lr: float = 1.25e-4
@@ -39,6 +41,7 @@ class Optim:
     eps: float = 1e-8
     clip_norm: float = 3.0
     layer_decay: float = 1.0
+    drops: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         at_least("optim.", self, lr=0.0, warmup_lr=0.0, final_lr=0.0, lr_batch=1, warmup_epochs=0.0)
@@ -47,6 +50,10 @@ class Optim:
             raise ValueError(f"optim.layer_decay is {self.layer_decay}, wanted 0 < it <= 1")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas are {self.betas}, wanted two numbers 0 <= beta < 1")
+        if any(drop <= self.warmup_epochs for drop in self.drops) or list(self.drops) != sorted(set(self.drops)):
+            raise ValueError(
+                f"optim.drops are {self.drops}, wanted rising epochs after the {self.warmup_epochs} of warm-up"
+            )
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Schedule:
         end: learning rate at the last step.
         warmup: steps of the warm-up.
         total: steps in all.
+        drops: steps after which the rate falls to a tenth, instead of to `end`; none for the cosine.
     """
 
     peak: float
@@ -66,9 +74,12 @@ class Schedule:
     end: float
     warmup: int
     total: int
+    drops: tuple[int, ...] = ()
 
     def __call__(self, step: int) -> float:
         """Return start + (peak - start) step/warmup, then end + (peak - end) (1 + cos(pi t))/2, t = 0 to 1.
+
+        With drops, after the warm-up peak / 10^n behind n of them.
 
         >>> rate = Schedule(peak=1.0, start=0.0, end=0.0, warmup=2, total=6)
         >>> [round(rate(step), 3) for step in (0, 1, 2, 4, 6)]
@@ -76,6 +87,8 @@ class Schedule:
         """
         if step < self.warmup:
             return self.start + (self.peak - self.start) * step / self.warmup
+        if self.drops:
+            return self.peak / 10 ** sum(step >= drop for drop in self.drops)
         done = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
         return self.end + (self.peak - self.end) * (1 + math.cos(math.pi * done)) / 2
 
@@ -89,6 +102,7 @@ def make_schedule(optim: Optim, *, batch_size: int, steps_per_epoch: int, epochs
         end=optim.final_lr * scale,
         warmup=round(optim.warmup_epochs * steps_per_epoch),
         total=epochs * steps_per_epoch,
+        drops=tuple(round(drop * steps_per_epoch) for drop in optim.drops),
     )
 
 

@@ -309,6 +309,14 @@ class Task(ABC):
         """Return this task on the data of a folder, instead of its own. Raises InputError."""
         raise self._without("reads no folder of data", "reading")
 
+    def with_pictures(self, folder: Path) -> Task:
+        """Return this task with the pictures of its annotations in a folder of their own. Raises InputError."""
+        raise self._without("reads no pictures beside its data", "with_pictures")
+
+    def shaped(self, batch: Batch, rng: np.random.Generator) -> Batch:
+        """Change a training batch in what all ranks draw alike, such as the size of its images, by one generator."""
+        return batch
+
     def scored_on(self, folder: Path, facts: Facts) -> Split:
         """Return the samples of a folder that a model trained on such data can be scored on. Raises InputError."""
         raise self._without("is not scored on a folder", "scored_on")
@@ -324,6 +332,14 @@ class Task(ABC):
     def draw(self, sample: Any, answer: Answer) -> bytes | None:
         """Return a PNG file that shows a sample, the answer to it, and the truth where it is known; None for none."""
         return None
+
+    def records(self, answer: Answer, facts: Facts) -> Sequence[Mapping[str, Any]] | None:
+        """Return an answer as the field's files of results have it, without the picture's number; None for no such."""
+        return None
+
+    def records_head(self, facts: Facts) -> Mapping[str, Any]:
+        """Return what stands beside the table of pictures that a file of results is of: plain JSON values."""
+        return {}
 
     def pictures_by_default(self) -> bool:
         """Tell whether a prediction is looked at rather than read."""

@@ -5,17 +5,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from synchromesh.compat.huggingface import heads as hf
+from synchromesh.data.moves import Fit
+from synchromesh.models.heads.cascade.cascade_mask_rcnn import CascadeMaskRCNN
+from synchromesh.models.heads.centre_boxes import CentreBoxes
 from synchromesh.models.heads.centre_panoptic import CentrePanoptic
 from synchromesh.models.heads.depth import DepthFPN, DepthHead, LogDifference
-from synchromesh.models.heads.objects import ObjectHead
+from synchromesh.models.heads.objects import ObjectHead, Objects
 from synchromesh.models.heads.panoptic import PanopticHead
 from synchromesh.models.heads.semantic import SemanticFPN, SemanticHead
-from synchromesh.models.swin_v2 import SWIN_MOE
+from synchromesh.models.mixtures import ExpertsConfig
+from synchromesh.models.swin_v2 import SWIN_MOE, SwinV2Config
 from synchromesh.moe.capacity import FixedCapacity, batch_prioritized
 from synchromesh.moe.layer import MoE
 from synchromesh.moe.losses import ImportanceLoad, OverRanks
@@ -24,8 +30,10 @@ from synchromesh.training.codec import differences, encode
 from synchromesh.training.config import Freeze, TrainConfig
 from synchromesh.training.optim import make_schedule
 from synchromesh.training.run_folder import build_model
+from synchromesh.training.start import freeze, load_weights
 from synchromesh.training.summary import model_size
 
+EXPERTS_OF_TWO = ExpertsConfig(num_experts=2, blocks=((), (1,)))
 OLD = Path(__file__).parents[1] / "tasks" / "runs_of_0_1" / "recipes"
 
 
@@ -71,6 +79,54 @@ def test_pre_training_has_the_papers_settings(name: str, width: int, drop_path: 
     assert augment.rand_augment is not None
     assert (augment.rand_augment.magnitude, augment.rand_augment.spread) == (9.0, 0.5)
     assert model_size(built(config, 21841)).parameters / 1e6 == pytest.approx(millions, rel=5e-3)
+
+
+@pytest.mark.parametrize(("name", "width", "drop_path"), [("cascade_coco_s", 96, 0.2), ("cascade_coco_b", 128, 0.3)])
+def test_fine_tuning_on_coco_has_the_papers_head_with_the_moe_layers_frozen(
+    name: str, width: int, drop_path: float
+) -> None:
+    config = RECIPES[name]()
+    swin, data = config.model, config.task.data
+    assert (swin.embed_dim, swin.drop_path, swin.window_size, swin.checkpointed) == (width, drop_path, 12, True)
+    assert swin.pretrained_window_sizes == tuple(
+        RECIPES["swinv2_moe_s_22k"]().model.window(stage) for stage in range(4)
+    )
+    assert swin.experts.capacity == FixedCapacity(1.25, priority=batch_prioritized)
+    assert config.task.head == CascadeMaskRCNN()
+    assert (config.start.freeze, config.epochs, config.batch_size, config.eval_batch_size) == (Freeze.MOE, 36, 16, 1)
+    rate = make_schedule(config.optim, batch_size=16, steps_per_epoch=7330, epochs=36)
+    assert [rate(epoch * 7330) for epoch in (1, 26, 27, 33)] == pytest.approx([1e-4, 1e-4, 1e-5, 1e-6])
+    assert (config.optim.weight_decay, data.fit) == (0.05, Fit(shorter=800, longer=1333))
+    for size, shorter in zip(data.moves.sizes, (480, 560, 640, 720, 800), strict=True):
+        for height, width_of_picture in ((480, 640), (640, 480)):
+            one = dataclasses.replace(data.moves, sizes=(size,))
+            crop = one.draw(height, width_of_picture, np.random.default_rng(0)).size
+            assert abs(min(crop) - shorter) <= 1
+
+
+@pytest.mark.parametrize("pixels", [(32, 32), (40, 56)])
+def test_weights_of_small_images_start_larger_ones_whose_windows_grow(tmp_path: Path, pixels: tuple[int, int]) -> None:
+    """As `cascade_coco_s` starts from 192 pixels: a map that was one window of 2 x 2 gets windows of 4 x 4."""
+    sizes = {"embed_dim": 8, "depths": (1, 2), "num_heads": (1, 2), "window_size": 4, "drop_path": 0.0}
+    small = dataclasses.replace(SwinV2Config(image_size=16, **sizes), experts=EXPERTS_OF_TWO)
+    large = dataclasses.replace(small, image_size=pixels, pretrained_window_sizes=(4, 2))
+    assert [small.window(stage) for stage in (0, 1)] == [4, 2]
+    assert [large.window(stage) for stage in (0, 1)] == [4, 4]
+    source = small.build()
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    model = CentreBoxes(width=8, convs=1).build(large.build(), 3)
+    loaded = load_weights(model, tmp_path / "w.safetensors", CATALOG)
+    assert not [name for name in loaded.fresh if name.startswith("backbone.")]
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(model.state_dict()[f"backbone.{name}"], tensor)
+    freeze(model, Freeze.MOE)
+    losses = model(torch.randn(1, 3, *pixels), torch.tensor([pixels]), Objects(
+        torch.tensor([0]), torch.tensor([[2.0, 2, 20, 20]]), torch.tensor([1])
+    ))  # fmt: skip
+    sum(losses.values()).backward()
+    frozen = {name for name, p in model.named_parameters() if p.grad is None}
+    assert frozen
+    assert all(".ffn." in name for name in frozen)
 
 
 def test_the_twin_of_the_demo_costs_what_one_token_costs_in_the_moe() -> None:

@@ -1,5 +1,6 @@
 """Every task as a whole, by the commands: one process, two ranks, killed, looked at, gone on from."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 
 from synchromesh import cli
 from synchromesh.testing.programs import run_job, run_program
+from synchromesh.testing.squares import write_squares
 
 DIES = Path(__file__).parent.parent / "commands" / "dies.py"
 MODEL = [
@@ -25,7 +27,7 @@ class Trial:
     """A small run of a task.
 
     Attributes:
-        options: of `train`.
+        options: of `train`; "{files}" stands for a folder with annotated pictures.
         unit: of its samples.
         headline: what it is scored by, in files.
         title: some of what it is scored by, for people.
@@ -45,6 +47,13 @@ TRIALS = {
          "--model.experts.losses.0.loss.weight=0"),  # which is a mean over each part of the batch
         "scenes", "AP", "AP50",
     ),
+    # Pictures of several sizes, annotated in files, with masks; each step draws one of two sizes.
+    "instances": Trial(
+        ("--data={files}/instances_train.json", "--images={files}/images", *MODEL, "--data.moves.sizes", "64", "64",
+         "32", "32", "--batch-size=6", "--eval-batch-size=4", "--accumulate=2",
+         "--model.experts.losses.0.loss.weight=0"),
+        "scenes", "mask_AP", "AP50 of masks",
+    ),
     "simmim": Trial(
         ("simmim_demo", *MODEL, "--data.train=24", "--data.test=7", "--batch-size=6", "--eval-batch-size=4"),
         "crops", "masked_l1", "L1 of hidden pixels",
@@ -62,8 +71,11 @@ class Done:
 
 @pytest.fixture(scope="module", params=TRIALS)
 def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Done:
-    trial = TRIALS[request.param]
-    folder = tmp_path_factory.mktemp(request.param) / "run"
+    trial, root = TRIALS[request.param], tmp_path_factory.mktemp(request.param)
+    for part, count in (("train", 24), ("val", 7)):
+        write_squares(root, part, count)
+    trial = dataclasses.replace(trial, options=tuple(option.format(files=root) for option in trial.options))
+    folder = root / "run"
     assert cli.main(["train", *trial.options, "--nproc=1", f"--run={folder}"]) == 0
     return Done(trial, folder)
 

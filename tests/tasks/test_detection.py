@@ -9,10 +9,13 @@ from PIL import Image
 from synchromesh.data.images import Preprocess
 from synchromesh.data.instances import Instances
 from synchromesh.data.pictures import TRUTH
-from synchromesh.data.scenes import ComposedScenes, Scene
+from synchromesh.data.scene import Scene
+from synchromesh.data.scenes import ComposedScenes
 from synchromesh.models.heads.objects import Found
 from synchromesh.models.swin_v2 import SwinV2Config
-from synchromesh.tasks.detection import Detection, SceneData, Scenes, _quality
+from synchromesh.tasks.detection import LEAST_TOLD, Detection
+from synchromesh.tasks.object_batch import SceneData, Scenes
+from synchromesh.tasks.object_scorer import merit as merit_of
 from synchromesh.training.task import Answer, Ask, Run
 
 CPU = torch.device("cpu")
@@ -129,7 +132,7 @@ def test_the_merit_of_a_scene_falls_with_wrong_missing_and_loose_boxes() -> None
         boxes = torch.tensor([box for _, box, _ in found]).reshape(-1, 4)
         labels = torch.tensor([label for label, _, _ in found], dtype=torch.int64)
         said = Instances(boxes, labels, torch.tensor([score for *_, score in found]))
-        return _quality(said, Instances(torch.tensor([BOX]), torch.tensor([1])))
+        return merit_of(said, Instances(torch.tensor([BOX]), torch.tensor([1])), least=LEAST_TOLD)
 
     far = [0.0, 0.0, 3.0, 3.0]
     assert merit((1, BOX, 0.9)) == 1
@@ -175,7 +178,8 @@ def test_the_picture_shows_the_truth_in_white_and_what_was_found_in_colour() -> 
 
 def test_the_report_shows_every_class_and_number_also_where_nothing_was_scored() -> None:
     scorer = TASK.scorer(FACTS)
-    sheet, bars, curves = TASK.panels(scorer.scores([scorer.state()]))
+    confusion, sheet, bars, curves = TASK.panels(scorer.scores([scorer.state()]))
+    assert confusion.rows == ()
     assert len(sheet.rows) == 12
     assert bars.labels == ("cat", "dog")
     assert bars.series == {"boxes": (0.0, 0.0)}

@@ -107,3 +107,16 @@ def test_each_group_gets_its_own_rate() -> None:
     optimizer = build_optimizer(swin_v2_moe(config, 5, experts=ExpertsConfig(blocks=((), ()))), Optim(layer_decay=0.5))
     set_learning_rate(optimizer, 1.0)
     assert {group["lr"] for group in optimizer.param_groups} == {1.0, 0.5, 0.25, 0.125}
+
+
+def test_with_drops_the_rate_falls_to_a_tenth_at_each_and_stays() -> None:
+    optim = Optim(lr=1e-4, warmup_lr=0.0, lr_batch=16, warmup_epochs=1.0, drops=(27.0, 33.0))
+    rate = make_schedule(optim, batch_size=16, steps_per_epoch=10, epochs=36)
+    wanted = {0: 0.0, 5: 5e-5, 10: 1e-4, 269: 1e-4, 270: 1e-5, 329: 1e-5, 330: 1e-6, 360: 1e-6}
+    assert {step: rate(step) for step in wanted} == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("drops", [(0.5,), (3.0, 2.0), (2.0, 2.0)])
+def test_drops_in_the_warm_up_or_out_of_order_are_refused(drops: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=r"wanted rising epochs after the 1\.0 of warm-up"):
+        Optim(warmup_epochs=1.0, drops=drops)

@@ -22,7 +22,8 @@ from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.parallelize import parallelize
 from synchromesh.recipes.catalog import CATALOG
 from synchromesh.tasks.classification import Classification, Data
-from synchromesh.tasks.detection import Detection, SceneData
+from synchromesh.tasks.detection import Detection
+from synchromesh.tasks.object_batch import SceneData
 from synchromesh.tasks.simmim import CropData, SimMIM
 from synchromesh.testing.compare import assert_close
 from synchromesh.testing.distributed import run_ranks
@@ -198,6 +199,7 @@ def test_a_number_is_said_with_its_title_and_its_unit() -> None:
 def test_what_a_task_does_without_is_an_error_that_names_the_method(tmp_path: Path) -> None:
     for method, call in {
         "reading": lambda: Marks().reading(tmp_path),
+        "with_pictures": lambda: Marks().with_pictures(tmp_path),
         "scored_on": lambda: Marks().scored_on(tmp_path, {}),
         "open": lambda: Marks().open(tmp_path / "a.png"),
     }.items():

@@ -9,6 +9,7 @@ Shape letters: B images, N classes, M objects, H W rows and columns of a map (of
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from synchromesh.models.boxes import giou, inside, suppressed
 from synchromesh.models.features import Backbone
+from synchromesh.models.heads.centre_masks import NUMBERS, MaskMap, Networks, found_masks, mask_loss
 from synchromesh.models.heads.objects import Found, ObjectHead, ObjectModel, Objects
 from synchromesh.models.heads.pyramid import FeaturePyramid
 
@@ -42,6 +44,8 @@ class CentreBoxes(ObjectHead):
         box_weight: of the sides' loss beside the centres' one.
         overlap: IoU from which the less likely of two boxes of a class is left out.
         most: boxes of an image, at most.
+        masks: whether it says masks too; then the truth needs them.
+        mask_weight: of the masks' loss beside the centres' one.
     """
 
     width: int = 64
@@ -49,19 +53,23 @@ class CentreBoxes(ObjectHead):
     box_weight: float = 2.0
     overlap: float = 0.6
     most: int = 100
+    masks: bool = False
+    mask_weight: float = 1.0
 
     @property
     def says_masks(self) -> bool:
-        return False
+        return self.masks
 
     def build(self, backbone: Backbone, num_classes: int) -> CentreBoxDetector:
         return CentreBoxDetector(backbone, num_classes, self)
 
     def counts(self, objects: int, images: int) -> Mapping[str, int]:
-        return {"centre_loss": objects, "box_loss": objects}
+        found = {"centre_loss": objects, "box_loss": objects}
+        return {**found, "mask_loss": objects} if self.masks else found
 
     def weights(self) -> Mapping[str, float]:
-        return {"centre_loss": 1.0, "box_loss": self.box_weight}
+        found = {"centre_loss": 1.0, "box_loss": self.box_weight}
+        return {**found, "mask_loss": self.mask_weight} if self.masks else found
 
 
 @dataclass(frozen=True)
@@ -72,11 +80,13 @@ class Level:
         heat: logit of an object's centre, for each class.
         sides: pixels from each position to the left, upper, right and lower side of its object.
         stride: pixels between two positions.
+        networks: what finds an object's pixels, as `centre_masks` reads it; None of a head that says no masks.
     """
 
     heat: Float[Tensor, "B N H W"]
     sides: Float[Tensor, "B 4 H W"]
     stride: int
+    networks: Float[Tensor, "B K H W"] | None = None
 
 
 class CentreBoxDetector(ObjectModel):
@@ -86,7 +96,8 @@ class CentreBoxDetector(ObjectModel):
         super().__init__()
         self.backbone, self.strides, self.settings = backbone, backbone.strides, settings
         self.pyramid = FeaturePyramid(backbone.widths, settings.width)
-        self.head = CentreBoxHead(settings.width, num_classes, settings.convs)
+        self.head = CentreBoxHead(settings.width, num_classes, settings.convs, masks=settings.masks)
+        self.mask_map = MaskMap(settings.width, len(self.strides)) if settings.masks else None
 
     def forward(
         self,
@@ -98,16 +109,18 @@ class CentreBoxDetector(ObjectModel):
     ) -> Mapping[str, Tensor] | list[Found]:
         maps = self.pyramid(self.backbone(images))
         levels = [self.head(x, stride) for x, stride in zip(maps, self.strides, strict=True)]
+        shared = None if self.mask_map is None else self.mask_map(maps)
         if truth is None:
-            return found_boxes(levels, sizes, self.settings, least=least)
+            return found_boxes(levels, sizes, self.settings, least=least, shared=shared)
         centres, sides = centre_losses(levels, truth)
-        return {"centre_loss": centres, "box_loss": sides}
+        losses = {"centre_loss": centres, "box_loss": sides}
+        return losses if shared is None else {**losses, "mask_loss": object_mask_loss(levels, truth, shared)}
 
 
 class CentreBoxHead(nn.Module):
     """The branch that all levels share."""
 
-    def __init__(self, width: int, num_classes: int, convs: int) -> None:
+    def __init__(self, width: int, num_classes: int, convs: int, *, masks: bool = False) -> None:
         super().__init__()
         layers = []
         for _ in range(convs):
@@ -120,10 +133,12 @@ class CentreBoxHead(nn.Module):
         nn.init.constant_(self.heat.bias, -math.log(1 / FIRST_PROBABILITY - 1))  # pyright: ignore[reportArgumentType]
         nn.init.normal_(self.sides.weight, std=0.01)
         nn.init.constant_(self.sides.bias, USUAL_STRIDES / 2)  # pyright: ignore[reportArgumentType]
+        self.networks = nn.Conv2d(width, NUMBERS, 3, padding=1) if masks else None
 
     def forward(self, x: Float[Tensor, "B W _ _"], stride: int) -> Level:
         x = self.branch(x)
-        return Level(self.heat(x).float(), F.softplus(self.sides(x).float()) * stride, stride)
+        networks = None if self.networks is None else self.networks(x).float()
+        return Level(self.heat(x).float(), F.softplus(self.sides(x).float()) * stride, stride, networks)
 
 
 def centre_losses(levels: Sequence[Level], objects: Objects) -> tuple[Tensor, Tensor]:
@@ -138,12 +153,49 @@ def centre_losses(levels: Sequence[Level], objects: Objects) -> tuple[Tensor, Te
     return centres, sides
 
 
+def object_mask_loss(levels: Sequence[Level], objects: Objects, shared: Float[Tensor, "B C H W"]) -> Tensor:
+    """Return the loss of masks, summed over the objects, in float32: each by the network at its centre."""
+    if objects.masks is None:
+        raise ValueError("the head says masks, and the truth has none: give Objects masks, or a head with masks=False")
+    of_level = _levels_of(objects.boxes, [level.stride for level in levels])
+    found = [_networks_of(level, objects.chosen(of_level == i)) for i, level in enumerate(levels)]
+    order = torch.cat([(of_level == i).nonzero()[:, 0] for i in range(len(levels))])
+    networks = Networks(
+        torch.cat([one.numbers for one in found]),
+        torch.cat([one.centre for one in found]),
+        torch.cat([one.reach for one in found]),
+    )
+    return mask_loss(shared, objects.image[order], networks, objects.masks[order], levels[0].stride)
+
+
 def found_boxes(
-    levels: Sequence[Level], sizes: Int[Tensor, "B 2"], settings: CentreBoxes, *, least: float
+    levels: Sequence[Level],
+    sizes: Int[Tensor, "B 2"],
+    settings: CentreBoxes,
+    *,
+    least: float,
+    shared: Float[Tensor, "B C H W"] | None = None,
 ) -> list[Found]:
-    """Return what is found in each image, boxes cut off at its border."""
-    parts = [_peaks(level, settings.most, least) for level in levels]
-    return [_merged([part[image] for part in parts], size, settings) for image, size in enumerate(sizes)]
+    """Return what is found in each image, boxes cut off at its border, and masks where there are maps for them."""
+    parts = [_peaks(level, number, settings.most, least) for number, level in enumerate(levels)]
+    found = []
+    for image, size in enumerate(sizes):
+        own, places = _merged([part[image] for part in parts], size, settings)
+        if shared is not None:
+            networks = _networks_at(levels, image, places)
+            own = dataclasses.replace(own, masks=found_masks(shared[image], networks, size, levels[0].stride))
+        found.append(own)
+    return found
+
+
+def _networks_of(level: Level, objects: Objects) -> Networks:
+    """Return the network of each object of a level, from the position that its centre is nearest to."""
+    assert level.networks is not None
+    column, row = _centre_cells(objects.boxes, level)
+    at = objects.image, (row / level.stride).long(), (column / level.stride).long()
+    numbers = level.networks.permute(0, 2, 3, 1)[at]
+    reach = torch.full_like(column, USUAL_STRIDES * level.stride)
+    return Networks(numbers, torch.stack([column, row], dim=1), reach)
 
 
 def _levels_of(boxes: Float[Tensor, "M 4"], strides: Sequence[int]) -> Int[Tensor, " M"]:
@@ -226,8 +278,8 @@ def _boxes_at(sides: Float[Tensor, "P 4"], row: Tensor, column: Tensor, stride: 
     return torch.stack([x - sides[:, 0], y - sides[:, 1], x + sides[:, 2], y + sides[:, 3]], dim=1)
 
 
-def _peaks(level: Level, most: int, least: float) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return the boxes, scores and labels at the highest peaks of each image."""
+def _peaks(level: Level, number: int, most: int, least: float) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Return boxes, scores, labels and places (level, row, column) at the highest peaks of each image."""
     probability = level.heat.sigmoid()
     # A peak is the highest of its 3 x 3 neighbours; inside a map this replaces non-maximum suppression.
     peak = F.max_pool2d(probability, 3, stride=1, padding=1) == probability
@@ -240,13 +292,30 @@ def _peaks(level: Level, most: int, least: float) -> list[tuple[Tensor, Tensor, 
         place = best.indices[image][good]
         row, column = place % (height * width) // width, place % width  # place = (class * H + row) * W + column
         sides = level.sides[image].permute(1, 2, 0)[row, column]
-        boxes = _boxes_at(sides, row, column, level.stride)
-        found.append((boxes, best.values[image][good], place // (height * width)))
+        boxes, at = _boxes_at(sides, row, column, level.stride), torch.full_like(row, number)
+        labels = place // (height * width)
+        found.append((boxes, best.values[image][good], labels, torch.stack([at, row, column], dim=1)))
     return found
 
 
-def _merged(parts: list[tuple[Tensor, Tensor, Tensor]], size: Int[Tensor, " 2"], settings: CentreBoxes) -> Found:
-    boxes, scores, labels = (torch.cat(each) for each in zip(*parts, strict=True))
+def _merged(
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]], size: Int[Tensor, " 2"], settings: CentreBoxes
+) -> tuple[Found, Int[Tensor, "M 3"]]:
+    """Return what is found in an image on all levels, and its places."""
+    boxes, scores, labels, places = (torch.cat(each) for each in zip(*parts, strict=True))
     kept = (~suppressed(boxes, scores, labels, most=settings.overlap)).nonzero()[:, 0]
     kept = kept[scores[kept].argsort(descending=True, stable=True)][: settings.most]
-    return Found(inside(boxes[kept], size), scores[kept], labels[kept])
+    return Found(inside(boxes[kept], size), scores[kept], labels[kept]), places[kept]
+
+
+def _networks_at(levels: Sequence[Level], image: int, places: Int[Tensor, "M 3"]) -> Networks:
+    """Return the networks at places of an image, in their order."""
+    on, row, column = places.unbind(1)
+    stride = torch.tensor([level.stride for level in levels], device=places.device)[on]
+    numbers = torch.zeros(len(places), NUMBERS, device=places.device)
+    for number, level in enumerate(levels):
+        here = on == number
+        assert level.networks is not None
+        numbers[here] = level.networks[image].permute(1, 2, 0)[row[here], column[here]]
+    centre = (torch.stack([column, row], dim=1) + 0.5) * stride[:, None]
+    return Networks(numbers, centre, USUAL_STRIDES * stride)

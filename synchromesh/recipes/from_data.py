@@ -1,0 +1,122 @@
+"""A recipe for data alone: what kind they are of names the task, how large and how many they are the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from synchromesh.data.annotation import AnnotatedPicture
+from synchromesh.data.coco_json import CocoJson
+from synchromesh.data.colors import RandomColors
+from synchromesh.data.images import Preprocess
+from synchromesh.data.layouts import found_in
+from synchromesh.data.moves import RandomMoves
+from synchromesh.data.object_sources import ObjectFiles, ObjectPictures
+from synchromesh.data.voc import VocFolder
+from synchromesh.errors import InputError
+from synchromesh.models.heads.centre_boxes import CentreBoxes
+from synchromesh.models.swin_v2 import SwinV2Config
+from synchromesh.models.swin_v2_moe import DEMO
+from synchromesh.recipes.demo import experts
+from synchromesh.tasks.detection import Detection
+from synchromesh.tasks.object_batch import SceneData
+from synchromesh.training.config import Keep, TrainConfig
+from synchromesh.training.optim import Optim
+
+LOOKED_AT = 1000  # pictures whose sizes and regions are looked at
+SIDES = 32, 320  # least and most pixels of an image's longer side, a multiple of the first
+SMALL_SIDE = 128  # up to which two stages of the backbone are enough
+SCENES_SEEN = 24_000  # in a training, whatever their number
+EPOCHS = 4, 100  # least and most
+BATCH = 16
+COLOUR = Preprocess(channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # ImageNet's statistics
+MILD = RandomColors(contrast=(0.7, 1.3), brightness=0.1, invert=0.0, permute=0.0)
+
+
+def of_data(path: Path, images: Path | None) -> TrainConfig:
+    """Return the recipe for a json file or a folder.
+
+    Args:
+        path: the file or folder.
+        images: the folder of pictures, where the json file does not lie beside it.
+
+    Raises:
+        InputError: it is of no known layout, or of one that no recipe is chosen for.
+    """
+    reader = found_in(path, images=images)
+    make = None if reader is None else RECIPE_OF.get(type(reader))
+    if make is None:
+        kind = "a folder for each class" if reader is None else type(reader).__name__
+        known = ", ".join(each.__name__ for each in RECIPE_OF)
+        raise InputError(
+            f"{path} holds {kind}, for which no recipe is chosen: name one, such as `train finetune_1k --data {path}` "
+            f"for classes; data alone are enough for {known}"
+        )
+    return make(reader, path, images)
+
+
+def objects(reader: CocoJson | VocFolder, path: Path, images: Path | None) -> TrainConfig:
+    """Return the recipe for objects: a small SwinV2-MoE, and masks where all objects have regions."""
+    found: ObjectPictures = reader.load()
+    pictures = [found.pictures[place] for place in range(min(len(found), LOOKED_AT))]
+    side, count = _side(pictures), len(found)
+    data = SceneData(
+        source=ObjectFiles(path, images),
+        preprocess=dataclasses.replace(COLOUR, image_size=side),
+        moves=RandomMoves(sizes=((side, side),), scale=(0.6, 1.6)),
+        colors=MILD,
+    )
+    return TrainConfig(
+        name="objects",
+        task=Detection(data=data, head=CentreBoxes(masks=_all_have_regions(pictures))),
+        model=_backbone(side),
+        optim=Optim(
+            lr=2e-3,
+            warmup_lr=0.0,
+            final_lr=1e-5,
+            lr_batch=16,
+            warmup_epochs=0.5,
+            weight_decay=0.05,
+            betas=(0.9, 0.99),
+        ),
+        epochs=min(EPOCHS[1], max(EPOCHS[0], round(SCENES_SEEN / max(1, count)))),
+        batch_size=max(1, min(BATCH, count // 4)),
+        eval_batch_size=BATCH,
+        bf16=False,
+        keep=Keep(evaluate_epochs=2),
+    )
+
+
+RECIPE_OF: Mapping[type, Callable[[Any, Path, Path | None], TrainConfig]] = MappingProxyType(
+    {CocoJson: objects, VocFolder: objects}
+)
+"""What is trained on each kind of data that `layouts.found_in` tells: here other kinds get their task."""
+
+
+def _side(pictures: list[AnnotatedPicture]) -> int:
+    """Return the usual longer side of pictures, in bounds."""
+    usual = statistics.median([max(one.height, one.width) for one in pictures] or [SIDES[1]])
+    return min(SIDES[1], max(SIDES[0], math.ceil(usual / SIDES[0]) * SIDES[0]))
+
+
+def _all_have_regions(pictures: list[AnnotatedPicture]) -> bool:
+    own = [one.region is not None for picture in pictures for one in picture.objects]
+    return bool(own) and all(own)
+
+
+def _backbone(side: int) -> SwinV2Config:
+    """Return the demo's backbone, which a third stage lets see larger objects where images are large."""
+    if side <= SMALL_SIDE:
+        return dataclasses.replace(DEMO, experts=experts())
+    blocks = ((), (1, 3), (1,))
+    return dataclasses.replace(
+        DEMO,
+        depths=(2, 4, 2),
+        num_heads=(3, 6, 12),
+        experts=dataclasses.replace(experts(), blocks=blocks),
+    )
