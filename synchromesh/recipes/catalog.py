@@ -31,11 +31,13 @@ from synchromesh.recipes.detect_demo import detect_demo
 from synchromesh.recipes.digits import digits
 from synchromesh.recipes.few_shot import few_shot
 from synchromesh.recipes.finetune_1k import finetune_1k
+from synchromesh.recipes.segment_demo import segment_demo
 from synchromesh.recipes.simmim_demo import simmim_demo
 from synchromesh.recipes.swinv2_moe_b_22k import swinv2_moe_b_22k
 from synchromesh.recipes.swinv2_moe_s_22k import swinv2_moe_s_22k
 from synchromesh.tasks.classification import Classification
 from synchromesh.tasks.detection import Detection
+from synchromesh.tasks.segmentation import Segmentation
 from synchromesh.tasks.simmim import SimMIM
 from synchromesh.tasks.upgrade import upgrade_recipe, upgrade_state
 from synchromesh.training.catalog import Catalog
@@ -46,6 +48,7 @@ RECIPES = MappingProxyType(
         "demo": demo,
         "digits": digits,
         "detect_demo": detect_demo,
+        "segment_demo": segment_demo,
         "simmim_demo": simmim_demo,
         "swinv2_moe_s_22k": swinv2_moe_s_22k,
         "swinv2_moe_b_22k": swinv2_moe_b_22k,
@@ -57,7 +60,7 @@ CATALOG = Catalog(
     recipes=RECIPES,
     kinds=MappingProxyType(
         {
-            Task: (Classification, Detection, SimMIM),
+            Task: (Classification, Detection, Segmentation, SimMIM),
             BackboneConfig: (SwinV2Config,),
             ObjectHead: (CentreBoxes, CascadeMaskRCNN, *hf.BOXES, *hf.MASKS),
             SemanticHead: (SemanticFPN, hf.UperNet, hf.SemanticMasks),
