@@ -27,16 +27,20 @@ from synchromesh.moe.capacity import (
 )
 from synchromesh.moe.losses import ImportanceLoad, LoadBalance, Loss, OverRanks, ZLoss
 from synchromesh.recipes.demo import demo
+from synchromesh.recipes.depth_demo import depth_demo
 from synchromesh.recipes.detect_demo import detect_demo
 from synchromesh.recipes.digits import digits
 from synchromesh.recipes.few_shot import few_shot
 from synchromesh.recipes.finetune_1k import finetune_1k
+from synchromesh.recipes.panoptic_demo import panoptic_demo
 from synchromesh.recipes.segment_demo import segment_demo
 from synchromesh.recipes.simmim_demo import simmim_demo
 from synchromesh.recipes.swinv2_moe_b_22k import swinv2_moe_b_22k
 from synchromesh.recipes.swinv2_moe_s_22k import swinv2_moe_s_22k
 from synchromesh.tasks.classification import Classification
+from synchromesh.tasks.depth import Depth
 from synchromesh.tasks.detection import Detection
+from synchromesh.tasks.panoptic import Panoptic
 from synchromesh.tasks.segmentation import Segmentation
 from synchromesh.tasks.simmim import SimMIM
 from synchromesh.tasks.upgrade import upgrade_recipe, upgrade_state
@@ -49,6 +53,8 @@ RECIPES = MappingProxyType(
         "digits": digits,
         "detect_demo": detect_demo,
         "segment_demo": segment_demo,
+        "panoptic_demo": panoptic_demo,
+        "depth_demo": depth_demo,
         "simmim_demo": simmim_demo,
         "swinv2_moe_s_22k": swinv2_moe_s_22k,
         "swinv2_moe_b_22k": swinv2_moe_b_22k,
@@ -60,7 +66,7 @@ CATALOG = Catalog(
     recipes=RECIPES,
     kinds=MappingProxyType(
         {
-            Task: (Classification, Detection, Segmentation, SimMIM),
+            Task: (Classification, Detection, Segmentation, Panoptic, Depth, SimMIM),
             BackboneConfig: (SwinV2Config,),
             ObjectHead: (CentreBoxes, CascadeMaskRCNN, *hf.BOXES, *hf.MASKS),
             SemanticHead: (SemanticFPN, hf.UperNet, hf.SemanticMasks),

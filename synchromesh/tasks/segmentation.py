@@ -103,8 +103,8 @@ class Segmentation(Task):
             train, test = (SceneLabels(own) for own in source.load(self.data.preprocess))
             return Splits(train, test, {"classes": list(train.classes)})
         train, test = self.data.parts(LabelledPicture, WANTED)
-        both = [AnnotatedSplit(part, LabelScenes(), self.data.reading()) for part in (train, test)]
-        return Splits(*both, {"classes": list(train.classes)}, (*train.notes(), *test.notes()))
+        learnt, scored = (AnnotatedSplit(part, LabelScenes(), self.data.reading()) for part in (train, test))
+        return Splits(learnt, scored, {"classes": list(train.classes)}, (*train.notes(), *test.notes()))
 
     def reading(self, folder: Path) -> Segmentation:
         """Return this task on a folder of any layout with label maps (`data.layouts`)."""
