@@ -107,7 +107,7 @@ class Padded:
     images: Float[Tensor, "B C H W"]
     sizes: tuple[Size, ...]
 
-    def maps(self, own: Sequence[Shaped[np.ndarray, "_ _"] | None], padding: float, dtype: torch.dtype) -> Tensor:
+    def maps(self, own: Sequence[Shaped[np.ndarray, "_ _"] | None], padding: int | float, dtype: torch.dtype) -> Tensor:
         """Return maps [B, H, W] of the pictures' pixels beside the images; None stands for padding all over."""
         found = torch.full((len(self.sizes), *self.images.shape[2:]), padding, dtype=dtype)
         for row, values in zip(found, own, strict=True):
