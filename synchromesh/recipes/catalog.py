@@ -32,6 +32,7 @@ from synchromesh.recipes.detect_demo import detect_demo
 from synchromesh.recipes.digits import digits
 from synchromesh.recipes.few_shot import few_shot
 from synchromesh.recipes.finetune_1k import finetune_1k
+from synchromesh.recipes.mask2former_ade20k import mask2former_ade20k
 from synchromesh.recipes.panoptic_demo import panoptic_demo
 from synchromesh.recipes.segment_demo import segment_demo
 from synchromesh.recipes.simmim_demo import simmim_demo
@@ -60,6 +61,7 @@ RECIPES = MappingProxyType(
         "swinv2_moe_b_22k": swinv2_moe_b_22k,
         "finetune_1k": finetune_1k,
         "few_shot": few_shot,
+        "mask2former_ade20k": mask2former_ade20k,
     }
 )
 CATALOG = Catalog(
