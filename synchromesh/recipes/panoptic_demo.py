@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from synchromesh.data.scenes import ComposedScenes
 from synchromesh.models.heads.cascade.box_stage import BoxStages
 from synchromesh.models.heads.cascade.cascade_mask_rcnn import CascadeMaskRCNN
 from synchromesh.models.heads.cascade.region_proposals import RegionProposals
@@ -12,12 +11,13 @@ from synchromesh.models.heads.centre_panoptic import CentrePanoptic
 from synchromesh.models.heads.semantic import SemanticFPN
 from synchromesh.recipes.demo import experts
 from synchromesh.recipes.detect_demo import PREPROCESS, SWIN
+from synchromesh.recipes.segment_demo import SCENES
 from synchromesh.tasks.panoptic import Panoptic
 from synchromesh.tasks.pixels import PixelData
 from synchromesh.training.config import Keep, TrainConfig
 from synchromesh.training.optim import Optim
 
-# Proposals and one stage for scenes of 96 x 96 pixels: anchors of 16 and 32 pixels, squares, as digits are.
+# Proposals and one stage for scenes of 96 x 96 pixels: anchors are squares of 16 and 32 pixels, as digits are.
 OBJECTS = CascadeMaskRCNN(
     width=64,
     proposals=RegionProposals(scale=4.0, ratios=(1.0,), sampled=64, of_level=100, kept=50),
@@ -35,7 +35,7 @@ def panoptic_demo() -> TrainConfig:
     head = CentrePanoptic(OBJECTS, SemanticFPN(width=64), least_stuff=64)
     return TrainConfig(
         name="panoptic_demo",
-        task=Panoptic(PixelData(ComposedScenes(), PREPROCESS), head),
+        task=Panoptic(PixelData(SCENES, PREPROCESS), head),
         model=dataclasses.replace(SWIN, experts=experts()),
         twin=SWIN,
         optim=Optim(
