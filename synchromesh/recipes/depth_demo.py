@@ -7,7 +7,7 @@ import dataclasses
 from synchromesh.data.colors import RandomColors
 from synchromesh.data.images import Preprocess
 from synchromesh.data.moves import Fit, RandomMoves
-from synchromesh.models.heads.depth import DepthFPN
+from synchromesh.models.heads.depth import DepthFPN, LogDifference
 from synchromesh.recipes.demo import experts
 from synchromesh.recipes.detect_demo import SWIN
 from synchromesh.tasks.depth import Depth, stereo_pair
@@ -26,15 +26,15 @@ def depth_demo() -> TrainConfig:
         fit=Fit(size=(96, 96)),
         # A crop shows 96 of about 400 to 550 pixels of the picture's height, as the squares of 120 do of 500.
         moves=RandomMoves(sizes=((96, 96),), scale=(3.5, 5.0)),
-        colors=RandomColors(),
+        colors=RandomColors(invert=0.0, permute=0.0),
     )
     return TrainConfig(
         name="depth_demo",
-        task=Depth(data, DepthFPN(width=64, nearest=1.0, farthest=10.0)),
+        task=Depth(data, DepthFPN(width=64, nearest=1.5, farthest=6.0, loss=LogDifference())),
         model=dataclasses.replace(SWIN, experts=experts()),
         twin=SWIN,
         optim=Optim(
-            lr=1e-3,
+            lr=2e-3,
             warmup_lr=0.0,
             final_lr=1e-5,
             lr_batch=16,

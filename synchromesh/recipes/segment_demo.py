@@ -25,7 +25,7 @@ def segment_demo() -> TrainConfig:
         model=dataclasses.replace(SWIN, experts=experts()),
         twin=SWIN,
         optim=Optim(
-            lr=3e-3,
+            lr=2e-3,
             warmup_lr=0.0,
             final_lr=1e-5,
             lr_batch=16,

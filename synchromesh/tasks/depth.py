@@ -131,7 +131,7 @@ class Depth(Task):
 
     def reading(self, folder: Path) -> Depth:
         """Return this task on a folder with images/ and depth/ (`data.layouts`); millimetres, 0 unknown."""
-        return dataclasses.replace(self, data=dataclasses.replace(self.data, source=AnnotatedFiles(folder)))
+        return dataclasses.replace(self, data=self.data.of_files(folder))
 
     def scored_on(self, folder: Path, facts: Facts) -> Split:
         found = AnnotatedFiles(folder).all_to_score(())

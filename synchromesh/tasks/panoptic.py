@@ -133,7 +133,7 @@ class Panoptic(Task):
 
     def reading(self, folder: Path) -> Panoptic:
         """Return this task on a panoptic json of COCO, or a folder with one (`data.layouts`)."""
-        return dataclasses.replace(self, data=dataclasses.replace(self.data, source=AnnotatedFiles(folder)))
+        return dataclasses.replace(self, data=self.data.of_files(folder))
 
     def scored_on(self, folder: Path, facts: Facts) -> Split:
         found = AnnotatedFiles(folder).all_to_score(tuple(facts["classes"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,13 @@ class PixelData:
     fit: Fit | None = None
     moves: RandomMoves | None = None
     colors: RandomColors | None = None
+
+    def of_files(self, path: Path) -> PixelData:
+        """Return the settings for annotated files; with random crops, where scenes were composed until now."""
+        side, moves = self.preprocess.image_size, self.moves
+        if moves is None and isinstance(self.source, ComposedScenes):
+            moves = RandomMoves(sizes=((side, side),))
+        return dataclasses.replace(self, source=AnnotatedFiles(path), moves=moves)
 
     def reading(self) -> Reading:
         """Return how files are read."""

@@ -108,7 +108,7 @@ class Segmentation(Task):
 
     def reading(self, folder: Path) -> Segmentation:
         """Return this task on a folder of any layout with label maps (`data.layouts`)."""
-        return dataclasses.replace(self, data=dataclasses.replace(self.data, source=AnnotatedFiles(folder)))
+        return dataclasses.replace(self, data=self.data.of_files(folder))
 
     def scored_on(self, folder: Path, facts: Facts) -> Split:
         found = AnnotatedFiles(folder).all_to_score(tuple(facts["classes"]))

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import json
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from synchromesh import routing_options
+from synchromesh import cli, routing_options
 from synchromesh.data.images import Preprocess
 from synchromesh.data.label_maps import LabelMap
 from synchromesh.data.map_scenes import LabelledScene
@@ -241,6 +242,8 @@ def folder(tmp_path, photo):
 def test_a_folder_of_label_files_is_learnt_from_and_scored_on(folder) -> None:
     task = TASK.reading(folder)
     assert task.data.source == AnnotatedFiles(folder)
+    assert task.data.moves == RandomMoves(sizes=((32, 32),))
+    assert task.reading(folder / "other").data.moves == task.data.moves
     splits = task.splits(seed=0)
     assert (len(splits.train), len(splits.test)) == (5, 1)
     assert splits.facts == {"classes": ["0", "1"]}
@@ -249,6 +252,21 @@ def test_a_folder_of_label_files_is_learnt_from_and_scored_on(folder) -> None:
     assert batch.wholes[0].values.shape == (40, 48)
     assert set(batch.labels.unique().tolist()) == {UNKNOWN, 0, 1}
     assert len(task.scored_on(folder, splits.facts)) == 6
+
+
+def test_the_commands_train_score_and_predict_on_a_folder_of_label_files(folder, capsys) -> None:
+    model = ["--model.embed-dim=8", "--model.depths", "1", "1", "--model.num-heads", "1", "2", "--head.width=8"]
+    model += ["--model.experts.blocks.1", "0", "--model.experts.num-experts=4", "--twin=none", "--nproc=1"]
+    run = f"--run={folder / 'run'}"
+    assert cli.main(["train", "segment_demo", *model, "--epochs=1", "--batch-size=3", run, f"--data={folder}"]) == 0
+    assert "5 pictures to learn from, 1 to score on, 2 classes" in capsys.readouterr().out
+    assert cli.main(["eval", run[6:], f"--data={folder}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pictures"] == 6
+    assert cli.main(["predict", run, str(folder / "images" / "0.png"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["height"], said["width"]) == (40, 48)
+    assert sum(one["share"] for one in said["classes"]) == pytest.approx(1, abs=1e-4)
+    assert (folder / "run" / "predictions" / "0.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_files_of_other_classes_or_another_kind_are_refused(folder) -> None:
