@@ -19,7 +19,7 @@ from synchromesh.data.depth_maps import DepthMap, DepthPicture
 from synchromesh.data.map_scenes import DepthScene
 from synchromesh.data.moves import Move, Size
 from synchromesh.data.overlays import shaded
-from synchromesh.data.pictures import captioned, png, side_by_side
+from synchromesh.data.pictures import captioned, enlarged, png, side_by_side
 from synchromesh.data.pixel_sources import AnnotatedFiles, ReaderPair
 from synchromesh.data.scenes import ComposedScenes
 from synchromesh.data.scores.depth import DepthErrors
@@ -31,7 +31,6 @@ from synchromesh.tasks.pixels import (
     PixelData,
     as_given,
     check_kind,
-    large,
     large_map,
     opened,
     original,
@@ -193,7 +192,7 @@ class Depth(Task):
         maps = [answer.seen.numpy()] + ([] if sample.whole is None else [sample.whole.metres])
         known = np.concatenate([one[one > 0] for one in maps])
         near, far = (float(known.min()), float(known.max())) if len(known) else (1.0, 1.0)
-        picture = large(original(sample, self.data.preprocess.channels))
+        picture = enlarged(original(sample, self.data.preprocess.channels))
         row = side_by_side([picture, *(shaded(large_map(one), near, far) for one in maps)])
         said = f"{near:.2f} (bright) to {far:.2f} m (dark)"
         if sample.whole is not None:

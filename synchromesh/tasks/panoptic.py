@@ -21,7 +21,7 @@ from synchromesh.data.map_scenes import PanopticScene
 from synchromesh.data.moves import Move, Size
 from synchromesh.data.overlays import legend, outlined, overlaid, segment_colors
 from synchromesh.data.panoptic import PanopticPicture, SegmentMap
-from synchromesh.data.pictures import png, side_by_side
+from synchromesh.data.pictures import enlarged, png, side_by_side
 from synchromesh.data.pixel_sources import AnnotatedFiles
 from synchromesh.data.scene_maps import SceneSegments
 from synchromesh.data.scenes import ComposedScenes
@@ -35,7 +35,6 @@ from synchromesh.tasks.pixels import (
     UNKNOWN,
     PixelData,
     check_kind,
-    large,
     large_map,
     opened,
     original,
@@ -213,7 +212,7 @@ class Panoptic(Task):
         maps = [(found.ids.numpy() - 1, found.labels.tolist())]
         if sample.whole is not None:
             maps.append((sample.whole.numbers, [one.label for one in sample.whole.segments]))
-        picture = large(original(sample, self.data.preprocess.channels))
+        picture = enlarged(original(sample, self.data.preprocess.channels))
         parts = []
         for numbers, labels in maps:
             ids = large_map(numbers)

@@ -22,7 +22,7 @@ from synchromesh.data.files import read_picture
 from synchromesh.data.images import Preprocess
 from synchromesh.data.map_scenes import MapScene
 from synchromesh.data.moves import Fit, Move, RandomMoves, Size
-from synchromesh.data.pictures import enlarged, factor_of
+from synchromesh.data.pictures import factor_of
 from synchromesh.data.pixel_sources import AnnotatedFiles, ReaderPair, TwoParts
 from synchromesh.data.scene import as_picture
 from synchromesh.data.scenes import ComposedScenes
@@ -185,12 +185,7 @@ def original(scene: MapScene[Any, Any], channels: int) -> UInt8[np.ndarray, "C H
     return move.inverse().pixels(as_picture(scene.image)).numpy()
 
 
-def large(picture: UInt8[np.ndarray, "C H W"]) -> UInt8[np.ndarray, "H2 W2 3"]:
-    """Return a picture to draw on, a small one enlarged."""
-    return enlarged(picture)
-
-
 def large_map(values: Shaped[np.ndarray, "H W"]) -> Shaped[np.ndarray, "H2 W2"]:
-    """Return a map beside a picture that `large` returned."""
+    """Return a map with its values repeated as often as `enlarged` repeats the pixels of its picture."""
     times = factor_of(*values.shape)
     return np.repeat(np.repeat(values, times, axis=0), times, axis=1)

@@ -19,7 +19,7 @@ from synchromesh.data.label_maps import LabelledPicture, LabelMap
 from synchromesh.data.map_scenes import LabelledScene
 from synchromesh.data.moves import Move, Size
 from synchromesh.data.overlays import class_colors, legend, overlaid
-from synchromesh.data.pictures import png, side_by_side
+from synchromesh.data.pictures import enlarged, png, side_by_side
 from synchromesh.data.pixel_sources import AnnotatedFiles
 from synchromesh.data.scene_maps import SceneLabels
 from synchromesh.data.scenes import ComposedScenes
@@ -30,7 +30,6 @@ from synchromesh.tasks.pixels import (
     UNKNOWN,
     PixelData,
     check_kind,
-    large,
     large_map,
     opened,
     original,
@@ -152,9 +151,10 @@ class Segmentation(Task):
         assert isinstance(batch, LabelledBatch)
         # Without a picture it runs too: other ranks wait for its part in their exchanges.
         logits = run(batch.images, sizes_beside(batch.images, batch.sizes))
-        each = zip(logits, batch.sizes, batch.moves, strict=True)
-        return [likeliest(own[:, : size[0], : size[1]], size if move is None else move.source).cpu()
-                for own, size, move in each]  # fmt: skip
+        found = []
+        for own, size, move in zip(logits, batch.sizes, batch.moves, strict=True):
+            found.append(likeliest(own[:, : size[0], : size[1]], size if move is None else move.source).cpu())
+        return found
 
     def open(self, path: Path) -> LabelledScene:
         """Read a picture of any size, scaled as those that are scored on."""
@@ -175,7 +175,7 @@ class Segmentation(Task):
         labels, classes = answer.seen
         colors, picture = class_colors(len(classes)), original(sample, self.data.preprocess.channels)
         maps = [labels.numpy()] + ([] if sample.whole is None else [_known(sample.whole)])
-        shown = side_by_side([overlaid(large(picture), large_map(one), colors) for one in maps])
+        shown = side_by_side([overlaid(enlarged(picture), large_map(one), colors) for one in maps])
         there = sorted({label for one in maps for label in np.unique(one).tolist() if label != UNKNOWN})
         names = legend([classes[label] for label in there], colors[there], shown.shape[1])
         return png(np.concatenate([shown, names]))

@@ -257,6 +257,7 @@ def test_a_folder_of_label_files_is_learnt_from_and_scored_on(folder) -> None:
 def test_the_commands_train_score_and_predict_on_a_folder_of_label_files(folder, capsys) -> None:
     model = ["--model.embed-dim=8", "--model.depths", "1", "1", "--model.num-heads", "1", "2", "--head.width=8"]
     model += ["--model.experts.blocks.1", "0", "--model.experts.num-experts=4", "--twin=none", "--nproc=1"]
+    model += ["--data.preprocess.image-size=32", "--model.window-size=4"]
     run = f"--run={folder / 'run'}"
     assert cli.main(["train", "segment_demo", *model, "--epochs=1", "--batch-size=3", run, f"--data={folder}"]) == 0
     assert "5 pictures to learn from, 1 to score on, 2 classes" in capsys.readouterr().out
