@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import zipfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from synchromesh.data.annotated import Annotated
 from synchromesh.data.depth_maps import DepthMap, DepthPicture, Part
@@ -40,6 +42,23 @@ class Disparity:
         known = np.isfinite(disparity) & (disparity + SHIFT > 0)
         metres = np.divide(FOCAL_LENGTH * BASELINE, disparity + SHIFT, where=known, out=np.zeros_like(disparity))
         return DepthMap(metres.astype(np.float32))
+
+
+@dataclass(frozen=True)
+class HeldPicture(DepthPicture):
+    """A picture that stays in memory once it was read, as it is read for each of its crops."""
+
+    def opened(self, channels: int) -> tuple[Image.Image, DepthMap]:
+        """As `DepthPicture.opened`; what is returned is shared."""
+        return self._grey if channels == 1 else self._colored
+
+    @cached_property
+    def _grey(self) -> tuple[Image.Image, DepthMap]:
+        return super().opened(1)
+
+    @cached_property
+    def _colored(self) -> tuple[Image.Image, DepthMap]:
+        return super().opened(3)
 
 
 @dataclass(frozen=True)
@@ -78,12 +97,13 @@ class StereoPair:
         if not (path.is_file() and disparity.path.is_file()):
             raise InputError("the stereo pair comes with the package scikit-image: pip install 'synchromesh[vision]'")
         border = round(self.train_share * WIDTH)
-        parts: list[Part] = [(0, 0, border, HEIGHT)] * self.crops
+        parts: list[Part] = [(0, 0, border, HEIGHT)]
         if self.split == "test":
             parts = [
                 (left, top, left + self.side, top + self.side)
                 for top in range(0, HEIGHT - self.side + 1, self.side)
                 for left in range(border, WIDTH - self.side + 1, self.side)
             ]
-        pictures = tuple(DepthPicture(path, i + 1, disparity, part) for i, part in enumerate(parts))
+        pictures = tuple(HeldPicture(path, i + 1, disparity, part) for i, part in enumerate(parts))
+        pictures *= self.crops if self.split == "train" else 1
         return Annotated(f"the motorcycle of scikit-image, {self.split}", pictures)

@@ -29,17 +29,24 @@ from synchromesh.moe.losses import ImportanceLoad, LoadBalance, Loss, OverRanks,
 from synchromesh.recipes.cascade_coco_b import cascade_coco_b
 from synchromesh.recipes.cascade_coco_s import cascade_coco_s
 from synchromesh.recipes.demo import demo
+from synchromesh.recipes.depth_demo import depth_demo
 from synchromesh.recipes.detect_demo import detect_demo
 from synchromesh.recipes.digits import digits
 from synchromesh.recipes.few_shot import few_shot
 from synchromesh.recipes.finetune_1k import finetune_1k
 from synchromesh.recipes.from_data import of_data
 from synchromesh.recipes.instance_demo import instance_demo
+from synchromesh.recipes.mask2former_ade20k import mask2former_ade20k
+from synchromesh.recipes.panoptic_demo import panoptic_demo
+from synchromesh.recipes.segment_demo import segment_demo
 from synchromesh.recipes.simmim_demo import simmim_demo
 from synchromesh.recipes.swinv2_moe_b_22k import swinv2_moe_b_22k
 from synchromesh.recipes.swinv2_moe_s_22k import swinv2_moe_s_22k
 from synchromesh.tasks.classification import Classification
+from synchromesh.tasks.depth import Depth
 from synchromesh.tasks.detection import Detection
+from synchromesh.tasks.panoptic import Panoptic
+from synchromesh.tasks.segmentation import Segmentation
 from synchromesh.tasks.simmim import SimMIM
 from synchromesh.tasks.upgrade import upgrade_recipe, upgrade_state
 from synchromesh.training.catalog import Catalog
@@ -51,6 +58,9 @@ RECIPES = MappingProxyType(
         "digits": digits,
         "detect_demo": detect_demo,
         "instance_demo": instance_demo,
+        "segment_demo": segment_demo,
+        "panoptic_demo": panoptic_demo,
+        "depth_demo": depth_demo,
         "simmim_demo": simmim_demo,
         "swinv2_moe_s_22k": swinv2_moe_s_22k,
         "swinv2_moe_b_22k": swinv2_moe_b_22k,
@@ -58,13 +68,14 @@ RECIPES = MappingProxyType(
         "few_shot": few_shot,
         "cascade_coco_s": cascade_coco_s,
         "cascade_coco_b": cascade_coco_b,
+        "mask2former_ade20k": mask2former_ade20k,
     }
 )
 CATALOG = Catalog(
     recipes=RECIPES,
     kinds=MappingProxyType(
         {
-            Task: (Classification, Detection, SimMIM),
+            Task: (Classification, Detection, Segmentation, Panoptic, Depth, SimMIM),
             BackboneConfig: (SwinV2Config,),
             ObjectHead: (CentreBoxes, CascadeMaskRCNN, *hf.BOXES, *hf.MASKS),
             SemanticHead: (SemanticFPN, hf.UperNet, hf.SemanticMasks),

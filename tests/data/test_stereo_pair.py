@@ -32,3 +32,11 @@ def test_what_is_scored_on_is_never_learnt_from() -> None:
 def test_settings_that_make_no_sense_are_refused(wrong) -> None:
     with pytest.raises(ValueError, match="wanted"):
         StereoPair(**wrong)
+
+
+def test_the_picture_is_read_once_for_all_of_its_crops() -> None:
+    pictures = StereoPair(crops=3).load().pictures
+    (image, depth), (again, same) = pictures[0].opened(3), pictures[2].opened(3)
+    assert image is again
+    assert depth is same
+    assert pictures[0].opened(1)[0].mode == "L"

@@ -38,8 +38,9 @@ OLD = Path(__file__).parents[1] / "tasks" / "runs_of_0_1" / "recipes"
 
 
 def built(config: TrainConfig, classes: int) -> nn.Module:
+    facts = {"classes": list(range(classes)), "things": [label % 2 == 0 for label in range(classes)]}
     with torch.device("meta"):
-        return build_model(config.task, config.model, {"classes": list(range(classes))})
+        return build_model(config.task, config.model, facts)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -183,3 +184,20 @@ def test_nobody_waits_for_transformers_who_builds_nothing_of_it() -> None:
 )
 def test_a_head_comes_back_from_a_file(kind: type, head: object) -> None:
     assert CATALOG.decode(kind, json.loads(json.dumps(encode(head)))) == head
+
+
+def test_mask2former_has_its_papers_settings_and_scores_pictures_one_at_a_time() -> None:
+    config = RECIPES["mask2former_ade20k"]()
+    assert config.epochs * -(-20_210 // config.batch_size) == pytest.approx(160_000, rel=5e-3)
+    assert (config.batch_size, config.eval_batch_size, config.start.freeze) == (16, 1, Freeze.MOE)
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.clip_norm) == (1e-4, 0.05, 0.01)
+    head = config.task.head.masks
+    assert (head.queries, head.width, head.decoder_layers, head.points) == (100, 256, 9, 12544)
+    assert config.model.image_size == 640
+    assert config.task.data.source.train.root == config.task.data.source.test.root
+
+
+@pytest.mark.parametrize("name", ["segment_demo", "panoptic_demo", "depth_demo", "mask2former_ade20k"])
+def test_recipes_of_pixels_come_back_from_a_file(name: str) -> None:
+    config = RECIPES[name]()
+    assert CATALOG.config(json.loads(json.dumps(encode(config)))) == config
