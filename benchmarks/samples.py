@@ -1,4 +1,4 @@
-"""Real data from pip, as folders that synchromesh reads: trees on aerial photographs, nuclei of cells under a microscope.
+"""Real data from pip, as folders that synchromesh reads: trees on aerial photographs, nuclei under a microscope.
 
     python benchmarks/samples.py samples             # what `make samples` runs
     python benchmarks/samples.py samples --opencv    # and the photographs of Debian's opencv-doc, where apt is
@@ -11,6 +11,7 @@ number of a nucleus at each pixel.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import subprocess
@@ -35,6 +36,8 @@ ONE_WHEEL = ("--python-version=311", "--implementation=cp", "--abi=cp311", "--ab
 PLATFORMS = ("--platform=manylinux_2_28_x86_64", "--platform=manylinux_2_24_x86_64", "--only-binary=:all:")
 DATA = frozenset({".png", ".tif", ".jpg", ".xml", ".csv"})
 LARGEST = 64 * 2**20  # bytes of one file of data
+SIDES = ("xmin", "ymin", "xmax", "ymax")
+FROM_ONE = np.array([1, 1, 0, 0])  # VOC counts pixels from 1, and a box includes its last one
 LEAST_SHOWN = 0.5  # share of an object that a tile shows; with less it is ignored there
 
 
@@ -86,7 +89,7 @@ def unzip_data(archive: Path, folder: Path) -> list[Path]:
     """Unzip the pictures and annotations of an archive, flat, and return their paths.
 
     Raises:
-        InputError: the archive is broken, a file's name leads out of the folder or stands twice, or a file is too large.
+        InputError: the archive is broken, a file's name leads out of the folder, or a file is too large.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -128,7 +131,7 @@ def starts(length: int, side: int, *, overlap: bool) -> list[tuple[int, int]]:
     if not overlap:
         count = max(1, round(length / side))
         edges = [round(place * length / count) for place in range(count + 1)]
-        return list(zip(edges[:-1], edges[1:], strict=True))
+        return list(itertools.pairwise(edges))
     count = 1 + -(-2 * (length - side) // side)
     firsts = [round(place * (length - side) / (count - 1)) for place in range(count)]
     return [(first, first + side) for first in firsts]
@@ -136,14 +139,13 @@ def starts(length: int, side: int, *, overlap: bool) -> list[tuple[int, int]]:
 
 def boxes_of(annotations: Path) -> Int[np.ndarray, "M 4"]:
     """Return the boxes of a VOC file: left, top, right and bottom from 0, the last pixel not included."""
-    sides = ("xmin", "ymin", "xmax", "ymax")
     found = [
-        [float(one.findtext(f"bndbox/{side}") or "nan") for side in sides]
+        [float(one.findtext(f"bndbox/{side}") or "nan") for side in SIDES]
         for one in read_xml(annotations).iter("object")
     ]
     if not np.isfinite(found).all():
         raise InputError(f"{annotations} has a box with a side missing")
-    return np.array(found).round().astype(np.int64).reshape(-1, 4) - [1, 1, 0, 0]
+    return np.array(found).round().astype(np.int64).reshape(-1, 4) - FROM_ONE
 
 
 def tile_xml(boxes: Int[np.ndarray, "M 4"], left: int, top: int, width: int, height: int) -> ElementTree.Element:
@@ -163,7 +165,7 @@ def tile_xml(boxes: Int[np.ndarray, "M 4"], left: int, top: int, width: int, hei
         ElementTree.SubElement(one, "truncated").text = str(int(part < whole))
         ElementTree.SubElement(one, "difficult").text = str(int(part < LEAST_SHOWN * whole))
         sides = ElementTree.SubElement(one, "bndbox")
-        for name, value in zip(("xmin", "ymin", "xmax", "ymax"), box + [1, 1, 0, 0], strict=True):
+        for name, value in zip(SIDES, (box + FROM_ONE).tolist(), strict=True):
             ElementTree.SubElement(sides, name).text = str(value)
     return root
 
@@ -206,7 +208,7 @@ def run_lengths(mask: Bool[np.ndarray, "H W"]) -> str:
 
 
 def coco_of(name: str, own: Int[np.ndarray, "H W"], whole: Int[np.ndarray, "H W"]) -> dict[str, object]:
-    """Return a picture's COCO json; a nucleus of which it shows less than half of the `whole` one's pixels is ignored."""
+    """Return a picture's COCO json; a nucleus of which it shows less than half of `whole`'s pixels is ignored."""
     height, width = own.shape
     objects = []
     for number in np.unique(own[own > 0]).tolist():

@@ -45,8 +45,8 @@ from synchromesh.errors import InputError
 from synchromesh.models.heads.centre_boxes import CentreBoxes
 from synchromesh.models.heads.objects import ObjectModel, Objects
 from synchromesh.moe.record import aux_loss
-from synchromesh.recipes.detect_demo import SWIN
 from synchromesh.recipes.demo import experts
+from synchromesh.recipes.detect_demo import SWIN
 
 RESULTS = Path(__file__).parent / "results" / "trees.jsonl"
 MEAN, STD = 0.5, 0.25
