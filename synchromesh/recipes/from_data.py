@@ -10,25 +10,41 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from synchromesh.data.ade20k import Ade20k
 from synchromesh.data.annotation import AnnotatedPicture
+from synchromesh.data.cityscapes import Cityscapes, CityscapesPanoptic
 from synchromesh.data.coco_json import CocoJson
+from synchromesh.data.coco_panoptic import CocoPanoptic
 from synchromesh.data.colors import RandomColors
+from synchromesh.data.depth_maps import DepthFolders
+from synchromesh.data.files import header
 from synchromesh.data.images import Preprocess
-from synchromesh.data.layouts import found_in
+from synchromesh.data.label_folders import LabelFolders
+from synchromesh.data.layouts import Reader, found_in
 from synchromesh.data.moves import RandomMoves
 from synchromesh.data.object_sources import ObjectFiles, ObjectPictures
-from synchromesh.data.voc import VocFolder
+from synchromesh.data.pixel_sources import AnnotatedFiles
+from synchromesh.data.voc import VocFolder, VocSegmentation
 from synchromesh.errors import InputError
 from synchromesh.models.heads.centre_boxes import CentreBoxes
+from synchromesh.models.heads.centre_panoptic import CentrePanoptic
+from synchromesh.models.heads.depth import DepthFPN
+from synchromesh.models.heads.semantic import SemanticFPN
 from synchromesh.models.swin_v2 import SwinV2Config
 from synchromesh.models.swin_v2_moe import DEMO
 from synchromesh.recipes.demo import experts
+from synchromesh.tasks.depth import Depth
 from synchromesh.tasks.detection import Detection
 from synchromesh.tasks.object_batch import SceneData
+from synchromesh.tasks.panoptic import Panoptic
+from synchromesh.tasks.pixels import PixelData
+from synchromesh.tasks.segmentation import Segmentation
 from synchromesh.training.config import Keep, TrainConfig
 from synchromesh.training.optim import Optim
+from synchromesh.training.task import Task
 
 LOOKED_AT = 1000  # pictures whose sizes and regions are looked at
+OPENED = 100  # pictures that are opened for their size
 SIDES = 32, 320  # least and most pixels of an image's longer side, a multiple of the first
 SMALL_SIDE = 128  # up to which two stages of the backbone are enough
 SCENES_SEEN = 24_000  # in a training, whatever their number
@@ -61,19 +77,55 @@ def of_data(path: Path, images: Path | None) -> TrainConfig:
 
 
 def objects(reader: CocoJson | VocFolder, path: Path, images: Path | None) -> TrainConfig:
-    """Return the recipe for objects: a small SwinV2-MoE, and masks where all objects have regions."""
+    """Return the recipe for objects, with masks where all of them have regions."""
     found: ObjectPictures = reader.load()
     pictures = [found.pictures[place] for place in range(min(len(found), LOOKED_AT))]
-    side, count = _side(pictures), len(found)
-    data = SceneData(
-        source=ObjectFiles(path, images),
-        preprocess=dataclasses.replace(COLOUR, image_size=side),
-        moves=RandomMoves(sizes=((side, side),), scale=(0.6, 1.6)),
-        colors=MILD,
-    )
+    side = _side([max(one.height, one.width) for one in pictures])
+    data = SceneData(ObjectFiles(path, images), _colour(side), moves=_moves(side), colors=MILD)
+    head = CentreBoxes(masks=_all_have_regions(pictures))
+    return _recipe("objects", Detection(data=data, head=head), side, len(found))
+
+
+def labels(reader: Reader, path: Path, images: Path | None) -> TrainConfig:
+    """Return the recipe for the class of every pixel."""
+    data, side, count = _pixels(reader, path, images)
+    return _recipe("labels", Segmentation(data, SemanticFPN(width=64)), side, count)
+
+
+def segments(reader: Reader, path: Path, images: Path | None) -> TrainConfig:
+    """Return the recipe for the objects and the ground of pictures."""
+    data, side, count = _pixels(reader, path, images)
+    head = CentrePanoptic(CentreBoxes(masks=True), SemanticFPN(width=64))
+    return _recipe("segments", Panoptic(data, head), side, count)
+
+
+def distances(reader: Reader, path: Path, images: Path | None) -> TrainConfig:
+    """Return the recipe for the distance of every pixel."""
+    data, side, count = _pixels(reader, path, images)
+    return _recipe("distances", Depth(data, DepthFPN(width=64)), side, count)
+
+
+RECIPE_OF: Mapping[type, Callable[[Any, Path, Path | None], TrainConfig]] = MappingProxyType(
+    {
+        CocoJson: objects,
+        VocFolder: objects,
+        VocSegmentation: labels,
+        LabelFolders: labels,
+        Ade20k: labels,
+        Cityscapes: labels,
+        CocoPanoptic: segments,
+        CityscapesPanoptic: segments,
+        DepthFolders: distances,
+    }
+)
+"""What is trained on each kind of data that `layouts.found_in` tells."""
+
+
+def _recipe(name: str, task: Task, side: int, count: int) -> TrainConfig:
+    """Return the recipe of a task whose images have this longer side, on so many pictures: a small SwinV2-MoE."""
     return TrainConfig(
-        name="objects",
-        task=Detection(data=data, head=CentreBoxes(masks=_all_have_regions(pictures))),
+        name=name,
+        task=task,
         model=_backbone(side),
         optim=Optim(
             lr=2e-3,
@@ -92,15 +144,25 @@ def objects(reader: CocoJson | VocFolder, path: Path, images: Path | None) -> Tr
     )
 
 
-RECIPE_OF: Mapping[type, Callable[[Any, Path, Path | None], TrainConfig]] = MappingProxyType(
-    {CocoJson: objects, VocFolder: objects}
-)
-"""What is trained on each kind of data that `layouts.found_in` tells: here other kinds get their task."""
+def _pixels(reader: Reader, path: Path, images: Path | None) -> tuple[PixelData, int, int]:
+    """Return the data of a task with a value for every pixel, the side of its images, and how many there are."""
+    found = reader.load()
+    side = _side([max(header(found.pictures[place].path)[0]) for place in range(min(len(found), OPENED))])
+    data = PixelData(AnnotatedFiles(path, images), _colour(side), moves=_moves(side), colors=MILD)
+    return data, side, len(found)
 
 
-def _side(pictures: list[AnnotatedPicture]) -> int:
-    """Return the usual longer side of pictures, in bounds."""
-    usual = statistics.median([max(one.height, one.width) for one in pictures] or [SIDES[1]])
+def _colour(side: int) -> Preprocess:
+    return dataclasses.replace(COLOUR, image_size=side)
+
+
+def _moves(side: int) -> RandomMoves:
+    return RandomMoves(sizes=((side, side),), scale=(0.6, 1.6))
+
+
+def _side(longer: list[int]) -> int:
+    """Return the usual one of pictures' longer sides, in bounds."""
+    usual = statistics.median(longer or [SIDES[1]])
     return min(SIDES[1], max(SIDES[0], math.ceil(usual / SIDES[0]) * SIDES[0]))
 
 
