@@ -1,9 +1,11 @@
 """From a user's own annotated pictures to AP: the task is found, trained, scored, and told in COCO's own format."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -192,3 +194,41 @@ def test_large_pictures_get_a_third_stage_and_few_pictures_many_epochs(tmp_path:
     large = of_data(path, None)
     assert (large.model.image_size, large.model.depths) == (320, (2, 4, 2))
     assert large.task.build(large.model, {"classes": ["a"]}).backbone.strides == (4, 8, 16)
+
+
+def label_folder(folder: Path) -> Path:
+    """Pictures with a bright half, and label files that say which."""
+    for number in range(6):
+        for name in ("images", "labels"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        labels = np.zeros((48, 64), dtype=np.uint8)
+        labels[:, number * 8 :] = 1
+        Image.fromarray(labels * 200).convert("RGB").save(folder / "images" / f"{number}.png")
+        Image.fromarray(labels).save(folder / "labels" / f"{number}.png")
+    return folder
+
+
+def depth_folder(folder: Path) -> Path:
+    for number in range(6):
+        for name in ("images", "depth"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        metres = np.full((48, 64), 1000 + 500 * number, dtype=np.uint16)
+        Image.fromarray((metres / 16).astype(np.uint8)).convert("RGB").save(folder / "images" / f"{number}.png")
+        Image.fromarray(metres).save(folder / "depth" / f"{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "kind", "headline"),
+    [(label_folder, "labels", "Segmentation", "mIoU"), (depth_folder, "distances", "Depth", "abs_rel")],
+)
+def test_folders_with_a_value_for_every_pixel_are_trained_on(
+    tmp_path: Path, write: Callable[[Path], Path], name: str, kind: str, headline: str
+) -> None:
+    folder, run = write(tmp_path / "data"), tmp_path / "run"
+    assert cli.main(["train", f"--data={folder}", *TINY, f"--run={run}"]) == 0
+    recipe = json.loads((run / "recipe.json").read_text())
+    assert (recipe["name"], recipe["task"]["kind"]) == (name, kind)
+    assert recipe["task"]["data"]["preprocess"]["image_size"] == 64
+    assert f"test_{headline}" in json.loads((run / "summary.json").read_text())
+    assert cli.main(["predict", str(run), str(folder / "images" / "0.png")]) == 0
