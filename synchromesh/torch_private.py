@@ -114,11 +114,21 @@ def leave_to_owner(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def leave_to_owner_late(run: DistributedDataParallel, model: nn.Module, names: Iterable[str]) -> None:
-    """Do so for one that is being built and is about to set `self.module`: it has not spoken to other ranks yet."""
+    """Do so for one that is being built and is about to set `self.module`: it has not spoken to other ranks yet.
+
+    Raises:
+        ValueError: nothing is left to reduce.
+    """
     kept = set(names)
     own = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in kept}
     run.parameters_to_ignore.update(kept, (f".{name}" for name in kept if "." not in name))  # it spells these so too
-    run._module_parameters = [p for p in run._module_parameters if id(p) not in own]
+    left = [p for p in run._module_parameters if id(p) not in own]
+    if not any(parameter.requires_grad for parameter in left):  # torch would crash
+        raise ValueError(
+            "got a model whose trained parameters are all experts that are spread over ranks, wanted others too: "
+            "DistributedDataParallel would have nothing to do; train the model as it is, its gradients are complete"
+        )
+    run._module_parameters = left
 
 
 def leave_out_of_fsdp(module: nn.Module) -> None:

@@ -81,7 +81,7 @@ class Routing:
             return self.choice_counts[0]
         slots = self.expert_ids[:, :choices].flatten() + 1  # slot 0 takes the absent pairs
         counts = slots.new_zeros(self.num_experts + 1)
-        return counts.scatter_add_(0, slots, torch.ones_like(slots))[1:]
+        return counts.scatter_add(0, slots, torch.ones_like(slots))[1:]
 
     def scores_per_expert(self) -> Float[Tensor, " E"]:
         """Return the sum of the scores of each expert over the tokens."""

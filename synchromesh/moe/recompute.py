@@ -62,7 +62,8 @@ class Decisions:
         if not in_backward():
             if frame is None:
                 return decide()
-            with unseen_by_policies():  # no recomputation repeats these operations
+            # No recomputation repeats these operations, so they are shown to no policy, and save no tensors.
+            with unseen_by_policies(), torch.no_grad():
                 decision = decide()
             self._made.setdefault(frame, []).append(decision)
             return decision

@@ -18,6 +18,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from synchromesh.moe.experts import Experts
 from synchromesh.parallel.state import Spread
 
+_BY_NORMS = frozenset({"LBFGS", "Adafactor", "Lamb", "LAMB", "Lars", "LARS"})
+
 
 def watch(experts: Experts) -> None:
     """Make every optimizer that comes to train these experts show and take their state as that of the whole."""
@@ -38,6 +40,7 @@ class Watch:
         experts = self._experts()
         if experts is None or optimizer in self._known:
             return
+        _refuse_norms(optimizer, list(self._trained(optimizer).values()))
         self._known.add(optimizer)
         optimizer.register_state_dict_post_hook(self.show)
         optimizer.register_load_state_dict_pre_hook(self.take)
@@ -75,6 +78,17 @@ class Watch:
         own = set() if experts is None else {id(parameter) for parameter in experts.parameters()}
         every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         return {place: parameter for place, parameter in enumerate(every) if id(parameter) in own}
+
+
+def _refuse_norms(optimizer: Optimizer, trained: list[nn.Parameter]) -> None:
+    """Raise ValueError where an optimizer's step asks for norms or products of whole tensors, of which it has parts."""
+    kinds = {kind.__name__ for kind in type(optimizer).__mro__}
+    if trained and kinds & _BY_NORMS:
+        raise ValueError(
+            f"got {type(optimizer).__name__} to train experts that are spread over ranks, whose step depends on norms "
+            "of whole tensors, of which each rank has a part; wanted an optimizer that works number by number, such "
+            "as AdamW, for `expert_parameters(model).values()`"
+        )
 
 
 def _spread_of(experts: Experts) -> Spread:

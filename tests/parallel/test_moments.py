@@ -164,6 +164,17 @@ def test_a_part_is_refused_and_so_is_state_that_is_laid_out_otherwise():
     run_ranks(refuses, 2)
 
 
+class ByRows(torch.optim.Optimizer):
+    """Keeps the mean square of each row of each expert."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            rows = parameter.grad.square().mean(-1)
+            self.state[parameter]["rows"] = rows
+            parameter.sub_(0.01 * parameter.grad / (rows.sqrt()[..., None] + 1e-8))
+
+
 def factored():
     grid = Grid.from_group(dist.group.WORLD)
     whole, model = (MoE(TopKRouter(D, E, k=2), experts(seed)).double() for seed in (0, 0))
@@ -171,7 +182,7 @@ def factored():
     run = parallelize(model, grid, strategy=lambda: Sharded(grid))
     states = []
     for each, its_run in ((whole, whole), (model, run)):
-        optimizer = torch.optim.Adafactor(each.experts.parameters())
+        optimizer = ByRows(each.experts.parameters(), {})
         train(its_run, optimizer, 0, 1)
         states.append(get_optimizer_state_dict(each, optimizer, options=FULL)["state"])
     for name, state in states[0].items():
@@ -187,6 +198,21 @@ def experts(seed):
 def test_statistics_of_rows_and_columns_are_stacked_by_expert():
     """Of matrices; those of stacked biases run through all experts, and are refused."""
     run_ranks(factored, 2)
+
+
+def asks_for_norms():
+    grid = Grid.from_group(dist.group.WORLD)
+    model = MoE(TopKRouter(D, E, k=2), experts(0)).double()
+    run = parallelize(model, grid, strategy=lambda: Sharded(grid))
+    run(torch.randn(5, D).double()).square().sum().backward()
+    for optimizer in (torch.optim.Adafactor(run.parameters()), torch.optim.LBFGS(run.parameters())):
+        with pytest.raises(ValueError, match="whose step depends on norms of whole tensors"):
+            optimizer.step(lambda: 0.0)
+    torch.optim.LBFGS(model.router.parameters()).step(lambda: torch.zeros(()))
+
+
+def test_optimizers_that_ask_for_norms_of_whole_tensors_are_refused():
+    run_ranks(asks_for_norms, 2)
 
 
 def whole_modules():

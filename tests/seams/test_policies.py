@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from synchromesh import (
     BiasBalance,
+    ExpertChoiceRouter,
     FixedCapacity,
     GatedMLPExperts,
     Grid,
@@ -73,6 +75,7 @@ LAYERS = {
     "capacity": lambda: MoE(TopKRouter(D, E, k=2), MLPExperts(E, D, hidden=16), capacity=FixedCapacity(1.0)),
     "noise": lambda: MoE(TopKRouter(D, E, k=1, noise=0.5), MLPExperts(E, D, hidden=16)),
     "bias balance": lambda: MoE(TopKRouter(D, E, k=2, balance=BiasBalance(E)), MLPExperts(E, D, hidden=16)),
+    "expert choice": lambda: MoE(ExpertChoiceRouter(D, E), MLPExperts(E, D, hidden=16)),
     "modules": lambda: MoE(TopKRouter(D, E, k=2), ModuleExperts([nn.Linear(D, D) for _ in range(E)])),
     "loss in backward": lambda: MoE(
         TopKRouter(D, E, k=2), MLPExperts(E, D, hidden=16), losses=(LoadBalance(0.1),), losses_in_backward=InBackward()
@@ -111,6 +114,17 @@ def test_a_layer_has_the_same_gradients_and_load_whatever_is_saved(layer, policy
     compare(net, x, POLICIES[policy]())
     with routing_options(net, mask=torch.arange(T) % 3 > 0):
         compare(net, x, POLICIES[policy](), preserve_rng_state=layer != "noise")
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_parametrized_experts_are_checkpointed(wrap):
+    torch.manual_seed(0)
+    net = MoE(TopKRouter(D, E, k=2), MLPExperts(E, D, hidden=16)).double().eval()
+    wrap(net.experts, "up")
+    x = torch.randn(T, D).double()
+    wanted, got = step(net, x, net), step(net, x, lambda x: checkpoint(net, x, use_reentrant=False))
+    for name, tensor in wanted.items():
+        assert_close(name, got[name], tensor)
 
 
 @pytest.mark.parametrize("policy", ["everything", "products", "at random 0"])

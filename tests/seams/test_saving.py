@@ -28,6 +28,7 @@ from synchromesh import (
     Sharded,
     TopKRouter,
     clip_grad_norm,
+    distribute,
     expert_parameters,
     quantize_experts,
     whole_state,
@@ -242,6 +243,84 @@ def test_every_norm_counts_the_experts_of_all_ranks_beside_ddp_and_fsdp2(device)
     run_ranks(clips_by_other_norms, 2, device=device)
 
 
+def unlike():
+    """A model of modules of which ranks train other numbers of parameters."""
+    torch.manual_seed(0)
+    own = [
+        nn.Linear(D, D),
+        nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, D)),
+        nn.Linear(D, D),
+        nn.Linear(D, D),
+    ]
+    own[3].requires_grad_(False)
+    layer = MoE(TopKRouter(D, E, k=2), ModuleExperts(own))
+    return nn.Sequential(nn.Linear(D, D), layer, nn.Linear(D, D)).double().to(rank_device())
+
+
+def trained_part(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def clips_unlike_numbers():
+    alone, model, world = unlike(), unlike(), dist.get_world_size()
+    for rank in range(world):
+        (alone(batch(0, rank)).square().mean() / world).backward()
+    wanted = float(nn.utils.clip_grad_norm_(trained_part(alone), 1e9))
+    distribute(model, ranks(), strategy=lambda: Sharded(ranks()))
+    run = DistributedDataParallel(model)
+    for foreach in (None, True, False):
+        run.zero_grad()
+        run(batch(0, dist.get_rank())).square().mean().backward()
+        got = nn.utils.clip_grad_norm_(trained_part(run), 1e9, foreach=foreach)
+        assert float(got) == pytest.approx(wanted, rel=1e-10)
+
+
+def test_ranks_with_other_numbers_of_gradients_meet_once():
+    run_ranks(clips_unlike_numbers, 2)
+
+
+def handles_gradients():
+    """What users do with gradients before they clip."""
+    world, alone = dist.get_world_size(), net(0)
+    for rank in range(world):
+        (alone(batch(0, rank)).square().mean() / world / 2).backward()
+    wanted = float(nn.utils.get_total_norm([p.grad for p in alone.parameters()]))
+    for handled in (
+        lambda grad: grad / 2,
+        lambda grad: grad.clone().mul_(0.5),
+        lambda grad: grad.mul(0.5).to(grad.dtype),
+    ):
+        run = DistributedDataParallel(spread(0))
+        run(batch(0, dist.get_rank())).square().mean().backward()
+        for parameter in run.parameters():
+            parameter.grad = handled(parameter.grad)
+        assert float(by_torch(run, 1e9)) == pytest.approx(wanted, rel=1e-10)
+    experts = run.module[1].experts
+    part = nn.utils.clip_grad_norm_(experts.parameters(), 1e9, foreach=True)
+    assert float(part) == pytest.approx(float(nn.utils.get_total_norm([p.grad for p in alone[1].experts.parameters()])))
+    grad = next(experts.parameters()).grad
+    assert float(torch.linalg.vector_norm(grad)) == float(grad.norm())  # of this rank, whoever asks alone
+    with pytest.raises(ValueError, match=r"store `gradient.detach\(\)`"):
+        torch.save(grad, io.BytesIO())
+    torch.save(grad.detach(), io.BytesIO())
+
+
+def test_gradients_that_users_scale_and_copy_still_speak_for_all():
+    run_ranks(handles_gradients, 2)
+
+
+def nothing_else():
+    model = spread(0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("experts" in name)
+    with pytest.raises(ValueError, match="DistributedDataParallel would have nothing to do"):
+        DistributedDataParallel(model)
+
+
+def test_ddp_around_experts_alone_is_refused_in_a_sentence():
+    run_ranks(nothing_else, 2)
+
+
 def scales():
     """One rank's experts overflow: no rank steps, and all scale down."""
     run = DistributedDataParallel(spread(0))
@@ -264,8 +343,21 @@ def scales():
     check(run, wanted)
 
 
+def scales_beside_fsdp2():
+    run, wanted = spread(0), net(0)
+    fully_shard(run)
+    optimizer, scaler = torch.optim.SGD(run.parameters(), lr=0.1), torch.amp.GradScaler(rank_device().type)
+    scaler.scale(run(batch(0, dist.get_rank())).square().mean()).backward()
+    scaler.unscale_(optimizer)
+    by_torch(run, 0.01)
+    scaler.step(optimizer)
+    train_alone(wanted, torch.optim.SGD(wanted.parameters(), lr=0.1), 0, 1, dist.get_world_size(), 0.01)
+    check(run, wanted)
+
+
 def test_a_scaler_steps_on_all_ranks_or_on_none(device):
     run_ranks(scales, 2, device=device)
+    run_ranks(scales_beside_fsdp2, 2, device=device)
 
 
 def accelerated(folder):

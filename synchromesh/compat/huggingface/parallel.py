@@ -43,9 +43,8 @@ def parallelize_experts(model: nn.Module, grid: Grid, *, strategy: Callable[[], 
     Every rank keeps its equal part of each layer's experts and works on tokens of its own, any number, none included.
     Do this once, before an optimizer is made. Expert gradients are those of the mean of the ranks' losses. All other
     parameters stay as they are: average their gradients with torch's DDP or FSDP2, through `parallelize(model, grid)`,
-    accelerate, or a Trainer; DDP is told to leave the experts alone. Clip with `clip_grad_norm(model, grid, ...)`:
-    torch's own, and a Trainer's `max_grad_norm` unless it is 0, take this rank's experts for all. `save_pretrained`
-    wants the `full_state_dict`.
+    accelerate, or a Trainer; DDP is told to leave the experts alone. Clipping, by whomever, counts the experts of all
+    ranks. `save_pretrained` wants the `full_state_dict`.
 
     Args:
         model: any model whose experts are of transformers >= 5.0, every rank having the same weights.
