@@ -17,7 +17,6 @@ from synchromesh.commands.context import Context
 from synchromesh.commands.device import pick_device
 from synchromesh.commands.evaluate import capacity_of
 from synchromesh.commands.results import RESULTS, TABLE, Predicted, ResultsFile, numbered, numbers_of
-from synchromesh.data.files import KINDS, pictures_in
 from synchromesh.errors import InputError
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.training.agree import largest, on_all, on_first
@@ -115,6 +114,8 @@ def _files_of(path: Path) -> list[Path]:
     """Return the pictures of a folder, of any depth; a file is one, whatever it is. Raises InputError for none."""
     if not path.is_dir():
         return [path]
+    from synchromesh.data.files import KINDS, pictures_in  # needs Pillow, of the extra vision
+
     found, _ = pictures_in(each for each in path.rglob("*") if each.is_file())
     if not found:
         raise InputError(f"the folder {path} holds no picture: wanted {KINDS}")

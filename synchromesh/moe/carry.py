@@ -17,7 +17,7 @@ class InBackward:
     """The losses of a layer begin in the backward of its output: no loop reads them, none can forget to.
 
     So they arrive under pipeline schedules, in other people's trainers and models, once for each backward of an output:
-    two backwards of one graph count them twice, and whoever differentiates a gradient (a penalty on it) meets them there.
+    two backwards of one graph count them twice, and whoever differentiates a gradient (a penalty on it) meets them.
 
     Attributes:
         scale: what the loop multiplies its own loss by before backward: a number, such as 1 / steps of accumulation, or

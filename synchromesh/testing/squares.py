@@ -46,12 +46,12 @@ def write_squares(folder: Path, part: str, count: int, *, regions: bool = True, 
 
 def _square(pixels: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
     """Draw a square into a picture; return its annotation."""
-    side, label = int(rng.integers(12, 25)), int(rng.integers(2))
+    side, kind = int(rng.integers(12, 25)), int(rng.integers(2))
     top, left = int(rng.integers(pixels.shape[0] - side)), int(rng.integers(pixels.shape[1] - side))
-    pixels[top : top + side, left : left + side] = COLOURS[label]
+    pixels[top : top + side, left : left + side] = COLOURS[kind]
     right, bottom = left + side, top + side
     return {
-        "category_id": CATEGORIES[label]["id"],
+        "category_id": CATEGORIES[kind]["id"],
         "bbox": [left, top, side, side],
         "area": side * side,
         "segmentation": [[left, top, right, top, right, bottom, left, bottom]],

@@ -56,7 +56,7 @@ TRIALS = {
         ("--data={files}/instances_train.json", "--images={files}/images", *MODEL, "--data.moves.sizes", "64", "64",
          "32", "32", "--batch-size=6", "--eval-batch-size=4", "--accumulate=2",
          "--model.experts.losses.0.loss.weight=0"),
-        "scenes", "mask_AP", "AP50 of masks",
+        "scenes", "mask_AP", "AP50 of masks", "objects",
     ),
     "simmim": Trial(
         ("simmim_demo", *MODEL, "--data.train=24", "--data.test=7", "--batch-size=6", "--eval-batch-size=4"),

@@ -14,16 +14,27 @@ from torch import Tensor, nn
 from synchromesh.data.augment import Affine, Augment
 from synchromesh.data.images import Preprocess, RandomCrop
 from synchromesh.data.mixing import Mixing
+from synchromesh.data.moves import RandomMoves
+from synchromesh.data.pixel_sources import ReaderPair
 from synchromesh.data.scenes import ComposedScenes
 from synchromesh.data.sources import ScikitDigits
+from synchromesh.data.stereo_pair import StereoPair
 from synchromesh.errors import InputError
+from synchromesh.models.heads.centre_boxes import CentreBoxes
+from synchromesh.models.heads.centre_panoptic import CentrePanoptic
+from synchromesh.models.heads.depth import DepthFPN
+from synchromesh.models.heads.semantic import SemanticFPN
 from synchromesh.models.swin_v2 import SwinV2Config
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.parallelize import parallelize
 from synchromesh.recipes.catalog import CATALOG
 from synchromesh.tasks.classification import Classification, Data
+from synchromesh.tasks.depth import Depth
 from synchromesh.tasks.detection import Detection
 from synchromesh.tasks.object_batch import SceneData
+from synchromesh.tasks.panoptic import Panoptic
+from synchromesh.tasks.pixels import PixelData
+from synchromesh.tasks.segmentation import Segmentation
 from synchromesh.tasks.simmim import CropData, SimMIM
 from synchromesh.testing.compare import assert_close
 from synchromesh.testing.distributed import run_ranks
@@ -211,11 +222,25 @@ def test_what_a_task_does_without_is_an_error_that_names_the_method(tmp_path: Pa
 
 # What the library's own tasks keep to.
 
+SCENES = ComposedScenes(train=4, test=3, fewest=1)
 SHIPPED = {
     "classification": Classification(
         Data(ScikitDigits(), Preprocess(image_size=16)), Augment(crop=RandomCrop(), affine=Affine(), mixing=Mixing())
     ),
-    "detection": Detection(SceneData(ComposedScenes(train=4, test=3, fewest=1), Preprocess(image_size=64))),
+    "detection": Detection(SceneData(SCENES, Preprocess(image_size=64))),
+    "segmentation": Segmentation(PixelData(SCENES, Preprocess(image_size=64)), SemanticFPN(width=8)),
+    "panoptic": Panoptic(
+        PixelData(SCENES, Preprocess(image_size=64)),
+        CentrePanoptic(CentreBoxes(width=8, masks=True), SemanticFPN(width=8)),
+    ),
+    "depth": Depth(
+        PixelData(
+            ReaderPair(StereoPair("train", crops=4), StereoPair("test", side=100)),
+            Preprocess(image_size=64),
+            moves=RandomMoves(sizes=((64, 64),), scale=(1.2, 2.5)),
+        ),
+        DepthFPN(width=8),
+    ),
     "simmim": SimMIM(CropData(train=4, test=3), cell=16),
 }
 OURS = pytest.mark.parametrize("task", SHIPPED.values(), ids=SHIPPED)

@@ -49,7 +49,7 @@ class BoxStages:
         std: of each stage, what deltas are divided by.
         sampled: regions of an image that a stage learns from.
         positive_share: of them that stand for an object, at most.
-        side: S.
+        side: positions along each side of a region, S.
         convs: convolutions of a head.
         linears: linear layers behind them. Four and one are mmdetection's `4conv1fc`, none and two its `Shared2FC`.
         hidden: numbers between these.
