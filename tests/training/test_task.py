@@ -268,7 +268,7 @@ def test_a_sample_is_that_of_its_number_and_of_what_is_drawn(task: Task) -> None
         assert isinstance(split, Split)
         assert len(split) >= 3
         first, second = (list(numbers_in(split.read(index))) for index in (0, 2))
-        assert first != second
+        assert first != second or isinstance(task, Depth)  # whose one picture is cut at random
         assert list(numbers_in(split.read(0))) == first
     drawn = [list(numbers_in(splits.train.read(1, lambda s=s: np.random.default_rng(s)))) for s in (3, 3, 4)]
     assert drawn[0] == drawn[1]
