@@ -99,6 +99,11 @@ def vmapped() -> bool:
     return any(one.key() == functorch.TransformType.Vmap for one in stack)
 
 
+def batched(tensor: Tensor) -> bool:
+    """Tell whether torch.vmap runs over a dim of this tensor."""
+    return not torch.compiler.is_compiling() and functorch.is_batchedtensor(tensor)
+
+
 def outlived(tensor: Tensor) -> bool:
     """Tell whether a tensor belongs to a transform of torch.func that has ended."""
     if torch.compiler.is_compiling():

@@ -194,6 +194,18 @@ def test_transforms_are_noticed_while_they_run_and_not_after(name):
     assert all(torch_private.outlived(tensor) for tensor in kept)
 
 
+def test_tensors_that_vmap_runs_over_are_known():
+    seen = []
+
+    def look(x, y):
+        seen.append((torch_private.batched(x), torch_private.batched(y)))
+        return x + y
+
+    torch.vmap(look, in_dims=(0, None))(torch.ones(2, 3), torch.ones(3))
+    assert seen == [(True, False)]
+    assert not torch_private.batched(torch.ones(2))
+
+
 def test_plain_tensors_and_dual_levels():
     x = torch.ones(2, requires_grad=True)
     assert not torch_private.outlived(x * 2)

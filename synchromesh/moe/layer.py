@@ -21,7 +21,7 @@ from synchromesh.moe.recompute import Decisions
 from synchromesh.moe.record import Record
 from synchromesh.moe.routing import routed
 from synchromesh.moe.strategy import Local, Strategy, compute_dtype
-from synchromesh.torch_private import unaliased, unseen_by_policies
+from synchromesh.torch_private import batched, unaliased, unseen_by_policies
 from synchromesh.types import Plan, Routing, RowMap
 
 
@@ -281,6 +281,11 @@ def _real_tokens(mask: Tensor | None, x: Tensor) -> Int[Tensor, " R"] | None:
             f"a MoE layer got a mask of {mask.dtype} {tuple(mask.shape)} on {mask.device} for an input "
             f"{tuple(x.shape)} on {x.device}, wanted torch.bool of its leading dims, True for tokens: "
             "mask=attention_mask.bool() for one of transformers"
+        )
+    if batched(mask):
+        raise ValueError(
+            "a MoE layer got a mask that torch.vmap runs over, of which each run would leave another number of tokens; "
+            "wanted one mask for all: call the layer with tokens and masks of all runs at once"
         )
     return mask.reshape(-1).nonzero()[:, 0]
 

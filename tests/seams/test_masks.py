@@ -248,3 +248,12 @@ def test_swin_v2_moe_refuses_a_mask_that_is_none():
         backbone(torch.randn(1, 1, 32, 32), mask=torch.ones(1, 32, 31, dtype=torch.bool))
     with pytest.raises(ValueError, match="without a pixel"):
         backbone(torch.randn(1, 1, 32, 32), mask=torch.zeros(1, 32, 32, dtype=torch.bool))
+
+
+def test_a_mask_that_vmap_runs_over_is_refused_in_a_sentence_and_one_mask_for_all_is_not():
+    layer = MoE(TopKRouter(8, 4, k=2), MLPExperts(4, 8, hidden=16)).double()
+    x, masks = torch.randn(3, 6, 8).double(), torch.rand(3, 6) > 0.4
+    with pytest.raises(ValueError, match=r"a mask that torch\.vmap runs over"):
+        torch.vmap(lambda x, mask: layer(x, mask=mask))(x, masks)
+    got = torch.vmap(lambda x: layer(x, mask=masks[0]))(x)
+    assert_close("y", got, torch.stack([layer(one, mask=masks[0]) for one in x]))
