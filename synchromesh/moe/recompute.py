@@ -62,8 +62,8 @@ class Decisions:
         if not in_backward():
             if frame is None:
                 return decide()
-            # No recomputation repeats these operations, so they are shown to no policy, and save no tensors.
-            with unseen_by_policies(), torch.no_grad():
+            # No recomputation repeats these operations: no policy sees them, the checkpoint counts no tensor of them.
+            with unseen_by_policies(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
                 decision = decide()
             self._made.setdefault(frame, []).append(decision)
             return decision
@@ -103,6 +103,10 @@ class Decisions:
 
     def __reduce__(self) -> tuple[type[Decisions], tuple[()]]:
         return Decisions, ()
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
