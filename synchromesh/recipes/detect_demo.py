@@ -16,6 +16,11 @@ from synchromesh.training.optim import Optim
 SWIN = dataclasses.replace(DEMO, window_size=6)
 PREPROCESS = Preprocess(image_size=96, channels=1, mean=(0.2,), std=(0.2,))
 
+# Of small backbones with a dense head, from random weights.
+OPTIM = Optim(
+    lr=2e-3, warmup_lr=0.0, final_lr=1e-5, lr_batch=16, warmup_epochs=0.5, weight_decay=0.05, betas=(0.9, 0.99)
+)
+
 
 def detect_demo() -> TrainConfig:
     """Return the recipe: real digits, composed scenes; scenes to score on share neither digits nor photographs."""
@@ -24,15 +29,7 @@ def detect_demo() -> TrainConfig:
         task=Detection(data=SceneData(preprocess=PREPROCESS)),
         model=dataclasses.replace(SWIN, experts=experts()),
         twin=SWIN,
-        optim=Optim(
-            lr=2e-3,
-            warmup_lr=0.0,
-            final_lr=1e-5,
-            lr_batch=16,
-            warmup_epochs=0.5,
-            weight_decay=0.05,
-            betas=(0.9, 0.99),
-        ),
+        optim=OPTIM,
         epochs=8,
         batch_size=16,
         eval_batch_size=50,

@@ -33,6 +33,7 @@ from synchromesh.models.heads.semantic import SemanticFPN
 from synchromesh.models.swin_v2 import SwinV2Config
 from synchromesh.models.swin_v2_moe import DEMO
 from synchromesh.recipes.demo import experts
+from synchromesh.recipes.detect_demo import OPTIM
 from synchromesh.tasks.depth import Depth
 from synchromesh.tasks.detection import Detection
 from synchromesh.tasks.object_batch import SceneData
@@ -40,7 +41,6 @@ from synchromesh.tasks.panoptic import Panoptic
 from synchromesh.tasks.pixels import PixelData
 from synchromesh.tasks.segmentation import Segmentation
 from synchromesh.training.config import Keep, TrainConfig
-from synchromesh.training.optim import Optim
 from synchromesh.training.task import Task
 
 LOOKED_AT = 1000  # pictures whose sizes and regions are looked at
@@ -127,15 +127,7 @@ def _recipe(name: str, task: Task, side: int, count: int) -> TrainConfig:
         name=name,
         task=task,
         model=_backbone(side),
-        optim=Optim(
-            lr=2e-3,
-            warmup_lr=0.0,
-            final_lr=1e-5,
-            lr_batch=16,
-            warmup_epochs=0.5,
-            weight_decay=0.05,
-            betas=(0.9, 0.99),
-        ),
+        optim=OPTIM,
         epochs=min(EPOCHS[1], max(EPOCHS[0], round(SCENES_SEEN / max(1, count)))),
         batch_size=max(1, min(BATCH, count // 4)),
         eval_batch_size=BATCH,

@@ -10,12 +10,11 @@ from synchromesh.models.heads.cascade.region_proposals import RegionProposals
 from synchromesh.models.heads.centre_panoptic import CentrePanoptic
 from synchromesh.models.heads.semantic import SemanticFPN
 from synchromesh.recipes.demo import experts
-from synchromesh.recipes.detect_demo import PREPROCESS, SWIN
+from synchromesh.recipes.detect_demo import OPTIM, PREPROCESS, SWIN
 from synchromesh.recipes.segment_demo import SCENES
 from synchromesh.tasks.panoptic import Panoptic
 from synchromesh.tasks.pixels import PixelData
 from synchromesh.training.config import Keep, TrainConfig
-from synchromesh.training.optim import Optim
 
 # Proposals and one stage for scenes of 96 x 96 pixels: anchors are squares of 16 and 32 pixels, as digits are.
 OBJECTS = CascadeMaskRCNN(
@@ -38,15 +37,7 @@ def panoptic_demo() -> TrainConfig:
         task=Panoptic(PixelData(SCENES, PREPROCESS), head),
         model=dataclasses.replace(SWIN, experts=experts()),
         twin=SWIN,
-        optim=Optim(
-            lr=2e-3,
-            warmup_lr=0.0,
-            final_lr=1e-5,
-            lr_batch=16,
-            warmup_epochs=0.5,
-            weight_decay=0.05,
-            betas=(0.9, 0.99),
-        ),
+        optim=OPTIM,
         epochs=5,
         batch_size=16,
         eval_batch_size=50,

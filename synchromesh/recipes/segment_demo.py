@@ -7,11 +7,10 @@ import dataclasses
 from synchromesh.data.scenes import ComposedScenes
 from synchromesh.models.heads.semantic import SemanticFPN
 from synchromesh.recipes.demo import experts
-from synchromesh.recipes.detect_demo import PREPROCESS, SWIN
+from synchromesh.recipes.detect_demo import OPTIM, PREPROCESS, SWIN
 from synchromesh.tasks.pixels import PixelData
 from synchromesh.tasks.segmentation import Segmentation
 from synchromesh.training.config import Keep, TrainConfig
-from synchromesh.training.optim import Optim
 
 # More and larger digits than those that boxes are drawn around: a tenth of the pixels is ink, instead of a twentieth.
 SCENES = ComposedScenes(fewest=3, most=6, smallest=24, largest=44)
@@ -24,15 +23,7 @@ def segment_demo() -> TrainConfig:
         task=Segmentation(PixelData(SCENES, PREPROCESS), SemanticFPN(width=64)),
         model=dataclasses.replace(SWIN, experts=experts()),
         twin=SWIN,
-        optim=Optim(
-            lr=2e-3,
-            warmup_lr=0.0,
-            final_lr=1e-5,
-            lr_batch=16,
-            warmup_epochs=0.5,
-            weight_decay=0.05,
-            betas=(0.9, 0.99),
-        ),
+        optim=OPTIM,
         epochs=6,
         batch_size=16,
         eval_batch_size=50,

@@ -26,9 +26,23 @@ def query_weight(objects: int, images: int, *, queries: int, no_object: float) -
     return round(HUNDREDTHS * (matched + no_object * (asked - matched)))
 
 
+class _Boxes(ObjectHead):
+    """What settings of DETR's family have in common: losses of classes and of boxes, and no masks."""
+
+    @property
+    def says_masks(self) -> bool:
+        return False
+
+    def counts(self, objects: int, images: int) -> Mapping[str, int]:
+        return {"class_loss": objects, "box_loss": objects}
+
+    def weights(self) -> Mapping[str, float]:
+        return {"class_loss": 1.0, "box_loss": 1.0}
+
+
 @final
 @dataclass(frozen=True)
-class Detr(ObjectHead):
+class Detr(_Boxes):
     """DETR (arXiv 2005.12872): each query is an object or none, on the last map alone.
 
     Padding is told: an image gets the same boxes with padding as without, if the backbone sees no padding.
@@ -53,10 +67,6 @@ class Detr(ObjectHead):
     dropout: float = 0.1
     no_object_weight: float = 0.1
 
-    @property
-    def says_masks(self) -> bool:
-        return False
-
     def build(self, backbone: Backbone, num_classes: int) -> ObjectModel:
         from synchromesh.compat.huggingface.heads.box_networks import detr
 
@@ -66,13 +76,10 @@ class Detr(ObjectHead):
         weight = query_weight(objects, images, queries=self.queries, no_object=self.no_object_weight)
         return {"class_loss": weight, "box_loss": objects}
 
-    def weights(self) -> Mapping[str, float]:
-        return {"class_loss": 1.0, "box_loss": 1.0}
-
 
 @final
 @dataclass(frozen=True)
-class DeformableDetr(ObjectHead):
+class DeformableDetr(_Boxes):
     """Deformable DETR (arXiv 2010.04159): queries look at a few points of several maps.
 
     Padding is told, but group norms take their statistics over it: an image with padding does not get quite the boxes
@@ -108,25 +115,15 @@ class DeformableDetr(ObjectHead):
     two_stage: bool = False
     most: int = 100
 
-    @property
-    def says_masks(self) -> bool:
-        return False
-
     def build(self, backbone: Backbone, num_classes: int) -> ObjectModel:
         from synchromesh.compat.huggingface.heads.box_networks import deformable_detr
 
         return deformable_detr(self, backbone, num_classes)
 
-    def counts(self, objects: int, images: int) -> Mapping[str, int]:
-        return {"class_loss": objects, "box_loss": objects}
-
-    def weights(self) -> Mapping[str, float]:
-        return {"class_loss": 1.0, "box_loss": 1.0}
-
 
 @final
 @dataclass(frozen=True)
-class RTDetrV2(ObjectHead):
+class RTDetrV2(_Boxes):
     """RT-DETRv2 (arXiv 2407.17140): a small encoder across the maps, and queries that it proposes.
 
     Padding is not told: an image with padding does not get the boxes that it gets alone. It has batch norms, whose
@@ -156,25 +153,15 @@ class RTDetrV2(ObjectHead):
     denoising: int = 100
     most: int = 300
 
-    @property
-    def says_masks(self) -> bool:
-        return False
-
     def build(self, backbone: Backbone, num_classes: int) -> ObjectModel:
         from synchromesh.compat.huggingface.heads.box_networks import rt_detr_v2
 
         return rt_detr_v2(self, backbone, num_classes)
 
-    def counts(self, objects: int, images: int) -> Mapping[str, int]:
-        return {"class_loss": objects, "box_loss": objects}
-
-    def weights(self) -> Mapping[str, float]:
-        return {"class_loss": 1.0, "box_loss": 1.0}
-
 
 @final
 @dataclass(frozen=True)
-class DFine(ObjectHead):
+class DFine(_Boxes):
     """D-FINE (arXiv 2410.13842): RT-DETR whose layers refine distributions of the sides, and learn from the last one.
 
     Padding is not told: an image with padding does not get the boxes that it gets alone. It has batch norms, whose
@@ -206,10 +193,6 @@ class DFine(ObjectHead):
     denoising: int = 100
     bins: int = 32
     most: int = 300
-
-    @property
-    def says_masks(self) -> bool:
-        return False
 
     def build(self, backbone: Backbone, num_classes: int) -> ObjectModel:
         from synchromesh.compat.huggingface.heads.box_networks import d_fine

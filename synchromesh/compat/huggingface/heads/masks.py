@@ -21,9 +21,27 @@ from synchromesh.models.heads.panoptic import PanopticHead, PanopticModel
 from synchromesh.models.heads.semantic import IGNORE, SemanticHead, SemanticModel
 
 
+class _Masks(ObjectHead):
+    """What settings of heads that find masks by queries have in common."""
+
+    queries: int
+    no_object_weight: float
+
+    @property
+    def says_masks(self) -> bool:
+        return True
+
+    def counts(self, objects: int, images: int) -> Mapping[str, int]:
+        weight = query_weight(objects, images, queries=self.queries, no_object=self.no_object_weight)
+        return {"class_loss": weight, "mask_loss": objects}
+
+    def weights(self) -> Mapping[str, float]:
+        return {"class_loss": 1.0, "mask_loss": 1.0}
+
+
 @final
 @dataclass(frozen=True)
-class Mask2Former(ObjectHead):
+class Mask2Former(_Masks):
     """Mask2Former (arXiv 2112.01527): queries look inside of the masks that they said one layer before.
 
     Padding is not told: an image with padding does not get quite the masks that it gets alone. Losses of masks are
@@ -63,26 +81,15 @@ class Mask2Former(ObjectHead):
     no_object_weight: float = 0.1
     most: int = 100
 
-    @property
-    def says_masks(self) -> bool:
-        return True
-
     def build(self, backbone: Backbone, num_classes: int) -> ObjectModel:
         from synchromesh.compat.huggingface.heads.mask_models import MaskDetector
 
         return MaskDetector(backbone, num_classes, self)
 
-    def counts(self, objects: int, images: int) -> Mapping[str, int]:
-        weight = query_weight(objects, images, queries=self.queries, no_object=self.no_object_weight)
-        return {"class_loss": weight, "mask_loss": objects}
-
-    def weights(self) -> Mapping[str, float]:
-        return {"class_loss": 1.0, "mask_loss": 1.0}
-
 
 @final
 @dataclass(frozen=True)
-class MaskFormer(ObjectHead):
+class MaskFormer(_Masks):
     """MaskFormer (arXiv 2107.06278): queries look at the last map, their masks lie on a pyramid of all maps.
 
     Padding is not told: an image with padding does not get quite the masks that it gets alone.
@@ -115,21 +122,10 @@ class MaskFormer(ObjectHead):
     no_object_weight: float = 0.1
     most: int = 100
 
-    @property
-    def says_masks(self) -> bool:
-        return True
-
     def build(self, backbone: Backbone, num_classes: int) -> ObjectModel:
         from synchromesh.compat.huggingface.heads.mask_models import MaskDetector
 
         return MaskDetector(backbone, num_classes, self)
-
-    def counts(self, objects: int, images: int) -> Mapping[str, int]:
-        weight = query_weight(objects, images, queries=self.queries, no_object=self.no_object_weight)
-        return {"class_loss": weight, "mask_loss": objects}
-
-    def weights(self) -> Mapping[str, float]:
-        return {"class_loss": 1.0, "mask_loss": 1.0}
 
 
 @final
