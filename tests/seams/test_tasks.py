@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from synchromesh import cli
 from synchromesh.testing.programs import run_job, run_program
@@ -101,6 +102,8 @@ TRIALS = {
         "pictures", "abs_rel", "AbsRel", "median", scored=10,
     ),
 }  # fmt: skip
+
+VALUES = {"Segmentation": "predicted_labels", "Panoptic": "panoptic_predictions", "Depth": "predicted_depth"}
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,12 @@ def test_predict_writes_json_and_a_picture_of_every_file(
     drawn = tmp_path / "drawn"
     assert all((drawn / f"{n}.png").read_bytes().startswith(b"\x89PNG") for n in range(2))
     assert [json.loads((drawn / f"{n}.json").read_text()) for n in range(2)] == said
+    recipe = json.loads((done.folder / "recipe.json").read_text())
+    folder = VALUES.get(recipe["task"]["kind"])
+    assert {path.parent.name for path in drawn.glob("*/*.png")} == ({folder} if folder else set())
+    for values in drawn.glob("*/*.png"):
+        with Image.open(values) as opened:
+            assert (values.stem in ("0", "1"), opened.size) == (True, (80, 50))
 
 
 @pytest.mark.parametrize("done", ["simmim"], indirect=True)
