@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,28 +141,30 @@ def compared(runs: dict[str, Callable[[], Tensor]], what: str) -> float:
     return apart
 
 
-def measure(args: Args, versions: dict[str, object], ops: Any) -> list[dict[str, Any]]:
-    """Return a record of each figure."""
+Runs = dict[str, Callable[[], Tensor]]
+
+
+def cases_of(args: Args, ops: Any) -> Iterator[tuple[dict[str, Any], Runs, Runs]]:
+    """Return what is measured one by one: its settings, what is timed, and what is compared before."""
     channels = 8 if args.tiny else CHANNELS
-    aligns = [Align(20, 7, 8)] if args.tiny else ALIGNS
-    suppressions = [Suppress(60, 5, 0.7)] if args.tiny else SUPPRESSIONS
-    cases: list[tuple[dict[str, Any], dict[str, Callable[[], Tensor]], dict[str, Callable[[], Tensor]]]] = []
-    for case in aligns:
+    for case in [Align(20, 7, 8)] if args.tiny else ALIGNS:
         exact = align_runs(case, channels, ops.roi_align, torch.float64)
         for kind, runs in align_runs(case, channels, ops.roi_align).items():
             about = {"operator": "RoIAlign", "pass": kind, "boxes": case.boxes, "side": case.side}
-            cases.append(({**about, "stride": case.stride, "channels": channels}, runs, exact[kind]))
-    for case in suppressions:
+            yield {**about, "stride": case.stride, "channels": channels}, runs, exact[kind]
+    for case in [Suppress(60, 5, 0.7)] if args.tiny else SUPPRESSIONS:
         about = {"operator": "NMS", "pass": "forward", "boxes": case.boxes, "groups": case.groups}
         runs = suppress_runs(case, ops.batched_nms)
-        cases.append(({**about, "overlap": case.overlap}, runs, runs))
-    records: list[dict[str, Any]] = []
-    for about, runs, exact in cases:
+        yield {**about, "overlap": case.overlap}, runs, runs
+
+
+def measured(args: Args, versions: dict[str, object], ops: Any) -> Iterator[dict[str, Any]]:
+    """Return a record of each figure, one by one."""
+    for about, runs, exact in cases_of(args, ops):
         apart = compared(exact, str(about))
         seconds = timed(runs, seconds=0.0 if args.tiny else args.seconds, least=1 if args.tiny else 5)
         figures = {"seconds": seconds, "over_torchvision": seconds["theirs"] / seconds["ours"], "apart": apart}
-        records.append({**versions, **about, **figures, "load": [round(one, 2) for one in os.getloadavg()]})
-    return records
+        yield {**versions, **about, **figures, "load": [round(one, 2) for one in os.getloadavg()]}
 
 
 def show(records: list[dict[str, Any]]) -> None:
@@ -186,10 +188,12 @@ def main() -> None:
         sys.exit(f"torchvision cannot be imported ({error}): make an environment of its own, see --help")
     torch.set_num_threads(1)
     versions = {**machine(), "torchvision": torchvision.__version__}
-    records = measure(args, versions, torchvision.ops)
+    records = []
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("a") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+    for record in measured(args, versions, torchvision.ops):
+        records.append(record)
+        with args.out.open("a") as file:  # at once: a run that is stopped has told something
+            file.write(json.dumps(record) + "\n")
     show(records)
 
 
