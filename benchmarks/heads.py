@@ -26,7 +26,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from swin import machine, timed
+from timing import machine, timed
 from torch import Tensor, nn
 from transformers import (
     DeformableDetrImageProcessorPil,

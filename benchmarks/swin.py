@@ -14,12 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +24,7 @@ import torch.nn.functional as F
 import tyro
 from rich.console import Console
 from rich.table import Table
+from timing import machine, timed
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Swinv2Config, Swinv2ForImageClassification
@@ -174,19 +170,6 @@ def check_equal(ours: Classifier, theirs: Theirs, images: Tensor, labels: Tensor
             )
 
 
-def timed(runs: dict[str, Callable[[], object]], *, seconds: float, least: int = 5) -> dict[str, float]:
-    """Return the median seconds of each over interleaved rounds."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    while min(map(len, times.values())) < least or sum(map(sum, times.values())) < seconds * len(runs):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(own) for name, own in times.items()}
-
-
 def measure(name: str, dtype: str, seconds: float) -> list[dict[str, object]]:
     """Return one record for training and one for inference."""
     case = CASES[name]
@@ -225,21 +208,6 @@ def verdict(times: dict[str, float], kind: str) -> dict[str, object]:
             f"{WANTED[kind]}x transformers": gain >= WANTED[kind],
             f"experts at {WANTED['experts']} of dense": kept >= WANTED["experts"],
         },
-    }
-
-
-def machine() -> dict[str, object]:
-    """Return what a figure depends on besides the code."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {
-        "machine": f"{model}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "commit": commit,
-        "threads": torch.get_num_threads(),
     }
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from swin import machine
+from timing import machine
 from torch import Tensor
 
 from synchromesh import seeds

@@ -144,3 +144,52 @@ def test_the_benchmark_of_a_large_coco_json_reads_back_what_it_generates(tmp_pat
     assert (record["annotations"], record["pictures"], record["faults"]) == (300, 40, {})
     assert record["seconds"] > 0
     assert record["peak_mib"] > 0
+
+
+FAKE_OPS = """
+import torch
+from synchromesh.models.boxes import nms
+from synchromesh.models.heads.cascade import roi_align as own
+
+
+def roi_align(x, rows, side, *, spatial_scale, sampling_ratio, aligned):
+    assert aligned
+    boxes, image = rows[:, 1:], rows[:, 0].long()
+    return own.roi_align(x, boxes, image, stride=round(1 / spatial_scale), side=side, samples=sampling_ratio)
+
+
+def batched_nms(boxes, scores, groups, overlap):
+    return nms(boxes, scores, groups, most=overlap + {off})
+"""
+
+
+def run_beside(tmp_path, off):
+    """Run the benchmark with a torchvision that is none."""
+    package = tmp_path / "torchvision"
+    package.mkdir(exist_ok=True)
+    (package / "__init__.py").write_text("from torchvision import ops\n__version__ = '0'\n")
+    (package / "ops.py").write_text(FAKE_OPS.format(off=off))
+    code = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import roi_nms; roi_nms.main()"
+    return run_program("-c", code, "--tiny", "--out", tmp_path / "figures.jsonl", cwd=tmp_path)
+
+
+def test_the_benchmark_of_roi_align_and_nms_runs_and_prints_no_time_where_results_differ(tmp_path):
+    done = run_beside(tmp_path, 0.0)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "figures.jsonl").read_text().splitlines()]
+    assert [(one["operator"], one["pass"]) for one in records] == [
+        ("RoIAlign", "forward"),
+        ("RoIAlign", "forward and backward"),
+        ("NMS", "forward"),
+    ]
+    assert all(set(one["seconds"]) == {"theirs", "ours"} and one["apart"] == 0 for one in records)
+    done = run_beside(tmp_path, -0.65)
+    assert done.returncode == 1
+    assert "results differ" in done.stderr
+    assert len((tmp_path / "figures.jsonl").read_text().splitlines()) == len(records) + 2
+
+
+def test_the_benchmark_of_roi_align_and_nms_says_that_torchvision_is_missing():
+    done = run_program(BENCHMARKS / "roi_nms.py", "--tiny")
+    assert done.returncode == 1
+    assert "torchvision cannot be imported" in done.stderr

@@ -16,12 +16,21 @@ from rich.text import Text
 from synchromesh.commands.context import Context
 from synchromesh.commands.device import pick_device
 from synchromesh.commands.evaluate import capacity_of
-from synchromesh.commands.results import RESULTS, TABLE, Predicted, ResultsFile, numbered, numbers_of
+from synchromesh.commands.results import (
+    RESULTS,
+    TABLE,
+    Objects,
+    Predicted,
+    ResultsFile,
+    Segments,
+    numbered,
+    numbers_of,
+)
 from synchromesh.errors import InputError
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.training.agree import largest, on_all, on_first
 from synchromesh.training.config import Parallelism
-from synchromesh.training.durable import write_atomically
+from synchromesh.training.durable import write_atomically, write_json
 from synchromesh.training.run_folder import Trained, load_trained
 from synchromesh.training.task import Answer, Ask, Run, Task
 
@@ -32,9 +41,11 @@ Say what a trained model sees in image files (JPEG, PNG, TIFF and all that Pillo
   synchromesh predict runs/demo *.png --json
   synchromesh predict runs/detect_demo *.png --draw answers/
   synchromesh predict photos/ --run runs/objects --ids val.json --least 0.01      predictions.json as COCO has it
+  synchromesh predict photos/ --run runs/labels --draw answers/   answers/predicted_labels/NAME.png, a class a pixel
 """
 BATCH_SIZE = 64  # samples that go through the model at a time, on each rank
 PREDICTIONS = "predictions"
+ABOUT_VALUES = "values.json"  # beside files of values
 
 
 @dataclass(frozen=True)
@@ -51,8 +62,11 @@ class Request:
         json: print one JSON object a line.
         draw: folder for a picture of each answer, NAME.png, and its JSON, NAME.json, or NAME-2 where two images have
             one name; if not given, answers that are pictures, such as boxes, go into `predictions` inside the run.
+            Answers to every pixel are there as files of values too: predicted_labels/NAME.png, the class from 0;
+            panoptic_predictions/NAME.png, COCO's ids of segments; predicted_depth/NAME.png, millimetres in 16 bits.
         ids: COCO json that tells the numbers of the images in predictions.json, which objects that were found in a
-            folder are written to; if not given, images.json beside it tells them.
+            folder are written to, or in panoptic_predictions.json; if not given, images.json beside the first one and
+            the second one itself tell them.
         capacity: capacity factor of the experts, instead of that of training; 0 drops nothing.
         nproc: ranks to run on, on this machine.
         parallelism: how they share the experts.
@@ -126,8 +140,9 @@ def _answer(asked: Asked, context: Context, grid: Grid) -> int:
     request, images, catalog = asked.request, asked.files, context.catalog()
     plan = request.parallelism.plan()
     trained = load_trained(asked.run, catalog, best=request.best, device=pick_device(), grid=grid, plan=plan)
-    names = _names(request, asked.run, images, pictures=trained.task.pictures_by_default())
-    results = _results_file(asked, trained, grid)
+    values = trained.task.values_folder
+    names = _names(request, asked.run, images, pictures=trained.task.pictures_by_default(), values=values)
+    results = _results_file(asked, trained, names, grid)
     own: list[Predicted] = []
     drawn: list[Path] = []
     problems: list[str] = []
@@ -148,6 +163,7 @@ def _answer(asked: Asked, context: Context, grid: Grid) -> int:
     answers = [one for turn in zip_longest(*on_all(grid, lambda: own)) for one in turn if one is not None]
     if results is not None:
         drawn += on_first(grid, results.write)
+    drawn += on_first(grid, lambda: _tell_values(trained, names))
     if request.json:
         for one in answers:
             context.console.print(one.json(), soft_wrap=True, highlight=False, markup=False)
@@ -158,16 +174,19 @@ def _answer(asked: Asked, context: Context, grid: Grid) -> int:
     return 2 if problems else 0
 
 
-def _results_file(asked: Asked, trained: Trained, grid: Grid) -> ResultsFile | None:
+def _results_file(asked: Asked, trained: Trained, names: Mapping[Path, Path], grid: Grid) -> ResultsFile | None:
     """Return what collects all answers; None where nobody asks, or the task has no such format."""
     if not asked.whole or type(trained.task).records is Task.records:
         if asked.request.ids is not None:
-            raise InputError(f"--ids is for objects: {type(trained.task).__name__} writes no file of results")
+            name = type(trained.task).__name__
+            raise InputError(f"--ids is for objects and segments: {name} writes no file of results")
         return None
     folder = asked.request.draw or asked.run / PREDICTIONS
     ids = asked.request.ids
     numbers = on_first(grid, lambda: numbered(asked.files) if ids is None else numbers_of(ids, asked.files))
-    return ResultsFile(folder, numbers, table=ids is None)
+    if trained.task.values_folder:
+        return ResultsFile(folder, numbers, layout=Segments(trained.task.values_folder, names))
+    return ResultsFile(folder, numbers, layout=Objects(table=ids is None))
 
 
 def predict(trained: Trained, samples: Sequence[tuple[Path, Any]], ask: Ask, *, grid: Grid) -> Iterator[Predicted]:
@@ -203,7 +222,9 @@ def _read(
     return samples, [problem for bad in on_all(grid, read) for problem in bad]
 
 
-def _names(request: Request, run_folder: Path, images: Sequence[Path], *, pictures: bool) -> dict[Path, Path]:
+def _names(
+    request: Request, run_folder: Path, images: Sequence[Path], *, pictures: bool, values: str = ""
+) -> dict[Path, Path]:
     """Return where the answer of each image goes, without the ending; nowhere if no folder is wanted.
 
     Raises:
@@ -213,7 +234,7 @@ def _names(request: Request, run_folder: Path, images: Sequence[Path], *, pictur
     if folder is None:
         return {}
     names: dict[Path, Path] = {}
-    taken = {folder / Path(name).stem for name in (RESULTS, TABLE)}  # files that all answers may go into
+    taken = {folder / Path(name).stem for name in (RESULTS, TABLE, f"{values}.json")}  # all answers may go into them
     for image in images:
         name = folder / image.stem
         for number in count(2):
@@ -223,14 +244,31 @@ def _names(request: Request, run_folder: Path, images: Sequence[Path], *, pictur
         names.setdefault(image, name)
         taken.add(names[image])
     given = {image.resolve() for image in images}
-    lost = next((name for name in names.values() if _picture(name).resolve() in given), None)
+    written = [_picture(name) for name in names.values()]
+    written += [_values(name, values) for name in names.values()] if values else []
+    lost = next((path for path in written if path.resolve() in given), None)
     if lost is not None:
-        raise InputError(f"--draw would overwrite {_picture(lost)}, wanted a folder without the images themselves")
+        raise InputError(f"--draw would overwrite {lost}, wanted a folder without the images themselves")
     return names
 
 
 def _picture(name: Path) -> Path:
     return name.with_name(f"{name.name}.png")
+
+
+def _values(name: Path, folder: str) -> Path:
+    return _picture(name.parent / folder / name.name)
+
+
+def _tell_values(trained: Trained, names: Mapping[Path, Path]) -> list[Path]:
+    """Write what the values of all files stand for; return the file, or nothing where none is wanted."""
+    about = trained.task.values_about(trained.facts)
+    if not names or not about:
+        return []
+    folder = next(iter(names.values())).parent / trained.task.values_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / ABOUT_VALUES, about)
+    return [folder / ABOUT_VALUES]
 
 
 def _draw(
@@ -240,7 +278,7 @@ def _draw(
     names: Mapping[Path, Path],
     grid: Grid,
 ) -> list[Path]:
-    """Write pictures and JSON of this rank's answers; return the pictures of all ranks, or the JSON where none are."""
+    """Write pictures, JSON and values of this rank's answers; return all ranks' pictures, or JSON where none are."""
     if not names:
         return []
 
@@ -253,6 +291,10 @@ def _draw(
             write_atomically(said, answer.json() + "\n")
             if drawn is not None:
                 write_atomically(_picture(name), drawn)
+            if trained.task.values_folder:
+                path = _values(name, trained.task.values_folder)
+                path.parent.mkdir(exist_ok=True)
+                write_atomically(path, trained.task.values(answer.answer, trained.facts))
             made.append(said if drawn is None else _picture(name))
         return made
 

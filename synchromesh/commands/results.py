@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from synchromesh.data.json_arrays import read_object
 from synchromesh.errors import InputError
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.training.agree import on_all
-from synchromesh.training.durable import write_atomically, write_json
+from synchromesh.training.durable import write_atomically
 from synchromesh.training.run_folder import Trained
 from synchromesh.training.task import Answer
 
@@ -36,25 +37,92 @@ class Predicted:
         return json.dumps({"image": str(self.path), **self.answer.said})
 
 
-@final
-class ResultsFile:
-    """Collects the answers of all ranks, and writes them as a list of COCO's.
+Record = dict[str, Any]
 
-    Args:
-        folder: where it is written.
-        numbers: of the images.
-        table: whether a table beside it tells the number of each file.
+
+class Layout(ABC):
+    """What files of results hold."""
+
+    @abstractmethod
+    def of_file(self, path: Path) -> Mapping[str, Any]:
+        """Return what a record says of its image besides the number."""
+
+    @abstractmethod
+    def files(
+        self, records: Sequence[Record], numbers: Mapping[Path, int], head: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Return the contents of files by name: the records by rising number, the images, and what goes with them."""
+
+
+@final
+@dataclass(frozen=True)
+class Objects(Layout):
+    """COCO's list of results, one for each object.
+
+    Attributes:
+        table: whether a file beside it tells the number of each image.
     """
 
-    def __init__(self, folder: Path, numbers: Mapping[Path, int], *, table: bool) -> None:
-        self._folder, self._numbers, self._table = folder, numbers, table
-        self._records: list[dict[str, Any]] = []
+    table: bool
+
+    def of_file(self, path: Path) -> Mapping[str, Any]:
+        return {}
+
+    def files(
+        self, records: Sequence[Record], numbers: Mapping[Path, int], head: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        images = [{"id": number, "file_name": str(path)} for path, number in numbers.items()]
+        return {RESULTS: records} | ({TABLE: {"images": images, **head}} if self.table else {})
+
+
+@final
+@dataclass(frozen=True)
+class Segments(Layout):
+    """COCO's panoptic json, one annotation for each image, whose ids are in a PNG file.
+
+    Attributes:
+        folder: of the PNG files; the json file beside it is called the same.
+        names: where the answer to each image goes, without the ending.
+    """
+
+    folder: str
+    names: Mapping[Path, Path]
+
+    def of_file(self, path: Path) -> Mapping[str, Any]:
+        return {"file_name": f"{self.names[path].name}.png"}
+
+    def files(
+        self, records: Sequence[Record], numbers: Mapping[Path, int], head: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        files = {number: path.name for path, number in numbers.items()}
+        sizes = [{name: one[name] for name in ("height", "width")} for one in records]
+        images = [
+            {"id": one["image_id"], "file_name": files[one["image_id"]], **size}
+            for one, size in zip(records, sizes, strict=True)
+        ]
+        own = [{name: value for name, value in one.items() if name not in ("height", "width")} for one in records]
+        return {f"{self.folder}.json": {"images": images, "annotations": own, **head}}
+
+
+@final
+class ResultsFile:
+    """Collects the answers of all ranks, and writes them as COCO's tools read them.
+
+    Args:
+        folder: where they are written.
+        numbers: of the images.
+        layout: of the files.
+    """
+
+    def __init__(self, folder: Path, numbers: Mapping[Path, int], *, layout: Layout) -> None:
+        self._folder, self._numbers, self._layout = folder, numbers, layout
+        self._records: list[Record] = []
         self._head: Mapping[str, Any] = {}
 
     def add(self, trained: Trained, found: Sequence[Predicted], grid: Grid) -> None:
         """Take in what every rank found."""
         own = [
-            {"image_id": self._numbers[one.path], **record}
+            {"image_id": self._numbers[one.path], **self._layout.of_file(one.path), **record}
             for one in found
             for record in trained.task.records(one.answer, trained.facts) or ()
         ]
@@ -64,14 +132,11 @@ class ResultsFile:
     def write(self) -> list[Path]:
         """Write what was taken in; return the files."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        results, table = self._folder / RESULTS, self._folder / TABLE
         records = sorted(self._records, key=lambda one: one["image_id"])
-        write_atomically(results, json.dumps(records) + "\n")
-        if not self._table:
-            return [results]
-        images = [{"id": number, "file_name": str(path)} for path, number in self._numbers.items()]
-        write_json(table, {"images": images, **self._head})
-        return [results, table]
+        files = self._layout.files(records, self._numbers, self._head)
+        for name, content in files.items():
+            write_atomically(self._folder / name, json.dumps(content, allow_nan=False) + "\n")
+        return [self._folder / name for name in files]
 
 
 def numbered(files: Sequence[Path]) -> dict[Path, int]:

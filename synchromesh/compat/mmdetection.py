@@ -10,6 +10,9 @@
     roi_head.mask_head.{s}.convs.{i}.conv           masks.{s}.convs.{i}
     roi_head.mask_head.{s}.{upsample,conv_logits}   masks.{s}.{upsample,logits}
 
+`fc_reg` has four deltas or, with mmdetection's `reg_class_agnostic=False`, four for each class, class by class, as ours
+with `BoxStages(class_agnostic=False)`. Detectors of one stage, Faster and Mask R-CNN, have these names without {s}.
+
 No tensor changes: as in ours, the class of nothing is the last one, and a square of features is flattened channel by
 channel. 3.x adds `data_preprocessor.*`, which is left out: pictures are normalised elsewhere.
 
@@ -47,6 +50,7 @@ _NAMED = tuple(
     )
 )
 _MAP_NORM = re.compile(r"backbone\.norm(\d+)\.(\w+)")
+_ONE_STAGE = re.compile(r"(roi_head\.(?:bbox|mask)_head\.)(?!\d)")
 _LEFT_OUT = "data_preprocessor."
 
 
@@ -56,7 +60,8 @@ def from_mmdetection(state: Mapping[str, Tensor], model: CascadeDetector) -> dic
     Args:
         state: what mmdetection's file holds under `state_dict`.
         model: with the stages, norms, widths and classes of the checkpoint: `BoxStages(convs=0, linears=2)` for
-            `Shared2FCBBoxHead`, `norm=Norm.SYNC_BATCH` for `SyncBN`.
+            `Shared2FCBBoxHead`, `norm=Norm.SYNC_BATCH` for `SyncBN`, `class_agnostic=False` for
+            `reg_class_agnostic=False`; one overlap, weight and std for Faster and Mask R-CNN.
 
     Raises:
         ValueError: there is a tensor that the model does not have, one is missing, or has another shape.
@@ -92,6 +97,7 @@ def _our_name(key: str, last: int) -> str | None:
     norm = _MAP_NORM.fullmatch(key)
     if norm is not None:
         return f"backbone.norm.{norm[2]}" if int(norm[1]) == last else f"pyramid.norms.{norm[1]}.{norm[2]}"
+    key = _ONE_STAGE.sub(r"\g<1>0.", key)
     for theirs, ours in _NAMED:
         if theirs.fullmatch(key):
             return theirs.sub(ours, key)
@@ -105,11 +111,17 @@ def _check(found: Mapping[str, Tensor], unknown: Sequence[str], own: Mapping[str
     for name in own:
         if name in found and found[name].shape != own[name].shape:
             got, wanted = tuple(found[name].shape), tuple(own[name].shape)
-            why = " (one box for each class: train with reg_class_agnostic=True)" if ".deltas." in name else ""
-            said.append(f"{name} has shape {got}{why}, wanted {wanted}")
+            said.append(f"{name} has shape {got}, wanted {wanted}{_why(name, got, wanted)}")
     if said:
         more = f" and {len(said) - 3} more" if len(said) > 3 else ""
         raise ValueError(
             f"the weights do not fit the model: {'; '.join(said[:3])}{more}; "
             "wanted a model of the same stages, layers, norms, widths and classes"
         )
+
+
+def _why(name: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """Return which setting decides about a shape that does not fit; nothing where none is known."""
+    if not re.fullmatch(r"boxes\.\d+\.deltas\.\w+", name) or 4 not in (got[0], wanted[0]):
+        return ""
+    return f" (as with BoxStages(class_agnostic={got[0] == 4}))"

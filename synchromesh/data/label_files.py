@@ -12,6 +12,7 @@ from synchromesh.data.files import BAD_HEADER, BAD_IMAGE
 from synchromesh.errors import UnreadableError
 
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")  # of kinds that keep every value
+ID_PLACES = np.array([1, 256, 65_536])  # of red, green and blue in COCO's panoptic ids
 _GREY = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -64,7 +65,7 @@ def read_ids(path: Path) -> Int[np.ndarray, "H W"]:
     image = _opened(path)
     if image.mode != "RGB":
         raise UnreadableError(path, f"it is of mode {image.mode}, wanted ids written as red, green and blue")
-    return np.asarray(image).astype(np.int64) @ np.array([1, 256, 65_536])
+    return np.asarray(image).astype(np.int64) @ ID_PLACES
 
 
 def _opened(path: Path) -> Image.Image:

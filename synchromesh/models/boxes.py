@@ -6,6 +6,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+# Boxes whose overlaps are taken at once: a GPU wants few large products, a CPU those that stay in its cache, and no
+# more pairs of different groups than must be (measured: 256 takes a third to a tenth of the time of 2,048).
+OF_A_CPU, OF_A_GPU = 256, 2048
+
 
 def area(boxes: Float[Tensor, "*M 4"]) -> Float[Tensor, "*M"]:
     """Return width times height, 0 where right < left or bottom < top."""
@@ -60,13 +64,15 @@ def nms(
     groups: Int[Tensor, " M"],
     *,
     most: float,
-    at_once: int = 2048,
+    at_once: int | None = None,
 ) -> Int[Tensor, " K"]:
     """Return the numbers of the boxes that `suppressed` leaves, by falling score; of equal ones the first comes first.
 
     Boxes of different groups (classes, images, levels of a pyramid) do not cover each other. However many boxes there
-    are, the overlaps of no more than `at_once`^2 pairs are in memory at a time.
+    are, the overlaps of no more than `at_once`^2 pairs are in memory at a time: by default as many as are fast there.
     """
+    if at_once is None:
+        at_once = OF_A_CPU if boxes.device.type == "cpu" else OF_A_GPU
     order = scores.argsort(descending=True, stable=True)
     order = order[groups[order].argsort(stable=True)]  # by group, and in it by falling score
     sorted_boxes, sorted_scores, sorted_groups = boxes[order], scores[order], groups[order]

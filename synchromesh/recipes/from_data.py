@@ -13,6 +13,7 @@ from typing import Any
 from synchromesh.data.ade20k import Ade20k
 from synchromesh.data.annotation import AnnotatedPicture
 from synchromesh.data.cityscapes import Cityscapes, CityscapesPanoptic
+from synchromesh.data.coco_glance import Glance
 from synchromesh.data.coco_json import CocoJson
 from synchromesh.data.coco_panoptic import CocoPanoptic
 from synchromesh.data.colors import RandomColors
@@ -78,12 +79,11 @@ def of_data(path: Path, images: Path | None) -> TrainConfig:
 
 def objects(reader: CocoJson | VocFolder, path: Path, images: Path | None) -> TrainConfig:
     """Return the recipe for objects, with masks where all of them have regions."""
-    found: ObjectPictures = reader.load()
-    pictures = [found.pictures[place] for place in range(min(len(found), LOOKED_AT))]
-    side = _side([max(one.height, one.width) for one in pictures])
+    seen = _seen_objects(reader)
+    side = _side([max(size) for size in seen.sizes])
     data = SceneData(ObjectFiles(path, images), _colour(side), moves=_moves(side), colors=MILD)
-    head = CentreBoxes(masks=_all_have_regions(pictures))
-    return _recipe("objects", Detection(data=data, head=head), side, len(found))
+    head = CentreBoxes(masks=seen.regions)
+    return _recipe("objects", Detection(data=data, head=head), side, seen.count)
 
 
 def labels(reader: Reader, path: Path, images: Path | None) -> TrainConfig:
@@ -138,10 +138,26 @@ def _recipe(name: str, task: Task, side: int, count: int) -> TrainConfig:
 
 def _pixels(reader: Reader, path: Path, images: Path | None) -> tuple[PixelData, int, int]:
     """Return the data of a task with a value for every pixel, the side of its images, and how many there are."""
-    found = reader.load()
-    side = _side([max(header(found.pictures[place].path)[0]) for place in range(min(len(found), OPENED))])
+    if isinstance(reader, CocoPanoptic):
+        seen = Glance.at(reader.annotations, reader.images)
+        sizes, count = seen.sizes, seen.count
+    else:
+        found = reader.load()
+        sizes = [header(found.pictures[place].path)[0] for place in range(min(len(found), OPENED))]
+        count = len(found)
+    side = _side([max(size) for size in sizes])
     data = PixelData(AnnotatedFiles(path, images), _colour(side), moves=_moves(side), colors=MILD)
-    return data, side, len(found)
+    return data, side, count
+
+
+def _seen_objects(reader: CocoJson | VocFolder) -> Glance:
+    """Return what the recipe for objects asks of its data; a json file is not read as a whole: training will."""
+    if isinstance(reader, CocoJson):
+        return Glance.at(reader.annotations, reader.images)
+    found: ObjectPictures = reader.load()
+    pictures = [found.pictures[place] for place in range(min(len(found), LOOKED_AT))]
+    sizes = tuple((one.height, one.width) for one in pictures)
+    return Glance(len(found), sizes, _all_have_regions(pictures))
 
 
 def _colour(side: int) -> Preprocess:

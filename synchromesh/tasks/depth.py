@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from synchromesh.data.annotated_split import AnnotatedSplit, DepthScenes
-from synchromesh.data.depth_maps import DepthMap, DepthPicture
+from synchromesh.data.depth_maps import DepthFolders, DepthMap, DepthPicture
 from synchromesh.data.map_scenes import DepthScene
 from synchromesh.data.moves import Move, Size
 from synchromesh.data.overlays import shaded
@@ -24,6 +24,7 @@ from synchromesh.data.pixel_sources import AnnotatedFiles, ReaderPair
 from synchromesh.data.scenes import ComposedScenes
 from synchromesh.data.scores.depth import DepthErrors
 from synchromesh.data.stereo_pair import StereoPair
+from synchromesh.data.value_files import UNKNOWN, depth_png
 from synchromesh.errors import InputError
 from synchromesh.models.features import BackboneConfig
 from synchromesh.models.heads.depth import DepthFPN, DepthHead
@@ -108,6 +109,7 @@ class Depth(Task):
     farthest: float | None = None
 
     unit = "pictures"
+    values_folder = "predicted_depth"
     numbers = (
         Number("abs_rel", "AbsRel", "{:.4f}", more_is_better=False),
         Number("rmse", "RMSE", "{:.3f}", "m", more_is_better=False),
@@ -199,6 +201,18 @@ class Depth(Task):
             error = self.errors().add(torch.from_numpy(sample.whole.metres), answer.seen)
             said += f"; found, true: AbsRel {error['abs_rel']:.3f}" if error else ""
         return png(captioned(row, said))
+
+    def values(self, answer: Answer, facts: Facts) -> bytes:
+        """Return distances in units of the files that were learnt from; 0 for those too far away for 16 bits."""
+        return depth_png(answer.seen.numpy(), self._unit())
+
+    def values_about(self, facts: Facts) -> Mapping[str, Any]:
+        return {"metres_of_one": self._unit(), "unknown": UNKNOWN}
+
+    def _unit(self) -> float:
+        """Return the metres of one unit in files of depth."""
+        train = self.data.source.train if isinstance(self.data.source, ReaderPair) else None
+        return train.scale if isinstance(train, DepthFolders) else DepthFolders.scale
 
     def pictures_by_default(self) -> bool:
         return True

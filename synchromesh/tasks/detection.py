@@ -20,8 +20,9 @@ from synchromesh.data.scenes import ComposedScenes
 from synchromesh.models.features import BackboneConfig
 from synchromesh.models.heads.centre_boxes import CentreBoxes
 from synchromesh.models.heads.objects import ObjectHead
+from synchromesh.tasks.category_ids import CLASSES, category_ids_of
 from synchromesh.tasks.object_answers import drawn, told
-from synchromesh.tasks.object_batch import CATEGORY_IDS, CLASSES, SceneData, Scenes, batch_of
+from synchromesh.tasks.object_batch import SceneData, Scenes, batch_of
 from synchromesh.tasks.object_panels import object_panels
 from synchromesh.tasks.object_scorer import BOX_NUMBERS, MASK_NUMBERS, ObjectScorer
 from synchromesh.training.task import (
@@ -167,8 +168,3 @@ class Detection(Task):
 
     def panels(self, scores: Scores) -> Sequence[Panel]:
         return object_panels(scores.details)
-
-
-def category_ids_of(facts: Facts) -> Sequence[int]:
-    """Return what results call each class: as the data did, or from 1 where the data had no numbers."""
-    return facts.get(CATEGORY_IDS) or range(1, 1 + len(facts[CLASSES]))

@@ -35,9 +35,8 @@ from synchromesh.data.photographs import PhotographFolder
 from synchromesh.data.scene import Scene
 from synchromesh.data.scenes import ComposedScenes
 from synchromesh.models.heads.objects import Objects
+from synchromesh.tasks.category_ids import CATEGORY_IDS, CLASSES
 from synchromesh.training.task import Batch, Split, Splits
-
-CLASSES, CATEGORY_IDS = "classes", "category_ids"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor, nn
 
 from synchromesh.compat.huggingface.heads.masks import MaskFormer, PanopticMasks
@@ -26,11 +26,13 @@ from synchromesh.data.pixel_sources import AnnotatedFiles
 from synchromesh.data.scene_maps import SceneSegments
 from synchromesh.data.scenes import ComposedScenes
 from synchromesh.data.scores.panoptic import PanopticScores, Quality, Segments
+from synchromesh.data.value_files import ids_png
 from synchromesh.errors import InputError
 from synchromesh.models.features import BackboneConfig
 from synchromesh.models.heads import panoptic as heads
 from synchromesh.models.heads.objects import Objects
 from synchromesh.models.heads.panoptic import PanopticHead
+from synchromesh.tasks.category_ids import CATEGORY_IDS, CLASSES, category_ids_of
 from synchromesh.tasks.pixels import (
     UNKNOWN,
     PixelData,
@@ -113,6 +115,7 @@ class Panoptic(Task):
     head: PanopticHead = field(default_factory=lambda: PanopticMasks(MaskFormer()))
 
     unit = "pictures"
+    values_folder = "panoptic_predictions"  # beside a json file of this name, as COCO's tools look for it
     numbers = (
         Number("PQ", "PQ", "{:.3f}"),
         Number("SQ", "SQ", "{:.3f}"),
@@ -221,6 +224,30 @@ class Panoptic(Task):
         names = legend([classes[label] for label in there], segment_colors(there, len(classes)), shown.shape[1])
         return png(np.concatenate([shown, names]))
 
+    def values(self, answer: Answer, facts: Facts) -> bytes:
+        """Return the ids of the segments that are told, as COCO writes them; 0 for no segment."""
+        return ids_png(_told_ids(answer))
+
+    def records(self, answer: Answer, facts: Facts) -> Sequence[Mapping[str, Any]]:
+        """Return the segments that are told as COCO's panoptic files have them, by the data's category ids."""
+        ids, (found, _), categories = _told_ids(answer), answer.seen, category_ids_of(facts)
+        segments = [
+            {
+                "id": place,
+                "category_id": categories[label],
+                "score": round(score, 4),
+                "iscrowd": 0,
+                **_extent(ids == place),
+            }
+            for place, (label, score) in enumerate(zip(found.labels.tolist(), found.scores.tolist(), strict=True), 1)
+            if (ids == place).any()
+        ]
+        return [{"height": ids.shape[0], "width": ids.shape[1], "segments_info": segments}]
+
+    def records_head(self, facts: Facts) -> Mapping[str, Any]:
+        named = zip(category_ids_of(facts), facts[CLASSES], facts["things"], strict=True)
+        return {"categories": [{"id": one, "name": name, "isthing": int(thing)} for one, name, thing in named]}
+
     def pictures_by_default(self) -> bool:
         return True
 
@@ -278,7 +305,20 @@ def as_it_was(found: heads.Segments, move: Move) -> heads.Segments:
 
 
 def _facts(annotated: Annotated[Any]) -> dict[str, Any]:
-    return {"classes": list(annotated.classes), "things": list(annotated.things)}
+    facts: dict[str, Any] = {CLASSES: list(annotated.classes), "things": list(annotated.things)}
+    return facts | ({CATEGORY_IDS: list(annotated.category_ids)} if annotated.category_ids else {})
+
+
+def _told_ids(answer: Answer) -> Int32[np.ndarray, "H W"]:
+    """Return the segment of each pixel, from 1; 0 where it is none of those that are told."""
+    ids = answer.seen[0].ids.numpy()
+    return np.where(np.isin(ids, [one["id"] for one in answer.said["segments"]]), ids, 0).astype(np.int32)
+
+
+def _extent(mask: Bool[np.ndarray, "H W"]) -> dict[str, Any]:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    left, top = int(columns[0]), int(rows[0])
+    return {"area": int(mask.sum()), "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]}
 
 
 def _true(whole: SegmentMap) -> Segments:

@@ -24,6 +24,7 @@ from synchromesh.data.pixel_sources import AnnotatedFiles
 from synchromesh.data.scene_maps import SceneLabels
 from synchromesh.data.scenes import ComposedScenes
 from synchromesh.data.scores.labels import LabelNumbers, LabelScores
+from synchromesh.data.value_files import indices_png
 from synchromesh.models.features import BackboneConfig
 from synchromesh.models.heads.semantic import SemanticFPN, SemanticHead
 from synchromesh.tasks.pixels import (
@@ -90,6 +91,7 @@ class Segmentation(Task):
     head: SemanticHead = field(default_factory=SemanticFPN)
 
     unit = "pictures"
+    values_folder = "predicted_labels"
     numbers = (
         Number("mIoU", "mIoU", "{:.3f}"),
         Number("mean_accuracy", "mean accuracy", "{:.3f}"),
@@ -179,6 +181,14 @@ class Segmentation(Task):
         there = sorted({label for one in maps for label in np.unique(one).tolist() if label != UNKNOWN})
         names = legend([classes[label] for label in there], colors[there], shown.shape[1])
         return png(np.concatenate([shown, names]))
+
+    def values(self, answer: Answer, facts: Facts) -> bytes:
+        """Return the class of every pixel: its place among the classes, from 0."""
+        labels, classes = answer.seen
+        return indices_png(labels.numpy(), len(classes))
+
+    def values_about(self, facts: Facts) -> Mapping[str, Any]:
+        return {"classes": list(facts["classes"])}
 
     def pictures_by_default(self) -> bool:
         return True

@@ -60,7 +60,7 @@ class Plans:
         if parallelism.replay is not None:
             records = self._read(parallelism.replay).records
             for name, layer in self._layers.items():
-                if not records.get(name):
+                if name not in records:
                     raise InputError(f"{parallelism.replay} holds no plans of the layer {name!r} to repeat")
                 layer.replay(records[name])
 
@@ -104,8 +104,9 @@ class Plans:
         for name, layer in self._layers.items():
             # A plan runs from its entry in the record to the next one; the last plan runs until now.
             starts = [first for first, _ in layer.record]
+            ends = [*starts[1:], layer.forwards][: len(starts)]  # a frozen layer may have no entry: it never trains
             own = counts.setdefault(name, {})
-            for (first, plan), end in zip(layer.record, [*starts[1:], layer.forwards], strict=True):
+            for (first, plan), end in zip(layer.record, ends, strict=True):
                 own[str(plan)] = own.get(str(plan), 0) + end - first
         return counts
 

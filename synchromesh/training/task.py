@@ -259,10 +259,12 @@ class Task(ABC):
     Attributes:
         unit: what samples are called.
         numbers: what a model is scored by; the first one is the headline, and chooses the best checkpoint.
+        values_folder: name of the folder for files of an answer's values; "" where there are none.
     """
 
     unit: ClassVar[str] = "images"
     numbers: ClassVar[tuple[Number, ...]]
+    values_folder: ClassVar[str] = ""
 
     @abstractmethod
     def splits(self, *, seed: int) -> Splits:
@@ -332,6 +334,14 @@ class Task(ABC):
     def draw(self, sample: Any, answer: Answer) -> bytes | None:
         """Return a PNG file that shows a sample, the answer to it, and the truth where it is known; None for none."""
         return None
+
+    def values(self, answer: Answer, facts: Facts) -> bytes:
+        """Return an answer to every pixel as a PNG file of values, for programs, where there is a `values_folder`."""
+        raise self._without("has no files of values", "values")
+
+    def values_about(self, facts: Facts) -> Mapping[str, Any]:
+        """Return what these values stand for: plain JSON values, perhaps none."""
+        return {}
 
     def records(self, answer: Answer, facts: Facts) -> Sequence[Mapping[str, Any]] | None:
         """Return an answer as the field's files of results have it, without the picture's number; None for no such."""

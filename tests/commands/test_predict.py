@@ -8,9 +8,9 @@ from synchromesh.commands.predict import Request, _names
 from synchromesh.errors import InputError
 
 
-def names(images, draw, *, pictures=False):
+def names(images, draw, *, pictures=False, values=""):
     paths = tuple(map(Path, images))
-    return _names(Request(images=paths, draw=draw), Path("runs/one"), paths, pictures=pictures)
+    return _names(Request(images=paths, draw=draw), Path("runs/one"), paths, pictures=pictures, values=values)
 
 
 def test_images_of_one_name_get_answers_of_their_own(tmp_path):
@@ -44,3 +44,12 @@ def test_an_answer_never_overwrites_an_image(tmp_path, images):
 def test_pictures_go_into_the_run_where_nobody_names_a_folder():
     assert names(["a.png"], None) == {}
     assert names(["a.png"], None, pictures=True) == {Path("a.png"): Path("runs/one/predictions/a")}
+
+
+def test_files_of_values_never_overwrite_an_image_and_no_answer_takes_the_name_of_their_json(tmp_path):
+    inside = str(tmp_path / "values" / "a.png")
+    with pytest.raises(InputError, match=r"overwrite .*values/a\.png"):
+        names([inside], tmp_path, values="values")
+    assert names([inside], tmp_path, values="others")
+    (name,) = names(["photos/values.jpg"], tmp_path, values="values").values()
+    assert name.name == "values-2"

@@ -55,7 +55,7 @@ def backbone(style: BlockStyle) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def heads(kind: str, counts: dict[str, int]) -> dict[str, tuple[int, ...]]:
+def heads(kind: str, counts: dict[str, int], deltas: int = 4) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for level in range(4):
         shapes |= conv(f"neck.lateral_convs.{level}.conv", EMBED << level, WIDTH, 1)
@@ -72,7 +72,7 @@ def heads(kind: str, counts: dict[str, int]) -> dict[str, tuple[int, ...]]:
                 shapes[f"{own}.shared_convs.{i}.bn.num_batches_tracked"] = ()
         for i in range(counts["shared_fcs"]):
             shapes |= linear(f"{own}.shared_fcs.{i}", HIDDEN if i else WIDTH * 49, HIDDEN)
-        shapes |= linear(f"{own}.fc_cls", HIDDEN, CLASSES + 1) | linear(f"{own}.fc_reg", HIDDEN, 4)
+        shapes |= linear(f"{own}.fc_cls", HIDDEN, CLASSES + 1) | linear(f"{own}.fc_reg", HIDDEN, deltas)
         own = f"roi_head.mask_head.{stage}"
         for i in range(4):
             shapes |= conv(f"{own}.convs.{i}.conv", WIDTH, WIDTH, 3)
@@ -155,6 +155,31 @@ def test_every_tensor_finds_its_place_and_back(style, kind, own, counts, prefix)
     assert all(torch.equal(back[name], state[name]) for name in kept)
 
 
+@pytest.mark.parametrize("stages", [3, 1])
+def test_boxes_of_each_class_and_detectors_of_one_stage_find_their_places(stages: int) -> None:
+    """`reg_class_agnostic=False`; Faster and Mask R-CNN, whose names have no number of a stage."""
+    state = backbone(SWIN_V2) | heads("", TWO_FC, deltas=4 * CLASSES)
+    kept = {
+        name: torch.randn(shape)
+        for name, shape in state.items()
+        if int((re.findall(r"_head\.(\d)", name) or [0])[0]) < stages
+    }
+    given = kept if stages > 1 else {re.sub(r"(roi_head\.\w+_head)\.0", r"\1", name): x for name, x in kept.items()}
+    assert stages > 1 or "roi_head.bbox_head.fc_reg.weight" in given
+    boxes = BoxStages(
+        overlaps=(0.5, 0.6, 0.7)[:stages], weights=(1.0,) * stages, std=((0.1, 0.1, 0.2, 0.2),) * stages,
+        hidden=HIDDEN, convs=0, linears=2, norm=Norm.NONE, class_agnostic=False,
+    )  # fmt: skip
+    config = SwinV2Config(
+        image_size=64, embed_dim=EMBED, depths=DEPTHS, num_heads=HEADS, window_size=WINDOW, style=SWIN_V2
+    )
+    model = CascadeMaskRCNN(width=WIDTH, boxes=boxes).build(config.build(), CLASSES)
+    model.load_state_dict(from_mmdetection(given, model))
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("backbone."):
+            assert torch.equal(tensor, kept[theirs(name)]), name
+
+
 def test_the_last_class_is_nothing_and_squares_are_flattened_channel_by_channel() -> None:
     """A box head as mmdetection runs it, step by step, on its own tensors."""
     state, model = written(kind="gn"), detector(kind=Norm.GROUP)
@@ -185,7 +210,10 @@ def test_what_does_not_fit_is_named() -> None:
     refused(r"the model has no boxes\.3\.scores\.bias", **{"roi_head/bbox_head/3/fc_cls/bias": torch.zeros(6)})
     refused("mmdetection 1.x", **{"bbox_head/0/fc_cls/bias": torch.zeros(6)})
     of_each = {"roi_head/bbox_head/0/fc_reg/weight": torch.zeros(4 * CLASSES, HIDDEN)}
-    refused(r"boxes\.0\.deltas\.weight has shape \(20, 24\) \(one box for each class", **of_each)
+    why = (
+        r"boxes\.0\.deltas\.weight has shape \(20, 24\), wanted \(4, 24\) \(as with BoxStages\(class_agnostic=False\)\)"
+    )
+    refused(why, **of_each)
     table = {"backbone/layers/0/blocks/0/attn/relative_position_bias_table": torch.zeros(49, 1)}
     refused("tables of positions are the first Swin's", **table)
     refused(

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from synchromesh import cli
+from synchromesh.data.depth_maps import DepthPng
+from synchromesh.data.label_files import read_values
 from synchromesh.recipes.from_data import of_data
 from synchromesh.testing.squares import write_squares
 
@@ -231,4 +233,19 @@ def test_folders_with_a_value_for_every_pixel_are_trained_on(
     assert (recipe["name"], recipe["task"]["kind"]) == (name, kind)
     assert recipe["task"]["data"]["preprocess"]["image_size"] == 64
     assert f"test_{headline}" in json.loads((run / "summary.json").read_text())
-    assert cli.main(["predict", str(run), str(folder / "images" / "0.png")]) == 0
+    assert cli.main(["predict", str(folder / "images"), f"--run={run}", f"--draw={tmp_path / 'drawn'}"]) == 0
+    values = tmp_path / "drawn" / ("predicted_labels" if kind == "Segmentation" else "predicted_depth")
+    about, said = (json.loads(path.read_text()) for path in (values / "values.json", tmp_path / "drawn" / "0.json"))
+    assert {path.name for path in values.glob("*.png")} == {f"{number}.png" for number in range(6)}
+    found = read_values(values / "0.png")
+    assert found.shape == (48, 64)
+    if kind == "Segmentation":
+        share = {name: float((found == label).mean()) for label, name in enumerate(about["classes"])}
+        assert {one["class"]: one["share"] for one in said["classes"]} == pytest.approx(
+            {name: value for name, value in share.items() if value > 0}, abs=1e-6
+        )
+    else:
+        again = DepthPng(values / "0.png", about["metres_of_one"]).read().metres
+        assert (again.min(), again.max()) == pytest.approx((said["nearest"], said["farthest"]), abs=6e-4)
+    assert not (tmp_path / "drawn" / "predictions.json").exists()
+    assert not list(tmp_path.rglob("*.tmp"))

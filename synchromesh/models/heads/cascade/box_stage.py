@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from synchromesh.errors import at_least
@@ -53,6 +53,8 @@ class BoxStages:
         convs: convolutions of a head.
         linears: linear layers behind them. Four and one are mmdetection's `4conv1fc`, none and two its `Shared2FC`.
         hidden: numbers between these.
+        class_agnostic: one box of a region for all classes; else each class has its own, mmdetection's
+            `reg_class_agnostic=False`, which Swin's detectors and Faster R-CNN have.
         norm: behind the convolutions.
         loss: of boxes.
         loss_weight: of boxes beside classes.
@@ -71,6 +73,7 @@ class BoxStages:
     convs: int = 4
     linears: int = 1
     hidden: int = 1024
+    class_agnostic: bool = True
     norm: Norm = Norm.GROUP
     loss: BoxLoss = BoxLoss.GIOU
     loss_weight: float = 10.0
@@ -109,11 +112,25 @@ class Said(NamedTuple):
 
     Attributes:
         logits: of the classes, and of nothing at the end.
-        deltas: from the region to the object's box, one for all classes.
+        deltas: from the region to the object's box, four for all classes or, class by class, four for each.
     """
 
     logits: Float[Tensor, "R N1"]
-    deltas: Float[Tensor, "R 4"]
+    deltas: Float[Tensor, "R D"]
+
+    def likeliest(self) -> Int[Tensor, " R"]:
+        """Return the class of each region, whatever the probability of nothing."""
+        return self.logits[:, :-1].argmax(1)
+
+    def chosen(self, regions: Shaped[Tensor, " _"]) -> Said:
+        """Return what is said of some regions: their numbers, or whether each is among them."""
+        return Said(self.logits[regions], self.deltas[regions])
+
+    def deltas_of(self, labels: Int[Tensor, " R"]) -> Float[Tensor, "R 4"]:
+        """Return the deltas of each region that are for its class."""
+        if self.deltas.shape[1] == 4:
+            return self.deltas
+        return self.deltas.unflatten(1, (-1, 4))[torch.arange(len(labels), device=labels.device), labels]
 
 
 class BoxHead(nn.Module):
@@ -125,7 +142,7 @@ class BoxHead(nn.Module):
         widths = [width * settings.side**2, *[settings.hidden] * settings.linears]
         self.linears = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths))
         self.scores = nn.Linear(settings.hidden, num_classes + 1)
-        self.deltas = nn.Linear(settings.hidden, 4)
+        self.deltas = nn.Linear(settings.hidden, 4 if settings.class_agnostic else 4 * num_classes)
         for layer in self.linears:
             nn.init.xavier_uniform_(layer.weight)  # pyright: ignore[reportArgumentType]
             nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
@@ -198,13 +215,39 @@ def box_losses(
     labels = torch.full_like(sample.objects, said.logits.shape[1] - 1)
     labels[there] = truth.labels[objects]
     scores = F.cross_entropy(said.logits, labels, reduction="sum")
-    boxes, deltas, wanted = sample.regions.boxes[there], said.deltas[there], truth.boxes[objects].float()
+    boxes, wanted = sample.regions.boxes[there], truth.boxes[objects].float()
+    deltas = said.chosen(there).deltas_of(truth.labels[objects])
     if loss is BoxLoss.GIOU:
         return scores, (1 - giou(coder.decode(boxes, deltas), wanted)).sum()
     return scores, F.smooth_l1_loss(deltas, coder.encode(boxes, wanted), reduction="sum")
 
 
 @torch.no_grad()
+def next_regions(said: Said, sample: Sample, truth: Objects, sizes: Int[Tensor, "B 2"], coder: BoxCoder) -> Regions:
+    """Return what the next stage learns from: the regions as this one sees them better.
+
+    Objects' own boxes are left out, since they are put beside the regions again. Where each class has a box, a region
+    that stands for an object moves as that object's class says, another one as its likeliest class (mmdetection's
+    `refine_bboxes`).
+    """
+    labels, there = said.likeliest(), (sample.objects >= 0).nonzero()[:, 0]
+    labels[there] = truth.labels[sample.objects[there]]
+    rest = ~sample.true
+    regions = Regions(sample.regions.boxes[rest], sample.regions.image[rest])
+    return refined(regions, said.chosen(rest).deltas_of(labels[rest]), sizes, coder)
+
+
+@torch.no_grad()
 def refined(regions: Regions, deltas: Float[Tensor, "R 4"], sizes: Int[Tensor, "B 2"], coder: BoxCoder) -> Regions:
     """Return the regions as a stage sees them better, cut off at the border of their image."""
     return Regions(inside(coder.decode(regions.boxes, deltas), sizes[regions.image]), regions.image)
+
+
+@torch.no_grad()
+def boxes_of_classes(
+    regions: Regions, said: Said, sizes: Int[Tensor, "B 2"], coder: BoxCoder
+) -> Float[Tensor, "R N 4"]:
+    """Return the box that each class has of each region, cut off at the border of its image."""
+    deltas = said.deltas.unflatten(1, (-1, 4))
+    each = [refined(regions, deltas[:, label], sizes, coder).boxes for label in range(deltas.shape[1])]
+    return torch.stack(each, dim=1)

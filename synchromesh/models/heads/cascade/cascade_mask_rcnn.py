@@ -28,6 +28,8 @@ from synchromesh.models.heads.cascade.box_stage import (
     Said,
     Sample,
     box_losses,
+    boxes_of_classes,
+    next_regions,
     refined,
     sample_regions,
 )
@@ -166,9 +168,7 @@ class CascadeDetector(ObjectModel):
             sums[f"score_loss_{stage}"], sums[f"box_loss_{stage}"] = box_losses(said, sample, truth, coder, own.loss)
             if self.masks:
                 sums[f"mask_loss_{stage}"] = self._mask_loss(self.masks[number], maps, sample, truth)
-            # Objects' own boxes are put beside the next stage's regions again.
-            rest = Regions(sample.regions.boxes[~sample.true], sample.regions.image[~sample.true])
-            regions = refined(rest, said.deltas[~sample.true], sizes, coder)
+            regions = next_regions(said, sample, truth, sizes, coder)
         return sums
 
     def _mask_loss(self, head: nn.Module, maps: Sequence[Tensor], sample: Sample, truth: Objects) -> Tensor:
@@ -180,13 +180,16 @@ class CascadeDetector(ObjectModel):
         return mask_loss(logits, truth.labels[objects], objects, targets)
 
     def _found(self, maps: Sequence[Tensor], regions: Regions, sizes: Int[Tensor, "B 2"], least: float) -> list[Found]:
-        scores = []
+        own, scores, of_class = self.settings, [], None
         for head, coder in zip(self.boxes, self.coders, strict=True):
             said = self._said(head, maps, regions)
             scores.append(said.logits.softmax(1))
-            regions = refined(regions, said.deltas, sizes, coder)
-        own = self.settings
-        found = found_boxes(regions, scores, len(sizes), least=least, overlap=own.overlap, most=own.most)
+            before = regions
+            regions = refined(before, said.deltas_of(said.likeliest()), sizes, coder)
+            of_class = None if own.boxes.class_agnostic else boxes_of_classes(before, said, sizes, coder)
+        found = found_boxes(
+            regions, scores, len(sizes), least=least, overlap=own.overlap, most=own.most, of_class=of_class
+        )
         return self._with_masks(maps, found, sizes) if self.masks else found
 
     def _said(self, head: nn.Module, maps: Sequence[Tensor], regions: Regions) -> Said:

@@ -14,7 +14,14 @@ from synchromesh.models.heads.objects import Found
 
 
 def found_boxes(
-    regions: Regions, scores: Sequence[Float[Tensor, "R N1"]], images: int, *, least: float, overlap: float, most: int
+    regions: Regions,
+    scores: Sequence[Float[Tensor, "R N1"]],
+    images: int,
+    *,
+    least: float,
+    overlap: float,
+    most: int,
+    of_class: Float[Tensor, "R N 4"] | None = None,
 ) -> list[Found]:
     """Return what is found in each image, without masks.
 
@@ -28,13 +35,15 @@ def found_boxes(
         least: lowest probability.
         overlap: IoU.
         most: boxes of an image.
+        of_class: the box of each class; None where all classes have the region's own.
     """
     probability = torch.stack(list(scores)).mean(0)[:, :-1]
-    likely = (probability >= least) & (regions.boxes[:, 2:] > regions.boxes[:, :2]).all(1, keepdim=True)
+    of_class = regions.boxes[:, None].expand(-1, probability.shape[1], -1) if of_class is None else of_class
+    likely = (probability >= least) & (of_class[:, :, 2:] > of_class[:, :, :2]).all(2)
     found = []
     for image in range(images):
         region, label = (likely & (regions.image == image)[:, None]).nonzero(as_tuple=True)
-        boxes, own = regions.boxes[region], probability[region, label]
+        boxes, own = of_class[region, label], probability[region, label]
         kept = nms(boxes, own, label, most=overlap)[:most]
         found.append(Found(boxes[kept], own[kept], label[kept]))
     return found

@@ -19,6 +19,8 @@ from synchromesh.models.heads.cascade.box_stage import (
     Said,
     Sample,
     box_losses,
+    boxes_of_classes,
+    next_regions,
     refined,
     sample_regions,
 )
@@ -123,6 +125,11 @@ def slow_giou(one: Sequence[float], other: Sequence[float]) -> float:
     return width * height / union - (hull - union) / hull
 
 
+def slow_deltas(deltas: Tensor, label: int) -> list[float]:
+    """Of one region: all classes have the same four, or each its own, one class after the other."""
+    return deltas.tolist() if len(deltas) == 4 else [deltas[4 * label + number].item() for number in range(4)]
+
+
 def slow_losses(said: Said, sample: Sample, truth: Objects, loss: BoxLoss) -> tuple[float, float]:
     scores = boxes = 0.0
     for logits, deltas, box, number in zip(*said, sample.regions.boxes, sample.objects.tolist(), strict=True):
@@ -131,32 +138,35 @@ def slow_losses(said: Said, sample: Sample, truth: Objects, loss: BoxLoss) -> tu
         if number == NOTHING:
             continue
         wanted = truth.boxes[number].tolist()
+        deltas = slow_deltas(deltas, int(truth.labels[number]))
         if loss is BoxLoss.GIOU:
-            boxes += 1 - slow_giou(decoded(box.tolist(), deltas.tolist()), wanted)
+            boxes += 1 - slow_giou(decoded(box.tolist(), deltas), wanted)
             continue
-        for got, right in zip(deltas.tolist(), encoded(box.tolist(), wanted), strict=True):
+        for got, right in zip(deltas, encoded(box.tolist(), wanted), strict=True):
             wrong = abs(got - right)
             boxes += 0.5 * wrong**2 if wrong < 1 else wrong - 0.5
     return scores, boxes
 
 
-def some_sample(*counts: int) -> tuple[Sample, Objects, Said]:
+def some_sample(*counts: int, deltas: int = 4) -> tuple[Sample, Objects, Said]:
     truth = objects(*counts)
     sample = sample_regions(regions_near(truth, len(counts)), truth, len(counts), overlap=0.5, settings=ALL)
     count = len(sample.regions)
-    return sample, truth, Said(torch.randn(count, CLASSES + 1), torch.randn(count, 4))
+    return sample, truth, Said(torch.randn(count, CLASSES + 1), torch.randn(count, deltas))
 
 
+@pytest.mark.parametrize("deltas", [4, 4 * CLASSES])
 @pytest.mark.parametrize("loss", BoxLoss)
-def test_the_losses_are_those_of_the_loops(loss: BoxLoss) -> None:
-    sample, truth, said = some_sample(3, 0, 4)
+def test_the_losses_are_those_of_the_loops(loss: BoxLoss, deltas: int) -> None:
+    sample, truth, said = some_sample(3, 0, 4, deltas=deltas)
     got = [one.item() for one in box_losses(said, sample, truth, BoxCoder(STD), loss)]
     assert got == pytest.approx(slow_losses(said, sample, truth, loss), rel=1e-4)
 
 
+@pytest.mark.parametrize("deltas", [4, 4 * CLASSES])
 @pytest.mark.parametrize("loss", BoxLoss)
-def test_the_gradients_of_the_losses_are_those_of_differences(loss: BoxLoss) -> None:
-    sample, truth, said = some_sample(2, 1)
+def test_the_gradients_of_the_losses_are_those_of_differences(loss: BoxLoss, deltas: int) -> None:
+    sample, truth, said = some_sample(2, 1, deltas=deltas)
 
     def losses(*values: Tensor) -> tuple[Tensor, Tensor]:
         return box_losses(Said(*values), sample, truth, BoxCoder(STD), loss)
@@ -176,6 +186,39 @@ def test_regions_are_moved_as_the_formula_says_and_stay_in_their_image() -> None
         left, top, right, bottom = decoded(box.tolist(), own.tolist())
         limits = ((left, width), (top, height), (right, width), (bottom, height))
         assert got.tolist() == pytest.approx([min(max(side, 0.0), most) for side, most in limits], abs=1e-3)
+
+
+@pytest.mark.parametrize("deltas", [4, 4 * CLASSES])
+def test_the_next_stage_sees_regions_moved_by_their_objects_class_or_else_their_likeliest_one(deltas: int) -> None:
+    sample, truth, said = some_sample(3, 2, deltas=deltas)
+    sizes, expected = torch.tensor([[50, 64], [64, 45]]), []
+    for number, own in enumerate(sample.objects.tolist()):
+        if sample.true[number]:
+            continue
+        logits = said.logits[number, :CLASSES].tolist()
+        label = logits.index(max(logits)) if own == NOTHING else int(truth.labels[own])
+        moved = decoded(sample.regions.boxes[number].tolist(), slow_deltas(said.deltas[number], label))
+        height, width = sizes[sample.regions.image[number]].tolist()
+        limits = zip(moved, (width, height) * 2, strict=True)
+        expected.append([min(max(side, 0.0), most) for side, most in limits])
+    found = next_regions(said, sample, truth, sizes, BoxCoder(STD))
+    assert found.image.tolist() == sample.regions.image[~sample.true].tolist()
+    assert len(expected) < len(sample.objects)
+    for got, wanted in zip(found.boxes.tolist(), expected, strict=True):
+        assert got == pytest.approx(wanted, abs=1e-3)
+
+
+def test_each_class_has_the_box_that_its_own_four_deltas_say() -> None:
+    sample, _, said = some_sample(2, 1, deltas=4 * CLASSES)
+    sizes = torch.tensor([[40, 64], [64, 45]])
+    found = boxes_of_classes(sample.regions, said, sizes, BoxCoder(STD))
+    assert found.shape == (len(sample.regions), CLASSES, 4)
+    for number, box in enumerate(sample.regions.boxes.tolist()):
+        height, width = sizes[sample.regions.image[number]].tolist()
+        for label in range(CLASSES):
+            moved = decoded(box, slow_deltas(said.deltas[number], label))
+            wanted = [min(max(side, 0.0), most) for side, most in zip(moved, (width, height) * 2, strict=True)]
+            assert found[number, label].tolist() == pytest.approx(wanted, abs=1e-3)
 
 
 @pytest.mark.parametrize("norm", Norm)

@@ -47,6 +47,7 @@ HEAD = CascadeMaskRCNN(
     mask_convs=1,
 )
 PLAIN = dataclasses.replace(HEAD, masks=False)
+OF_CLASSES = dataclasses.replace(HEAD, boxes=dataclasses.replace(HEAD.boxes, class_agnostic=False))
 
 
 def objects(*counts: int) -> Objects:
@@ -111,9 +112,10 @@ def test_the_settings_go_to_disk_and_back() -> None:
     assert CATALOG.decode(ObjectHead, encode(head)) == head
 
 
+@pytest.mark.parametrize("head", [HEAD, OF_CLASSES], ids=["class-agnostic", "boxes of classes"])
 @pytest.mark.parametrize("counts", [(3, 2), (0, 2), (0, 0)], ids=str)
-def test_training_is_the_stages_one_after_the_other(counts: tuple[int, ...]) -> None:
-    model, truth, sizes = detector(), objects(*counts), torch.tensor([[64, 64], [50, 41]])
+def test_training_is_the_stages_one_after_the_other(counts: tuple[int, ...], head: CascadeMaskRCNN) -> None:
+    model, truth, sizes = detector(head), objects(*counts), torch.tensor([[64, 64], [50, 41]])
     pixels = images(2)
     sums = model(pixels, sizes, truth)
     maps = model.pyramid(model.backbone(pixels))
@@ -140,7 +142,10 @@ def test_training_is_the_stages_one_after_the_other(counts: tuple[int, ...]) -> 
         expected[f"mask_loss_{stage + 1}"] = mask_loss(
             model.masks[stage](squares), labels, sample.objects[good], targets
         )
-        moved = refined(sample.regions, said.deltas, sizes, model.coders[stage])
+        labels = said.logits[:, :CLASSES].argmax(1)
+        labels[good] = truth.labels[sample.objects[good]]
+        deltas = said.deltas if head is HEAD else said.deltas.view(-1, CLASSES, 4)[torch.arange(len(labels)), labels]
+        moved = refined(sample.regions, deltas, sizes, model.coders[stage])
         regions = Regions(moved.boxes[~sample.true], moved.image[~sample.true])
     assert set(sums) == set(expected)
     for name, total in expected.items():
@@ -172,6 +177,37 @@ def test_what_is_found_has_the_mean_score_of_the_stages_and_the_boxes_of_the_las
             height, width = sizes[image].tolist()
             assert torch.equal(got.masks, pasted(drawn, got.boxes, height=height, width=width))
             assert 0 < got.masks.float().mean() < 1
+
+
+def test_of_each_class_is_found_its_own_box_of_the_regions_that_the_likeliest_classes_made() -> None:
+    head = dataclasses.replace(OF_CLASSES, masks=False, least=0.0, overlap=1.0, most=1000)
+    model, pixels, sizes = detector(head).eval(), images(1), torch.tensor([[50, 41]])
+    for boxes in model.boxes:
+        torch.nn.init.normal_(boxes.deltas.weight, std=0.5)  # so that classes differ
+    with torch.no_grad():
+        (found,) = model(pixels, sizes)
+        maps = model.pyramid(model.backbone(pixels))
+        levels = model.proposals([*maps, maps[-1][:, :, ::2, ::2]], (4, 8, 16))
+        regions, total, last = proposed(levels, sizes, head.proposals), torch.zeros(1), torch.zeros(0)
+        for stage, (boxes, coder) in enumerate(zip(model.boxes, model.coders, strict=True)):
+            said = boxes(pyramid_roi_align(maps, (4, 8), regions.boxes, regions.image, side=7, samples=2))
+            total = total + said.logits.softmax(1)[:, :CLASSES] / 3
+            each = said.deltas.view(-1, CLASSES, 4)
+            if stage == 2:
+                last = torch.stack(
+                    [refined(regions, each[:, label], sizes, coder).boxes for label in range(CLASSES)], 1
+                )
+            likeliest = said.logits[:, :CLASSES].argmax(1)
+            regions = refined(regions, each[torch.arange(len(each)), likeliest], sizes, coder)
+    there = (last[..., 2:] > last[..., :2]).all(2)
+    wanted = {
+        (label, *last[region, label].tolist()): total[region, label].item()
+        for region, label in there.nonzero().tolist()
+    }
+    got = {(label, *box): score for label, box, score in
+           zip(found.labels.tolist(), found.boxes.tolist(), found.scores.tolist(), strict=True)}  # fmt: skip
+    assert got == pytest.approx(wanted)
+    assert len({box[1:] for box in got}) > len(total), "classes of a region have different boxes"
 
 
 def test_found_boxes_are_likely_few_inside_of_their_image_and_have_masks_inside_of_them() -> None:
@@ -213,12 +249,14 @@ def test_the_lowest_probability_of_the_settings_holds_where_nobody_asks_for_a_hi
         assert scores.tolist() == everything[everything >= expected].tolist()
 
 
+@pytest.mark.parametrize("class_agnostic", [True, False])
 @pytest.mark.parametrize("norm", [Norm.GROUP, Norm.SYNC_BATCH])
 @pytest.mark.parametrize("counts", [(), (0, 0), (2,)], ids=str)
 def test_every_parameter_gets_a_gradient_without_images_and_without_objects_too(
-    counts: tuple[int, ...], norm: Norm
+    counts: tuple[int, ...], norm: Norm, class_agnostic: bool
 ) -> None:
-    model = detector(dataclasses.replace(HEAD, boxes=dataclasses.replace(HEAD.boxes, norm=norm)))
+    boxes = dataclasses.replace(HEAD.boxes, norm=norm, class_agnostic=class_agnostic)
+    model = detector(dataclasses.replace(HEAD, boxes=boxes))
     truth = objects(*counts)
     sums = model(images(len(counts)), whole(len(counts)), truth)
     mean_loss(HEAD, sums, truth, len(counts)).backward()
