@@ -8,7 +8,7 @@ from pathlib import Path
 from synchromesh.data.annotated import Faults
 from synchromesh.data.files import SUFFIXES
 from synchromesh.data.label_files import LABEL_SUFFIXES
-from synchromesh.data.label_maps import LabelCoding, LabelMaps, by_stem, label_maps, pairs
+from synchromesh.data.label_maps import LabelCoding, LabelMaps, by_stem, label_maps, pairs, values_by_stem
 from synchromesh.data.picture_files import PictureFolder
 
 CLASSES = 150
@@ -37,7 +37,7 @@ class Ade20k:
             Faults(),
             [PictureFolder.of(self.root / part / self.split) for part in ("images", "annotations")],
         )
-        found = pairs(by_stem(folders[0], SUFFIXES), by_stem(folders[1], LABEL_SUFFIXES), faults, str(self.root))
+        found = pairs(by_stem(folders[0], SUFFIXES), values_by_stem(folders[1], LABEL_SUFFIXES), faults, str(self.root))
         coding = LabelCoding.of({0: 255, **{label + 1: label for label in range(CLASSES)}}, CLASSES)
         return label_maps(f"{self.root}, {self.split}", found, coding, _names(self.root / NAMES_FILE), faults)
 

@@ -50,6 +50,11 @@ class Faults:
         if len(examples) < NAMED:
             examples.append(where)
 
+    def causes(self) -> str:
+        """Return what was counted as one line, each with an example, for whoever gets nothing else; "" for nothing."""
+        found = self.found().items()
+        return "; ".join(f"{fault.count:,} {what}, such as {fault.examples[0]}" for what, fault in found)
+
     def found(self) -> dict[str, Fault]:
         """Return what was counted."""
         return {what: Fault(count, tuple(self._examples[what])) for what, count in self._count.items()}

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 _TOLERANCE = 1.0  # pixels by which rounded boxes reach out of their pictures
+_MANY = 0.2  # of all boxes: so many that reach out are no slips of those who drew them
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,4 +46,19 @@ def check_boxes(boxes: Float[np.ndarray, "N 4"], sizes: Int[np.ndarray, "N 2"]) 
             "boxes outside of their picture, left out": outside,
         },
         {"boxes that reach out of their picture, cut at its border": over},
+    )
+
+
+def many_cut(cut: int, count: int) -> tuple[str, ...]:
+    """Return a remark where so many boxes of left, top, width and height are cut that they may mean something else.
+
+    Args:
+        cut: number of boxes that reached out of their picture.
+        count: number of all boxes.
+    """
+    if cut <= _MANY * count:
+        return ()
+    return (
+        f"{cut:,} of {count:,} boxes reach out of their picture: they may be corners (x1, y1, x2, y2), or of pictures "
+        "of another size; wanted x, y, width, height in pixels of the file",
     )

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from synchromesh.data.annotated import NAMED, Annotated, Faults, Lazy
 from synchromesh.data.annotation import AnnotatedPicture
-from synchromesh.data.box_checks import check_boxes
+from synchromesh.data.box_checks import check_boxes, many_cut
 from synchromesh.data.coco_columns import BROKEN_REGIONS, NO_NUMBER, NO_REGION, RUNS, Columns, ColumnsBuilder
 from synchromesh.data.coco_parts import Categories, CocoPictures, PicturesBuilder, required
 from synchromesh.data.json_arrays import read_object
@@ -46,9 +46,10 @@ class CocoJson:
         required(self.annotations, found, ("images", "annotations", "categories"))
         categories = Categories.of(self.annotations, found["categories"], faults)
         known, columns = pictures.built(PictureFolder.of(self.images)), builder.built()
-        objects = _Checked(columns, known, categories, faults).pictures()
+        checked = _Checked(columns, known, categories, faults)
+        objects = checked.pictures()
         if len(columns) and not len(objects.chosen):
-            causes = "; ".join(f"{fault.count:,} {what}" for what, fault in faults.found().items())
+            causes = faults.causes()
             raise InputError(f"none of the {len(columns):,} annotations of {self.annotations} can be used: {causes}")
         return Annotated(
             str(self.annotations),
@@ -56,7 +57,7 @@ class CocoJson:
             categories.names,
             tuple(categories.ids.tolist()),
             faults=faults.found(),
-            remarks=known.remarks(),
+            remarks=(*checked.remarks, *known.remarks()),
         )
 
 
@@ -96,7 +97,11 @@ class CocoObjects(Lazy[AnnotatedPicture]):
 
 
 class _Checked:
-    """Finds out which annotations can be used."""
+    """Finds out which annotations can be used.
+
+    Attributes:
+        remarks: what is strange about them all, once they are checked.
+    """
 
     def __init__(self, columns: Columns, known: CocoPictures, categories: Categories, faults: Faults) -> None:
         self._columns, self._known, self._faults = columns, known, faults
@@ -105,6 +110,7 @@ class _Checked:
         left, top, width, height = columns.boxes.T
         self._boxes = np.stack([left, top, left + width, top + height], axis=1)
         self._right = np.ones(len(columns), dtype=bool)
+        self.remarks: tuple[str, ...] = ()
 
     def pictures(self) -> CocoObjects:
         """Return what can be used."""
@@ -126,6 +132,8 @@ class _Checked:
             self._drop(wrong, what)
         for what, changed in checked.mended.items():
             self._say(changed & self._right, what)
+        cut = np.any([*checked.mended.values()], axis=0) & self._right
+        self.remarks = many_cut(int(cut.sum()), int(self._right.sum()))
         self._boxes = checked.boxes
 
     def _check_twins(self) -> None:

@@ -17,6 +17,7 @@ from synchromesh.data.json_arrays import read_object
 from synchromesh.data.label_files import read_ids
 from synchromesh.data.panoptic import PanopticPicture, Segment, SegmentMap
 from synchromesh.data.picture_files import PictureFolder
+from synchromesh.data.segment_ids import LOOKED_AT, ToldIds, compare_ids
 from synchromesh.errors import InputError
 
 _MOST = (1 << 24) - 1  # what three bytes hold
@@ -48,10 +49,11 @@ class CocoPanoptic:
         required(self.annotations, found, ("images", "annotations", "categories"))
         categories = Categories.of(self.annotations, found["categories"], faults)
         known, masks = pictures.built(PictureFolder.of(self.images)), PictureFolder.of(self.masks)
-        usable = _Matching(self.annotations, known, masks, categories, faults).pictures(annotations)
+        usable, told = _Matching(self.annotations, known, masks, categories, faults).pictures(annotations)
         if not len(usable):
-            causes = "; ".join(f"{fault.count:,} {what}" for what, fault in faults.found().items()) or "it has none"
+            causes = faults.causes() or "it has none"
             raise InputError(f"none of the annotations of {self.annotations} can be used: {causes}")
+        compared = compare_ids(told, len(usable), faults)
         return Annotated(
             str(self.annotations),
             usable,
@@ -59,7 +61,7 @@ class CocoPanoptic:
             tuple(categories.ids.tolist()),
             categories.things,
             faults=faults.found(),
-            remarks=known.remarks(),
+            remarks=(*compared, *known.remarks()),
         )
 
 
@@ -159,8 +161,8 @@ class _Matching:
     categories: Categories
     faults: Faults
 
-    def pictures(self, taken: _Segments) -> CocoSegments:
-        """Return what can be used."""
+    def pictures(self, taken: _Segments) -> tuple[CocoSegments, list[ToldIds]]:
+        """Return what can be used, and of some pictures what is told of their ids."""
         used = self._annotations(taken)  # the place of an annotation and the file of its ids, for each picture
         for place, path in enumerate(self.known.paths):
             if path is not None and place not in used:
@@ -174,9 +176,15 @@ class _Matching:
         kept = kept[np.argsort(ranks[owner[kept]], kind="stable")]
         starts = np.searchsorted(ranks[owner[kept]], np.arange(len(places) + 1))
         files = tuple(used[place][1] for place in places)
-        return CocoSegments(
+        found = CocoSegments(
             self.known, np.array(places, dtype=np.int64), files, starts, ids[kept], labels[kept], crowds[kept]
         )
+        told = np.searchsorted(owner, [(used[place][0], used[place][0] + 1) for place in places])
+        looked_at = range(0, len(files), max(1, -(-len(files) // LOOKED_AT)))
+        return found, [
+            ToldIds(files[i], ids[slice(*told[i].tolist())], found.ids[slice(*starts[i : i + 2].tolist())])
+            for i in looked_at
+        ]
 
     def _annotations(self, taken: _Segments) -> dict[int, tuple[int, Path]]:
         numbers = np.frombuffer(taken.pictures, dtype=np.int64)

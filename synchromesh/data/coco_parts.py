@@ -119,6 +119,7 @@ class PicturesBuilder:
 
     path: Path
     faults: Faults
+    _count: int = 0
     _known: set[int] = field(default_factory=set)
     _rows: list[tuple[int, str, Size | None]] = field(default_factory=list)
 
@@ -126,10 +127,11 @@ class PicturesBuilder:
         """Take the picture at a place of the file. Raises InputError where it is no JSON object."""
         if not isinstance(found, dict):
             raise InputError(f"{self.path}: the picture at place {place} is {found!r:.40}, wanted an object")
+        self._count += 1
         number, name = whole_number(found.get("id")), found.get("file_name")
         if number == NO_NUMBER or not isinstance(name, str) or not name:
             what = "pictures without a whole number as id or without a file name, left out"
-            self.faults.add(what, f"the picture at place {place} ({name})")
+            self.faults.add(what, f"the picture at place {place} (id {found.get('id')!r:.40}, {name})")
         elif number in self._known:
             self.faults.add("picture ids given twice, of which the first is taken", f"{number} ({name})")
         else:
@@ -152,9 +154,9 @@ class PicturesBuilder:
             paths.append(path)
             sizes.append(size or (1, 1))
         if not any(paths):
-            wanted = f"wanted files such as {self._rows[0][1]}" if self._rows else "it names none"
+            causes = self.faults.causes() or "it names none"
             raise InputError(
-                f"none of the {len(self._rows)} pictures of {self.path} can be read from {folder.path}: {wanted}"
+                f"none of the {self._count} pictures of {self.path} can be read from {folder.path}: {causes}"
             )
         numbers = np.array([row[0] for row in self._rows], dtype=np.int64)
         return CocoPictures(numbers, tuple(paths), tuple(row[1] for row in self._rows), np.array(sizes, dtype=np.int64))

@@ -13,7 +13,7 @@ from PIL import Image
 from synchromesh.data.annotated import Annotated, Faults
 from synchromesh.data.files import SUFFIXES
 from synchromesh.data.label_files import read_values
-from synchromesh.data.label_maps import by_stem, pairs
+from synchromesh.data.label_maps import by_stem, pairs, values_by_stem
 from synchromesh.data.moves import Move
 from synchromesh.data.picture_files import PictureFolder, read_annotated
 from synchromesh.errors import InputError, UnreadableError
@@ -134,12 +134,18 @@ class DepthFolders:
         faults = Faults()
         images, depths = PictureFolder.of(self.images), PictureFolder.of(self.depths)
         both = pairs(
-            by_stem(images, SUFFIXES), by_stem(depths, DEPTH_SUFFIXES), faults, f"{self.images} and {self.depths}"
+            by_stem(images, SUFFIXES),
+            values_by_stem(depths, DEPTH_SUFFIXES),
+            faults,
+            f"{self.images} and {self.depths}",
         )
         pictures = tuple(DepthPicture(path, i + 1, DepthPng(depth, self.scale)) for i, (path, depth) in enumerate(both))
         first = pictures[0].depth.read().metres
         if not first.any():
             raise InputError(f"{both[0][1]} knows no distance: all of its values are 0")
         near, far = first[first > 0].min(), first.max()
-        remark = f"{both[0][1].name} goes from {near:.3g} to {far:.3g} m; if that is wrong, scale is"
+        remark = (
+            f"{both[0][1].name} goes from {near:.3g} to {far:.3g} m, with {self.scale:.6g} m to a unit; if that is "
+            "wrong, give the metres of one unit in a recipe of your own, as DepthFolders(..., scale=1 / 256) does"
+        )
         return Annotated(str(self.depths), pictures, faults=faults.found(), remarks=(remark,))

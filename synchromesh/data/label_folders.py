@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from synchromesh.data.annotated import IGNORED, Faults
 from synchromesh.data.class_folders import few
 from synchromesh.data.files import SUFFIXES
 from synchromesh.data.label_files import LABEL_SUFFIXES, read_indices
-from synchromesh.data.label_maps import LabelCoding, LabelMaps, by_stem, label_maps, pairs
+from synchromesh.data.label_maps import LabelCoding, LabelMaps, by_stem, label_maps, pairs, values_by_stem
 from synchromesh.data.picture_files import PictureFolder
 from synchromesh.errors import InputError, UnreadableError
 
@@ -66,13 +67,18 @@ class LabelFolders:
         """
         faults, folder = Faults(), PictureFolder.of(self.labels)
         images = by_stem(PictureFolder.of(self.images), SUFFIXES)
-        found = pairs(images, by_stem(folder, LABEL_SUFFIXES), faults, f"{self.images} and {self.labels}")
+        found = pairs(images, values_by_stem(folder, LABEL_SUFFIXES), faults, f"{self.images} and {self.labels}")
         named = self.classes or _named_in(self.labels)
-        classes = named or self._counted(labels for _, labels in found)
-        return label_maps(str(self.labels), found, self._coding(classes), classes, faults)
+        counted = None if named or self.values or self.palette else _values_in(labels for _, labels in found)
+        classes = named or self._counted(counted)
+        made = label_maps(str(self.labels), found, self._coding(classes, counted), classes, faults)
+        remarks = () if counted is None else self._rare(counted, len(classes))
+        return dataclasses.replace(made, remarks=(*made.remarks, *remarks))
 
-    def _coding(self, classes: tuple[str, ...]) -> LabelCoding:
+    def _coding(self, classes: tuple[str, ...], counted: Mapping[int, Path] | None) -> LabelCoding:
         count = len(classes)
+        if 0 <= self.ignore < count:
+            raise self._both(count, counted)
         if self.palette:
             colors = {(red << 16) + (green << 8) + blue: label for label, (red, green, blue) in enumerate(self.palette)}
             return LabelCoding.of(colors, count, ignore=self.ignore, colors=True)
@@ -86,24 +92,59 @@ class LabelFolders:
             )
         return LabelCoding.of({label: label for label in range(count)}, count, ignore=self.ignore)
 
-    def _counted(self, files: Iterable[Path]) -> tuple[str, ...]:
-        if self.values or self.palette:
+    def _counted(self, found: Mapping[int, Path] | None) -> tuple[str, ...]:
+        if found is None:
             return tuple(map(str, self.values or self.palette))
-        found: set[int] = set()
-        for path in files:
-            try:
-                found.update(np.unique(read_indices(path)).tolist())
-            except UnreadableError:  # it is counted when the set is made
-                continue
-        if found == {0, 255} and self.ignore == 255:
+        if found.keys() == {0, 255} and self.ignore == 255:
             raise InputError(
                 f"the files of {self.labels} have the values 0 and 255 only, and 255 stands for pixels to be ignored: "
                 "for masks of black and white give values=(0, 255)"
             )
-        most = max(found - {self.ignore}, default=0)
+        most = max(found.keys() - {self.ignore}, default=0)
         if most >= _MOST_CLASSES or min(found, default=0) < 0:
             raise InputError(f"the files of {self.labels} have values up to {most}: ids of objects? Give the classes")
         return tuple(str(value) for value in range(int(self.reduce_zero), most + 1))
+
+    def _both(self, count: int, found: Mapping[int, Path] | None) -> InputError:
+        """Return the error that the value to be ignored is a class."""
+        why, values = f"there are {count} classes", ""
+        if found:
+            why = f"{found[max(found)]} has the value {max(found)}"
+            values = f"the values of the classes, {self._values(found)}, or "
+        return InputError(
+            f"{self.labels}: {self.ignore} stands for pixels to be ignored and for one of {count} classes, as {why}; "
+            f"in a recipe of your own give LabelFolders {values}a value to be ignored that is no class, ignore=-1"
+        )
+
+    def _rare(self, found: Mapping[int, Path], count: int) -> tuple[str, ...]:
+        """Return a remark where most classes never occur."""
+        seen = self._seen(found)
+        if not seen or 2 * len(seen) >= count:
+            return ()
+        return (
+            f"{len(seen)} of {count} classes occur, as {found[seen[-1]].name} has the value {seen[-1]} and classes "
+            f"count from 0; if they do not, give LabelFolders {self._values(found)} in a recipe of your own",
+        )
+
+    def _seen(self, found: Iterable[int]) -> list[int]:
+        """Return the values that stand for classes, rising."""
+        return sorted(set(found) - ({self.ignore, 0} if self.reduce_zero else {self.ignore}))
+
+    def _values(self, found: Iterable[int]) -> str:
+        return f"values=({few([str(value) for value in self._seen(found)])})"
+
+
+def _values_in(files: Iterable[Path]) -> dict[int, Path]:
+    """Return the values that are found, each with the first file that has it."""
+    found: dict[int, Path] = {}
+    for path in files:
+        try:
+            values = np.unique(read_indices(path)).tolist()
+        except UnreadableError:  # it is counted when the set is made
+            continue
+        for value in values:
+            found.setdefault(value, path)
+    return found
 
 
 def _named_in(folder: Path) -> tuple[str, ...]:

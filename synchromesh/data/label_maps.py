@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
@@ -20,6 +21,7 @@ from synchromesh.data.picture_files import PictureFolder, check_size, read_annot
 from synchromesh.errors import InputError, UnreadableError
 
 LOOKED_AT = 500  # label files that are read when a set is loaded, to count values that are no class
+_JPEG = frozenset((".jpg", ".jpeg"))
 _TABLE = 1 << 16  # values below have a table, which is ten times as fast as a search
 
 
@@ -156,6 +158,23 @@ def by_stem(folder: PictureFolder, suffixes: Collection[str], ending: str = "") 
                 raise InputError(f"{folder.path} has {found[stem].name} and {name}: which of them is meant?")
             found[stem] = folder.path / name
     return found
+
+
+def values_by_stem(folder: PictureFolder, suffixes: Sequence[str]) -> dict[str, Path]:
+    """Return the files of kinds that keep every value, by their names without suffix.
+
+    Raises:
+        InputError: there are none but other files, such as JPEG; or two files differ by their suffix alone.
+    """
+    found = by_stem(folder, suffixes)
+    if found or not folder.names:
+        return found
+    others = Counter(PurePosixPath(name).suffix.lower() or "without a suffix" for name in sorted(folder.names))
+    there = few([f"{count:,} {suffix}" for suffix, count in others.most_common()])
+    jpeg = "; JPEG changes values, so that saving such files anew does not mend them" if others.keys() & _JPEG else ""
+    raise InputError(
+        f"{folder.path} has no file whose values are kept exactly: wanted {', '.join(suffixes)}, got {there}{jpeg}"
+    )
 
 
 def pairs(

@@ -79,7 +79,7 @@ class SceneData:
         notes = [*train.notes(), *test.notes()]
         if masks:
             notes += [*check_regions(train), *check_regions(test)]
-        return Splits(self._split(train, masks), self._split(test, masks), facts, tuple(dict.fromkeys(notes)))
+        return Splits(self._split(train, masks), self._split(test, masks), facts, tuple(notes))
 
     def on(self, path: Path) -> SceneData:
         """Return the settings for a json file or a folder of a user.

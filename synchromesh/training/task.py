@@ -48,13 +48,17 @@ class Splits:
         train: to learn from.
         test: to score on.
         facts: what a prediction must know of them.
-        notes: sentences for whoever trains, such as what of a folder is left out.
+        notes: sentences for whoever trains, such as what of a folder is left out; each is kept once, since both parts
+            of a folder say the same of it.
     """
 
     train: Split
     test: Split
     facts: Facts = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "notes", tuple(dict.fromkeys(self.notes)))
 
 
 @dataclass(frozen=True)

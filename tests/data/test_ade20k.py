@@ -30,3 +30,10 @@ def test_values_above_150_are_named(tmp_path, picture, label_file) -> None:
 def test_a_missing_split_is_named(tmp_path) -> None:
     with pytest.raises(InputError, match="images/training does not exist"):
         Ade20k(tmp_path).load()
+
+
+def test_labels_saved_as_jpeg_are_refused_by_their_kind(tmp_path, picture) -> None:
+    picture("images/training/a.jpg", 1, 2)
+    picture("annotations/training/a.jpg", 1, 2)
+    with pytest.raises(InputError, match=r"wanted \.png, .*, got 1 \.jpg; JPEG changes values"):
+        Ade20k(tmp_path).load()

@@ -142,6 +142,16 @@ def test_a_box_that_reaches_out_is_cut_and_counted_unless_by_rounding(coco) -> N
     assert counts(annotated) == {"boxes that reach out of their picture, cut at its border": 1}
 
 
+def test_where_many_boxes_are_cut_a_note_asks_whether_they_are_corners(coco) -> None:
+    corners = [[12, 4, 22, 14], [16, 8, 28, 18], [2, 3, 9, 9], [10, 10, 15, 19]]
+    annotated = loaded(coco([{"bbox": box} for box in corners] + [{"bbox": [0, 0, 0, 0]}]))
+    assert "3 of 4 boxes reach out of their picture: they may be corners (x1, y1, x2, y2)" in annotated.remarks[0]
+    assert "wanted x, y, width, height" in annotated.notes()[-1]
+    one = loaded(coco([{"bbox": [25, 4, 22, 14]}, *({"bbox": [n, 3, 10, 8]} for n in range(4))]))
+    assert counts(one)["boxes that reach out of their picture, cut at its border"] == 1
+    assert one.remarks == ()
+
+
 @pytest.mark.parametrize(
     "region",
     [
@@ -214,6 +224,16 @@ def test_pictures_that_say_too_little_are_left_out_and_named(coco) -> None:
     assert counts(annotated) == {"pictures without a whole number as id or without a file name, left out": 2}
 
 
+def test_where_no_picture_can_be_used_the_error_says_what_is_wrong_with_all_of_them(coco) -> None:
+    says = (
+        r"none of the 3 pictures of .*instances\.json can be read from .*images: 2 pictures without a whole number "
+        r"as id or without a file name, left out, such as the picture at place 0 \(id 'a1', 0\.png\); "
+        r"1 pictures whose file is missing, left out, such as picture 7"
+    )
+    with pytest.raises(InputError, match=says):
+        loaded(coco([{}], images=[{"id": "a1"}, {"id": "a2"}, {"id": 7, "missing": True}]))
+
+
 def test_a_size_that_the_file_does_not_say_is_read_from_the_picture(coco, picture) -> None:
     picture("images/0.png", 12, 17)
     annotated = loaded(coco([{}], images=[{"id": 1, "height": 0, "width": None}]))
@@ -249,7 +269,10 @@ def test_names_may_lead_into_inner_folders_also_as_windows_writes_them(coco, pic
         ({"annotations": [5]}, "the annotation at place 0 is 5"),
         ({"images": [None]}, "the picture at place 0 is None"),
         ({"images": []}, "it names none"),
-        ({"images": [{"id": 1, "file_name": "gone.png"}]}, "such as gone.png"),
+        (
+            {"images": [{"id": 1, "file_name": "gone.png"}]},
+            r"1 pictures whose file is missing, left out, such as picture 1 \(gone\.png\)",
+        ),
         (
             {"annotations": [{"bbox": [0, 0, 1, 1]}]},
             "none of the 1 annotations .* can be used: 1 annotations of unknown",

@@ -3,6 +3,8 @@ import json
 import numpy as np
 import pytest
 
+from synchromesh.data import coco_panoptic
+from synchromesh.data.annotated import Fault
 from synchromesh.data.coco_panoptic import CocoPanoptic
 from synchromesh.errors import InputError
 
@@ -15,14 +17,14 @@ SEGMENTS = [
     {"id": 70_000, "category_id": 90, "iscrowd": 0},
     {"id": 2, "category_id": 1, "iscrowd": 1},
 ]
-IDS = [[300, 300, 70_000, 70_000], [2, 2, 0, 5]]
+IDS = [[300, 300, 70_000, 70_000], [2, 2, 0, 0]]
 
 
 @pytest.fixture
 def panoptic(tmp_path, picture, label_file):
-    def write(segments=SEGMENTS, *, annotations=None, images=({"id": 4, "file_name": "a.jpg"},), **members):
+    def write(segments=SEGMENTS, *, annotations=None, images=({"id": 4, "file_name": "a.jpg"},), pixels=IDS, **members):
         picture("images/a.jpg", 2, 4)
-        ids = np.array(IDS)
+        ids = np.array(pixels)
         label_file("masks/a.png", np.stack([ids % 256, ids // 256 % 256, ids // 65_536], axis=-1))
         shown = [{"height": 2, "width": 4, **one} for one in images]
         own = (
@@ -69,6 +71,49 @@ def test_a_segment_that_makes_no_sense_is_void_named_and_counted(panoptic, wrong
     assert "of picture 4" in annotated.notes()[0]
     assert len(annotated.pictures[0].segments.segments) == 3
     assert annotated.pictures[0].opened(1)[1].labels().tolist()[0] == [0, 0, 1, 1]
+
+
+NO_PIXEL = "segments without a pixel, of which nothing is learnt"
+NO_SEGMENT = "ids of pixels that segments_info lacks, which are void"
+
+
+def test_ids_that_only_the_json_or_only_the_pixels_have_are_named_and_counted(panoptic) -> None:
+    annotated = panoptic([*SEGMENTS, {"id": 9, "category_id": 1}], pixels=[[300, 6, 70_000, 6], [2, 2, 0, 5]]).load()
+    assert annotated.faults == {
+        NO_PIXEL: Fault(1, ("9 of a.png",)),
+        NO_SEGMENT: Fault(2, ("5 in 1 of 8 pixels of a.png", "6 in 2 of 8 pixels of a.png")),
+    }
+    assert annotated.remarks == ("1 of 1 files of ids were compared with segments_info to count this",)
+
+
+def test_a_segment_of_the_json_that_is_left_out_is_not_called_missing_too(panoptic) -> None:
+    strange = [{"id": 9, "category_id": 8}, {"id": 5, "category_id": 8}, {"id": 300, "category_id": 90}]
+    annotated = panoptic([*SEGMENTS, *strange], pixels=[[300, 300, 70_000, 5], [2, 2, 0, 5]]).load()
+    assert annotated.faults.keys() == {
+        "segments of unknown categories, left out",
+        "segment ids given twice, of which the first is taken",
+    }
+
+
+def test_of_many_files_of_ids_some_are_looked_at_each_with_its_own_segments(panoptic, picture, monkeypatch) -> None:
+    monkeypatch.setattr(coco_panoptic, "LOOKED_AT", 2)
+    names = [(number, f"{number}.jpg") for number in (7, 8, 9)]
+    for _, name in names:
+        picture(f"images/{name}", 2, 4)
+    images = [{"id": number, "file_name": name} for number, name in names]
+    # The annotations stand in another order than the pictures, and one that nobody uses lies between them.
+    lost = {9: [{"id": 11, "category_id": 1}], 8: [{"id": 12, "category_id": 1}], 5: [], 7: []}
+    own = [{"image_id": i, "file_name": "a.png", "segments_info": [*SEGMENTS, *more]} for i, more in lost.items()]
+    annotated = panoptic(annotations=own, images=images).load()
+    assert annotated.faults[NO_PIXEL] == Fault(1, ("11 of a.png",))  # those of pictures 7 and 9 are looked at
+    assert "2 of 3 files of ids were compared" in annotated.remarks[0]
+    assert NO_SEGMENT not in annotated.faults
+
+
+def test_a_file_of_ids_that_cannot_be_read_is_named_when_the_set_is_loaded(panoptic, tmp_path) -> None:
+    reader = panoptic()
+    (tmp_path / "masks/a.png").write_bytes(b"no picture")
+    assert "a.png" in reader.load().faults["files of ids that cannot be used"].examples[0]
 
 
 def test_pictures_and_annotations_that_do_not_match_are_named(panoptic, picture) -> None:

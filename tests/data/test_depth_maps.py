@@ -25,7 +25,8 @@ def test_units_become_metres_and_zero_is_unknown(pair, scale) -> None:
     assert np.allclose(metres, np.array(VALUES) * scale, rtol=1e-6)
     assert metres.dtype == np.float32
     assert metres[0, 0] == 0
-    assert f"from {scale:.3g} to {65535 * scale:.3g} m" in annotated.notes()[0]
+    assert f"from {scale:.3g} to {65535 * scale:.3g} m, with {scale:.6g} m to a unit; if" in annotated.notes()[0]
+    assert "give the metres of one unit in a recipe of your own, as DepthFolders(..., scale=" in annotated.notes()[0]
 
 
 def test_floating_point_is_read_and_what_is_no_distance_unknown(pair) -> None:
@@ -61,3 +62,10 @@ def test_distances_are_moved_and_not_mixed(pair) -> None:
 def test_a_scale_that_is_none_is_refused(tmp_path, scale) -> None:
     with pytest.raises(ValueError, match="scale"):
         DepthFolders(tmp_path, tmp_path, scale)
+
+
+def test_distances_saved_as_jpeg_are_refused_by_their_kind(tmp_path, picture) -> None:
+    picture("images/a.png", 2, 3)
+    picture("depth/a.jpg", 2, 3)
+    with pytest.raises(InputError, match=r"wanted \.png, \.tif, \.tiff, got 1 \.jpg; JPEG changes values"):
+        DepthFolders(tmp_path / "images", tmp_path / "depth").load()

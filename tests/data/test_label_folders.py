@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -60,6 +61,53 @@ def test_another_value_may_be_ignored(pair) -> None:
     assert pair([[0, 7], [1, 0]], ignore=7).load().classes == ("0", "1")
     with pytest.raises(InputError, match="1 stands for pixels to be ignored and for one of 2 classes"):
         pair(classes=("a", "b"), ignore=1).load()
+
+
+def test_a_value_to_be_ignored_that_is_a_class_names_the_file_and_the_settings(pair, label_file, picture) -> None:
+    picture("images/b.png", 1, 2)
+    label_file("labels/b.png", [[0, 300]], mode="I;16")
+    reader = pair([[0, 0], [0, 0]])
+    says = (
+        r"labels: 255 stands for pixels to be ignored and for one of 301 classes, as .*b\.png has the value 300; .* "
+        r"values=\(0, 300\), or a value to be ignored that is no class, ignore=-1"
+    )
+    with pytest.raises(InputError, match=says):
+        reader.load()
+    as_values = dataclasses.replace(reader, values=(0, 300)).load()
+    assert as_values.pictures[1].opened(1)[1].values.tolist() == [[0, 1]]
+    other = dataclasses.replace(reader, ignore=-1).load()
+    assert (other.pictures[1].opened(1)[1].values.tolist(), len(other.classes)) == ([[0, 300]], 301)
+    with pytest.raises(
+        InputError, match=r"labels: 255 stands .* of 300 classes, as there are 300 classes; .*ignore=-1"
+    ):
+        dataclasses.replace(reader, classes=tuple(map(str, range(300)))).load()
+
+
+def test_classes_that_mostly_never_occur_are_told(pair) -> None:
+    (note,) = pair([[0, 1], [200, 255]]).load().notes()
+    assert "3 of 201 classes occur, as a.png has the value 200" in note
+    assert "values=(0, 1, 200)" in note
+    (note,) = pair([[0, 1], [200, 255]], reduce_zero=True).load().notes()
+    assert "2 of 200 classes occur" in note
+    assert "values=(1, 200)" in note
+    assert pair([[0, 3], [255, 0]]).load().notes() == ()  # half of them do
+    assert pair([[0, 1], [200, 255]], classes=tuple(map(str, range(201)))).load().notes() == ()
+    assert pair([[255, 255]]).load().notes() == ()
+
+
+def test_label_files_of_other_kinds_are_refused_with_the_kinds_that_were_expected(pair, picture, tmp_path) -> None:
+    for name in ("a", "b", "c"):
+        picture(f"images/{name}.png", 2, 4)
+        picture(f"labels/{name}.JPG", 2, 4)
+    (tmp_path / "labels/classes.txt").write_text("tree\nsky\n")
+    reader = LabelFolders(tmp_path / "images", tmp_path / "labels")
+    says = r"labels has no file .*: wanted \.png, \.tif, \.tiff, \.bmp, got 3 \.jpg, 1 \.txt; JPEG changes values"
+    with pytest.raises(InputError, match=says):
+        reader.load()
+    for name in ("a", "b", "c"):
+        (tmp_path / f"labels/{name}.JPG").unlink()
+    with pytest.raises(InputError, match=r"got 1 \.txt$"):
+        reader.load()
 
 
 def test_masks_of_black_and_white_ask_for_what_white_means(pair) -> None:

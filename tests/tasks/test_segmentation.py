@@ -254,6 +254,12 @@ def test_a_folder_of_label_files_is_learnt_from_and_scored_on(folder) -> None:
     assert len(task.scored_on(folder, splits.facts)) == 6
 
 
+def test_what_both_parts_of_a_folder_say_is_told_once(folder) -> None:
+    (folder / "labels" / "3.png").unlink()
+    (note,) = TASK.reading(folder).splits(seed=0).notes
+    assert "1 pictures without labels, left out: 3.png" in note
+
+
 def test_the_commands_train_score_and_predict_on_a_folder_of_label_files(folder, capsys) -> None:
     model = ["--model.embed-dim=8", "--model.depths", "1", "1", "--model.num-heads", "1", "2", "--head.width=8"]
     model += ["--model.experts.blocks.1", "0", "--model.experts.num-experts=4", "--twin=none", "--nproc=1"]

@@ -132,6 +132,20 @@ def defined(batch: Marked) -> tuple[dict[str, float], dict[str, Tensor]]:
     return {"loss": loss.item(), "near": near.item(), "size": size.item()}, gradients
 
 
+class NoSamples:
+    def __len__(self) -> int:
+        return 0
+
+    def read(self, index: int, draw: Any = None) -> Any:
+        raise IndexError(index)
+
+
+def test_a_note_that_both_parts_of_a_folder_bring_is_kept_once_where_it_stood_first() -> None:
+    splits = Splits(NoSamples(), NoSamples(), notes=("left out: b", "left out: a", "left out: b", "other"))
+    assert splits.notes == ("left out: b", "left out: a", "other")
+    assert dataclasses.replace(splits, notes=("a", "a")).notes == ("a",)
+
+
 UNEVEN = (0, 3, 1, 0, 0, 2, 7, 0)
 
 
