@@ -25,7 +25,7 @@ class Glance:
     Attributes:
         count: of all pictures that it names.
         sizes: height and width of the first pictures whose files are there.
-        regions: whether there are objects among the first annotations, and all of them have regions.
+        regions: whether most objects among the first annotations have regions.
     """
 
     count: int
@@ -52,7 +52,7 @@ class Glance:
         return cls(
             seen.count,
             tuple((height, width) for path, (height, width) in here if path is not None),
-            bool(len(kinds)) and not bool((kinds == NO_REGION).any()),
+            int((kinds != NO_REGION).sum()) * 2 > len(kinds),
         )
 
 

@@ -177,6 +177,10 @@ class RandomMoves:
         """Return the size of most pixels: what is read at it can be shrunk to the others."""
         return max(self.sizes, key=math.prod)
 
+    def shrunk(self, size: Size) -> float:
+        """Return what crops of the largest size are scaled by to fit into another one, both sides alike."""
+        return min(own / most for own, most in zip(size, self.largest(), strict=True))
+
     def draw(self, height: int, width: int, rng: np.random.Generator, size: Size | None = None) -> Move:
         """Draw a move of a picture of this height and width to a crop of at most this size, of the largest for None."""
         most = size or self.largest()

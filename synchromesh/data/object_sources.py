@@ -89,6 +89,26 @@ def check_classes(annotated: ObjectPictures, classes: tuple[str, ...], of: str) 
         raise InputError(f"{of} and {annotated.origin} have different classes: {differ}")
 
 
+def check_objects(learnt: ObjectPictures, scored: ObjectPictures) -> tuple[str, ...]:
+    """Return what is to be said where there is nothing to find.
+
+    Raises:
+        InputError: there is nothing to learn.
+    """
+    if not _any_wanted(learnt):
+        raise InputError(
+            f"{learnt.origin} has {len(learnt):,} pictures and not one object to learn: what is a crowd, ignored or "
+            "broken is not learnt from"
+        )
+    if _any_wanted(scored):
+        return ()
+    return (f"{scored.origin}: not one object to find in {len(scored):,} pictures; AP will be 0, whatever is found",)
+
+
+def _any_wanted(annotated: ObjectPictures) -> bool:
+    return any(not one.ignored for picture in annotated.pictures for one in picture.objects)
+
+
 def check_regions(annotated: ObjectPictures) -> tuple[str, ...]:
     """Return what is to be said of objects whose pixels nobody has drawn, to whoever wants masks.
 

@@ -22,6 +22,12 @@ def iou(one: Float[Tensor, "M 4"], other: Float[Tensor, "N 4"]) -> Float[Tensor,
     >>> iou(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[1.0, 0, 3, 2]]))
     tensor([[0.3333]])
     """
+    both = shared(one, other)
+    return both / (area(one)[:, None] + area(other)[None] - both).clamp(min=1e-9)
+
+
+def shared(one: Float[Tensor, "M 4"], other: Float[Tensor, "N 4"]) -> Float[Tensor, "M N"]:
+    """Return the area that every pair has in common."""
     # Side by side and not as pairs of boxes: with thousands of them each [M, N] counts.
     across, down = (
         (
@@ -30,8 +36,7 @@ def iou(one: Float[Tensor, "M 4"], other: Float[Tensor, "N 4"]) -> Float[Tensor,
         )
         for near, far in ((0, 2), (1, 3))
     )
-    both = across.clamp(min=0) * down.clamp(min=0)
-    return both / (area(one)[:, None] + area(other)[None] - both).clamp(min=1e-9)
+    return across.clamp(min=0) * down.clamp(min=0)
 
 
 def giou(one: Float[Tensor, "M 4"], other: Float[Tensor, "M 4"]) -> Float[Tensor, " M"]:

@@ -3,7 +3,8 @@
 Settings are those of Mask2Former with Swin-B on ADE20K (arXiv 2112.01527, section 4.1 and appendix): crops of 640 x 640
 pixels, pictures scaled by 0.5 to 2, batches of 16, AdamW at 1e-4 with decay 0.05, gradients clipped at 0.01, 160,000
 steps. Two things differ, as the optimizer here has no such setting: the rate falls by half a cosine instead of a
-polynomial of power 0.9, and falls from layer to layer of the backbone instead of being a tenth in all of it.
+polynomial of power 0.9, and falls from layer to layer of the backbone instead of being a tenth in all of it. Blocks are
+recomputed in the backward.
 
 Neither the data nor a machine for it was at hand: only its model was built.
 """
@@ -19,7 +20,8 @@ from synchromesh.data.colors import RandomColors
 from synchromesh.data.moves import Fit, RandomMoves
 from synchromesh.data.pixel_sources import ReaderPair
 from synchromesh.models.swin_v2_moe import config_b
-from synchromesh.recipes.swinv2_moe_s_22k import EXPERTS, IMAGENET
+from synchromesh.recipes.cascade_coco_s import finetuned
+from synchromesh.recipes.swinv2_moe_s_22k import IMAGENET
 from synchromesh.tasks.pixels import PixelData
 from synchromesh.tasks.segmentation import Segmentation
 from synchromesh.training.config import Freeze, Start, TrainConfig
@@ -45,7 +47,7 @@ def mask2former_ade20k() -> TrainConfig:
     return TrainConfig(
         name="mask2former_ade20k",
         task=Segmentation(data, hf.SemanticMasks(hf.Mask2Former())),
-        model=dataclasses.replace(config_b(), experts=EXPERTS),
+        model=finetuned(config_b(), drop_path=0.3),
         optim=Optim(
             lr=1e-4,
             warmup_lr=0.0,

@@ -98,12 +98,12 @@ class Detection(Task):
         return batch_of(samples, self.data, device, learning=rng is not None, masks=masks)
 
     def shaped(self, batch: Batch, rng: np.random.Generator) -> Batch:
-        """Return the batch at one of the sizes of the data's moves."""
+        """Return the batch so small that its crops fit into one of the sizes of the data's moves."""
         moves = self.data.moves
         if moves is None or len(moves.sizes) == 1:
             return batch
         assert isinstance(batch, Scenes)
-        return batch.resized(moves.sizes[int(rng.integers(len(moves.sizes)))], self.data.canvas(learning=True))
+        return batch.resized(moves.shrunk(moves.sizes[int(rng.integers(len(moves.sizes)))]))
 
     def counts(self, batch: Batch) -> Mapping[str, int]:
         assert isinstance(batch, Scenes)

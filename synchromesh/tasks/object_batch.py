@@ -28,6 +28,7 @@ from synchromesh.data.object_sources import (
     ObjectPictures,
     ObjectReaders,
     check_classes,
+    check_objects,
     check_regions,
     scored_pictures,
 )
@@ -76,7 +77,7 @@ class SceneData:
             return Splits(learnt, scored, {CLASSES: list(self.source.classes)})
         train, test = self.source.load(seed)
         facts = {CLASSES: list(train.classes), CATEGORY_IDS: list(train.category_ids)}
-        notes = [*train.notes(), *test.notes()]
+        notes = [*train.notes(), *test.notes(), *check_objects(train, test)]
         if masks:
             notes += [*check_regions(train), *check_regions(test)]
         return Splits(self._split(train, masks), self._split(test, masks), facts, tuple(notes))
@@ -131,8 +132,7 @@ class SceneData:
         if isinstance(self.source, ComposedScenes):
             return 1, 1
         if learning and self.moves is not None:
-            sizes = self.moves.sizes
-            return max(height for height, _ in sizes), max(width for _, width in sizes)
+            return self.moves.largest()
         fit = self.reading().fit
         if fit.size is not None:
             return fit.size
@@ -182,28 +182,23 @@ class Scenes(Batch):
         none = torch.zeros(0, *size, dtype=torch.bool, device=device)
         return Objects(image, boxes, labels, torch.cat(self.masks) if self.masks else none)
 
-    def resized(self, size: Size, largest: Size) -> Scenes:
-        """Return the batch with `size` pixels for each `largest` ones: images bilinear, masks by nearest pixels."""
-        if size == largest:
+    def resized(self, factor: float) -> Scenes:
+        """Return the batch scaled by a factor: images bilinear, masks by nearest pixels."""
+        if factor == 1.0:
             return self
-        down, right = size[0] / largest[0], size[1] / largest[1]
-        height, width = (
-            max(1, round(side * factor)) for side, factor in zip(self.images.shape[-2:], (down, right), strict=True)
-        )
+        height, width = (max(1, round(side * factor)) for side in self.images.shape[-2:])
         sizes = tuple(
-            (min(height, max(1, round(h * down))), min(width, max(1, round(w * right)))) for h, w in self.sizes
+            (min(height, max(1, round(h * factor))), min(width, max(1, round(w * factor)))) for h, w in self.sizes
         )
-        stretch = [torch.tensor([right, down, right, down], device=each.device) for each in self.boxes]
-        masks = self.masks and tuple(_nearest(own, (height, width)) for own in self.masks)
         return dataclasses.replace(
             self,
             images=_smooth(self.images, (height, width))
             if len(self)
             else self.images.new_zeros(0, self.images.shape[1], height, width),
-            boxes=tuple(own * factor for own, factor in zip(self.boxes, stretch, strict=True)),
+            boxes=tuple(own * factor for own in self.boxes),
             sizes=sizes,
-            scales=tuple((x * right, y * down) for x, y in self.scales),
-            masks=masks,
+            scales=tuple((x * factor, y * factor) for x, y in self.scales),
+            masks=self.masks and tuple(_nearest(own, (height, width)) for own in self.masks),
         )
 
 

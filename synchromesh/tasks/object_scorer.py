@@ -10,11 +10,10 @@ from torch import Tensor
 from synchromesh.data.annotation import AnnotatedPicture, Annotation
 from synchromesh.data.instances import Instances
 from synchromesh.data.regions import Polygons, RunLengths
-from synchromesh.data.scores.boxes import ObjectScores, Seen, annotations_of
-from synchromesh.models.boxes import iou
+from synchromesh.data.scores.boxes import NO_SIZE, ObjectScores, Seen, annotations_of
 from synchromesh.tasks.object_answers import told
 from synchromesh.tasks.object_batch import Scenes
-from synchromesh.tasks.object_confusion import confused
+from synchromesh.tasks.object_confusion import OVERLAP, confused, overlaps
 from synchromesh.tasks.object_panels import object_details
 from synchromesh.training.task import Batch, Number, Run, Scorer, Scores
 
@@ -50,7 +49,8 @@ class ObjectScorer(Scorer):
         truths = [Instances(b.cpu(), n.cpu()) for b, n in zip(batch.boxes, batch.labels, strict=True)]
         for place, one in enumerate(found):
             self._add(one, truths[place], batch, place)
-        return [merit(one, truth, least=self._least) for one, truth in zip(found, truths, strict=True)]
+        seen = self._scores.state()
+        return [merit(one, least=self._least) for one in seen[len(seen) - len(found) :]]
 
     def state(self) -> list[Seen]:
         return self._scores.state()
@@ -81,23 +81,25 @@ class ObjectScorer(Scorer):
         self._scores.add(objects, seen.found, height=size[0], width=size[1], number=number, rles=seen.rles)
 
 
-def merit(found: Instances, truth: Instances, *, least: float) -> float:
+def merit(seen: Seen, *, least: float) -> float:
     """Return the panoptic quality of boxes (arXiv 1801.00868), sum of IoU / (TP + FP / 2 + FN / 2); 1 for no objects.
 
     Of the boxes with probability `least` or more, each takes the object of its class that it overlaps most, if by an
-    IoU above 0.5.
+    IoU above 0.5. What takes none and lies on an ignored object is not wrong.
     """
-    assert found.scores is not None
-    sure = found.scores >= least
-    boxes, labels = found.boxes[sure], found.labels[sure]
-    overlap = iou(boxes, truth.boxes) * (labels[:, None] == truth.labels[None])
-    total, taken = 0.0, set()
-    for row in overlap:
+    sure, wanted = seen.found.values >= least, seen.truth.values != NO_SIZE
+    overlap = overlaps(seen.found.boxes[sure], seen.truth)
+    excused = (overlap[:, ~wanted] >= OVERLAP).any(dim=1).tolist()
+    same = seen.found.labels[sure][:, None] == seen.truth.labels[wanted][None]
+    total, taken, wrong = 0.0, set(), 0
+    for row, is_excused in zip(overlap[:, wanted] * same, excused, strict=True):
         best = int(row.argmax()) if len(row) else -1
-        if best >= 0 and best not in taken and row[best] > 0.5:
+        if best >= 0 and best not in taken and row[best] > OVERLAP:
             taken.add(best)
             total += float(row[best])
-    wrong = len(boxes) - len(taken) + len(truth) - len(taken)
+        else:
+            wrong += not is_excused
+    wrong += int(wanted.sum()) - len(taken)
     return total / (len(taken) + wrong / 2) if len(taken) + wrong else 1.0
 
 

@@ -90,9 +90,7 @@ class PixelData:
         """Return crops, which are read at the largest of the sizes, at another one of them."""
         if size is None or self.moves is None or size == self.moves.largest():
             return scenes
-        largest = self.moves.largest()
-        factor = min(size[0] / largest[0], size[1] / largest[1])
-        return [scene.resized(factor) for scene in scenes]
+        return [scene.resized(self.moves.shrunk(size)) for scene in scenes]
 
 
 def check_kind(annotated: Annotated[Any], wanted: type, said: str) -> None:

@@ -51,6 +51,18 @@ def test_annotations_behind_the_pictures_are_not_read_to_their_end(
     assert len(handed) == read
 
 
+@pytest.mark.parametrize(("share", "masks"), [(1, True), (3, True), (8, False)])
+def test_most_objects_decide_whether_masks_are_learnt_and_not_a_single_one(
+    tmp_path: Path, share: int, masks: bool
+) -> None:
+    path = write_squares(tmp_path, "train", 9)
+    whole = json.loads(path.read_text())
+    for one in whole["annotations"][: len(whole["annotations"]) * share // 10]:
+        one["segmentation"] = []
+    path.write_text(json.dumps(whole))
+    assert glance(path).regions is masks
+
+
 def test_what_is_missing_or_broken_is_left_to_whoever_loads_the_file(tmp_path: Path) -> None:
     path = write_squares(tmp_path, "train", 3)
     whole = json.loads(path.read_text())

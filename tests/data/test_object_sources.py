@@ -9,6 +9,7 @@ from synchromesh.data.object_sources import (
     ObjectFiles,
     ObjectReaders,
     check_classes,
+    check_objects,
     check_regions,
     scored_pictures,
 )
@@ -81,6 +82,19 @@ def test_objects_without_regions_are_counted_and_all_without_are_refused(tmp_pat
     bare = CocoJson(write_squares(tmp_path, "bare", 3, regions=False), tmp_path / "images").load()
     with pytest.raises(InputError, match="give a head that says no masks"):
         check_regions(bare)
+
+
+def test_pictures_without_an_object_to_learn_are_refused_and_without_one_to_find_are_told(tmp_path: Path) -> None:
+    path = write_squares(tmp_path, "some", 4)
+    some = CocoJson(path, tmp_path / "images").load()
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({**found, "annotations": [{**one, "iscrowd": 1} for one in found["annotations"]]}))
+    crowds = CocoJson(path, tmp_path / "images").load()
+    assert check_objects(some, some) == ()
+    (said,) = check_objects(some, crowds)
+    assert "not one object to find in 4 pictures" in said
+    with pytest.raises(InputError, match="has 4 pictures and not one object to learn"):
+        check_objects(crowds, some)
 
 
 def test_classes_in_another_order_are_refused(tmp_path: Path) -> None:

@@ -105,6 +105,19 @@ def test_fine_tuning_on_coco_has_the_papers_head_with_the_moe_layers_frozen(
             assert abs(min(crop) - shorter) <= 1
 
 
+def test_every_recipe_of_larger_images_keeps_the_positions_of_pre_training() -> None:
+    """An offset of one position has the bias that it was learnt with, in windows that were cut to small maps too."""
+    for name, recipe in RECIPES.items():
+        config = recipe()
+        if config.start.weights is None or not isinstance(config.model, SwinV2Config):
+            continue
+        pretrained = RECIPES[config.start.weights.name]().model
+        model = config.task.sized(config.model)
+        for stage in range(4):
+            own = (*model.pretrained_window_sizes, 0, 0, 0, 0)[stage] or model.window(stage)
+            assert own == pretrained.window(stage), (name, stage)
+
+
 @pytest.mark.parametrize("pixels", [(32, 32), (40, 56)])
 def test_weights_of_small_images_start_larger_ones_whose_windows_grow(tmp_path: Path, pixels: tuple[int, int]) -> None:
     """As `cascade_coco_s` starts from 192 pixels: a map that was one window of 2 x 2 gets windows of 4 x 4."""

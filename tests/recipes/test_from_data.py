@@ -187,7 +187,7 @@ def test_numbers_that_a_json_does_not_tell_are_refused(
 def test_large_pictures_get_a_third_stage_and_few_pictures_many_epochs(tmp_path: Path) -> None:
     path = write_squares(tmp_path, "all", 5)
     small = of_data(path, None)
-    assert (small.epochs, small.batch_size, small.model.depths) == (100, 1, (2, 4))
+    assert (small.epochs, small.batch_size, small.model.depths) == (120, 1, (2, 4))  # 600 steps
     found = json.loads(path.read_text())
     for one in found["images"]:
         Image.new("RGB", (500, 200)).save(tmp_path / "images" / one["file_name"])

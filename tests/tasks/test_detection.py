@@ -11,6 +11,7 @@ from synchromesh.data.instances import Instances
 from synchromesh.data.pictures import TRUTH
 from synchromesh.data.scene import Scene
 from synchromesh.data.scenes import ComposedScenes
+from synchromesh.data.scores.boxes import NO_SIZE, Drawn, Seen
 from synchromesh.models.heads.objects import Found
 from synchromesh.models.swin_v2 import SwinV2Config
 from synchromesh.tasks.detection import LEAST_TOLD, Detection
@@ -128,17 +129,22 @@ def test_scenes_are_scored_in_the_pixels_that_they_had_before_they_were_shrunk()
 
 
 def test_the_merit_of_a_scene_falls_with_wrong_missing_and_loose_boxes() -> None:
-    def merit(*found: tuple[int, list[float], float]) -> float:
-        boxes = torch.tensor([box for _, box, _ in found]).reshape(-1, 4)
-        labels = torch.tensor([label for label, _, _ in found], dtype=torch.int64)
-        said = Instances(boxes, labels, torch.tensor([score for *_, score in found]))
-        return merit_of(said, Instances(torch.tensor([BOX]), torch.tensor([1])), least=LEAST_TOLD)
+    def drawn(*objects: tuple[int, list[float], float]) -> Drawn:
+        boxes = torch.tensor([box for _, box, _ in objects]).reshape(-1, 4)
+        labels = torch.tensor([label for label, _, _ in objects], dtype=torch.int64)
+        return Drawn(boxes, labels, torch.tensor([value for *_, value in objects]))
+
+    def merit(*found: tuple[int, list[float], float], crowd: list[float] | None = None) -> float:
+        truth = drawn((1, BOX, 144.0), *([] if crowd is None else [(1, crowd, float(NO_SIZE))]))
+        truth = dataclasses.replace(truth, crowd=truth.values == NO_SIZE)
+        return merit_of(Seen(32, 32, truth, drawn(*found)), least=LEAST_TOLD)
 
     far = [0.0, 0.0, 3.0, 3.0]
     assert merit((1, BOX, 0.9)) == 1
     assert merit((1, [4.0, 8, 20, 20], 0.9)) == pytest.approx(0.75)
     assert merit((1, BOX, 0.9), (1, far, 0.9)) == merit((1, BOX, 0.9), (1, BOX, 0.9)) == pytest.approx(2 / 3)
     assert merit() == merit((0, BOX, 0.9)) == merit((1, far, 0.9)) == merit((1, BOX, 0.1)) == 0
+    assert merit((1, BOX, 0.9), (1, far, 0.9), (0, far, 0.9), crowd=[0.0, 0.0, 32.0, 32.0]) == 1
 
 
 @torch.no_grad()

@@ -1,3 +1,5 @@
+import dataclasses
+
 import torch
 
 from synchromesh.data.scores.boxes import NO_SIZE, Drawn, Seen
@@ -38,3 +40,18 @@ def test_the_surest_takes_an_object_and_a_second_one_is_too_many() -> None:
 def test_ignored_objects_are_neither_missed_nor_confused_however_often_they_are_found() -> None:
     ignored = seen([(0, LEFT, NO_SIZE)], [(1, LEFT, 0.9), (0, LEFT, 0.9)])
     assert confused([ignored, seen([(0, LEFT, NO_SIZE)], [])], CLASSES, least=0.3) == []
+
+
+def test_what_lies_in_a_crowd_is_no_mistake_however_small_and_an_object_in_it_is_still_missed() -> None:
+    crowd = seen([(0, [0.0, 0.0, 40.0, 40.0], NO_SIZE), (1, LEFT, 100.0)], [(0, RIGHT, 0.9), (1, RIGHT, 0.8)])
+    truth = dataclasses.replace(crowd.truth, crowd=torch.tensor([True, False]))
+    assert confused([dataclasses.replace(crowd, truth=truth)], CLASSES, least=0.3) == [
+        {"truth": "dog", "found": "-", "count": 1}
+    ]
+    far = dataclasses.replace(truth, boxes=torch.tensor([[100.0, 0, 140, 40], LEFT]))
+    assert len(confused([dataclasses.replace(crowd, truth=far)], CLASSES, least=0.3)) == 3
+
+
+def test_an_object_that_can_be_missed_is_matched_before_one_that_is_ignored() -> None:
+    both = seen([(0, LEFT, NO_SIZE), (0, [0.0, 0.0, 10.0, 12.0], 120.0)], [(0, LEFT, 0.9)])
+    assert confused([both], CLASSES, least=0.3) == []
