@@ -23,7 +23,7 @@ from synchromesh.moe.routing import TopKRouter
 from synchromesh.parallel.comm.collectives import all_to_all
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.sharded import Sharded
-from synchromesh.planning.cluster import ClusterProfile, Curve, Link, Matmul
+from synchromesh.planning.cluster import UNMEASURED, ClusterProfile, Curve, Link, Matmul
 from synchromesh.types import Plan, Workload
 
 MATMUL_SHAPES = [(16, 256, 256), (64, 512, 256), (256, 256, 512), (128, 1024, 512), (512, 512, 512), (1024,) * 3]
@@ -49,7 +49,7 @@ def measure(grid: Grid, name: str, *, device: torch.device, begins: Callable[[st
     begins("links")
     node, network = meter.links()
     begins("layer")
-    start = (network if grid.nodes > 1 else node).start
+    start = (node if network is None else network).start
     alone = meter.layer(4, 16, 16, 16)
     kernel = meter.kernel()
     memory_rate = meter.memory_rate(matmul["float32"], kernel, alone)
@@ -63,8 +63,8 @@ def measure(grid: Grid, name: str, *, device: torch.device, begins: Callable[[st
     seen = (
         f"measured on {device_name(device)}, torch {torch.__version__}, {grid.size} ranks, {grid.ranks_per_node} a node"
     )
-    links = {"node": seen if grid.ranks_per_node > 1 else "not measured: one rank a node"}
-    links["network"] = seen if grid.nodes > 1 else "not measured: one node"
+    links = {"node": seen if grid.ranks_per_node > 1 else f"{UNMEASURED}: one rank a node"}
+    links["network"] = seen if grid.nodes > 1 else f"{UNMEASURED}: one node"
     fields = ("memory_bytes", "memory_rate", "kernel", "step", "chunk", "matmul", "slowed")
     return ClusterProfile(
         name=name,
@@ -175,7 +175,8 @@ class _Meter:
         taken = self.seconds(forward, rounds=3 * ROUNDS)
         return taken, max(0.0, self.seconds(both, rounds=3 * ROUNDS) - taken)
 
-    def links(self) -> tuple[Link, Link]:
+    def links(self) -> tuple[Link, Link | None]:
+        """Measure the links in a node and between nodes; None for what these ranks do not have."""
         grid = self.grid
         node, place = divmod(grid.rank, grid.ranks_per_node)
         found: dict[str, Link] = {}
@@ -187,8 +188,7 @@ class _Meter:
             across = self._link(comb, node, sends=place == 0)
             found["network"] = Link(across.start, across.message, self._node_rate(comb))
         alone = Link(0.0, Curve(((0.0, 0.0), (1.0, 0.0))))
-        node_link = found.get("node", found.get("network", alone))
-        return node_link, found.get("network", node_link)
+        return found.get("node", found.get("network", alone)), found.get("network")
 
     def slowed(self) -> tuple[float, float]:
         """Return how much longer products, and an exchange, take while both run."""

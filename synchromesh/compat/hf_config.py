@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from synchromesh.planning.planner import LayerKind, ModelShape
+from synchromesh.planning.shape import LayerKind, ModelShape
 from synchromesh.types import Workload
 
 # By field, the names that model families give it, the first found counts.

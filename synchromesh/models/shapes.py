@@ -15,7 +15,7 @@ from synchromesh.models.mixtures import ExpertsConfig
 from synchromesh.models.swin_v2 import SwinV2Config
 from synchromesh.models.swin_v2_moe import config_b, config_s
 from synchromesh.moe.layer import MoE
-from synchromesh.planning.planner import LayerKind, ModelShape
+from synchromesh.planning.shape import LayerKind, ModelShape
 from synchromesh.types import Workload
 
 # One calibration: the paper's table 7, its dense SwinV2-B on one node of 8 A100: 1,198 images/s inferred and 291
@@ -57,6 +57,8 @@ def shape_of(
         dense_saved=float(sum(SAVED_PER_CHANNEL * place.positions * place.width for place in places)),
         dense_share=DENSE_SHARE,
         calibrated_by=CALIBRATION,
+        blocks=len(places),
+        block_inputs=float(sum(place.positions * place.width for place in places)),
     )
 
 

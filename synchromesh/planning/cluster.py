@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 SUFFIX = ".json"
+UNMEASURED = "not measured"  # how the source of a number begins that nobody measured
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class ClusterProfile:
         chunk: seconds that each chunk after the first adds, in forward and in backward.
         matmul: speed of matrix products by dtype, such as "bfloat16".
         node: the links between ranks of one node.
-        network: the links between ranks of two nodes.
+        network: the links between ranks of two nodes; None where one node was measured, so that nobody knows.
         slowed: factors on the time of compute and of exchange while both run.
         sources: where each number is from, by field.
     """
@@ -118,9 +119,14 @@ class ClusterProfile:
     chunk: tuple[float, float]
     matmul: Mapping[str, Matmul]
     node: Link
-    network: Link
+    network: Link | None
     slowed: tuple[float, float]
     sources: Mapping[str, str]
+
+    @property
+    def across(self) -> Link:
+        """The links between nodes; where they are unknown, those inside a node stand for them: no network is faster."""
+        return self.node if self.network is None else self.network
 
     def to_json(self) -> str:
         """Return the profile as indented JSON."""
@@ -133,11 +139,9 @@ class ClusterProfile:
             found = json.loads(text)
             _same_fields(found, ClusterProfile)
             for name in ("node", "network"):
-                link = found[name]
-                _same_fields(link, Link)
-                points = tuple((float(size), float(seconds)) for size, seconds in link["message"]["points"])
-                rate = None if link["node_rate"] is None else _positive("node_rate", link["node_rate"])
-                found[name] = Link(float(link["start"]), Curve(points), rate, float(link["crowding"]))
+                found[name] = _link(found[name]) if name == "node" or found[name] is not None else None
+            if str(found["sources"]["network"]).startswith(UNMEASURED):
+                found["network"] = None  # files of 0.1 and before repeat the links of the node here
             found["matmul"] = {dtype: Matmul(**numbers) for dtype, numbers in found["matmul"].items()}
             for name in ("step", "chunk", "slowed"):
                 first, second = found[name]
@@ -178,6 +182,13 @@ def load_profile(name: str | Path) -> ClusterProfile:
             f"there is no cluster {str(name)!r}: wanted a file of `synchromesh profile`, or one of {known}"
         )
     return ClusterProfile.from_json(Path(name).read_text())
+
+
+def _link(found: Any) -> Link:
+    _same_fields(found, Link)
+    points = tuple((float(size), float(seconds)) for size, seconds in found["message"]["points"])
+    rate = None if found["node_rate"] is None else _positive("node_rate", found["node_rate"])
+    return Link(float(found["start"]), Curve(points), rate, float(found["crowding"]))
 
 
 def _same_fields(found: Any, kind: type) -> None:

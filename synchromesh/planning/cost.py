@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from synchromesh.planning.cluster import ClusterProfile, Link
 from synchromesh.planning.lattice import Ranks, row_copies
-from synchromesh.planning.traffic import Collective, Traffic, kept_pairs, traffic
+from synchromesh.planning.traffic import Collective, Group, Traffic, kept_pairs, traffic
 from synchromesh.types import Plan, Workload
 
 BACKWARD_PRODUCTS = 2  # for each product of forward: the gradients of rows and of weights
@@ -50,6 +50,17 @@ class Seconds:
             self.exchange + other.exchange,
             self.gather + other.gather,
             self.exposed + other.exposed,
+        )
+
+    def times(self, count: int) -> Seconds:
+        """Return the seconds of so many passes."""
+        return Seconds(
+            count * self.route,
+            count * self.permute,
+            count * self.matmul,
+            count * self.exchange,
+            count * self.gather,
+            count * self.exposed,
         )
 
 
@@ -175,27 +186,40 @@ class _Model:
         return max(products, moved * work.dtype.itemsize / self.profile.memory_rate)
 
     def _together(self, several: tuple[Collective, ...]) -> float:
-        return sum((self._seconds(one) for one in several), 0.0)
+        return sum((collective_seconds(one, self.profile) for one in several), 0.0)
 
-    def _seconds(self, one: Collective) -> float:
-        """Return the time of a collective alone on its links."""
-        group, profile = one.group, self.profile
-        crossing = group.far > 0
-        start = (profile.network if crossing else profile.node).start
-        if one.kind == "all_to_all" or (one.kind == "reduce_scatter" and profile.backend == "gloo"):
-            # Messages inside the node and across run at the same time; a rank sends those of one kind in turn. The link
-            # of the node, shared by its ranks, may be the limit.
-            near = group.near * profile.node.message.at(one.size)
-            crowded = 1 + profile.network.crowding * group.far if group.near else 1.0
-            far = group.far * profile.network.message.at(one.size * crowded)
-            return start + max(near, far, _shared(profile.network, one.size * group.crossing))
-        steps = group.size - 1  # of a ring, in each of which every rank sends one part to the next
-        near = steps * profile.node.message.at(one.size)
-        if not crossing:
-            return start + near
-        rails = group.near + 1 if profile.backend == "nccl" else 1  # NCCL lays a ring over every link of a node
-        far = steps * profile.network.message.at(one.size / rails)
-        return start + max(near, far, _shared(profile.network, one.size * steps * group.ring))
+
+def collective_seconds(one: Collective, profile: ClusterProfile) -> float:
+    """Return the time of a collective alone on its links."""
+    group, crossing = one.group, one.group.far > 0
+    start = (profile.across if crossing else profile.node).start
+    if one.kind == "all_to_all" or (one.kind == "reduce_scatter" and profile.backend == "gloo"):
+        # Messages inside the node and across run at the same time; a rank sends those of one kind in turn. The link
+        # of the node, shared by its ranks, may be the limit.
+        near = group.near * profile.node.message.at(one.size)
+        crowded = 1 + profile.across.crowding * group.far if group.near else 1.0
+        far = group.far * profile.across.message.at(one.size * crowded)
+        return start + max(near, far, _shared(profile.across, one.size * group.crossing))
+    return start + _ring_seconds(one.size, group, profile)
+
+
+def all_reduce_seconds(size: float, group: Group, profile: ClusterProfile) -> float:
+    """Return the time to sum `size` bytes over a group: parts go round a ring twice, summed, then whole."""
+    if group.size == 1:
+        return 0.0
+    start = (profile.across if group.far > 0 else profile.node).start
+    return start + 2 * _ring_seconds(size / group.size, group, profile)
+
+
+def _ring_seconds(size: float, group: Group, profile: ClusterProfile) -> float:
+    """Return the time until every part of `size` bytes has been at every rank of a ring."""
+    steps = group.size - 1  # in each of which every rank sends one part to the next
+    near = steps * profile.node.message.at(size)
+    if group.far == 0:
+        return near
+    rails = group.near + 1 if profile.backend == "nccl" else 1  # NCCL lays a ring over every link of a node
+    far = steps * profile.across.message.at(size / rails)
+    return max(near, far, _shared(profile.across, size * steps * group.ring))
 
 
 def _shared(link: Link, size: float) -> float:

@@ -142,14 +142,14 @@ def _levels(ranks: Ranks, plan: Plan, size: float) -> tuple[Collective, ...]:
 
 def _exchange_group(ranks: Ranks, plan: Plan) -> Group:
     members = ranks.size // plan.gather
-    return _comb(ranks, plan.gather) if plan.near else _block(ranks, members)
+    return comb(ranks, plan.gather) if plan.near else block(ranks, members)
 
 
 def _gather_group(ranks: Ranks, plan: Plan) -> Group:
-    return _block(ranks, plan.gather) if plan.near else _comb(ranks, ranks.size // plan.gather)
+    return block(ranks, plan.gather) if plan.near else comb(ranks, ranks.size // plan.gather)
 
 
-def _block(ranks: Ranks, size: int) -> Group:
+def block(ranks: Ranks, size: int) -> Group:
     """Return a group of neighbours in rank order."""
     # Counted over the ranks r of the first node: the members beside each, and where its ring sends next.
     node = ranks.per_node
@@ -158,7 +158,7 @@ def _block(ranks: Ranks, size: int) -> Group:
     return _group(size, near, sum(not 0 <= following < node for following in ring))
 
 
-def _comb(ranks: Ranks, stride: int) -> Group:
+def comb(ranks: Ranks, stride: int) -> Group:
     """Return a group of every stride-th rank."""
     node, size = ranks.per_node, ranks.size // stride
     near = [math.ceil((node - r % stride) / stride) for r in range(node)]

@@ -31,6 +31,7 @@ def test_one_process_measures_all_but_links(tmp_path: Path, capsys: pytest.Captu
     assert cli.main(["profile", str(tmp_path / "one.json"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["sources"]["network"] == "not measured: one node"
+    assert found["network"] is None
     assert found["memory_rate"] > 0
 
 

@@ -39,6 +39,17 @@ def test_every_number_of_a_shipped_profile_has_its_source(name):
     assert all(profile.sources.values())
 
 
+def test_links_between_nodes_that_nobody_measured_are_unknown():
+    found = json.loads(load_profile("cpu_gloo").to_json())
+    assert found["network"] is None
+    profile = ClusterProfile.from_json(json.dumps(found))
+    assert profile.across is profile.node  # no network is faster than that
+    older = found | {"network": found["node"]}  # as files of 0.1 have it
+    assert ClusterProfile.from_json(json.dumps(older)) == profile
+    measured = ClusterProfile.from_json(load_profile("a100_hdr").to_json())
+    assert measured.across is measured.network is not None
+
+
 def test_an_unknown_cluster_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match=r"wanted a file.*a100_hdr"):
         load_profile("b200_xdr")
