@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json as to_json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 
 from synchromesh.commands.context import Context
+from synchromesh.commands.paste import Asked, to_paste
 from synchromesh.commands.plan_table import show_plans
 from synchromesh.compat.hf_config import read_hf_config
 from synchromesh.errors import InputError
@@ -88,10 +90,12 @@ class Case:
     Attributes:
         model: with the changes.
         changed: what was changed, for people.
+        asked: what its command must repeat.
     """
 
     model: ModelShape
     changed: str
+    asked: Asked
 
 
 def run(request: Request, context: Context) -> int:
@@ -110,14 +114,26 @@ def run(request: Request, context: Context) -> int:
     for case, planned in results.items():
         if request.json:
             for one in planned:
-                console.print(to_json.dumps(as_json(case, one)), soft_wrap=True, highlight=False, markup=False)
+                found = as_json(case, one) | {"command": to_paste(one, case.asked)}
+                console.print(to_json.dumps(found), soft_wrap=True, highlight=False, markup=False)
         else:
             what = "inference" if request.inference else "training"
             show_plans(console, f"{case.model.name} {case.changed} on {profile.name}, {what}", case.model, planned)
+            _show_command(console, case, planned)
     if request.html is not None and page is not None:
         page(request.html, {f"{c.model.name} {c.changed}": found for c, found in results.items()}, profile)
         console.print(str(request.html), highlight=False, soft_wrap=True)
     return 0 if any(one.refused is None for planned in results.values() for one in planned) else 1
+
+
+def _show_command(console: Console, case: Case, planned: Sequence[Planned]) -> None:
+    """Print what to paste for the largest number of ranks that has a command."""
+    for one in reversed(planned):
+        command = to_paste(one, case.asked)
+        if command is not None:
+            console.print(f"\nto run it on {one.ranks.size:,}:", style="bold", highlight=False, soft_wrap=True)
+            console.print(command, highlight=False, soft_wrap=True, markup=False)
+            return
 
 
 def as_json(case: Case, one: Planned) -> dict[str, Any]:
@@ -192,7 +208,8 @@ def _cases(request: Request) -> Iterator[Case]:
         said = [f"E {experts}"] if experts else []
         said += [f"k {k}"] if k else []
         said += [f"capacity {capacity:g}"] if capacity is not None else []
-        yield Case(model, ", ".join(said))
+        asked = Asked(_named(request, model), request.cluster, experts, k, capacity, not request.inference)
+        yield Case(model, ", ".join(said), asked)
 
 
 def _model(request: Request, experts: int | None) -> ModelShape:
@@ -209,6 +226,13 @@ def _model(request: Request, experts: int | None) -> ModelShape:
         known = ", ".join(SHAPES)
         raise InputError(f"there is no model {request.model!r}: wanted {known}, or the config.json of one")
     return read_hf_config(path, length=request.length)
+
+
+def _named(request: Request, model: ModelShape) -> str | Path | Workload:
+    if request.layer is not None:
+        return model.layers[0].work
+    path = Path(request.model)
+    return request.model if request.model in SHAPES else path.parent if path.is_file() else path
 
 
 def _changed(
