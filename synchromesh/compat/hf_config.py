@@ -69,7 +69,8 @@ def _family(config: Config, file: Path) -> Family:
     name = str(config.get("model_type"))
     if name in FAMILIES:
         return FAMILIES[name]
-    why = UNKNOWN.get(name, "nobody has said how it writes its experts")
+    usual = UNKNOWN.get(name, "nobody has said how it writes its experts")
+    why = usual if any(config.get(own) for own in NAMES["experts"]) or name in UNKNOWN else "it tells of no experts"
     raise ValueError(
         f"{file} is of the family {name}, which is not known here: {why}. Known are {', '.join(sorted(FAMILIES))}. "
         "One layer by its numbers: synchromesh plan --layer T D F E K"

@@ -49,7 +49,8 @@ PLAIN = (
     "sarvam_mla", "sarvam_moe", "solar_open", "unlimited_ocr_text", "zaya",
 )  # fmt: skip
 SHARED = (
-    "flint", "kolibri1", "laguna", "lara_mini", "qwen2_moe", "qwen3_5_moe_text", "qwen3_next", "qwen3_omni_moe_talker_text", "qwen4_exp_text",
+    "flint", "kolibri1", "laguna", "lara_mini", "qwen2_moe", "qwen3_5_moe_text", "qwen3_next",
+    "qwen3_omni_moe_talker_text", "qwen4_exp_text",
 )  # fmt: skip
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(

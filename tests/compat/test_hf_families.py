@@ -136,6 +136,12 @@ def test_an_unknown_family_is_named_with_the_known_ones_and_a_way_to_go_on(tmp_p
         assert all(known in str(caught.value) for known in ("mixtral", "dbrx", "qwen2_moe", "--layer"))
 
 
+def test_a_dense_model_is_said_to_have_no_experts(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(hf.LlamaConfig().to_dict(), default=str))
+    with pytest.raises(ValueError, match=r"family llama.*it tells of no experts"):
+        read_hf_config(tmp_path, length=16)
+
+
 def test_a_family_whose_experts_are_off_has_none(tmp_path):
     config = default("gemma4_text").to_dict() | {"enable_moe_block": False}
     (tmp_path / "config.json").write_text(json.dumps(config, default=str))
