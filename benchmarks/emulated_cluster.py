@@ -36,6 +36,7 @@ from rich.table import Table
 
 from synchromesh import Dropless, Grid, MLPExperts, MoE, Plan, Sharded, TopKRouter
 from synchromesh.parallel.layout import Layout
+from synchromesh.planning.framing import Framing
 from synchromesh.types import Workload
 
 RESULTS = Path(__file__).parent / "results" / "emulated_cluster.jsonl"
@@ -182,6 +183,16 @@ def tool(command: str, *, check: bool = True) -> None:
         raise SystemExit(f"`{command}` failed: {done.stderr.strip()}")
 
 
+def burst(mbit: int) -> int:
+    """Return how many KiB a limited link sends at once."""
+    return max(32, mbit // 4)
+
+
+def framing(mbit: int) -> Framing:
+    """Return how a limited link counts: it passes the kernel's 64 KiB on in one where it may send so much at once."""
+    return Framing() if burst(mbit) < 64 else Framing(segment=45 * 1448)
+
+
 @contextmanager
 def cluster(nodes: int, mbit: int) -> Iterator[None]:
     """Make nodes on a switch, every link limited in both directions; remove all of it at the end."""
@@ -199,7 +210,7 @@ def cluster(nodes: int, mbit: int) -> Iterator[None]:
             tool(f"ip -n {name} link set lo up")
             tool(f"ip -n {name} link set eth0 up")
             tool(f"ip -n {PREFIX}sw link set {name}b master br0 up")
-            limit = f"tbf rate {mbit}mbit burst {max(32, mbit // 4)}kb latency 100ms"
+            limit = f"tbf rate {mbit}mbit burst {burst(mbit)}kb latency 100ms"
             tool(f"ip netns exec {name} tc qdisc add dev eth0 root {limit}")
             tool(f"ip netns exec {PREFIX}sw tc qdisc add dev {name}b root {limit}")
             tool(f"ip netns exec {name} sysctl -qw net.ipv4.tcp_congestion_control=reno", check=False)

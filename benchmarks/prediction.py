@@ -28,7 +28,7 @@ import emulated_cluster
 import torch
 import torch.distributed as dist
 import tyro
-from emulated_cluster import PREFIX, RESULTS, WORKLOADS, Shape, cluster, measure, plans_for
+from emulated_cluster import PREFIX, RESULTS, WORKLOADS, Shape, cluster, framing, measure, plans_for
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -44,7 +44,6 @@ from synchromesh.types import Workload
 
 PROFILES = Path(__file__).parent / "results" / "profiles"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "prediction.svg"
-HEADERS = 1514 / 1448  # Ethernet, IP and TCP around a full segment
 LOCAL = Path(__file__).parent / "results" / "local_ranks.jsonl"
 
 
@@ -144,7 +143,7 @@ def points(records: Sequence[dict[str, Any]]) -> Iterator[Point]:
         ranks = Ranks(record["ranks"], record["ranks"] // record["nodes"])
         work = workload(shape)
         plan = next(plan for plan in plans_of(shape, ranks) if str(plan) == record["plan"])
-        sent = traffic(work, plan, ranks).leaving_a_node("gloo") * HEADERS
+        sent = traffic(work, plan, ranks).leaving_a_node("gloo", framing=framing(record["mbit"]))
         seconds = step_seconds(work, plan, ranks, profile)
         cell = (record["nodes"] if record["mbit"] else -record["ranks"], record["mbit"], tuple(record["shape"]))
         yield Point(cell, plan, record["seconds"], seconds, record["bytes"], sent)
@@ -197,7 +196,9 @@ def show(found: Sequence[Point]) -> None:
     shares = [p.bytes_measured / p.bytes_predicted for p in found if p.bytes_predicted > 1e5]
     if shares:
         middle = statistics.median(shares)
+        near = sum(abs(share - 1) <= 0.02 for share in shares)
         console.print(f"bytes measured over predicted: median {middle:.3f}, {min(shares):.3f} to {max(shares):.3f}")
+        console.print(f"{near} of {len(shares)} within 2 %")
 
 
 def draw(found: Sequence[Point], path: Path) -> None:

@@ -102,6 +102,9 @@ def _lines(found: ClusterProfile) -> Iterator[tuple[str, str]]:
     yield "messages between nodes", _messages(found.network)
     if found.network is not None and found.network.node_rate is not None:
         yield "a node's link", f"{found.network.node_rate * 8 / 1e6:,.0f} Mbit/s"
+    if found.cores is not None:
+        waits = ": ranks wait for one, and times are of a rank that has it" if found.cores < 1 else ""
+        yield "cores", f"{found.cores:g} for each rank{waits}"
     yield "compute beside exchange", f"{found.slowed[0]:.2f}x its time, exchange {found.slowed[1]:.2f}x"
 
 

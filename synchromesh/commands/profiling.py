@@ -11,6 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ MATMUL_SHAPES = [(16, 256, 256), (64, 512, 256), (256, 256, 512), (128, 1024, 51
 MESSAGE_BYTES = [1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24]
 LONGEST_MESSAGE = 0.5  # seconds; larger messages are extrapolated from the last two
 ROUNDS = 7  # of a measurement, whose median counts
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # one for all that share a machine, containers too
 STAGES = ("products", "links", "layer", "overlap")
 
 
@@ -42,12 +44,13 @@ def measure(grid: Grid, name: str, *, device: torch.device, begins: Callable[[st
         device: of the ranks.
         begins: called with each of `STAGES` as it begins.
     """
-    meter = _Meter(grid, device)
+    meter = _Meter(grid, device, cores_of_a_rank(grid, device))
     begins("products")
     dtypes = [torch.float32, torch.bfloat16]
     matmul = {str(dtype).removeprefix("torch."): meter.matmul(dtype) for dtype in dtypes}
     begins("links")
     node, network = meter.links()
+    busy = meter.busy() if meter.contended else 1.0
     begins("layer")
     start = (node if network is None else network).start
     alone = meter.layer(4, 16, 16, 16)
@@ -56,16 +59,17 @@ def measure(grid: Grid, name: str, *, device: torch.device, begins: Callable[[st
     step, chunk = alone, (0.0, 0.0)
     if grid.size > 1:  # without the start of 3 exchanges in forward (counts, rows there and back) and 2 in backward
         plain, pieces = meter.exchanging(1), meter.exchanging(4)
+        start *= busy
         step = (max(alone[0], plain[0] - 3 * start), max(alone[1], plain[1] - 2 * start))
         chunk = tuple(max(0.0, (many - one) / 3 - 2 * start) for many, one in zip(pieces, plain, strict=True))
     begins("overlap")
-    slowed = meter.slowed() if grid.size > 1 else (1.0, 1.0)
+    slowed = meter.slowed() if grid.size > 1 and not meter.contended else (1.0, 1.0)
     seen = (
         f"measured on {device_name(device)}, torch {torch.__version__}, {grid.size} ranks, {grid.ranks_per_node} a node"
     )
     links = {"node": seen if grid.ranks_per_node > 1 else f"{UNMEASURED}: one rank a node"}
     links["network"] = seen if grid.nodes > 1 else f"{UNMEASURED}: one node"
-    fields = ("memory_bytes", "memory_rate", "kernel", "step", "chunk", "matmul", "slowed")
+    fields = ("memory_bytes", "memory_rate", "kernel", "step", "chunk", "matmul", "slowed", "cores", "busy")
     return ClusterProfile(
         name=name,
         about=f"{grid.nodes} nodes of {grid.ranks_per_node} ranks",
@@ -81,7 +85,21 @@ def measure(grid: Grid, name: str, *, device: torch.device, begins: Callable[[st
         network=network,
         slowed=slowed,
         sources={**dict.fromkeys(fields, seen), **links},
+        cores=meter.cores,
+        busy=busy,
     )
+
+
+def cores_of_a_rank(grid: Grid, device: torch.device) -> float | None:
+    """Return the cores of this machine for each rank on it, whatever nodes they pretend to be; None on GPUs."""
+    if device.type == "cuda":
+        return None
+    own = BOOT_ID.read_text() if BOOT_ID.exists() else platform.node()
+    machines = [own]
+    if grid.group is not None:
+        machines = [""] * grid.size
+        dist.all_gather_object(machines, own, group=grid.group)
+    return len(os.sched_getaffinity(0)) / machines.count(own)
 
 
 def device_name(device: torch.device) -> str:
@@ -103,22 +121,43 @@ def fitted(seconds: Sequence[tuple[tuple[int, int, int], float]]) -> Matmul:
 
 
 class _Meter:
-    """Times things on all ranks of a grid."""
+    """Times things on all ranks of a grid.
 
-    def __init__(self, grid: Grid, device: torch.device) -> None:
-        self.grid, self.device = grid, device
+    Where ranks are more than cores, how long one waits for a core depends on what the others do at the moment, which is
+    not what they do in training. So what a core does is counted in its own time, of exchanges the quickest counts, and
+    the waiting is added where plans are timed.
+    """
+
+    def __init__(self, grid: Grid, device: torch.device, cores: float | None) -> None:
+        self.grid, self.device, self.cores = grid, device, cores
+
+    @property
+    def contended(self) -> bool:
+        """Whether ranks wait for a core."""
+        return self.cores is not None and self.cores < 1
 
     def seconds(self, run: Callable[[], object], *, rounds: int = ROUNDS) -> float:
-        """Return the median time of a run, the mean over ranks."""
+        """Return the median time of a run, the mean over ranks; of cores where ranks wait for one."""
+        clock = time.process_time if self.contended else time.perf_counter
         run()
         times = []
         for _ in range(rounds):
             self._together()
-            start = time.perf_counter()
+            start = clock()
             run()
             self._finished()
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
         return self._mean(statistics.median(times))
+
+    def busy(self) -> float:
+        """Return the share of an exchange's time in which it keeps a core busy."""
+        sent = torch.zeros(self.grid.size, 1 << 16, device=self.device)
+
+        def exchange() -> None:
+            all_to_all(sent, self.grid.group).wait()
+
+        worked = self.seconds(exchange)
+        return min(1.0, worked / self._exchanged(exchange, counts=True))
 
     def matmul(self, dtype: torch.dtype) -> Matmul:
         found = []
@@ -255,7 +294,8 @@ class _Meter:
             exchange()
             self._finished()
             times.append(time.perf_counter() - start)
-        return self._mean(statistics.median(times[2:]), counts=counts)
+        taken = min(times[2:]) if self.contended else statistics.median(times[2:])
+        return self._mean(taken, counts=counts)
 
     def _together(self) -> None:
         self._finished()

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 SUFFIX = ".json"
+NEW_FIELDS = MappingProxyType({"cores": None, "busy": 1.0})  # which files of 0.1 do not have
 UNMEASURED = "not measured"  # how the source of a number begins that nobody measured
 
 
@@ -106,6 +108,9 @@ class ClusterProfile:
         network: the links between ranks of two nodes; None where one node was measured, so that nobody knows.
         slowed: factors on the time of compute and of exchange while both run.
         sources: where each number is from, by field.
+        cores: of the machine for each of its ranks; below 1 ranks wait for one, and all other times are those of a
+            rank that has a core. None where others than cores do the work.
+        busy: share of an exchange's time in which it keeps a core busy.
     """
 
     name: str
@@ -122,6 +127,8 @@ class ClusterProfile:
     network: Link | None
     slowed: tuple[float, float]
     sources: Mapping[str, str]
+    cores: float | None = None
+    busy: float = 1.0
 
     @property
     def across(self) -> Link:
@@ -137,6 +144,8 @@ class ClusterProfile:
         """Read what `to_json` wrote. Raises ValueError that names what is missing, unknown or no number."""
         try:
             found = json.loads(text)
+            if isinstance(found, dict):
+                found = {**NEW_FIELDS, **found}
             _same_fields(found, ClusterProfile)
             for name in ("node", "network"):
                 found[name] = _link(found[name]) if name == "node" or found[name] is not None else None
@@ -146,8 +155,9 @@ class ClusterProfile:
             for name in ("step", "chunk", "slowed"):
                 first, second = found[name]
                 found[name] = (float(first), float(second))
-            for name in ("memory_bytes", "memory_rate", "per_node"):
+            for name in ("memory_bytes", "memory_rate", "per_node", *(() if found["cores"] is None else ("cores",))):
                 _positive(name, found[name])
+            found["busy"] = float(found["busy"])
             if found["backend"] not in ("gloo", "nccl"):
                 raise ValueError(f"backend is {found['backend']!r}, wanted 'gloo' or 'nccl'")
         except (KeyError, TypeError, AttributeError) as error:

@@ -7,6 +7,7 @@ weights of more experts evens its load out.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from synchromesh.planning.cluster import ClusterProfile, Link
@@ -109,8 +110,10 @@ class _Model:
         exposed = self._exposed(first=self.gather, last=0.0, compute=self.matmul)
         exchange = 2 * self.exchange * self.sent.chunks
         route = self._route() + self._fixed(0)
-        return Seconds(
-            route, self.permute, self.matmul * self.sent.chunks, exchange + counts, self.gather, exposed + counts
+        return self._on_cores(
+            Seconds(
+                route, self.permute, self.matmul * self.sent.chunks, exchange + counts, self.gather, exposed + counts
+            )
         )
 
     def backward(self) -> Seconds:
@@ -119,7 +122,18 @@ class _Model:
         exposed = self._exposed(first=again, last=self.scatter, compute=compute)
         exchange = 2 * self.exchange * self.sent.chunks
         route = BACKWARD_PRODUCTS * self._route() + self._fixed(1)
-        return Seconds(route, self.permute, compute * self.sent.chunks, exchange, again + self.scatter, exposed)
+        return self._on_cores(
+            Seconds(route, self.permute, compute * self.sent.chunks, exchange, again + self.scatter, exposed)
+        )
+
+    def _on_cores(self, own: Seconds) -> Seconds:
+        """Add the time in which ranks that are more than cores wait for one: all of them must get their share."""
+        cores = self.profile.cores
+        if cores is None or cores >= 1:
+            return own
+        compute = own.route + own.permute + own.matmul
+        shared = (compute + self.profile.busy * (own.exchange + own.gather)) / cores
+        return dataclasses.replace(own, exposed=max(own.exposed, shared - compute))
 
     def _exposed(self, *, first: float, last: float, compute: float) -> float:
         """Return how long the device waits for communication in a pass.

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from synchromesh.planning.framing import Framing
 from synchromesh.planning.lattice import Ranks, row_copies
 from synchromesh.types import Plan, Workload
 
@@ -82,13 +83,23 @@ class Traffic:
         """The reduce-scatters of the gradients."""
         return tuple(Collective("reduce_scatter", one.group, one.size) for one in self.gather)
 
-    def leaving_a_node(self, backend: str, *, training: bool = True) -> float:
-        """Return the bytes that the ranks of a node send to other nodes in one forward, and its backward."""
+    def leaving_a_node(self, backend: str, *, training: bool = True, framing: Framing | None = None) -> float:
+        """Return the bytes that the ranks of a node send to other nodes in one forward, and its backward.
+
+        Args:
+            backend: of the collectives.
+            training: whether there is a backward.
+            framing: counts what the link adds to each message; None counts messages alone.
+        """
+
+        def sent(size: int | float) -> int | float:
+            return size if framing is None else framing.on_the_wire(size)
+
         # Forward and backward each exchange rows twice, there and back; gloo has no reduce-scatter of its own.
-        exchanged = sum(one.size * one.group.crossing for one in self.there) * self.chunks
-        counted = sum(one.size * one.group.crossing for one in self.counts)
-        gathered = sum(one.size * (one.group.size - 1) * one.group.ring for one in self.gather)
-        summed = sum(one.size * one.group.crossing for one in self.scatter)
+        exchanged = sum(sent(one.size) * one.group.crossing for one in self.there) * self.chunks
+        counted = sum(sent(one.size) * one.group.crossing for one in self.counts)
+        gathered = sum(sent(one.size) * (one.group.size - 1) * one.group.ring for one in self.gather)
+        summed = sum(sent(one.size) * one.group.crossing for one in self.scatter)
         scattered = summed if backend == "gloo" else gathered
         if not training:
             return counted + 2 * exchanged + gathered

@@ -30,7 +30,8 @@ def test_every_number_of_a_shipped_profile_has_its_source(name):
     profile = load_profile(name)
     assert profile.name == name
     assert ClusterProfile.from_json(profile.to_json()) == profile
-    given = {field.name for field in dataclasses.fields(profile)} - {"name", "about", "per_node", "backend", "sources"}
+    plain = {"name", "about", "per_node", "backend", "sources", *(("cores", "busy") if profile.cores is None else ())}
+    given = {field.name for field in dataclasses.fields(profile)} - plain
     wanted = {f"matmul.{dtype}" for dtype in profile.matmul} | (given - {"matmul"})
     named = set(profile.sources) | (
         {f"matmul.{dtype}" for dtype in profile.matmul} if "matmul" in profile.sources else set()
@@ -50,6 +51,13 @@ def test_links_between_nodes_that_nobody_measured_are_unknown():
     assert measured.across is measured.network is not None
 
 
+def test_files_without_cores_are_of_ranks_that_have_one():
+    found = json.loads(load_profile("a100_hdr").to_json())
+    del found["cores"], found["busy"]
+    profile = ClusterProfile.from_json(json.dumps(found))
+    assert (profile.cores, profile.busy) == (None, 1.0)
+
+
 def test_an_unknown_cluster_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match=r"wanted a file.*a100_hdr"):
         load_profile("b200_xdr")
@@ -64,6 +72,7 @@ def test_an_unknown_cluster_is_answered_with_the_known_ones():
         (lambda found: found.update(backend="mpi"), "backend"),
         (lambda found: found["node"]["message"].update(points=[[0, 1]]), "two points"),
         (lambda found: found.update(step=None), "not the profile"),
+        (lambda found: found.update(cores=0), "cores"),
         (lambda found: found["matmul"].update(float32={"peak": 1.0}), "not the profile"),
     ],
 )

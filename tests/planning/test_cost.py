@@ -70,6 +70,22 @@ def test_two_levels_pay_where_messages_are_many_and_small_and_not_where_few_are_
     assert step_seconds(WORK, Plan(two_level=True), few, H100) > step_seconds(WORK, Plan(), few, H100)
 
 
+def test_ranks_that_are_more_than_cores_wait_for_one():
+    """No step is shorter than what the ranks of a core do together; with a core of its own none is longer for it."""
+    work = dataclasses.replace(WORK, rows=1024)
+    alone = dataclasses.replace(A100, cores=1.0)
+    for plan in (Plan(), Plan(chunks=4), Plan(gather=8), Plan(gather=64)):
+        free = forward_and_backward(work, plan, RANKS, A100)
+        assert forward_and_backward(work, plan, RANKS, alone) == free
+        for cores, busy in ((0.5, 1.0), (0.25, 0.3)):
+            profile = dataclasses.replace(A100, cores=cores, busy=busy)
+            for own, before in zip(forward_and_backward(work, plan, RANKS, profile), free, strict=True):
+                compute = before.route + before.permute + before.matmul
+                worked = compute + busy * (before.exchange + before.gather)
+                assert own.total == pytest.approx(max(before.total, worked / cores))
+                assert dataclasses.replace(own, exposed=before.exposed) == before
+
+
 def test_more_tokens_make_the_best_plan_pool_more_weights():
     """The paper's figure 12: as the capacity grows, r falls from W/E to 0."""
     work = Workload(0, 1, 2048, 32768, 16, torch.float16, True)
