@@ -3,6 +3,7 @@
     sudo .venv/bin/python benchmarks/prediction.py             # profile each cluster, then compare
     .venv/bin/python benchmarks/prediction.py --show           # only compare with the profiles that are there
     .venv/bin/python benchmarks/prediction.py --local 2 4      # ranks of this machine, profiled and measured in one run
+    .venv/bin/python benchmarks/prediction.py --local 4 --core-time    # the same where others use the machine too
 
 A profile holds what `synchromesh profile` measured inside the cluster, of messages and products alone; the steps are
 those of benchmarks/emulated_cluster.py, of other message sizes and shapes. Per cell (cluster, rate, workload): the
@@ -19,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,17 +47,23 @@ from synchromesh.types import Workload
 PROFILES = Path(__file__).parent / "results" / "profiles"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "prediction.svg"
 LOCAL = Path(__file__).parent / "results" / "local_ranks.jsonl"
+CORE_TIME = Path(__file__).parent / "results" / "local_core_time.jsonl"
 
 
 @dataclass(frozen=True)
 class Args:
-    """What to do. nodes, rates: of the emulated clusters. show: measure nothing. local: ranks of this machine."""
+    """What to do. nodes, rates: of the emulated clusters. show: measure nothing. local: ranks of this machine.
+
+    core_time: of local ranks that are more than cores, count a step as the time of the cores that it used over a rank's
+    share of them: what it takes where cores never rest, however busy others keep them at the moment.
+    """
 
     nodes: tuple[int, ...] = (2, 4)
     rates: tuple[int, ...] = (100, 500, 1000)
     ranks: int = 4
     show: bool = False
     local: tuple[int, ...] = ()
+    core_time: bool = False
     steps: Path = RESULTS
     picture: Path = PICTURE
     job: str = ""  # set by this program for the ranks it starts
@@ -95,13 +103,13 @@ def profile_cluster(nodes: int, mbit: int, ranks: int) -> None:
             raise SystemExit((Path(folder) / str(codes.index(next(filter(None, codes))))).read_text())
 
 
-def measure_local(ranks: int) -> list[dict[str, Any]]:
+def measure_local(ranks: int, *, core_time: bool) -> list[dict[str, Any]]:
     """Profile and measure ranks of this machine, without any shaping."""
     with tempfile.TemporaryDirectory() as folder:
         jobs = []
         for rank in range(ranks):
             job = {"rank": rank, "ranks": ranks, "nodes": 1, "store": f"{folder}/store", "steps": True}
-            job["file"] = str(profile_file(1, 0, ranks))
+            job |= {"file": str(profile_file(1, 0, ranks, core_time=core_time)), "core_time": core_time}
             command = [sys.executable, __file__, "--job", json.dumps(job)]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             jobs.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
@@ -122,21 +130,26 @@ def run_rank(job: dict[str, Any]) -> None:
     profile.measure_ranks(profile.Request(Path(job["file"])), grid, console)
     for shape in WORKLOADS if job.get("steps") else []:
         emulated_cluster.transmitted = lambda: 0  # nothing leaves this machine
+        if job["core_time"]:
+            share = min(1.0, len(os.sched_getaffinity(0)) / grid.size)
+            emulated_cluster.now = lambda share=share: time.process_time() / share
         for record in measure(shape, grid, {"chunks": (1, 4), "rounds": 9, "mbit": 1}):
             if grid.rank == 0:
-                print(json.dumps({**record, "mbit": 0}), flush=True)
+                print(json.dumps({**record, "mbit": 0, "core_time": job["core_time"]}), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def profile_file(nodes: int, mbit: int, ranks: int = 0) -> Path:
-    return PROFILES / (f"emulated_{nodes}x_{mbit}mbit.json" if mbit else f"local_{ranks}.json")
+def profile_file(nodes: int, mbit: int, ranks: int = 0, *, core_time: bool = False) -> Path:
+    local = f"local_{ranks}_core_time.json" if core_time else f"local_{ranks}.json"
+    return PROFILES / (f"emulated_{nodes}x_{mbit}mbit.json" if mbit else local)
 
 
 def points(records: Sequence[dict[str, Any]]) -> Iterator[Point]:
     """Predict every measured step."""
     for record in records:
-        file = profile_file(record["nodes"], record["mbit"], record["ranks"])
+        core_time = record.get("core_time", False)
+        file = profile_file(record["nodes"], record["mbit"], record["ranks"], core_time=core_time)
         if not file.exists():
             continue
         profile, shape = load_profile(file), Shape(*record["shape"])
@@ -238,8 +251,8 @@ def main(args: Args) -> None:
         run_rank(json.loads(args.job))
         return
     if args.local:
-        records = [record for ranks in args.local for record in measure_local(ranks)]
-        LOCAL.write_text("".join(json.dumps(record) + "\n" for record in records))
+        records = [record for ranks in args.local for record in measure_local(ranks, core_time=args.core_time)]
+        (CORE_TIME if args.core_time else LOCAL).write_text("".join(json.dumps(record) + "\n" for record in records))
         show(list(points(records)))
         return
     if not args.show:

@@ -5,6 +5,7 @@ All ranks measure at once, as they work at once in training; a profile holds the
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import platform
@@ -29,6 +30,7 @@ from synchromesh.types import Plan, Workload
 
 MATMUL_SHAPES = [(16, 256, 256), (64, 512, 256), (256, 256, 512), (128, 1024, 512), (512, 512, 512), (1024,) * 3]
 MESSAGE_BYTES = [1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24]
+BUSY_BYTES = 1 << 19  # of the message whose work is counted
 LONGEST_MESSAGE = 0.5  # seconds; larger messages are extrapolated from the last two
 ROUNDS = 7  # of a measurement, whose median counts
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # one for all that share a machine, containers too
@@ -50,7 +52,6 @@ def measure(grid: Grid, name: str, *, device: torch.device, begins: Callable[[st
     matmul = {str(dtype).removeprefix("torch."): meter.matmul(dtype) for dtype in dtypes}
     begins("links")
     node, network = meter.links()
-    busy = meter.busy() if meter.contended else 1.0
     begins("layer")
     start = (node if network is None else network).start
     alone = meter.layer(4, 16, 16, 16)
@@ -59,7 +60,7 @@ def measure(grid: Grid, name: str, *, device: torch.device, begins: Callable[[st
     step, chunk = alone, (0.0, 0.0)
     if grid.size > 1:  # without the start of 3 exchanges in forward (counts, rows there and back) and 2 in backward
         plain, pieces = meter.exchanging(1), meter.exchanging(4)
-        start *= busy
+        start *= min(1.0, (node if network is None else network).busy) if meter.contended else 1.0
         step = (max(alone[0], plain[0] - 3 * start), max(alone[1], plain[1] - 2 * start))
         chunk = tuple(max(0.0, (many - one) / 3 - 2 * start) for many, one in zip(pieces, plain, strict=True))
     begins("overlap")
@@ -69,7 +70,7 @@ def measure(grid: Grid, name: str, *, device: torch.device, begins: Callable[[st
     )
     links = {"node": seen if grid.ranks_per_node > 1 else f"{UNMEASURED}: one rank a node"}
     links["network"] = seen if grid.nodes > 1 else f"{UNMEASURED}: one node"
-    fields = ("memory_bytes", "memory_rate", "kernel", "step", "chunk", "matmul", "slowed", "cores", "busy")
+    fields = ("memory_bytes", "memory_rate", "kernel", "step", "chunk", "matmul", "slowed", "cores")
     return ClusterProfile(
         name=name,
         about=f"{grid.nodes} nodes of {grid.ranks_per_node} ranks",
@@ -86,7 +87,6 @@ def measure(grid: Grid, name: str, *, device: torch.device, begins: Callable[[st
         slowed=slowed,
         sources={**dict.fromkeys(fields, seen), **links},
         cores=meter.cores,
-        busy=busy,
     )
 
 
@@ -148,16 +148,6 @@ class _Meter:
             self._finished()
             times.append(clock() - start)
         return self._mean(statistics.median(times))
-
-    def busy(self) -> float:
-        """Return the share of an exchange's time in which it keeps a core busy."""
-        sent = torch.zeros(self.grid.size, 1 << 16, device=self.device)
-
-        def exchange() -> None:
-            all_to_all(sent, self.grid.group).wait()
-
-        worked = self.seconds(exchange)
-        return min(1.0, worked / self._exchanged(exchange, counts=True))
 
     def matmul(self, dtype: torch.dtype) -> Matmul:
         found = []
@@ -225,7 +215,7 @@ class _Meter:
         if grid.nodes > 1:
             comb = grid.axis(tuple(range(place, grid.size, grid.ranks_per_node)))
             across = self._link(comb, node, sends=place == 0)
-            found["network"] = Link(across.start, across.message, self._node_rate(comb))
+            found["network"] = dataclasses.replace(across, node_rate=self._node_rate(comb))
         alone = Link(0.0, Curve(((0.0, 0.0), (1.0, 0.0))))
         return found.get("node", found.get("network", alone)), found.get("network")
 
@@ -274,7 +264,20 @@ class _Meter:
             points.append((float(size), max(points[-1][1], taken - start)))
             if taken > LONGEST_MESSAGE:
                 break
-        return Link(start, Curve(tuple(points)))
+        return Link(start, Curve(tuple(points)), busy=self._busy(group, to))
+
+    def _busy(self, group: ProcessGroup, to: list[int]) -> float:
+        """Return the share of a message's time in which it keeps a core of its rank busy."""
+        if not self.contended:
+            return 1.0
+        rows = torch.zeros(sum(to), BUSY_BYTES // 4, device=self.device)
+
+        def exchange() -> None:
+            all_to_all(rows, group, to, to).wait()
+
+        taken = self._exchanged(exchange, counts=sum(to) > 0)
+        worked = self._exchanged(exchange, counts=sum(to) > 0, clock=time.process_time)
+        return min(1.0, worked / taken)
 
     def _node_rate(self, group: ProcessGroup | None) -> float:
         """Return the bytes per second that all ranks of a node send to the others together."""
@@ -285,15 +288,17 @@ class _Meter:
             taken = self._exchanged(lambda rows=rows: all_to_all(rows, group).wait(), counts=True)
         return self.grid.ranks_per_node * (self.grid.nodes - 1) * size / taken
 
-    def _exchanged(self, exchange: Callable[[], object], *, counts: bool) -> float:
+    def _exchanged(
+        self, exchange: Callable[[], object], *, counts: bool, clock: Callable[[], float] = time.perf_counter
+    ) -> float:
         """Return the median seconds of an exchange, the mean over the ranks that count."""
         times = []
         for _ in range(ROUNDS):
             self._together()
-            start = time.perf_counter()
+            start = clock()
             exchange()
             self._finished()
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
         taken = min(times[2:]) if self.contended else statistics.median(times[2:])
         return self._mean(taken, counts=counts)
 

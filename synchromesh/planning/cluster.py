@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 SUFFIX = ".json"
-NEW_FIELDS = MappingProxyType({"cores": None, "busy": 1.0})  # which files of 0.1 do not have
 UNMEASURED = "not measured"  # how the source of a number begins that nobody measured
 
 
@@ -62,12 +60,14 @@ class Link:
         node_rate: bytes per second that all ranks of a node send together at most; None where nothing is shared.
         crowding: share by which an all-to-all slows down for each far rank it reaches, where messages cross from one
             rail to another: switches then pass on more flows than they have ways. Equal places of nodes do not cross.
+        busy: share of a message's time in which it keeps a core busy; read where ranks are more than cores.
     """
 
     start: float
     message: Curve
     node_rate: float | None = None
     crowding: float = 0.0
+    busy: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,6 @@ class ClusterProfile:
         sources: where each number is from, by field.
         cores: of the machine for each of its ranks; below 1 ranks wait for one, and all other times are those of a
             rank that has a core. None where others than cores do the work.
-        busy: share of an exchange's time in which it keeps a core busy.
     """
 
     name: str
@@ -128,7 +127,11 @@ class ClusterProfile:
     slowed: tuple[float, float]
     sources: Mapping[str, str]
     cores: float | None = None
-    busy: float = 1.0
+
+    @property
+    def waits(self) -> float:
+        """How much longer work takes where all ranks of a machine do it at once."""
+        return 1.0 if self.cores is None else max(1.0, 1 / self.cores)
 
     @property
     def across(self) -> Link:
@@ -145,7 +148,7 @@ class ClusterProfile:
         try:
             found = json.loads(text)
             if isinstance(found, dict):
-                found = {**NEW_FIELDS, **found}
+                found = {"cores": None, **found}  # which files of 0.1 do not have
             _same_fields(found, ClusterProfile)
             for name in ("node", "network"):
                 found[name] = _link(found[name]) if name == "node" or found[name] is not None else None
@@ -157,7 +160,6 @@ class ClusterProfile:
                 found[name] = (float(first), float(second))
             for name in ("memory_bytes", "memory_rate", "per_node", *(() if found["cores"] is None else ("cores",))):
                 _positive(name, found[name])
-            found["busy"] = float(found["busy"])
             if found["backend"] not in ("gloo", "nccl"):
                 raise ValueError(f"backend is {found['backend']!r}, wanted 'gloo' or 'nccl'")
         except (KeyError, TypeError, AttributeError) as error:
@@ -195,10 +197,12 @@ def load_profile(name: str | Path) -> ClusterProfile:
 
 
 def _link(found: Any) -> Link:
+    if isinstance(found, dict):
+        found = {"busy": 1.0, **found}
     _same_fields(found, Link)
     points = tuple((float(size), float(seconds)) for size, seconds in found["message"]["points"])
     rate = None if found["node_rate"] is None else _positive("node_rate", found["node_rate"])
-    return Link(float(found["start"]), Curve(points), rate, float(found["crowding"]))
+    return Link(float(found["start"]), Curve(points), rate, float(found["crowding"]), float(found["busy"]))
 
 
 def _same_fields(found: Any, kind: type) -> None:

@@ -22,7 +22,8 @@ def test_ranks_measure_themselves_and_plan_reads_what_they_wrote(
     assert all("measured on" in source for source in profile.sources.values())
     assert profile.network.node_rate is not None
     assert profile.cores == len(os.sched_getaffinity(0)) / 4  # the nodes are pretended, the machine is one
-    assert 0 < profile.busy <= 1
+    assert 0 < profile.node.busy <= 1
+    assert 0 < profile.network.busy <= 1
     for law in profile.matmul.values():
         assert law.peak > 0
     layer = ["--layer", "256", "64", "128", "4", "2", "--dtype=float32", "--json"]

@@ -30,7 +30,7 @@ def test_every_number_of_a_shipped_profile_has_its_source(name):
     profile = load_profile(name)
     assert profile.name == name
     assert ClusterProfile.from_json(profile.to_json()) == profile
-    plain = {"name", "about", "per_node", "backend", "sources", *(("cores", "busy") if profile.cores is None else ())}
+    plain = {"name", "about", "per_node", "backend", "sources", *(("cores",) if profile.cores is None else ())}
     given = {field.name for field in dataclasses.fields(profile)} - plain
     wanted = {f"matmul.{dtype}" for dtype in profile.matmul} | (given - {"matmul"})
     named = set(profile.sources) | (
@@ -53,9 +53,9 @@ def test_links_between_nodes_that_nobody_measured_are_unknown():
 
 def test_files_without_cores_are_of_ranks_that_have_one():
     found = json.loads(load_profile("a100_hdr").to_json())
-    del found["cores"], found["busy"]
+    del found["cores"], found["node"]["busy"]
     profile = ClusterProfile.from_json(json.dumps(found))
-    assert (profile.cores, profile.busy) == (None, 1.0)
+    assert (profile.cores, profile.waits, profile.node.busy) == (None, 1.0, 1.0)
 
 
 def test_an_unknown_cluster_is_answered_with_the_known_ones():
