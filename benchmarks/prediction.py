@@ -2,6 +2,7 @@
 
     sudo .venv/bin/python benchmarks/prediction.py             # profile each cluster, then compare
     .venv/bin/python benchmarks/prediction.py --show           # only compare with the profiles that are there
+    .venv/bin/python benchmarks/prediction.py --show --profiles benchmarks/results/profiles/by_cores    # with others
     .venv/bin/python benchmarks/prediction.py --local 2 4      # ranks of this machine, profiled and measured in one run
     .venv/bin/python benchmarks/prediction.py --local 4 --core-time    # the same where others use the machine too
 
@@ -54,6 +55,7 @@ CORE_TIME = Path(__file__).parent / "results" / "local_core_time.jsonl"
 class Args:
     """What to do. nodes, rates: of the emulated clusters. show: measure nothing. local: ranks of this machine.
 
+    profiles: folder of those of clusters, to write or to compare with.
     core_time: of local ranks that are more than cores, count a step as the time of the cores that it used over a rank's
     share of them: what it takes where cores never rest, however busy others keep them at the moment.
     """
@@ -64,6 +66,7 @@ class Args:
     show: bool = False
     local: tuple[int, ...] = ()
     core_time: bool = False
+    profiles: Path = PROFILES
     steps: Path = RESULTS
     picture: Path = PICTURE
     job: str = ""  # set by this program for the ranks it starts
@@ -85,9 +88,9 @@ class Point:
         return abs(self.predicted - self.measured) / self.measured
 
 
-def profile_cluster(nodes: int, mbit: int, ranks: int) -> None:
+def profile_cluster(nodes: int, mbit: int, ranks: int, profiles: Path) -> None:
     """Run what `synchromesh profile` runs on ranks inside the nodes of an emulated cluster, one thread each."""
-    file = profile_file(nodes, mbit)
+    file = profile_file(nodes, mbit, profiles=profiles)
     file.parent.mkdir(parents=True, exist_ok=True)
     with cluster(nodes, mbit), tempfile.TemporaryDirectory() as folder:
         jobs = []
@@ -140,16 +143,16 @@ def run_rank(job: dict[str, Any]) -> None:
     dist.destroy_process_group()
 
 
-def profile_file(nodes: int, mbit: int, ranks: int = 0, *, core_time: bool = False) -> Path:
+def profile_file(nodes: int, mbit: int, ranks: int = 0, *, core_time: bool = False, profiles: Path = PROFILES) -> Path:
     local = f"local_{ranks}_core_time.json" if core_time else f"local_{ranks}.json"
-    return PROFILES / (f"emulated_{nodes}x_{mbit}mbit.json" if mbit else local)
+    return profiles / (f"emulated_{nodes}x_{mbit}mbit.json" if mbit else local)
 
 
-def points(records: Sequence[dict[str, Any]]) -> Iterator[Point]:
+def points(records: Sequence[dict[str, Any]], profiles: Path = PROFILES) -> Iterator[Point]:
     """Predict every measured step."""
     for record in records:
         core_time = record.get("core_time", False)
-        file = profile_file(record["nodes"], record["mbit"], record["ranks"], core_time=core_time)
+        file = profile_file(record["nodes"], record["mbit"], record["ranks"], core_time=core_time, profiles=profiles)
         if not file.exists():
             continue
         profile, shape = load_profile(file), Shape(*record["shape"])
@@ -260,13 +263,14 @@ def main(args: Args) -> None:
             raise SystemExit("network namespaces need root: run this with sudo, or --show what was measured")
         cells = list(itertools.product(args.nodes, args.rates))
         for nodes, mbit in track(cells, "profiles", console=Console(stderr=True)):
-            profile_cluster(nodes, mbit, args.ranks)
+            profile_cluster(nodes, mbit, args.ranks, args.profiles)
     records = [json.loads(line) for line in args.steps.read_text().splitlines()]
-    found = list(points(records))
+    found = list(points(records, args.profiles))
     if not found:
-        raise SystemExit(f"{PROFILES} holds no profile of a measured cluster: run this without --show first")
+        raise SystemExit(f"{args.profiles} holds no profile of a measured cluster: run this without --show first")
     show(found)
-    draw(found, args.picture)
+    if args.profiles == PROFILES:
+        draw(found, args.picture)
 
 
 if __name__ == "__main__":

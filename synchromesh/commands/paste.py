@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from synchromesh.models.shapes import IMPORTS, in_python
 from synchromesh.planning.lattice import Ranks
 from synchromesh.planning.planner import Planned
 from synchromesh.types import Plan, Workload
 
 SCRIPT = "planned.py"
 RECIPES = {"swinv2_moe_b": "swinv2_moe_b_22k", "swinv2_moe_s": "swinv2_moe_s_22k"}
-CONFIGS = {"swinv2_moe_b": "config_b", "swinv2_moe_s": "config_s"}
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,7 @@ def _imports(asked: Asked) -> Iterator[str]:
         fixed = [] if asked.capacity is None else ["FixedCapacity"]
         yield f"from synchromesh import {', '.join(sorted([*fixed, 'MoE', 'TopKRouter', _experts(asked.model)]))}"
     else:
-        yield "import dataclasses"
-        yield "from synchromesh.models.heads.classifier import Classifier"
-        yield f"from synchromesh.models.swin_v2_moe import {CONFIGS[asked.model]}"
+        yield from IMPORTS
 
 
 def _model(one: Planned, asked: Asked) -> Iterator[str]:
@@ -162,14 +160,7 @@ def _model(one: Planned, asked: Asked) -> Iterator[str]:
         fixed = "" if asked.capacity is None else f", capacity=FixedCapacity({asked.capacity:g}, tokens={rows})"
         yield f"model = MoE({router}, {experts}{fixed})"
     else:
-        changed = [f"num_experts={asked.experts}"] if asked.experts else []
-        changed += [f"k={asked.k}"] if asked.k else []
-        yield f"config = {CONFIGS[asked.model]}()"
-        if changed:
-            yield f"experts = dataclasses.replace(config.experts, {', '.join(changed)})"
-            yield "config = dataclasses.replace(config, experts=experts)"
-        yield from ["config = dataclasses.replace(config, checkpointed=True)"] if recomputed else []
-        yield "model = Classifier(config.build(), num_classes=21841)"
+        yield from in_python(asked.model, experts=asked.experts, k=asked.k, recomputed=recomputed)
 
 
 def _experts(work: Workload) -> str:

@@ -80,3 +80,22 @@ def _published(name: str, config: SwinV2Config) -> Callable[[ExpertsConfig], Mod
 SHAPES: Mapping[str, Callable[[ExpertsConfig], ModelShape]] = MappingProxyType(
     {name: _published(name, config) for name, config in (("swinv2_moe_b", config_b()), ("swinv2_moe_s", config_s()))}
 )
+
+IMPORTS = (
+    "import dataclasses",
+    "from synchromesh.models.heads.classifier import Classifier",
+    "from synchromesh.models.mixtures import ExpertsConfig",
+    "from synchromesh.models.swin_v2_moe import config_b, config_s",
+)
+
+
+def in_python(name: str, *, experts: int | None, k: int | None, recomputed: bool) -> list[str]:
+    """Return the lines, below `IMPORTS`, that make the model of a shape.
+
+    >>> in_python("swinv2_moe_b", experts=8, k=None, recomputed=False)[0]
+    'config = dataclasses.replace(config_b(), experts=ExpertsConfig(num_experts=8))'
+    """
+    own = f"num_experts={experts or 32}" + (f", k={k}" if k else "")
+    more = ", checkpointed=True" if recomputed else ""
+    config = f"config = dataclasses.replace(config_{name[-1]}(), experts=ExpertsConfig({own}){more})"
+    return [config, "model = Classifier(config.build(), num_classes=21841)"]
