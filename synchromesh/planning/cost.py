@@ -253,7 +253,7 @@ def _ring_seconds(size: float, group: Group, profile: ClusterProfile) -> float:
 
 def _turns(link: Link, profile: ClusterProfile) -> float:
     """Return how much longer a message takes where all ranks send at once and take turns at the cores."""
-    return max(1.0, link.busy * profile.waits)
+    return 1.0 if profile.cores is None else max(1.0, link.busy * profile.waits)
 
 
 def _shared(link: Link, size: float) -> float:
