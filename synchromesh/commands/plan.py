@@ -32,7 +32,8 @@ MOST_RANKS = 1 << 16
 
 
 ABOUT = """\
-Predict a model's step on a described cluster, and choose the plan of each kind of its MoE layers.
+Predict a model's step on a described cluster, choose the plan of each kind of its MoE layers and say why, what would fit
+where it does not, and what to paste to run it. Any number of ranks: copies of a grid where experts do not divide it.
 
   synchromesh plan --model swinv2_moe_b --cluster a100_hdr --world 8..2048 --batch 128
   synchromesh plan --layer 16384 2048 2048 64 2 --cluster h100_ndr --world 512
@@ -45,7 +46,7 @@ class Request:
     """Options of `plan`.
 
     Attributes:
-        model: swinv2_moe_b, swinv2_moe_s, or the config.json of a Hugging Face MoE model.
+        model: swinv2_moe_b, swinv2_moe_s, or the folder or config.json of a Hugging Face MoE model.
         layer: instead of a model, one layer by its numbers T D F E K.
         cluster: a shipped profile (a100_hdr, h100_ndr, cpu_gloo), or a file of `synchromesh profile`.
         world: ranks, as 64 or 8..2048 (its doubles in between).
