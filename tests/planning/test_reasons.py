@@ -177,6 +177,16 @@ def test_a_plan_taken_for_its_memory_is_not_called_cheap_to_move():
         assert "move" not in said
 
 
+def test_data_parallel_is_not_called_cheaper_to_move_where_it_is_chosen_for_something_else():
+    """Slow memory: rows that stay are not written again and again, though the weights take longer to move than they."""
+    profile = dataclasses.replace(cluster((9.5, 9.5, 12.0), (-6.0, -6.0, -6.0), "nccl"), memory_rate=1e9)
+    ranks, kind = Ranks(4, 2), a_layer((10, 10, 8), 8, 2, 1)
+    assert DataParallel in held(profile, kind, ranks, 50.0)
+    said = plan_model(alone(kind), profile, ranks, batch=1, training=True).remarks()
+    assert any("data parallel" in one for one in said)
+    assert not any("weights move" in one for one in said)
+
+
 def test_of_plans_that_need_the_same_memory_the_fastest_is_shown():
     kind = LayerKind("experts", 1, 4096, Workload(0, 2, 256, 256, 16, torch.bfloat16, True))
     found = brute_force(kind, Ranks(8, 4), A100, training=True)
