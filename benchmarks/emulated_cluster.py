@@ -36,6 +36,7 @@ from rich.table import Table
 
 from synchromesh import Dropless, Grid, MLPExperts, MoE, Plan, Sharded, TopKRouter
 from synchromesh.parallel.layout import Layout
+from synchromesh.planning.framing import Framing
 from synchromesh.types import Workload
 
 RESULTS = Path(__file__).parent / "results" / "emulated_cluster.jsonl"
@@ -158,13 +159,18 @@ def step(layer: MoE, x: torch.Tensor, plan: Plan) -> list[float]:
     """Return the seconds of the slowest rank, and the bytes that left the busiest node."""
     layer.zero_grad()
     dist.barrier()
-    before, start = transmitted(), time.perf_counter()
+    before, start = transmitted(), now()
     layer(x, plan=plan).sum().backward()
-    numbers = torch.tensor([time.perf_counter() - start, 0.0])
+    numbers = torch.tensor([now() - start, 0.0])
     dist.barrier()
     numbers[1] = transmitted() - before
     dist.all_reduce(numbers, dist.ReduceOp.MAX)
     return numbers.tolist()
+
+
+def now() -> float:
+    """Return the seconds of a clock."""
+    return time.perf_counter()
 
 
 def transmitted() -> int:
@@ -180,6 +186,16 @@ def tool(command: str, *, check: bool = True) -> None:
     done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
     if check and done.returncode:
         raise SystemExit(f"`{command}` failed: {done.stderr.strip()}")
+
+
+def burst(mbit: int) -> int:
+    """Return how many KiB a limited link sends at once."""
+    return max(32, mbit // 4)
+
+
+def framing(mbit: int) -> Framing:
+    """Return how a limited link counts: it passes the kernel's 64 KiB on in one where it may send so much at once."""
+    return Framing() if burst(mbit) < 64 else Framing(segment=45 * 1448)
 
 
 @contextmanager
@@ -199,7 +215,7 @@ def cluster(nodes: int, mbit: int) -> Iterator[None]:
             tool(f"ip -n {name} link set lo up")
             tool(f"ip -n {name} link set eth0 up")
             tool(f"ip -n {PREFIX}sw link set {name}b master br0 up")
-            limit = f"tbf rate {mbit}mbit burst {max(32, mbit // 4)}kb latency 100ms"
+            limit = f"tbf rate {mbit}mbit burst {burst(mbit)}kb latency 100ms"
             tool(f"ip netns exec {name} tc qdisc add dev eth0 root {limit}")
             tool(f"ip netns exec {PREFIX}sw tc qdisc add dev {name}b root {limit}")
             tool(f"ip netns exec {name} sysctl -qw net.ipv4.tcp_congestion_control=reno", check=False)

@@ -32,8 +32,8 @@ from synchromesh.models.shapes import SHAPES
 from synchromesh.planning.cluster import load_profile
 from synchromesh.planning.cost import forward_and_backward, step_seconds
 from synchromesh.planning.lattice import Ranks
-from synchromesh.planning.planner import LayerKind
 from synchromesh.planning.search import predicted
+from synchromesh.planning.shape import LayerKind
 from synchromesh.types import Workload
 
 A100 = load_profile("a100_hdr")

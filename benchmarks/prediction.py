@@ -2,7 +2,9 @@
 
     sudo .venv/bin/python benchmarks/prediction.py             # profile each cluster, then compare
     .venv/bin/python benchmarks/prediction.py --show           # only compare with the profiles that are there
+    .venv/bin/python benchmarks/prediction.py --show --profiles benchmarks/results/profiles/by_cores    # with others
     .venv/bin/python benchmarks/prediction.py --local 2 4      # ranks of this machine, profiled and measured in one run
+    .venv/bin/python benchmarks/prediction.py --local 4 --core-time    # the same where others use the machine too
 
 A profile holds what `synchromesh profile` measured inside the cluster, of messages and products alone; the steps are
 those of benchmarks/emulated_cluster.py, of other message sizes and shapes. Per cell (cluster, rate, workload): the
@@ -19,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +31,7 @@ import emulated_cluster
 import torch
 import torch.distributed as dist
 import tyro
-from emulated_cluster import PREFIX, RESULTS, WORKLOADS, Shape, cluster, measure, plans_for
+from emulated_cluster import PREFIX, RESULTS, WORKLOADS, Shape, cluster, framing, measure, plans_for
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -44,19 +47,26 @@ from synchromesh.types import Workload
 
 PROFILES = Path(__file__).parent / "results" / "profiles"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "prediction.svg"
-HEADERS = 1514 / 1448  # Ethernet, IP and TCP around a full segment
 LOCAL = Path(__file__).parent / "results" / "local_ranks.jsonl"
+CORE_TIME = Path(__file__).parent / "results" / "local_core_time.jsonl"
 
 
 @dataclass(frozen=True)
 class Args:
-    """What to do. nodes, rates: of the emulated clusters. show: measure nothing. local: ranks of this machine."""
+    """What to do. nodes, rates: of the emulated clusters. show: measure nothing. local: ranks of this machine.
+
+    profiles: folder of those of clusters, to write or to compare with.
+    core_time: of local ranks that are more than cores, count a step as the time of the cores that it used over a rank's
+    share of them: what it takes where cores never rest, however busy others keep them at the moment.
+    """
 
     nodes: tuple[int, ...] = (2, 4)
     rates: tuple[int, ...] = (100, 500, 1000)
     ranks: int = 4
     show: bool = False
     local: tuple[int, ...] = ()
+    core_time: bool = False
+    profiles: Path = PROFILES
     steps: Path = RESULTS
     picture: Path = PICTURE
     job: str = ""  # set by this program for the ranks it starts
@@ -78,9 +88,9 @@ class Point:
         return abs(self.predicted - self.measured) / self.measured
 
 
-def profile_cluster(nodes: int, mbit: int, ranks: int) -> None:
+def profile_cluster(nodes: int, mbit: int, ranks: int, profiles: Path) -> None:
     """Run what `synchromesh profile` runs on ranks inside the nodes of an emulated cluster, one thread each."""
-    file = profile_file(nodes, mbit)
+    file = profile_file(nodes, mbit, profiles=profiles)
     file.parent.mkdir(parents=True, exist_ok=True)
     with cluster(nodes, mbit), tempfile.TemporaryDirectory() as folder:
         jobs = []
@@ -96,13 +106,13 @@ def profile_cluster(nodes: int, mbit: int, ranks: int) -> None:
             raise SystemExit((Path(folder) / str(codes.index(next(filter(None, codes))))).read_text())
 
 
-def measure_local(ranks: int) -> list[dict[str, Any]]:
+def measure_local(ranks: int, *, core_time: bool) -> list[dict[str, Any]]:
     """Profile and measure ranks of this machine, without any shaping."""
     with tempfile.TemporaryDirectory() as folder:
         jobs = []
         for rank in range(ranks):
             job = {"rank": rank, "ranks": ranks, "nodes": 1, "store": f"{folder}/store", "steps": True}
-            job["file"] = str(profile_file(1, 0, ranks))
+            job |= {"file": str(profile_file(1, 0, ranks, core_time=core_time)), "core_time": core_time}
             command = [sys.executable, __file__, "--job", json.dumps(job)]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             jobs.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
@@ -123,28 +133,33 @@ def run_rank(job: dict[str, Any]) -> None:
     profile.measure_ranks(profile.Request(Path(job["file"])), grid, console)
     for shape in WORKLOADS if job.get("steps") else []:
         emulated_cluster.transmitted = lambda: 0  # nothing leaves this machine
+        if job["core_time"]:
+            share = min(1.0, len(os.sched_getaffinity(0)) / grid.size)
+            emulated_cluster.now = lambda share=share: time.process_time() / share
         for record in measure(shape, grid, {"chunks": (1, 4), "rounds": 9, "mbit": 1}):
             if grid.rank == 0:
-                print(json.dumps({**record, "mbit": 0}), flush=True)
+                print(json.dumps({**record, "mbit": 0, "core_time": job["core_time"]}), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def profile_file(nodes: int, mbit: int, ranks: int = 0) -> Path:
-    return PROFILES / (f"emulated_{nodes}x_{mbit}mbit.json" if mbit else f"local_{ranks}.json")
+def profile_file(nodes: int, mbit: int, ranks: int = 0, *, core_time: bool = False, profiles: Path = PROFILES) -> Path:
+    local = f"local_{ranks}_core_time.json" if core_time else f"local_{ranks}.json"
+    return profiles / (f"emulated_{nodes}x_{mbit}mbit.json" if mbit else local)
 
 
-def points(records: Sequence[dict[str, Any]]) -> Iterator[Point]:
+def points(records: Sequence[dict[str, Any]], profiles: Path = PROFILES) -> Iterator[Point]:
     """Predict every measured step."""
     for record in records:
-        file = profile_file(record["nodes"], record["mbit"], record["ranks"])
+        core_time = record.get("core_time", False)
+        file = profile_file(record["nodes"], record["mbit"], record["ranks"], core_time=core_time, profiles=profiles)
         if not file.exists():
             continue
         profile, shape = load_profile(file), Shape(*record["shape"])
         ranks = Ranks(record["ranks"], record["ranks"] // record["nodes"])
         work = workload(shape)
         plan = next(plan for plan in plans_of(shape, ranks) if str(plan) == record["plan"])
-        sent = traffic(work, plan, ranks).leaving_a_node("gloo") * HEADERS
+        sent = traffic(work, plan, ranks).leaving_a_node("gloo", framing=framing(record["mbit"]))
         seconds = step_seconds(work, plan, ranks, profile)
         cell = (record["nodes"] if record["mbit"] else -record["ranks"], record["mbit"], tuple(record["shape"]))
         yield Point(cell, plan, record["seconds"], seconds, record["bytes"], sent)
@@ -197,7 +212,9 @@ def show(found: Sequence[Point]) -> None:
     shares = [p.bytes_measured / p.bytes_predicted for p in found if p.bytes_predicted > 1e5]
     if shares:
         middle = statistics.median(shares)
+        near = sum(abs(share - 1) <= 0.02 for share in shares)
         console.print(f"bytes measured over predicted: median {middle:.3f}, {min(shares):.3f} to {max(shares):.3f}")
+        console.print(f"{near} of {len(shares)} within 2 %")
 
 
 def draw(found: Sequence[Point], path: Path) -> None:
@@ -237,8 +254,8 @@ def main(args: Args) -> None:
         run_rank(json.loads(args.job))
         return
     if args.local:
-        records = [record for ranks in args.local for record in measure_local(ranks)]
-        LOCAL.write_text("".join(json.dumps(record) + "\n" for record in records))
+        records = [record for ranks in args.local for record in measure_local(ranks, core_time=args.core_time)]
+        (CORE_TIME if args.core_time else LOCAL).write_text("".join(json.dumps(record) + "\n" for record in records))
         show(list(points(records)))
         return
     if not args.show:
@@ -246,13 +263,14 @@ def main(args: Args) -> None:
             raise SystemExit("network namespaces need root: run this with sudo, or --show what was measured")
         cells = list(itertools.product(args.nodes, args.rates))
         for nodes, mbit in track(cells, "profiles", console=Console(stderr=True)):
-            profile_cluster(nodes, mbit, args.ranks)
+            profile_cluster(nodes, mbit, args.ranks, args.profiles)
     records = [json.loads(line) for line in args.steps.read_text().splitlines()]
-    found = list(points(records))
+    found = list(points(records, args.profiles))
     if not found:
-        raise SystemExit(f"{PROFILES} holds no profile of a measured cluster: run this without --show first")
+        raise SystemExit(f"{args.profiles} holds no profile of a measured cluster: run this without --show first")
     show(found)
-    draw(found, args.picture)
+    if args.profiles == PROFILES:
+        draw(found, args.picture)
 
 
 if __name__ == "__main__":

@@ -5,31 +5,35 @@ from __future__ import annotations
 import dataclasses
 import json as to_json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from synchromesh.commands.context import Context
+from synchromesh.commands.paste import Asked, to_paste
+from synchromesh.commands.plan_table import show_plans
 from synchromesh.compat.hf_config import read_hf_config
 from synchromesh.errors import InputError
 from synchromesh.models.mixtures import ExpertsConfig
 from synchromesh.models.shapes import SHAPES
 from synchromesh.planning.cluster import ClusterProfile, load_profile
-from synchromesh.planning.lattice import Ranks
-from synchromesh.planning.planner import LayerKind, ModelShape, Planned, plan_model, worlds
+from synchromesh.planning.nesting import ranks_on
+from synchromesh.planning.planner import Planned, plan_model, worlds
+from synchromesh.planning.remedies import with_remedies
+from synchromesh.planning.shape import LayerKind, ModelShape
 from synchromesh.types import Workload
 
 MOST_RANKS = 1 << 16
 
 
 ABOUT = """\
-Predict a model's step on a described cluster, and choose the plan of each kind of its MoE layers.
+Predict a model's step on a described cluster, choose the plan of each kind of its MoE layers and say why, what would fit
+where it does not, and what to paste to run it. Any number of ranks: copies of a grid where experts do not divide it.
 
   synchromesh plan --model swinv2_moe_b --cluster a100_hdr --world 8..2048 --batch 128
   synchromesh plan --layer 16384 2048 2048 64 2 --cluster h100_ndr --world 512
@@ -42,7 +46,7 @@ class Request:
     """Options of `plan`.
 
     Attributes:
-        model: swinv2_moe_b, swinv2_moe_s, or the config.json of a Hugging Face MoE model.
+        model: swinv2_moe_b, swinv2_moe_s, or the folder or config.json of a Hugging Face MoE model.
         layer: instead of a model, one layer by its numbers T D F E K.
         cluster: a shipped profile (a100_hdr, h100_ndr, cpu_gloo), or a file of `synchromesh profile`.
         world: ranks, as 64 or 8..2048 (its doubles in between).
@@ -87,10 +91,12 @@ class Case:
     Attributes:
         model: with the changes.
         changed: what was changed, for people.
+        asked: what its command must repeat.
     """
 
     model: ModelShape
     changed: str
+    asked: Asked
 
 
 def run(request: Request, context: Context) -> int:
@@ -109,13 +115,26 @@ def run(request: Request, context: Context) -> int:
     for case, planned in results.items():
         if request.json:
             for one in planned:
-                console.print(to_json.dumps(as_json(case, one)), soft_wrap=True, highlight=False, markup=False)
+                found = as_json(case, one) | {"command": to_paste(one, case.asked)}
+                console.print(to_json.dumps(found), soft_wrap=True, highlight=False, markup=False)
         else:
-            _show(console, case, planned, profile, request)
+            what = "inference" if request.inference else "training"
+            show_plans(console, f"{case.model.name} {case.changed} on {profile.name}, {what}", case.model, planned)
+            _show_command(console, case, planned)
     if request.html is not None and page is not None:
         page(request.html, {f"{c.model.name} {c.changed}": found for c, found in results.items()}, profile)
         console.print(str(request.html), highlight=False, soft_wrap=True)
     return 0 if any(one.refused is None for planned in results.values() for one in planned) else 1
+
+
+def _show_command(console: Console, case: Case, planned: Sequence[Planned]) -> None:
+    """Print what to paste for the largest number of ranks that has a command."""
+    for one in reversed(planned):
+        command = to_paste(one, case.asked)
+        if command is not None:
+            console.print(f"\nto run it on {one.ranks.size:,}:", style="bold", highlight=False, soft_wrap=True)
+            console.print(command, highlight=False, soft_wrap=True, markup=False)
+            return
 
 
 def as_json(case: Case, one: Planned) -> dict[str, Any]:
@@ -129,6 +148,7 @@ def as_json(case: Case, one: Planned) -> dict[str, Any]:
             "backward": dataclasses.asdict(layer.backward),
             "memory": dataclasses.asdict(layer.memory),
             "static_seconds": layer.static,
+            "reasons": [str(reason) for reason in layer.reasons],
         }
         for layer in one.layers
     ]
@@ -137,15 +157,22 @@ def as_json(case: Case, one: Planned) -> dict[str, Any]:
         "changed": case.changed,
         "world": one.ranks.size,
         "ranks_per_node": one.ranks.per_node,
+        "grid": one.nesting.size,
+        "copies": one.nesting.copies,
+        "arrangement": dataclasses.asdict(one.arrangement),
         "batch": one.batch,
         "seconds": one.seconds,
         "dense_seconds": one.dense,
         "reduce_seconds": one.reduce,
+        "average_seconds": one.average,
+        "bubble_seconds": one.bubble,
         "static_seconds": one.static,
         "samples_per_second": one.samples_per_second,
         "efficiency": one.efficiency,
         "memory_bytes": one.memory,
+        "network_known": one.network_known,
         "refused": one.refused,
+        "would_fit": [as_json(case, other) for other in one.would_fit],
         "layers": layers,
         "remarks": one.remarks(),
     }
@@ -182,7 +209,8 @@ def _cases(request: Request) -> Iterator[Case]:
         said = [f"E {experts}"] if experts else []
         said += [f"k {k}"] if k else []
         said += [f"capacity {capacity:g}"] if capacity is not None else []
-        yield Case(model, ", ".join(said))
+        asked = Asked(_named(request, model), request.cluster, experts, k, capacity, not request.inference)
+        yield Case(model, ", ".join(said), asked)
 
 
 def _model(request: Request, experts: int | None) -> ModelShape:
@@ -199,6 +227,13 @@ def _model(request: Request, experts: int | None) -> ModelShape:
         known = ", ".join(SHAPES)
         raise InputError(f"there is no model {request.model!r}: wanted {known}, or the config.json of one")
     return read_hf_config(path, length=request.length)
+
+
+def _named(request: Request, model: ModelShape) -> str | Path | Workload:
+    if request.layer is not None:
+        return model.layers[0].work
+    path = Path(request.model)
+    return request.model if request.model in SHAPES else path.parent if path.is_file() else path
 
 
 def _changed(
@@ -225,53 +260,8 @@ def _changed(
 
 def _planned(case: Case, request: Request, profile: ClusterProfile, sizes: list[int]) -> Iterator[Planned]:
     batch = 1 if request.layer is not None else request.batch
+    training = not request.inference
     for size in sizes:
-        ranks = Ranks(size, min(size, profile.per_node))
-        yield plan_model(case.model, profile, ranks, batch=batch, training=not request.inference, sharded=request.fsdp)
-
-
-def _show(console: Console, case: Case, planned: list[Planned], profile: ClusterProfile, request: Request) -> None:
-    unit, what = case.model.unit, "inference" if request.inference else "training"
-    title = f"{case.model.name} {case.changed} on {profile.name}, {what}: milliseconds of a step"
-    table = Table(title=title, title_justify="left")
-    for name in ("ranks", "step", "dense", "experts", "waits", "GB", f"{unit}/s", "efficient", "static"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for one in planned:
-        passes = [seconds for layer in one.layers for seconds in (layer.forward, layer.backward)]
-        waits = sum(seconds.exposed for seconds in passes) + one.reduce
-        parts = [one.seconds, one.dense, one.seconds - one.dense - waits, waits]
-        cells = [_short(part * 1e3) for part in parts]
-        static = "no room" if one.static is None else f"{one.static / one.seconds:.2f}x"
-        rates = [f"{one.memory / 1e9:.0f}", _short(one.samples_per_second), f"{one.efficiency:.0%}", static]
-        table.add_row(f"{one.ranks.size:,}", *cells, *rates, style="red" if one.refused else None)
-    console.print(table)
-    for line in _plans(planned):
-        console.print(line, highlight=False, soft_wrap=True)
-    for remark, sizes in _remarks(planned).items():
-        console.print(f"{remark} ({_range(sizes)} ranks)", highlight=False, soft_wrap=True)
-    if case.model.dense_products:
-        console.print(f"the dense part: {case.model.calibrated_by}", style="dim", highlight=False, soft_wrap=True)
-
-
-def _plans(planned: list[Planned]) -> Iterator[str]:
-    """Say for each kind of layer by which plan it runs, on how many ranks."""
-    for number, layer in enumerate(planned[0].layers):
-        runs = groupby(planned, key=lambda one, number=number: one.layers[number].plan)
-        said = [f"{plan} ({_range([one.ranks.size for one in own])} ranks)" for plan, own in runs]
-        yield f"{layer.kind.name} by {'; '.join(said)}"
-
-
-def _remarks(planned: list[Planned]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for one in planned:
-        for remark in one.remarks():
-            found.setdefault(remark, []).append(one.ranks.size)
-    return found
-
-
-def _range(sizes: list[int]) -> str:
-    return f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        ranks = ranks_on(size, profile.per_node)
+        found = plan_model(case.model, profile, ranks, batch=batch, training=training, sharded=request.fsdp)
+        yield with_remedies(found, case.model, profile, training=training)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from synchromesh.commands.context import Context
+from synchromesh.commands.tables import Column, Row, show_table
 from synchromesh.errors import InputError
 from synchromesh.planning.dictionary import Dictionary
 from synchromesh.training.durable import write_atomically
@@ -69,7 +69,9 @@ def _read(path: Path) -> Dictionary:
 
 def _show(console: Console, known: Dictionary) -> None:
     title = f"plans on {known.ranks.nodes} nodes of {known.ranks.per_node} ranks; milliseconds of forward and backward"
-    table = Table("layer", "workload", "plan", "predicted", "measured", "trials", "", title=title, title_justify="left")
+    columns = [Column(name, words=True) for name in ("layer", "workload", "plan")]
+    columns += [Column(name) for name in ("predicted", "measured", "trials")]
+    rows = []
     for name, entries in known.layers.items():
         for work, entry in entries.items():
             for trial in sorted(entry.trials, key=lambda trial: (trial.plan != entry.best, trial.median)):
@@ -78,9 +80,9 @@ def _show(console: Console, known: Dictionary) -> None:
                 said = ("kept" if entry.settled else "still trying") if used else ""
                 cells = [name, _workload(work)] if used else ["", ""]
                 predicted = f"{trial.predicted * 1e3:,.2f}"
-                row = [*cells, str(trial.plan), predicted, measured, str(len(trial.seconds)), said]
-                table.add_row(*row, style="bold" if used else None)
-    console.print(table)
+                cells += [str(trial.plan), predicted, measured, str(len(trial.seconds)), said]
+                rows.append(Row(tuple(cells), "bold" if used else None))
+    show_table(console, title, [*columns, Column("", words=True)], rows)
     for name, record in known.records.items():
         steps = ", ".join(f"{plan} from {first:,}" for first, plan in list(record)[-8:])
         more = "... " if len(record) > 8 else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +11,12 @@ import torch.distributed as dist
 import tyro
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from synchromesh.commands.context import Context
 from synchromesh.commands.profiling import STAGES, measure
 from synchromesh.errors import InputError
 from synchromesh.parallel.comm.grid import Grid
-from synchromesh.planning.cluster import ClusterProfile
+from synchromesh.planning.cluster import UNMEASURED, ClusterProfile, Link
 from synchromesh.training.durable import write_atomically
 
 SHOWN_BYTES = (1 << 10, 1 << 16, 1 << 20, 1 << 24)  # of messages, in the table
@@ -87,21 +87,36 @@ def measure_ranks(request: Request, grid: Grid, console: Console) -> int:
 
 
 def _show(console: Console, found: ClusterProfile) -> None:
-    table = Table("", "", title=f"{found.name}: {found.about}", title_justify="left", show_header=False)
+    console.print(f"{found.name}: {found.about}", style="italic", highlight=False, soft_wrap=True)
+    for name, said in _lines(found):
+        console.print(f"{name}: {said}", highlight=False, soft_wrap=True)
+
+
+def _lines(found: ClusterProfile) -> Iterator[tuple[str, str]]:
     for dtype, law in found.matmul.items():
-        table.add_row(
-            f"products in {dtype}", f"{law.peak / 1e9:,.1f} GFLOP/s at most, half of it at {law.half:.0f} rows"
-        )
-    table.add_row("memory", f"{found.memory_rate / 1e9:,.1f} GB/s")
-    table.add_row("a layer's fixed time", f"{found.step[0] * 1e3:.2f} ms forward, {found.step[1] * 1e3:.2f} backward")
-    for name, link in (("in a node", found.node), ("between nodes", found.network)):
-        if found.sources["node" if link is found.node else "network"].startswith("measured"):
-            times = ", ".join(f"{_size(size)} {link.message.at(size) * 1e3:.2f} ms" for size in SHOWN_BYTES)
-            table.add_row(f"messages {name}", f"{times}; start {link.start * 1e3:.2f} ms")
-    if found.network.node_rate is not None:
-        table.add_row("a node's link", f"{found.network.node_rate * 8 / 1e6:,.0f} Mbit/s")
-    table.add_row("compute beside exchange", f"{found.slowed[0]:.2f}x its time, exchange {found.slowed[1]:.2f}x")
-    console.print(table)
+        peak = f"{law.peak / 1e9:,.1f} GFLOP/s at most"
+        yield f"products in {dtype}", f"{peak}, half of it at {law.half:.0f} rows"
+    yield "memory", f"{found.memory_rate / 1e9:,.1f} GB/s"
+    yield "a layer's fixed time", f"{found.step[0] * 1e3:.2f} ms forward, {found.step[1] * 1e3:.2f} backward"
+    yield "messages in a node", _messages(None if _unmeasured(found, "node") else found.node)
+    yield "messages between nodes", _messages(found.network)
+    if found.network is not None and found.network.node_rate is not None:
+        yield "a node's link", f"{found.network.node_rate * 8 / 1e6:,.0f} Mbit/s"
+    if found.cores is not None:
+        waits = ": ranks wait for one, and times are of a rank that has it" if found.cores < 1 else ""
+        yield "cores", f"{found.cores:g} for each rank{waits}"
+    yield "compute beside exchange", f"{found.slowed[0]:.2f}x its time, exchange {found.slowed[1]:.2f}x"
+
+
+def _unmeasured(found: ClusterProfile, field: str) -> bool:
+    return found.sources[field].startswith(UNMEASURED)
+
+
+def _messages(link: Link | None) -> str:
+    if link is None:
+        return "unknown: these ranks have none"
+    times = ", ".join(f"{_size(size)} {link.message.at(size) * 1e3:.2f} ms" for size in SHOWN_BYTES)
+    return f"{times}; start {link.start * 1e3:.2f} ms"
 
 
 def _size(size: int) -> str:

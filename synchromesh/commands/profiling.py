@@ -5,12 +5,14 @@ All ranks measure at once, as they work at once in training; a profile holds the
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,13 +25,15 @@ from synchromesh.moe.routing import TopKRouter
 from synchromesh.parallel.comm.collectives import all_to_all
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.sharded import Sharded
-from synchromesh.planning.cluster import ClusterProfile, Curve, Link, Matmul
+from synchromesh.planning.cluster import UNMEASURED, ClusterProfile, Curve, Link, Matmul
 from synchromesh.types import Plan, Workload
 
 MATMUL_SHAPES = [(16, 256, 256), (64, 512, 256), (256, 256, 512), (128, 1024, 512), (512, 512, 512), (1024,) * 3]
 MESSAGE_BYTES = [1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24]
+BUSY_BYTES = 1 << 19  # of the message whose work is counted
 LONGEST_MESSAGE = 0.5  # seconds; larger messages are extrapolated from the last two
 ROUNDS = 7  # of a measurement, whose median counts
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # one for all that share a machine, containers too
 STAGES = ("products", "links", "layer", "overlap")
 
 
@@ -42,30 +46,31 @@ def measure(grid: Grid, name: str, *, device: torch.device, begins: Callable[[st
         device: of the ranks.
         begins: called with each of `STAGES` as it begins.
     """
-    meter = _Meter(grid, device)
+    meter = _Meter(grid, device, cores_of_a_rank(grid, device))
     begins("products")
     dtypes = [torch.float32, torch.bfloat16]
     matmul = {str(dtype).removeprefix("torch."): meter.matmul(dtype) for dtype in dtypes}
     begins("links")
     node, network = meter.links()
     begins("layer")
-    start = (network if grid.nodes > 1 else node).start
+    start = (node if network is None else network).start
     alone = meter.layer(4, 16, 16, 16)
     kernel = meter.kernel()
     memory_rate = meter.memory_rate(matmul["float32"], kernel, alone)
     step, chunk = alone, (0.0, 0.0)
     if grid.size > 1:  # without the start of 3 exchanges in forward (counts, rows there and back) and 2 in backward
         plain, pieces = meter.exchanging(1), meter.exchanging(4)
+        start *= min(1.0, (node if network is None else network).busy) if meter.contended else 1.0
         step = (max(alone[0], plain[0] - 3 * start), max(alone[1], plain[1] - 2 * start))
         chunk = tuple(max(0.0, (many - one) / 3 - 2 * start) for many, one in zip(pieces, plain, strict=True))
     begins("overlap")
-    slowed = meter.slowed() if grid.size > 1 else (1.0, 1.0)
+    slowed = meter.slowed() if grid.size > 1 and not meter.contended else (1.0, 1.0)
     seen = (
         f"measured on {device_name(device)}, torch {torch.__version__}, {grid.size} ranks, {grid.ranks_per_node} a node"
     )
-    links = {"node": seen if grid.ranks_per_node > 1 else "not measured: one rank a node"}
-    links["network"] = seen if grid.nodes > 1 else "not measured: one node"
-    fields = ("memory_bytes", "memory_rate", "kernel", "step", "chunk", "matmul", "slowed")
+    links = {"node": seen if grid.ranks_per_node > 1 else f"{UNMEASURED}: one rank a node"}
+    links["network"] = seen if grid.nodes > 1 else f"{UNMEASURED}: one node"
+    fields = ("memory_bytes", "memory_rate", "kernel", "step", "chunk", "matmul", "slowed", "cores")
     return ClusterProfile(
         name=name,
         about=f"{grid.nodes} nodes of {grid.ranks_per_node} ranks",
@@ -81,7 +86,20 @@ def measure(grid: Grid, name: str, *, device: torch.device, begins: Callable[[st
         network=network,
         slowed=slowed,
         sources={**dict.fromkeys(fields, seen), **links},
+        cores=meter.cores,
     )
+
+
+def cores_of_a_rank(grid: Grid, device: torch.device) -> float | None:
+    """Return the cores of this machine for each rank on it, whatever nodes they pretend to be; None on GPUs."""
+    if device.type == "cuda":
+        return None
+    own = BOOT_ID.read_text() if BOOT_ID.exists() else platform.node()
+    machines = [own]
+    if grid.group is not None:
+        machines = [""] * grid.size
+        dist.all_gather_object(machines, own, group=grid.group)
+    return len(os.sched_getaffinity(0)) / machines.count(own)
 
 
 def device_name(device: torch.device) -> str:
@@ -103,21 +121,32 @@ def fitted(seconds: Sequence[tuple[tuple[int, int, int], float]]) -> Matmul:
 
 
 class _Meter:
-    """Times things on all ranks of a grid."""
+    """Times things on all ranks of a grid.
 
-    def __init__(self, grid: Grid, device: torch.device) -> None:
-        self.grid, self.device = grid, device
+    Where ranks are more than cores, how long one waits for a core depends on what the others do at the moment, which is
+    not what they do in training. So what a core does is counted in its own time, of exchanges the quickest counts, and
+    the waiting is added where plans are timed.
+    """
+
+    def __init__(self, grid: Grid, device: torch.device, cores: float | None) -> None:
+        self.grid, self.device, self.cores = grid, device, cores
+
+    @property
+    def contended(self) -> bool:
+        """Whether ranks wait for a core."""
+        return self.cores is not None and self.cores < 1
 
     def seconds(self, run: Callable[[], object], *, rounds: int = ROUNDS) -> float:
-        """Return the median time of a run, the mean over ranks."""
+        """Return the median time of a run, the mean over ranks; of cores where ranks wait for one."""
+        clock = time.process_time if self.contended else time.perf_counter
         run()
         times = []
         for _ in range(rounds):
             self._together()
-            start = time.perf_counter()
+            start = clock()
             run()
             self._finished()
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
         return self._mean(statistics.median(times))
 
     def matmul(self, dtype: torch.dtype) -> Matmul:
@@ -175,7 +204,8 @@ class _Meter:
         taken = self.seconds(forward, rounds=3 * ROUNDS)
         return taken, max(0.0, self.seconds(both, rounds=3 * ROUNDS) - taken)
 
-    def links(self) -> tuple[Link, Link]:
+    def links(self) -> tuple[Link, Link | None]:
+        """Measure the links in a node and between nodes; None for what these ranks do not have."""
         grid = self.grid
         node, place = divmod(grid.rank, grid.ranks_per_node)
         found: dict[str, Link] = {}
@@ -185,10 +215,9 @@ class _Meter:
         if grid.nodes > 1:
             comb = grid.axis(tuple(range(place, grid.size, grid.ranks_per_node)))
             across = self._link(comb, node, sends=place == 0)
-            found["network"] = Link(across.start, across.message, self._node_rate(comb))
+            found["network"] = dataclasses.replace(across, node_rate=self._node_rate(comb))
         alone = Link(0.0, Curve(((0.0, 0.0), (1.0, 0.0))))
-        node_link = found.get("node", found.get("network", alone))
-        return node_link, found.get("network", node_link)
+        return found.get("node", found.get("network", alone)), found.get("network")
 
     def slowed(self) -> tuple[float, float]:
         """Return how much longer products, and an exchange, take while both run."""
@@ -235,7 +264,20 @@ class _Meter:
             points.append((float(size), max(points[-1][1], taken - start)))
             if taken > LONGEST_MESSAGE:
                 break
-        return Link(start, Curve(tuple(points)))
+        return Link(start, Curve(tuple(points)), busy=self._busy(group, to))
+
+    def _busy(self, group: ProcessGroup, to: list[int]) -> float:
+        """Return the share of a message's time in which it keeps a core of its rank busy."""
+        if not self.contended:
+            return 1.0
+        rows = torch.zeros(sum(to), BUSY_BYTES // 4, device=self.device)
+
+        def exchange() -> None:
+            all_to_all(rows, group, to, to).wait()
+
+        taken = self._exchanged(exchange, counts=sum(to) > 0)
+        worked = self._exchanged(exchange, counts=sum(to) > 0, clock=time.process_time)
+        return min(1.0, worked / taken)
 
     def _node_rate(self, group: ProcessGroup | None) -> float:
         """Return the bytes per second that all ranks of a node send to the others together."""
@@ -246,16 +288,19 @@ class _Meter:
             taken = self._exchanged(lambda rows=rows: all_to_all(rows, group).wait(), counts=True)
         return self.grid.ranks_per_node * (self.grid.nodes - 1) * size / taken
 
-    def _exchanged(self, exchange: Callable[[], object], *, counts: bool) -> float:
+    def _exchanged(
+        self, exchange: Callable[[], object], *, counts: bool, clock: Callable[[], float] = time.perf_counter
+    ) -> float:
         """Return the median seconds of an exchange, the mean over the ranks that count."""
         times = []
         for _ in range(ROUNDS):
             self._together()
-            start = time.perf_counter()
+            start = clock()
             exchange()
             self._finished()
-            times.append(time.perf_counter() - start)
-        return self._mean(statistics.median(times[2:]), counts=counts)
+            times.append(clock() - start)
+        taken = min(times[2:]) if self.contended else statistics.median(times[2:])
+        return self._mean(taken, counts=counts)
 
     def _together(self) -> None:
         self._finished()

@@ -15,7 +15,7 @@ from synchromesh.models.mixtures import ExpertsConfig
 from synchromesh.models.swin_v2 import SwinV2Config
 from synchromesh.models.swin_v2_moe import config_b, config_s
 from synchromesh.moe.layer import MoE
-from synchromesh.planning.planner import LayerKind, ModelShape
+from synchromesh.planning.shape import LayerKind, ModelShape
 from synchromesh.types import Workload
 
 # One calibration: the paper's table 7, its dense SwinV2-B on one node of 8 A100: 1,198 images/s inferred and 291
@@ -57,6 +57,8 @@ def shape_of(
         dense_saved=float(sum(SAVED_PER_CHANNEL * place.positions * place.width for place in places)),
         dense_share=DENSE_SHARE,
         calibrated_by=CALIBRATION,
+        blocks=len(places),
+        block_inputs=float(sum(place.positions * place.width for place in places)),
     )
 
 
@@ -78,3 +80,22 @@ def _published(name: str, config: SwinV2Config) -> Callable[[ExpertsConfig], Mod
 SHAPES: Mapping[str, Callable[[ExpertsConfig], ModelShape]] = MappingProxyType(
     {name: _published(name, config) for name, config in (("swinv2_moe_b", config_b()), ("swinv2_moe_s", config_s()))}
 )
+
+IMPORTS = (
+    "import dataclasses",
+    "from synchromesh.models.heads.classifier import Classifier",
+    "from synchromesh.models.mixtures import ExpertsConfig",
+    "from synchromesh.models.swin_v2_moe import config_b, config_s",
+)
+
+
+def in_python(name: str, *, experts: int | None, k: int | None, recomputed: bool) -> list[str]:
+    """Return the lines, below `IMPORTS`, that make the model of a shape.
+
+    >>> in_python("swinv2_moe_b", experts=8, k=None, recomputed=False)[0]
+    'config = dataclasses.replace(config_b(), experts=ExpertsConfig(num_experts=8))'
+    """
+    own = f"num_experts={experts or 32}" + (f", k={k}" if k else "")
+    more = ", checkpointed=True" if recomputed else ""
+    config = f"config = dataclasses.replace(config_{name[-1]}(), experts=ExpertsConfig({own}){more})"
+    return [config, "model = Classifier(config.build(), num_classes=21841)"]

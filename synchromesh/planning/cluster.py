@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 SUFFIX = ".json"
+UNMEASURED = "not measured"  # how the source of a number begins that nobody measured
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,14 @@ class Link:
         node_rate: bytes per second that all ranks of a node send together at most; None where nothing is shared.
         crowding: share by which an all-to-all slows down for each far rank it reaches, where messages cross from one
             rail to another: switches then pass on more flows than they have ways. Equal places of nodes do not cross.
+        busy: share of a message's time in which it keeps a core busy; read where ranks are more than cores.
     """
 
     start: float
     message: Curve
     node_rate: float | None = None
     crowding: float = 0.0
+    busy: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,11 @@ class ClusterProfile:
         chunk: seconds that each chunk after the first adds, in forward and in backward.
         matmul: speed of matrix products by dtype, such as "bfloat16".
         node: the links between ranks of one node.
-        network: the links between ranks of two nodes.
+        network: the links between ranks of two nodes; None where one node was measured, so that nobody knows.
         slowed: factors on the time of compute and of exchange while both run.
         sources: where each number is from, by field.
+        cores: of the machine for each of its ranks; below 1 ranks wait for one, and all other times are those of a
+            rank that has a core. None where others than cores do the work.
     """
 
     name: str
@@ -118,9 +123,20 @@ class ClusterProfile:
     chunk: tuple[float, float]
     matmul: Mapping[str, Matmul]
     node: Link
-    network: Link
+    network: Link | None
     slowed: tuple[float, float]
     sources: Mapping[str, str]
+    cores: float | None = None
+
+    @property
+    def waits(self) -> float:
+        """How much longer work takes where all ranks of a machine do it at once."""
+        return 1.0 if self.cores is None else max(1.0, 1 / self.cores)
+
+    @property
+    def across(self) -> Link:
+        """The links between nodes; where they are unknown, those inside a node stand for them: no network is faster."""
+        return self.node if self.network is None else self.network
 
     def to_json(self) -> str:
         """Return the profile as indented JSON."""
@@ -131,18 +147,18 @@ class ClusterProfile:
         """Read what `to_json` wrote. Raises ValueError that names what is missing, unknown or no number."""
         try:
             found = json.loads(text)
+            if isinstance(found, dict):
+                found = {"cores": None, **found}  # which files of 0.1 do not have
             _same_fields(found, ClusterProfile)
             for name in ("node", "network"):
-                link = found[name]
-                _same_fields(link, Link)
-                points = tuple((float(size), float(seconds)) for size, seconds in link["message"]["points"])
-                rate = None if link["node_rate"] is None else _positive("node_rate", link["node_rate"])
-                found[name] = Link(float(link["start"]), Curve(points), rate, float(link["crowding"]))
+                found[name] = _link(found[name]) if name == "node" or found[name] is not None else None
+            if str(found["sources"]["network"]).startswith(UNMEASURED):
+                found["network"] = None  # files of 0.1 and before repeat the links of the node here
             found["matmul"] = {dtype: Matmul(**numbers) for dtype, numbers in found["matmul"].items()}
             for name in ("step", "chunk", "slowed"):
                 first, second = found[name]
                 found[name] = (float(first), float(second))
-            for name in ("memory_bytes", "memory_rate", "per_node"):
+            for name in ("memory_bytes", "memory_rate", "per_node", *(() if found["cores"] is None else ("cores",))):
                 _positive(name, found[name])
             if found["backend"] not in ("gloo", "nccl"):
                 raise ValueError(f"backend is {found['backend']!r}, wanted 'gloo' or 'nccl'")
@@ -178,6 +194,15 @@ def load_profile(name: str | Path) -> ClusterProfile:
             f"there is no cluster {str(name)!r}: wanted a file of `synchromesh profile`, or one of {known}"
         )
     return ClusterProfile.from_json(Path(name).read_text())
+
+
+def _link(found: Any) -> Link:
+    if isinstance(found, dict):
+        found = {"busy": 1.0, **found}
+    _same_fields(found, Link)
+    points = tuple((float(size), float(seconds)) for size, seconds in found["message"]["points"])
+    rate = None if found["node_rate"] is None else _positive("node_rate", found["node_rate"])
+    return Link(float(found["start"]), Curve(points), rate, float(found["crowding"]), float(found["busy"]))
 
 
 def _same_fields(found: Any, kind: type) -> None:

@@ -7,11 +7,12 @@ weights of more experts evens its load out.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from synchromesh.planning.cluster import ClusterProfile, Link
 from synchromesh.planning.lattice import Ranks, row_copies
-from synchromesh.planning.traffic import Collective, Traffic, kept_pairs, traffic
+from synchromesh.planning.traffic import Collective, Group, Traffic, kept_pairs, traffic
 from synchromesh.types import Plan, Workload
 
 BACKWARD_PRODUCTS = 2  # for each product of forward: the gradients of rows and of weights
@@ -52,6 +53,17 @@ class Seconds:
             self.exposed + other.exposed,
         )
 
+    def times(self, count: int) -> Seconds:
+        """Return the seconds of so many passes."""
+        return Seconds(
+            count * self.route,
+            count * self.permute,
+            count * self.matmul,
+            count * self.exchange,
+            count * self.gather,
+            count * self.exposed,
+        )
+
 
 NO_SECONDS = Seconds(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
@@ -87,28 +99,55 @@ class _Model:
         self.sent: Traffic = traffic(work, plan, ranks)
         self.load = load_of_busiest(work, plan, ranks) if plan.ragged else 1.0
         self.speed = profile.rate_of(str(work.dtype).removeprefix("torch."))
+        # Ranks go through a step side by side: where they are more than cores, all wait for one in the same phase.
+        self.waits = profile.waits
         self.gather = self._together(self.sent.gather)
         self.scatter = self._together(self.sent.scatter)
         self.exchange = self._together(self.sent.there) * self.load
-        self.permute = self._permute()
-        self.matmul = self._matmul() / self.sent.chunks  # exchange and matmul are of one chunk
+        self.permute = self._permute() * self.waits
+        self.matmul = self._matmul() * self.waits / self.sent.chunks  # exchange and matmul are of one chunk
 
     def forward(self) -> Seconds:
         counts = self._together(self.sent.counts)
+        cores = self._busy(self.sent.counts) + self._busy(self.sent.gather) + self._busy_exchange()
         exposed = self._exposed(first=self.gather, last=0.0, compute=self.matmul)
         exchange = 2 * self.exchange * self.sent.chunks
-        route = self._route() + self._fixed(0)
-        return Seconds(
-            route, self.permute, self.matmul * self.sent.chunks, exchange + counts, self.gather, exposed + counts
+        route = (self._route() + self._fixed(0)) * self.waits
+        return self._on_cores(
+            Seconds(
+                route, self.permute, self.matmul * self.sent.chunks, exchange + counts, self.gather, exposed + counts
+            ),
+            cores,
         )
 
     def backward(self) -> Seconds:
         again = self.gather if self.plan.regather else 0.0
+        cores = (
+            self._busy(self.sent.gather) * self.plan.regather + self._busy(self.sent.scatter) + self._busy_exchange()
+        )
         compute = BACKWARD_PRODUCTS * self.matmul
         exposed = self._exposed(first=again, last=self.scatter, compute=compute)
         exchange = 2 * self.exchange * self.sent.chunks
-        route = BACKWARD_PRODUCTS * self._route() + self._fixed(1)
-        return Seconds(route, self.permute, compute * self.sent.chunks, exchange, again + self.scatter, exposed)
+        route = (BACKWARD_PRODUCTS * self._route() + self._fixed(1)) * self.waits
+        return self._on_cores(
+            Seconds(route, self.permute, compute * self.sent.chunks, exchange, again + self.scatter, exposed), cores
+        )
+
+    def _on_cores(self, own: Seconds, busy: float) -> Seconds:
+        """Let no work of exchanges hide behind products that need the same cores, where ranks wait for one."""
+        return own if self.waits == 1 else dataclasses.replace(own, exposed=max(own.exposed, busy))
+
+    def _busy_exchange(self) -> float:
+        return 2 * self.sent.chunks * self.load * self._busy(self.sent.there)
+
+    def _busy(self, several: tuple[Collective, ...]) -> float:
+        """Return for how long collectives keep the cores of a rank, waiting for its turn included."""
+        if self.waits == 1:
+            return 0.0
+        links = [self.profile.across if one.group.far > 0 else self.profile.node for one in several]
+        shares = [min(1.0, link.busy * self.waits) for link in links]
+        worked = (share * collective_seconds(one, self.profile) for one, share in zip(several, shares, strict=True))
+        return sum(worked, 0.0)
 
     def _exposed(self, *, first: float, last: float, compute: float) -> float:
         """Return how long the device waits for communication in a pass.
@@ -175,27 +214,46 @@ class _Model:
         return max(products, moved * work.dtype.itemsize / self.profile.memory_rate)
 
     def _together(self, several: tuple[Collective, ...]) -> float:
-        return sum((self._seconds(one) for one in several), 0.0)
+        return sum((collective_seconds(one, self.profile) for one in several), 0.0)
 
-    def _seconds(self, one: Collective) -> float:
-        """Return the time of a collective alone on its links."""
-        group, profile = one.group, self.profile
-        crossing = group.far > 0
-        start = (profile.network if crossing else profile.node).start
-        if one.kind == "all_to_all" or (one.kind == "reduce_scatter" and profile.backend == "gloo"):
-            # Messages inside the node and across run at the same time; a rank sends those of one kind in turn. The link
-            # of the node, shared by its ranks, may be the limit.
-            near = group.near * profile.node.message.at(one.size)
-            crowded = 1 + profile.network.crowding * group.far if group.near else 1.0
-            far = group.far * profile.network.message.at(one.size * crowded)
-            return start + max(near, far, _shared(profile.network, one.size * group.crossing))
-        steps = group.size - 1  # of a ring, in each of which every rank sends one part to the next
-        near = steps * profile.node.message.at(one.size)
-        if not crossing:
-            return start + near
-        rails = group.near + 1 if profile.backend == "nccl" else 1  # NCCL lays a ring over every link of a node
-        far = steps * profile.network.message.at(one.size / rails)
-        return start + max(near, far, _shared(profile.network, one.size * steps * group.ring))
+
+def collective_seconds(one: Collective, profile: ClusterProfile) -> float:
+    """Return the time of a collective alone on its links."""
+    group, crossing = one.group, one.group.far > 0
+    link = profile.across if crossing else profile.node
+    start = link.start * _turns(link, profile)
+    if one.kind == "all_to_all" or (one.kind == "reduce_scatter" and profile.backend == "gloo"):
+        # Messages inside the node and across run at the same time; a rank sends those of one kind in turn. The link
+        # of the node, shared by its ranks, may be the limit.
+        near = group.near * profile.node.message.at(one.size) * _turns(profile.node, profile)
+        crowded = 1 + profile.across.crowding * group.far if group.near else 1.0
+        far = group.far * profile.across.message.at(one.size * crowded) * _turns(profile.across, profile)
+        return start + max(near, far, _shared(profile.across, one.size * group.crossing))
+    return start + _ring_seconds(one.size, group, profile)
+
+
+def all_reduce_seconds(size: float, group: Group, profile: ClusterProfile) -> float:
+    """Return the time to sum `size` bytes over a group: parts go round a ring twice, summed, then whole."""
+    if group.size == 1:
+        return 0.0
+    start = (profile.across if group.far > 0 else profile.node).start
+    return start + 2 * _ring_seconds(size / group.size, group, profile)
+
+
+def _ring_seconds(size: float, group: Group, profile: ClusterProfile) -> float:
+    """Return the time until every part of `size` bytes has been at every rank of a ring."""
+    steps = group.size - 1  # in each of which every rank sends one part to the next
+    near = steps * profile.node.message.at(size) * _turns(profile.node, profile)
+    if group.far == 0:
+        return near
+    rails = group.near + 1 if profile.backend == "nccl" else 1  # NCCL lays a ring over every link of a node
+    far = steps * profile.across.message.at(size / rails) * _turns(profile.across, profile)
+    return max(near, far, _shared(profile.across, size * steps * group.ring))
+
+
+def _turns(link: Link, profile: ClusterProfile) -> float:
+    """Return how much longer a message takes where all ranks send at once and take turns at the cores."""
+    return 1.0 if profile.cores is None else max(1.0, link.busy * profile.waits)
 
 
 def _shared(link: Link, size: float) -> float:

@@ -4,61 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
-import torch
-
+from synchromesh.planning.arrangement import Arrangement, bubble_seconds, dense_bytes, dense_seconds, reduce_seconds
 from synchromesh.planning.cluster import ClusterProfile
 from synchromesh.planning.cost import Seconds, forward_and_backward, step_seconds
 from synchromesh.planning.lattice import Ranks, every_plan, refusal
-from synchromesh.planning.memory import MASTER_BYTES, Bytes, layer_bytes
+from synchromesh.planning.memory import Bytes, layer_bytes
+from synchromesh.planning.nesting import Nesting, nestings
+from synchromesh.planning.reasons import (
+    ForMemory,
+    Nested,
+    NothingFits,
+    Option,
+    Reason,
+    chosen_for,
+    spoken,
+    spoken_bytes,
+)
+from synchromesh.planning.shape import LayerKind, ModelShape
+from synchromesh.planning.traffic import kept_pairs
 from synchromesh.types import Plan, Workload
 
 USABLE_MEMORY = 0.92  # of a device's memory: the rest is the framework's
-LAST_BUCKET = 25e6  # bytes of gradients that are averaged last, when no backward is left to hide them
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """MoE layers of one shape.
-
-    Attributes:
-        name: for people.
-        count: how many of them the model has.
-        tokens: that each gets from one sample.
-        work: of one layer; its rows and training are not read.
-    """
-
-    name: str
-    count: int
-    tokens: int
-    work: Workload
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What a planner knows of a model.
-
-    Attributes:
-        name: for people.
-        unit: what a batch is counted in, "image" or "sequence".
-        layers: its MoE layers, kind by kind.
-        dense_products: multiply-adds of one sample's forward in the dense part, which is all but the experts.
-        dense_parameters: of the dense part.
-        dense_saved: numbers that the dense part keeps for the backward of one sample.
-        dense_share: of the peak of products that the dense part reaches, in forward and in training; a calibration.
-        calibrated_by: where dense_share is from.
-    """
-
-    name: str
-    unit: str
-    layers: tuple[LayerKind, ...]
-    dense_products: float
-    dense_parameters: float
-    dense_saved: float
-    dense_share: tuple[float, float]
-    calibrated_by: str
+WORTH_COPIES = 0.95  # of one grid's time: where one grid is as good it needs less memory, and every plan is at hand
 
 
 @dataclass(frozen=True)
@@ -73,6 +43,7 @@ class PlannedLayer:
         memory: bytes of a rank.
         static: seconds by the plan that E and W alone would fix, g = max(1, W/E).
         static_kept: bytes by that plan.
+        reasons: what speaks for the plan.
     """
 
     kind: LayerKind
@@ -82,6 +53,7 @@ class PlannedLayer:
     memory: Bytes
     static: float
     static_kept: float
+    reasons: tuple[Reason, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -93,7 +65,7 @@ class Planned:
     """A model on a number of ranks.
 
     Attributes:
-        ranks: of the grid.
+        ranks: all of them.
         batch: samples of a rank.
         layers: with their plans.
         dense: seconds of everything but experts.
@@ -102,6 +74,13 @@ class Planned:
         refused: why it cannot run; None where it can.
         efficiency: samples per second and rank, over those of one device that holds all experts.
         static: seconds of a step with the plans that E and W alone would fix; None where they do not fit into memory.
+        nesting: the grids that hold all experts each; plans are of one grid.
+        average: seconds of averaging the experts' gradients over the grids.
+        bubble: seconds in which stages of a pipeline wait.
+        arrangement: what else the step does.
+        nested: what speaks for several grids; None where there is one.
+        network_known: whether links between nodes were measured, or none are used.
+        would_fit: where this cannot run, the same step in arrangements that can, the fastest first.
     """
 
     ranks: Ranks
@@ -113,138 +92,238 @@ class Planned:
     refused: str | None
     efficiency: float
     static: float | None
+    nesting: Nesting
+    average: float = 0.0
+    bubble: float = 0.0
+    arrangement: Arrangement = field(default_factory=Arrangement)
+    nested: Nested | None = None
+    network_known: bool = True
+    would_fit: tuple[Planned, ...] = ()
 
     @property
     def seconds(self) -> float:
-        return self.dense + self.reduce + sum(layer.seconds for layer in self.layers)
+        return self.dense + self.reduce + self.average + self.bubble + sum(layer.seconds for layer in self.layers)
 
     @property
     def samples_per_second(self) -> float:
         return self.batch * self.ranks.size / self.seconds
 
+    @property
+    def waits(self) -> float:
+        """Seconds in which a device waits for communication or for other stages."""
+        exposed = sum(layer.forward.exposed + layer.backward.exposed for layer in self.layers)
+        return exposed + self.reduce + self.average + self.bubble
+
     def remarks(self) -> list[str]:
-        """Say what is worth saying of the plans."""
-        said = []
-        for layer in self.layers:
-            if self.ranks.size > 1 and layer.plan.gather == self.ranks.size:
-                said.append(f"{layer.kind.name}: data parallel, weights are cheaper to move than tokens")
-            elif self.ranks.size > 1 and layer.plan.chunks == 1:
-                said.append(f"{layer.kind.name}: do not overlap, pieces would cost more than they hide")
-        return [*said, f"{self.ranks.size:,} ranks: does not fit, {self.refused}"] if self.refused else said
+        """Say what is worth saying: of the grids, of each plan, and what would fit."""
+        plans = [f"{layer.kind.name}: {reason}" for layer in self.layers for reason in layer.reasons]
+        return [*plans, *self.notes()]
+
+    def notes(self) -> list[str]:
+        """Say what is worth saying besides the reasons of plans."""
+        said = [] if self.nested is None else [str(self.nested)]
+        if not self.network_known:
+            said.append("links between nodes are unknown, planned as fast as those inside one: it will take longer")
+        if self.refused is None:
+            return said
+        return [*said, f"does not fit, {self.refused}", *self._ways_out()]
+
+    def _ways_out(self) -> Iterator[str]:
+        for one in self.would_fit:
+            needs = f"{one.arrangement}: {spoken_bytes(one.memory)} a rank, {spoken(one.seconds)} a step"
+            yield f"would fit with {needs}" if one.refused is None else f"nothing that was tried fits, least is {needs}"
 
 
 def plan_model(
-    model: ModelShape, profile: ClusterProfile, ranks: Ranks, *, batch: int, training: bool, sharded: bool = False
+    model: ModelShape,
+    profile: ClusterProfile,
+    ranks: Ranks,
+    *,
+    batch: int,
+    training: bool,
+    sharded: bool = False,
+    arrangement: Arrangement | None = None,
 ) -> Planned:
-    """Choose the fastest plans that fit into memory, kind by kind.
+    """Choose the grids that hold the experts, and the fastest plans that fit into memory, kind by kind.
 
     Args:
         model: what is known of it.
         profile: of the cluster.
-        ranks: of the grid.
+        ranks: all of them.
         batch: samples of a rank.
         training: whether there is a backward and an optimizer.
         sharded: whether the dense part is sharded by FSDP rather than copied by DDP.
+        arrangement: what else the step does; None is `Arrangement(sharded)`.
 
     Raises:
-        ValueError: the experts cannot be cut over the ranks, or the profile tells no speed of the dtype.
+        ValueError: the profile tells no speed of the dtype, or ranks and batch cannot be cut as arranged.
     """
-    dense_bytes = _dense_bytes(model, ranks, batch, training=training, sharded=sharded)
-    room = USABLE_MEMORY * profile.memory_bytes - dense_bytes
-    # Kind by kind, in order: each takes the fastest plan in the memory that is left when every later kind takes the
-    # plan that E and W alone would fix.
-    layers: list[PlannedLayer] = []
-    for number, kind in enumerate(model.layers):
-        left = room - sum((layer.memory.kept for layer in layers), 0.0)
-        later = sum((_least(other, ranks, batch, training=training) for other in model.layers[number + 1 :]), 0.0)
-        layers.append(_planned(kind, profile, ranks, batch, left - later, training=training))
-    memory = (
-        dense_bytes + sum(one.memory.kept for one in layers) + max((one.memory.buffers for one in layers), default=0.0)
-    )
-    dense = _dense_seconds(model, profile, batch, training=training)
-    reduce = _reduce_seconds(model, profile, ranks, dense) if training else 0.0
-    total = dense + reduce + sum(layer.seconds for layer in layers)
-    static = dense + reduce + sum(layer.static for layer in layers)
-    static_fits = dense_bytes + sum(layer.static_kept for layer in layers) <= USABLE_MEMORY * profile.memory_bytes
-    alone = dense + sum(_alone(layer.kind, profile, batch, training=training) for layer in layers)
-    gigabytes = f"{memory / 1e9:,.1f} GB a rank, the device has {profile.memory_bytes / 1e9:,.0f}"
-    refused = None if memory <= USABLE_MEMORY * profile.memory_bytes else gigabytes
-    return Planned(
-        ranks, batch, tuple(layers), dense, reduce, memory, refused, alone / total, static if static_fits else None
-    )
+    own = Arrangement(sharded=sharded) if arrangement is None else arrangement
+    if ranks.size % own.stages:
+        raise ValueError(f"got {ranks.size} ranks for {own.stages} stages, wanted a multiple of the stages")
+    planner = _Planner(model, profile, ranks, batch, own, training)
+    size = ranks.size // own.stages
+    of_a_stage = Ranks(size, min(size, ranks.per_node) if size % min(size, ranks.per_node) == 0 else 1)
+    several = nestings(of_a_stage, (kind.work.experts for kind in model.layers))
+    whole = planner.on(several[0])
+    best = whole
+    for nesting in several[1:]:
+        if planner.least_seconds(nesting) < _to_undercut(best):
+            other = planner.on(nesting)
+            best = other if other.refused is None and other.seconds < _to_undercut(best) else best
+    return best if best.nesting.copies == 1 else dataclasses.replace(best, nested=_nested(best, whole))
 
 
-def _planned(
-    kind: LayerKind, profile: ClusterProfile, ranks: Ranks, batch: int, room: float, *, training: bool
-) -> PlannedLayer:
-    work = _work(kind, batch, training=training)
-    known = work.capacity is not None
-    found: list[tuple[float, Plan, Bytes]] = []
-    for plan in every_plan(ranks.size):
-        if refusal(plan, ranks, work.experts, known_beforehand=known) is None:
-            memory = _times(layer_bytes(work, plan, ranks), kind.count)
-            found.append((step_seconds(work, plan, ranks, profile), plan, memory))
-    fitting = [one for one in found if one[2].kept + one[2].buffers <= room]
-    _, plan, memory = min(fitting, key=lambda one: one[0]) if fitting else min(found, key=lambda one: one[2].kept)
-    forward, backward = forward_and_backward(work, plan, ranks, profile)
-    fixed = Plan(gather=max(1, ranks.size // work.experts))
-    static = kind.count * step_seconds(work, fixed, ranks, profile)
-    one = layer_bytes(work, fixed, ranks)
-    kept = kind.count * one.kept + one.buffers
-    return PlannedLayer(kind, plan, _all(forward, kind.count), _all(backward, kind.count), memory, static, kept)
+def _to_undercut(best: Planned) -> float:
+    """Return the seconds below which smaller grids are worth it; nothing is where larger ones did not fit."""
+    if best.refused is not None:
+        return 0.0  # smaller grids hold more of the experts each: none of them fits
+    return best.seconds * (WORTH_COPIES if best.nesting.copies == 1 else 1.0)
 
 
-def _work(kind: LayerKind, batch: int, *, training: bool) -> Workload:
-    return dataclasses.replace(kind.work, rows=kind.tokens * batch, training=training)
+def _nested(best: Planned, whole: Planned) -> Nested:
+    experts = tuple(sorted({layer.kind.work.experts for layer in best.layers}))
+    if whole.nesting.copies > 1:
+        return Nested(best.nesting, best.seconds, None, None, experts)
+    return Nested(best.nesting, best.seconds, whole.nesting, whole.seconds if whole.refused is None else None, experts)
 
 
-def _least(kind: LayerKind, ranks: Ranks, batch: int, *, training: bool) -> float:
-    work = _work(kind, batch, training=training)
-    return kind.count * layer_bytes(work, Plan(gather=max(1, ranks.size // work.experts)), ranks).kept
+@dataclass(frozen=True)
+class _Planner:
+    """One model in one arrangement, to be put on one nesting or another."""
 
+    model: ModelShape
+    profile: ClusterProfile
+    ranks: Ranks
+    batch: int
+    own: Arrangement
+    training: bool
 
-def _alone(kind: LayerKind, profile: ClusterProfile, batch: int, *, training: bool) -> float:
-    return kind.count * step_seconds(_work(kind, batch, training=training), Plan(), Ranks(1, 1), profile)
+    def on(self, nesting: Nesting) -> Planned:
+        """Return the step with the fastest plans that fit on these grids."""
+        # Gathering weights again saves memory and never time: such plans are looked at where others do not fit.
+        plain = self._on(nesting, regather=False)
+        tight = any(isinstance(one, NothingFits | ForMemory) for layer in plain.layers for one in layer.reasons)
+        return self._on(nesting, regather=True) if tight and not self.own.recomputed else plain
 
+    def _on(self, nesting: Nesting, *, regather: bool) -> Planned:
+        dense_part = self._dense_bytes()
+        most = USABLE_MEMORY * self.profile.memory_bytes
+        # Kind by kind, in order: each takes the fastest plan in the memory that is left when every later kind takes
+        # the plan that keeps least.
+        options = [self._options(kind, nesting, regather=regather) for kind in self.model.layers]
+        least = [min((one.memory.kept for one in own), default=0.0) for own in options]
+        layers: list[PlannedLayer] = []
+        for number, (kind, own) in enumerate(zip(self.model.layers, options, strict=True)):
+            taken = sum((layer.memory.kept for layer in layers), 0.0) + sum(least[number + 1 :])
+            layers.append(self._planned(kind, own, most - dense_part - taken, nesting))
+        memory = dense_part + sum(layer.memory.kept for layer in layers)
+        memory += max((layer.memory.buffers for layer in layers), default=0.0)
+        static_kept = dense_part + sum(layer.static_kept for layer in layers)
+        return self._timed(nesting, tuple(layers), memory, static_fits=static_kept <= most)
 
-def _all(seconds: Seconds, count: int) -> Seconds:
-    return Seconds(*(count * value for value in dataclasses.astuple(seconds)))
+    def least_seconds(self, nesting: Nesting) -> float:
+        """Return a time that no step on these grids undercuts, without a look at the plans."""
+        peak = self.profile.rate_of(str(self.model.dtype).removeprefix("torch.")).peak
+        passes = 3 if self.training else 1
+        layers = 0.0
+        for kind in self.model.layers:
+            work = self._work(kind)
+            products = kept_pairs(work) * work.matrices * work.hidden * work.width
+            layers += self._runs(kind) * passes * 2 * products / peak
+        return self._dense() + self._reduce() + self._average(nesting) + layers
 
+    def _timed(
+        self, nesting: Nesting, layers: tuple[PlannedLayer, ...], memory: float, *, static_fits: bool
+    ) -> Planned:
+        dense, reduce, average = self._dense(), self._reduce(), self._average(nesting)
+        stage = (dense + sum(layer.seconds for layer in layers)) / self.own.accumulate
+        bubble = bubble_seconds(self.model, self.profile, self.batch, stage, self.own, training=self.training)
+        rest = dense + reduce + average + bubble
+        total, static = rest + sum(layer.seconds for layer in layers), rest + sum(layer.static for layer in layers)
+        usable = USABLE_MEMORY * self.profile.memory_bytes
+        gigabytes = f"{memory / 1e9:,.1f} GB a rank, the device has {self.profile.memory_bytes / 1e9:,.0f}"
+        crowded = memory > usable or any(isinstance(one, NothingFits) for layer in layers for one in layer.reasons)
+        return Planned(
+            ranks=self.ranks,
+            batch=self.batch,
+            layers=layers,
+            dense=dense,
+            reduce=reduce,
+            memory=memory,
+            refused=gigabytes if crowded else None,
+            efficiency=self._alone() / total,
+            static=static if static_fits else None,
+            nesting=nesting,
+            average=average,
+            bubble=bubble,
+            arrangement=self.own,
+            network_known=self.profile.network is not None or self.ranks.nodes == 1,
+        )
 
-def _times(memory: Bytes, count: int) -> Bytes:
-    """Bytes of all layers of a kind; buffers are used by one after the other."""
-    kept = {field.name: count * getattr(memory, field.name) for field in dataclasses.fields(memory)}
-    return Bytes(**{**kept, "buffers": memory.buffers})
+    def _work(self, kind: LayerKind) -> Workload:
+        samples = self.own.samples(self.batch)
+        work = kind.with_samples(samples, training=self.training)
+        if work.capacity is None or samples == self.batch:
+            return work
+        return dataclasses.replace(work, capacity=math.ceil(work.capacity * samples / self.batch))
 
+    def _runs(self, kind: LayerKind) -> int:
+        """Return how often a layer of a kind runs on a rank in a step."""
+        return -(-kind.count // self.own.stages) * self.own.accumulate
 
-def _dtype(model: ModelShape) -> torch.dtype:
-    return model.layers[0].work.dtype if model.layers else torch.bfloat16
+    def _options(self, kind: LayerKind, nesting: Nesting, *, regather: bool) -> list[Option]:
+        work, grid = self._work(kind), nesting.grid
+        profile, known = nesting.seen_by_a_grid(self.profile), work.capacity is not None
+        found = []
+        for plan in every_plan(grid.size):
+            left_out = plan.regather and not regather
+            if left_out or refusal(plan, grid, work.experts, known_beforehand=known) is not None:
+                continue
+            seconds = self._passes(work, plan, grid, profile)
+            forward, backward = (one.times(self._runs(kind)) for one in seconds)
+            memory = self.own.experts_kept(layer_bytes(work, plan, grid), kind.count, training=self.training)
+            found.append(Option(plan, forward, backward, memory))
+        return found
 
+    def _passes(self, work: Workload, plan: Plan, grid: Ranks, profile: ClusterProfile) -> tuple[Seconds, Seconds]:
+        forward, backward = forward_and_backward(work, plan, grid, profile)
+        return forward, forward + backward if self.own.recomputed and self.training else backward
 
-def _dense_seconds(model: ModelShape, profile: ClusterProfile, batch: int, *, training: bool) -> float:
-    peak = profile.rate_of(str(_dtype(model)).removeprefix("torch.")).peak
-    passes, share = (3, model.dense_share[1]) if training else (1, model.dense_share[0])
-    return passes * 2 * model.dense_products * batch / (peak * share)
+    def _planned(self, kind: LayerKind, options: list[Option], room: float, nesting: Nesting) -> PlannedLayer:
+        chosen, reasons = chosen_for(options, room, nesting.size)
+        fixed = Plan(gather=max(1, nesting.size // kind.work.experts))
+        static = next(one for one in options if one.plan == fixed)
+        return PlannedLayer(
+            kind, chosen.plan, chosen.forward, chosen.backward, chosen.memory, static.seconds, static.needs, reasons
+        )
 
+    def _dense(self) -> float:
+        part = dense_seconds(self.model, self.profile, self.batch, self.own, training=self.training)
+        return part * self.own.accumulate
 
-def _dense_bytes(model: ModelShape, ranks: Ranks, batch: int, *, training: bool, sharded: bool) -> float:
-    parameters = model.dense_parameters / (ranks.size if sharded else 1)
-    saved = model.dense_saved * batch * _dtype(model).itemsize
-    return parameters * MASTER_BYTES * 4 + saved if training else parameters * MASTER_BYTES
+    def _dense_bytes(self) -> float:
+        return dense_bytes(self.model, self.ranks, self.batch, self.own, training=self.training)
 
+    def _reduce(self) -> float:
+        if not self.training:
+            return 0.0
+        return reduce_seconds(self.model, self.profile, self.ranks, self._dense(), self.own)
 
-def _reduce_seconds(model: ModelShape, profile: ClusterProfile, ranks: Ranks, dense: float) -> float:
-    """Return the seconds of the gradient all-reduce that the dense backward does not hide."""
-    if ranks.size == 1 or model.dense_parameters == 0:
-        return 0.0
-    size = model.dense_parameters * MASTER_BYTES
-    link = profile.network if ranks.nodes > 1 else profile.node
-    rails = ranks.per_node if ranks.nodes > 1 and profile.backend == "nccl" else 1
-    latency = 2 * math.log2(ranks.size) * link.message.at(0) + link.start
-    moved = 2 * (link.message.at(size / rails) - link.message.at(0)) * (1 - 1 / ranks.size)
-    # Two thirds of the dense time are backward, which hides all but the last bucket.
-    last = min(1.0, LAST_BUCKET / size) * moved
-    return latency + max(last, moved - dense * 2 / 3)
+    def _average(self, nesting: Nesting) -> float:
+        if not self.training or nesting.copies == 1:
+            return 0.0
+        each = [
+            self._runs(kind) * nesting.average_seconds(self._work(kind), self.profile) for kind in self.model.layers
+        ]
+        return sum(each)
+
+    def _alone(self) -> float:
+        """Return the seconds of one device that holds all experts and has memory for whatever it likes."""
+        dense = dense_seconds(self.model, self.profile, self.batch, Arrangement(), training=self.training)
+        kinds = [(kind, kind.with_samples(self.batch, training=self.training)) for kind in self.model.layers]
+        one = Ranks(1, 1)
+        return dense + sum(kind.count * step_seconds(work, Plan(), one, self.profile) for kind, work in kinds)
 
 
 def worlds(first: int, last: int) -> Sequence[int]:

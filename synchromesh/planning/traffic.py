@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from synchromesh.planning.framing import Framing
 from synchromesh.planning.lattice import Ranks, row_copies
 from synchromesh.types import Plan, Workload
 
@@ -82,13 +83,23 @@ class Traffic:
         """The reduce-scatters of the gradients."""
         return tuple(Collective("reduce_scatter", one.group, one.size) for one in self.gather)
 
-    def leaving_a_node(self, backend: str, *, training: bool = True) -> float:
-        """Return the bytes that the ranks of a node send to other nodes in one forward, and its backward."""
+    def leaving_a_node(self, backend: str, *, training: bool = True, framing: Framing | None = None) -> float:
+        """Return the bytes that the ranks of a node send to other nodes in one forward, and its backward.
+
+        Args:
+            backend: of the collectives.
+            training: whether there is a backward.
+            framing: counts what the link adds to each message; None counts messages alone.
+        """
+
+        def sent(size: int | float) -> int | float:
+            return size if framing is None else framing.on_the_wire(size)
+
         # Forward and backward each exchange rows twice, there and back; gloo has no reduce-scatter of its own.
-        exchanged = sum(one.size * one.group.crossing for one in self.there) * self.chunks
-        counted = sum(one.size * one.group.crossing for one in self.counts)
-        gathered = sum(one.size * (one.group.size - 1) * one.group.ring for one in self.gather)
-        summed = sum(one.size * one.group.crossing for one in self.scatter)
+        exchanged = sum(sent(one.size) * one.group.crossing for one in self.there) * self.chunks
+        counted = sum(sent(one.size) * one.group.crossing for one in self.counts)
+        gathered = sum(sent(one.size) * (one.group.size - 1) * one.group.ring for one in self.gather)
+        summed = sum(sent(one.size) * one.group.crossing for one in self.scatter)
         scattered = summed if backend == "gloo" else gathered
         if not training:
             return counted + 2 * exchanged + gathered
@@ -142,14 +153,14 @@ def _levels(ranks: Ranks, plan: Plan, size: float) -> tuple[Collective, ...]:
 
 def _exchange_group(ranks: Ranks, plan: Plan) -> Group:
     members = ranks.size // plan.gather
-    return _comb(ranks, plan.gather) if plan.near else _block(ranks, members)
+    return comb(ranks, plan.gather) if plan.near else block(ranks, members)
 
 
 def _gather_group(ranks: Ranks, plan: Plan) -> Group:
-    return _block(ranks, plan.gather) if plan.near else _comb(ranks, ranks.size // plan.gather)
+    return block(ranks, plan.gather) if plan.near else comb(ranks, ranks.size // plan.gather)
 
 
-def _block(ranks: Ranks, size: int) -> Group:
+def block(ranks: Ranks, size: int) -> Group:
     """Return a group of neighbours in rank order."""
     # Counted over the ranks r of the first node: the members beside each, and where its ring sends next.
     node = ranks.per_node
@@ -158,7 +169,7 @@ def _block(ranks: Ranks, size: int) -> Group:
     return _group(size, near, sum(not 0 <= following < node for following in ring))
 
 
-def _comb(ranks: Ranks, stride: int) -> Group:
+def comb(ranks: Ranks, stride: int) -> Group:
     """Return a group of every stride-th rank."""
     node, size = ranks.per_node, ranks.size // stride
     near = [math.ceil((node - r % stride) / stride) for r in range(node)]

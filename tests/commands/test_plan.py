@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,17 +23,28 @@ def test_the_published_model_is_planned_from_one_node_to_256() -> None:
         assert 0 < one["efficiency"] <= 1.05  # a little over 1: one device alone reads the weights of all experts
         assert one["samples_per_second"] == pytest.approx(one["world"] * 128 / one["seconds"])
         parts = [part for layer in one["layers"] for part in (layer["forward"], layer["backward"])]
-        whole = one["dense_seconds"] + one["reduce_seconds"]
+        whole = one["dense_seconds"] + one["reduce_seconds"] + one["average_seconds"]
         whole += sum(part[name] for part in parts for name in ("route", "permute", "matmul", "exposed"))
         assert whole == pytest.approx(one["seconds"])
 
 
 def test_the_table_says_plans_and_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "--world", "64", "--experts", "8", "64", "--k", "1", "2"]) == 0
+    assert cli.main(["plan", "--world", "16", "--experts", "8", "64", "--k", "1", "2"]) == 0
     out = capsys.readouterr().out
     assert out.count("swinv2_moe_b E") == 4
     assert "stage 3 by g=" in out
     assert "E 64, k 2" in out
+
+
+def test_no_number_of_ranks_and_experts_is_refused() -> None:
+    (odd,) = lines("--experts", "32", "--world", "24", "--batch", "64")
+    assert (odd["grid"], odd["copies"], odd["refused"]) == (8, 3, None)
+    assert odd["average_seconds"] > 0
+    (sixty,) = lines("--layer", "4096", "2048", "1408", "60", "4", "--world", "8")
+    assert (sixty["grid"], sixty["copies"]) == (4, 2)
+    assert "60 experts cannot be cut evenly over 8" in " ".join(sixty["remarks"])
+    (twelve,) = lines("--world", "12")
+    assert twelve["ranks_per_node"] == 6  # nodes of 8 cannot be filled evenly
 
 
 def test_a_layer_by_numbers_and_a_smaller_capacity() -> None:
@@ -52,7 +64,13 @@ def test_a_hugging_face_model_is_planned_from_its_config(
     assert found[-1]["world"] == 65536
     assert all(one["refused"] is None for one in found)
     assert cli.main(["plan", *given, "--world", "1"]) == 1
-    assert "does not fit" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 rank: does not fit" in out
+    assert "nothing that was tried fits" in out
+    assert cli.main(["plan", "--model", str(tmp_path), "--batch", "2", "--world", "16"]) == 1
+    assert re.search(
+        r"16 ranks: would fit with FSDP of the dense part.*: [\d.]+ GB a rank, [\d.]+ s a step", capsys.readouterr().out
+    )
 
 
 def test_curves_open_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,7 +90,6 @@ def test_curves_open_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--world", "many"], "as in 8..2048"),
         (["--cluster", "none"], "there is no cluster"),
         (["--model", "none"], "there is no model"),
-        (["--experts", "12", "--world", "8"], "to divide the other"),
         (["--k", "64"], "wanted at most"),
         (["--batch", "0"], "wanted at least 1"),
         (["--cluster", "cpu_gloo", "--dtype", "float16"], "tells no speed of float16"),

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ def test_ranks_measure_themselves_and_plan_reads_what_they_wrote(
     assert (profile.name, profile.per_node, profile.backend) == ("here", 2, "gloo")
     assert all("measured on" in source for source in profile.sources.values())
     assert profile.network.node_rate is not None
+    assert profile.cores == len(os.sched_getaffinity(0)) / 4  # the nodes are pretended, the machine is one
+    assert 0 < profile.node.busy <= 1
+    assert 0 < profile.network.busy <= 1
     for law in profile.matmul.values():
         assert law.peak > 0
     layer = ["--layer", "256", "64", "128", "4", "2", "--dtype=float32", "--json"]
@@ -31,6 +35,7 @@ def test_one_process_measures_all_but_links(tmp_path: Path, capsys: pytest.Captu
     assert cli.main(["profile", str(tmp_path / "one.json"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["sources"]["network"] == "not measured: one node"
+    assert found["network"] is None
     assert found["memory_rate"] > 0
 
 

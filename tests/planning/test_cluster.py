@@ -30,13 +30,32 @@ def test_every_number_of_a_shipped_profile_has_its_source(name):
     profile = load_profile(name)
     assert profile.name == name
     assert ClusterProfile.from_json(profile.to_json()) == profile
-    given = {field.name for field in dataclasses.fields(profile)} - {"name", "about", "per_node", "backend", "sources"}
+    plain = {"name", "about", "per_node", "backend", "sources", *(("cores",) if profile.cores is None else ())}
+    given = {field.name for field in dataclasses.fields(profile)} - plain
     wanted = {f"matmul.{dtype}" for dtype in profile.matmul} | (given - {"matmul"})
     named = set(profile.sources) | (
         {f"matmul.{dtype}" for dtype in profile.matmul} if "matmul" in profile.sources else set()
     )
     assert wanted <= named
     assert all(profile.sources.values())
+
+
+def test_links_between_nodes_that_nobody_measured_are_unknown():
+    found = json.loads(load_profile("cpu_gloo").to_json())
+    assert found["network"] is None
+    profile = ClusterProfile.from_json(json.dumps(found))
+    assert profile.across is profile.node  # no network is faster than that
+    older = found | {"network": found["node"]}  # as files of 0.1 have it
+    assert ClusterProfile.from_json(json.dumps(older)) == profile
+    measured = ClusterProfile.from_json(load_profile("a100_hdr").to_json())
+    assert measured.across is measured.network is not None
+
+
+def test_files_without_cores_are_of_ranks_that_have_one():
+    found = json.loads(load_profile("a100_hdr").to_json())
+    del found["cores"], found["node"]["busy"]
+    profile = ClusterProfile.from_json(json.dumps(found))
+    assert (profile.cores, profile.waits, profile.node.busy) == (None, 1.0, 1.0)
 
 
 def test_an_unknown_cluster_is_answered_with_the_known_ones():
@@ -53,6 +72,7 @@ def test_an_unknown_cluster_is_answered_with_the_known_ones():
         (lambda found: found.update(backend="mpi"), "backend"),
         (lambda found: found["node"]["message"].update(points=[[0, 1]]), "two points"),
         (lambda found: found.update(step=None), "not the profile"),
+        (lambda found: found.update(cores=0), "cores"),
         (lambda found: found["matmul"].update(float32={"peak": 1.0}), "not the profile"),
     ],
 )

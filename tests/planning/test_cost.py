@@ -70,6 +70,30 @@ def test_two_levels_pay_where_messages_are_many_and_small_and_not_where_few_are_
     assert step_seconds(WORK, Plan(two_level=True), few, H100) > step_seconds(WORK, Plan(), few, H100)
 
 
+def crowded(cores, busy):
+    links = [dataclasses.replace(link, busy=busy) for link in (A100.node, A100.across)]
+    return dataclasses.replace(A100, cores=cores, node=links[0], network=links[1])
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(chunks=4), Plan(gather=8, chunks=2), Plan(gather=64)], ids=str)
+def test_ranks_that_are_more_than_cores_take_turns(plan):
+    """Two ranks on a core: work takes twice as long, and what an exchange does on cores hides behind nothing."""
+    work = dataclasses.replace(WORK, rows=1024)
+    free = forward_and_backward(work, plan, RANKS, A100)
+    assert forward_and_backward(work, plan, RANKS, crowded(1.0, 0.7)) == free
+    for busy in (0.0, 0.5, 1.0):
+        longer = max(1.0, 2 * busy)
+        for own, before in zip(forward_and_backward(work, plan, RANKS, crowded(0.5, busy)), free, strict=True):
+            for name in ("route", "permute", "matmul"):
+                assert getattr(own, name) == pytest.approx(2 * getattr(before, name))
+            assert own.exchange == pytest.approx(longer * before.exchange)
+            assert own.gather == pytest.approx(longer * before.gather)
+            cores = 2 * busy * (before.exchange + before.gather)
+            assert own.exposed >= cores * (1 - 1e-9)
+            one_after_the_other = before.total - before.exposed + before.exchange + before.gather
+            assert own.total <= 2 * 1.1 * one_after_the_other  # 1.1: products and messages slow one another down
+
+
 def test_more_tokens_make_the_best_plan_pool_more_weights():
     """The paper's figure 12: as the capacity grows, r falls from W/E to 0."""
     work = Workload(0, 1, 2048, 32768, 16, torch.float16, True)
