@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json as to_json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, product
 from pathlib import Path
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synchromesh.commands.context import Context
+from synchromesh.commands.plan_page import write_page
 from synchromesh.compat.hf_config import read_hf_config
 from synchromesh.errors import InputError
 from synchromesh.models.mixtures import ExpertsConfig
@@ -58,7 +59,7 @@ class Request:
         fsdp: spread the dense part over the ranks instead of copying it.
         gated: the experts of --layer have a gate.
         json: print one JSON object a line.
-        html: also write a page with curves.
+        html: also write a page that opens offline: plans, parts of a step, memory against the limit, numbers.
     """
 
     model: str = "swinv2_moe_b"
@@ -99,7 +100,7 @@ def run(request: Request, context: Context) -> int:
     Raises:
         InputError: no such model or cluster, or numbers that cannot be.
     """
-    console, page = context.console, None if request.html is None else _page_writer()
+    console = context.console
     try:
         profile = load_profile(request.cluster)
         sizes = _worlds(request.world)
@@ -112,8 +113,8 @@ def run(request: Request, context: Context) -> int:
                 console.print(to_json.dumps(as_json(case, one)), soft_wrap=True, highlight=False, markup=False)
         else:
             _show(console, case, planned, profile, request)
-    if request.html is not None and page is not None:
-        page(request.html, {f"{c.model.name} {c.changed}": found for c, found in results.items()}, profile)
+    if request.html is not None:
+        write_page(request.html, {f"{c.model.name} {c.changed}": found for c, found in results.items()}, profile)
         console.print(str(request.html), highlight=False, soft_wrap=True)
     return 0 if any(one.refused is None for planned in results.values() for one in planned) else 1
 
@@ -149,14 +150,6 @@ def as_json(case: Case, one: Planned) -> dict[str, Any]:
         "layers": layers,
         "remarks": one.remarks(),
     }
-
-
-def _page_writer() -> Callable[..., None]:
-    try:
-        from synchromesh.commands.plan_page import write_page  # plotly is an extra
-    except ModuleNotFoundError as error:
-        raise InputError("--html needs the package plotly: pip install 'synchromesh[report]'") from error
-    return write_page
 
 
 def _worlds(text: str) -> list[int]:
