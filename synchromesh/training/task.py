@@ -222,7 +222,22 @@ class Curves:
     series: Mapping[str, tuple[tuple[float, float], ...]]
 
 
-Panel = Sheet | Bars | Curves
+@dataclass(frozen=True)
+class Matrix:
+    """A confusion matrix of a report.
+
+    Attributes:
+        title: what it shows.
+        names: of the classes.
+        counts: by true class, then by the class it was taken for.
+    """
+
+    title: str
+    names: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+
+Panel = Sheet | Bars | Curves | Matrix
 
 
 @dataclass(frozen=True)
@@ -259,10 +274,12 @@ class Task(ABC):
     Attributes:
         unit: what samples are called.
         numbers: what a model is scored by; the first one is the headline, and chooses the best checkpoint.
+        extremes: what a report calls the samples that a model did worst on, and those that it did best on.
     """
 
     unit: ClassVar[str] = "images"
     numbers: ClassVar[tuple[Number, ...]]
+    extremes: ClassVar[tuple[str, str]] = ("What it did worst on", "What it did best on")
 
     @abstractmethod
     def splits(self, *, seed: int) -> Splits:
@@ -332,6 +349,10 @@ class Task(ABC):
     def draw(self, sample: Any, answer: Answer) -> bytes | None:
         """Return a PNG file that shows a sample, the answer to it, and the truth where it is known; None for none."""
         return None
+
+    def verdict(self, answer: Answer) -> str:
+        """Return how an answer compares with the truth, in a few words below its picture; "" for nothing."""
+        return ""
 
     def records(self, answer: Answer, facts: Facts) -> Sequence[Mapping[str, Any]] | None:
         """Return an answer as the field's files of results have it, without the picture's number; None for no such."""

@@ -51,10 +51,11 @@ def line_chart(title: str, x: Axis, y: Axis, curves: Sequence[Curve]) -> Element
     if not drawn:
         return None
     across = scale_of(x, [at for _, points in drawn for at, _ in points], LEFT, WIDTH - RIGHT)
-    up = _roomy(y, [value for _, points in drawn for _, value in points])
-    inside = [*frame(across, up, x.title)]
-    for curve, points in drawn:
-        inside += _curve(curve, _thinned(points), across, up)
+    up = _roomy(y, _telling(drawn))
+    lines = [part for curve, points in drawn for part in _curve(curve, _thinned(points), across, up)]
+    # What is drawn inside a picture of its own is cut off at its edges.
+    room = {"x": LEFT - 4, "y": TOP - 4, "width": WIDTH - RIGHT - LEFT + 8, "height": HEIGHT - BOTTOM - TOP + 8}
+    inside = [*frame(across, up, x.title), tag("svg", *lines, viewBox=" ".join(map(str, room.values())), **room)]
     inside += _stops(drawn, across, up, x.title)
     names = [(curve.key, curve.name) for curve, _ in drawn]
     return card(title, legend(names), picture(title, *inside), about=y.title)
@@ -80,6 +81,13 @@ def frame(across: Scale, up: Scale, title: str) -> list[Element]:
     drawn.append(tag("line", class_="axis", x1=across.start, x2=across.stop, y1=bottom, y2=bottom))
     drawn.append(tag("text", title, class_="mid", x=(across.start + across.stop) / 2, y=bottom + 31))
     return drawn
+
+
+def _telling(drawn: Sequence[tuple[Curve, Sequence[Point]]]) -> list[float]:
+    """Return the values that must be seen: of faint curves not their beginning, which dwarfs all else."""
+    solid = [points for curve, points in drawn if curve.style != "faint"]
+    first = min((points[0][0] for points in solid), default=-math.inf)
+    return [y for curve, points in drawn for x, y in points if x >= first or curve.style != "faint"]
 
 
 def _apart(across: Scale) -> list[float]:

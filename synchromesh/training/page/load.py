@@ -99,7 +99,7 @@ def _last(last: Sequence[float], left: float, down: Scale) -> list[Element]:
     for expert, share in enumerate(last):
         relative = count * share
         said = tag("title", f"expert {expert}: {share:.2%} of the tokens, {relative:.2f} times even")
-        bar = tag("rect", said, class_=f"fill h{level(relative)}", x=left, y=down.at(expert) + 0.6)
+        bar = tag("rect", said, class_=f"fill bar h{level(relative)}", x=left, y=down.at(expert) + 0.6)
         bar.set("width", f"{max(0.8, across.at(relative) - left):.2f}")
         bar.set("height", f"{max(0.8, height - 1.2):.2f}")
         drawn.append(bar)

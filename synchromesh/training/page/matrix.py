@@ -26,12 +26,14 @@ def matrix_chart(title: str, about: str, names: Sequence[str], counts: Sequence[
         cells = [_cell(names, number, taken, count, total) for taken, count in enumerate(row)]
         body.append(tag("tr", tag("th", name, title=name, scope="row"), *cells))
     whole = tag("div", tag("table", tag("thead", head), body), class_="scroll matrix-scroll")
-    return card(title, tag("div", whole, class_="matrix"), about=about, room="wide")
+    return card(title, tag("div", whole, class_="matrix"), about=about)
 
 
 def _cell(names: Sequence[str], true: int, taken: int, count: int, total: int) -> Element:
     if not count:
         return tag("td", "0", class_="none")
     said = f"{names[true]} taken for {names[taken]}: {count:,} of {total:,}"
-    right = "k2" if true == taken else "k4"
-    return tag("td", f"{count:,}", class_=right, title=said, style=f"--share:{count / total:.3f}")
+    share = count / total
+    if true == taken:
+        return tag("td", f"{count:,}", class_="k2", title=said, style=f"--share:{share:.3f}")
+    return tag("td", f"{count:,}", class_="k4", title=said, style=f"--share:{share**0.5:.3f}")  # a few must be seen too

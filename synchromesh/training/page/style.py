@@ -11,7 +11,7 @@ STYLE = """
   --good: #15803d; --bad: #b42318; --blush: #fdf1ef; --even: #17202b;
   --k0: #2563eb; --k1: #d97706; --k2: #0d9488; --k3: #9333ea; --k4: #be185d; --k5: #65a30d;
   --k6: #0284c7; --k7: #64748b;
-  --h0: #a11a12; --h1: #ee8a5f; --h2: #f8cfae; --h3: #edf0f4; --h4: #b9d2fb; --h5: #6d9ff5; --h6: #1d4ed8;
+  --h0: #a11a12; --h1: #ee8a5f; --h2: #f8cfae; --h3: #e9edf3; --h4: #b9d2fb; --h5: #6d9ff5; --h6: #1d4ed8;
   --shade: 0 1px 2px rgb(23 32 43 / .05), 0 4px 14px rgb(23 32 43 / .05);
   color-scheme: light dark;
 }
@@ -32,12 +32,12 @@ h1 { margin: 0; font-size: 1.9rem; line-height: 1.2; letter-spacing: -.02em; ove
 h2 { margin: 0; font-size: 1.2rem; letter-spacing: -.01em; }
 section { margin-top: 2.5rem; } section > h2 + * { margin-top: .75rem; }
 p { margin: 0; } .lead { margin-top: .4rem; color: var(--soft); font-size: 1.05rem; overflow-wrap: anywhere; }
-.lead b { color: var(--ink); } .about { margin: .15rem 0 .75rem !important; color: var(--soft); max-width: 75ch; }
+.lead b { color: var(--ink); } .about { margin: .15rem 0 .75rem !important; color: var(--soft); max-width: 100ch; }
 th, td, li, dd, dt, figcaption, p, text { unicode-bidi: isolate; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(375px, 100%), 1fr)); gap: 1rem; }
 .card { margin: 0; padding: .95rem 1.1rem 1rem; background: var(--card); border: 1px solid var(--edge);
   border-radius: 12px; min-width: 0; box-shadow: var(--shade); }
-.wide { grid-column: 1 / -1; } .grid.pair { grid-template-columns: repeat(auto-fit, minmax(min(470px, 100%), 1fr)); }
+.wide { grid-column: 1 / -1; } .grid.pair { grid-template-columns: repeat(auto-fill, minmax(min(470px, 100%), 1fr)); }
 section > * + .grid, section > * + .card, section > * + .pictures { margin-top: 1rem; }
 @media (min-width: 1215px) { .broad { grid-column: span 2; } .tall { grid-row: span 2; } }
 figcaption { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 .6rem; margin-bottom: .5rem; }
@@ -69,13 +69,13 @@ td b { font-weight: 650; } th.left, td.left { text-align: left; }
 .k4 { --k: var(--k4); } .k5 { --k: var(--k5); } .k6 { --k: var(--k6); } .k7 { --k: var(--k7); }
 .h0 { --k: var(--h0); } .h1 { --k: var(--h1); } .h2 { --k: var(--h2); } .h3 { --k: var(--h3); }
 .h4 { --k: var(--h4); } .h5 { --k: var(--h5); } .h6 { --k: var(--h6); }
-svg { display: block; width: 100%; height: auto; overflow: visible; }
+svg[role] { display: block; width: 100%; height: auto; overflow: visible; }
 svg text { fill: var(--soft); font-size: 11.5px; font-variant-numeric: tabular-nums; }
 svg text.end { text-anchor: end; } svg text.mid { text-anchor: middle; } svg text.ink { fill: var(--ink); }
 .rule { stroke: var(--line); stroke-width: 1; } .axis { stroke: var(--soft); stroke-width: 1; opacity: .6; }
 .line { fill: none; stroke: var(--k); stroke-width: 2.2; stroke-linejoin: round; stroke-linecap: round; }
 .line.dashed { stroke-dasharray: 5 5; } .line.faint { stroke-width: 1.4; opacity: .5; }
-.dot { fill: var(--card); stroke: var(--k); stroke-width: 2; } .fill { fill: var(--k); }
+.dot { fill: var(--card); stroke: var(--k); stroke-width: 2; } .fill { fill: var(--k); } .bar.h3 { --k: var(--k7); }
 .even { stroke: var(--even); stroke-width: 1.6; stroke-dasharray: 5 4; fill: none; }
 .at rect { fill: transparent; } .at line { stroke: var(--soft); opacity: 0; } .at:hover line { opacity: .7; }
 .rows { display: grid; grid-template-columns: max-content minmax(0, 1fr) max-content; gap: .5rem .8rem;
@@ -85,6 +85,7 @@ svg text.end { text-anchor: end; } svg text.mid { text-anchor: middle; } svg tex
 .track { position: relative; height: 1.35rem; border-radius: 5px; background: var(--page); }
 .track .runs { display: flex; height: 100%; border-radius: 5px; overflow: hidden; }
 .track .runs span { background: var(--k); flex: none; } .track .runs span + span { box-shadow: -1px 0 0 var(--card); }
+.lanes .runs span + span { box-shadow: none; }
 .track .mark { position: absolute; top: -4px; bottom: -4px; width: 0; border-left: 2px dashed var(--even); }
 .track.over .runs { opacity: .42; } .row { display: contents; }
 .track.cut .runs { mask-image: linear-gradient(to right, #000 80%, transparent); }
@@ -101,7 +102,7 @@ svg text.end { text-anchor: end; } svg text.mid { text-anchor: middle; } svg tex
 .matrix tbody th { padding-right: .6rem; max-width: 11em; }
 .matrix td.none { color: transparent; background: color-mix(in srgb, var(--line) 35%, transparent); }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(170px, 46%), 1fr)); gap: 1rem; }
-.pictures.broad { grid-template-columns: repeat(auto-fill, minmax(min(375px, 100%), 1fr)); }
+.pictures.wider { grid-template-columns: repeat(auto-fill, minmax(min(375px, 100%), 1fr)); }
 .pictures .card { padding: 0 0 .7rem; overflow: hidden; } .pictures img { display: block; width: 100%;
   image-rendering: pixelated; background: var(--page); }
 .pictures p { padding: .6rem .8rem 0; font-size: .86rem; overflow-wrap: anywhere; }

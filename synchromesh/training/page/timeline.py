@@ -67,7 +67,7 @@ def timeline(title: str, unit: str, lanes: Sequence[Lane]) -> Element | None:
         inside.append(bar_row(lane.name, track, lane.said))
     inside.append(tag("div", tag("span"), _moments(end, unit), tag("span"), class_="row"))
     keys = [(f"k{number % COLORS}", kind) for number, kind in enumerate(kinds)]
-    return card(title, legend(keys), tag("div", *inside, class_="rows"), about=_about(end, unit), room="wide")
+    return card(title, legend(keys), tag("div", *inside, class_="rows lanes"), about=_about(end, unit), room="wide")
 
 
 def _about(end: int, unit: str) -> str:
