@@ -12,8 +12,9 @@ from PIL import Image
 from torch import nn
 
 from synchromesh import cli
+from synchromesh.commands.train import read_request
 from synchromesh.data.sources import ScikitDigits
-from synchromesh.recipes.catalog import RECIPES
+from synchromesh.recipes.catalog import CATALOG, RECIPES
 from synchromesh.training import loop
 from synchromesh.training.codec import encode
 from synchromesh.training.step import Trainee
@@ -66,6 +67,33 @@ def test_every_option_says_what_it_is(command: str, capsys: pytest.CaptureFixtur
             continue
         told = re.sub(r"\((default|required)[^)]*\)|\[?[A-Z{}|.]+\S*|\{\S+", "", text)
         assert re.search(r"[a-z]{2,} [a-z]{2,}|[a-z]{4,}", told), f"{name} has no help: {text.strip()!r}"
+
+
+@pytest.mark.parametrize("command", ["train demo", "eval", "predict", "report", "plan"])
+def test_help_gives_every_option_a_line_and_no_more_than_80_columns(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main([*command.split(), "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    box = [line for line in lines if line and line[0] in "│╭╰"]
+    assert box
+    assert {len(line) for line in box} == {80}
+    for line in box:
+        assert not re.search(r"…|[a-z.,)] +--[a-z]", line), line
+
+
+def test_a_setting_with_two_names_has_one_in_the_help_and_both_work(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "demo", "--help"])
+    said = capsys.readouterr().out
+    assert "--nproc" in said
+    assert "--tensorboard" in said
+    assert "--keep.ranks" not in said
+    assert "--keep.tensorboard" not in said
+    asked = read_request(["demo", "--keep.ranks=3", "--keep.tensorboard"], CATALOG)
+    assert (asked.settings.keep.ranks, asked.settings.keep.tensorboard) == (3, True)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["train", "--help"]])

@@ -73,8 +73,8 @@ class Request:
         on_bad_image: stop at an unreadable image, or skip it; those are counted, and listed in left_out.jsonl of the
             run.
         tensorboard: also write TensorBoard events.
-        nproc: ranks to train with on this machine; the recipe's number if not given. Under torchrun or SLURM, the
-            job's ranks are taken.
+        nproc: ranks to train with on this machine; the recipe's number (its keep.ranks) if not given. Under torchrun
+            or SLURM, the job's ranks are taken.
         restarts: how often to begin again from the last checkpoint when a rank dies.
         timeout: seconds that ranks wait for one another before they give up and name who does not answer.
     """
