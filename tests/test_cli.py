@@ -95,7 +95,8 @@ def test_a_setting_with_two_names_has_one_in_the_help_and_both_work(capsys: pyte
     assert "--keep.ranks" not in said
     assert "--keep.tensorboard" not in said
     asked = read_request(["demo", "--keep.ranks=3", "--keep.tensorboard"], CATALOG)
-    assert (asked.settings.keep.ranks, asked.settings.keep.tensorboard) == (3, True)
+    assert (asked.nproc, asked.configured().keep.tensorboard) == (3, True)
+    assert read_request(["demo", "--keep.ranks", "2"], CATALOG).nproc == 2
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["train", "--help"]])

@@ -53,6 +53,12 @@ from synchromesh.training.start import Loaded, check_weights, freeze, load_weigh
 from synchromesh.training.summary import Finished, ModelSize, model_size, summarize
 from synchromesh.training.task import Facts, Splits
 
+# Settings that have a shorter name among the options, which help tells alone.
+SHORTER = {
+    "--keep.ranks": "--nproc",
+    "--keep.tensorboard": "--tensorboard",
+    "--keep.no-tensorboard": "--no-tensorboard",
+}
 NON_FINITE = 3  # exit code of a run that NaN or infinity stopped
 
 
@@ -115,6 +121,7 @@ def read_request(given: list[str], catalog: Catalog) -> Request:
     Raises:
         InputError: there is no such recipe or file, or a setting cannot be.
     """
+    given = [SHORTER.get(name, name) + equals + own for name, equals, own in (token.partition("=") for token in given)]
     # The defaults of all other options come from the recipe and the file, so these two are found before parsing.
     name = given[0] if not given[0].startswith("-") else None
     if name is not None and name not in catalog.recipes:
