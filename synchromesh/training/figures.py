@@ -8,7 +8,7 @@ from typing import Any
 from xml.etree.ElementTree import Element
 
 from synchromesh.training.metrics import short_name
-from synchromesh.training.page.axes import Axis
+from synchromesh.training.page.axes import Axis, Value
 from synchromesh.training.page.bars import bar_chart
 from synchromesh.training.page.charts import Curve, line_chart
 from synchromesh.training.page.load import load_chart
@@ -36,7 +36,7 @@ class Series:
         return [line for line in self.lines if line["kind"] == kind]
 
     def points(
-        self, kind: str, name: str, *, scale: float = 1.0, over: str = "epoch"
+        self, kind: str, name: str, *, scale: Value = 1.0, over: str = "epoch"
     ) -> tuple[tuple[float, float], ...]:
         """Return a number over another one; lines that do not have it are left out."""
         lines = [line for line in self.of(kind) if line.get(name) is not None]

@@ -22,8 +22,8 @@ from synchromesh.training.run_folder import PICTURES, REPORT, TWIN, read_config,
 from synchromesh.training.task import Bars, Curves, Matrix, Panel, Sheet, Task
 
 LOADS = (
-    "Each row is an expert: on the left over time, on the right in the last test, where bars that end at the line got an "
-    "even load. Colours are multiples of it."
+    "Each row is an expert: on the left over time, on the right in the last test, where bars that end at the line got "
+    "an even load. Colours are multiples of it."
 )
 PLANS = "Every layer tries the plans that the cost model expects to be fast, and keeps the fastest."
 

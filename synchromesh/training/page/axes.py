@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+Value = int | float
 MOST_TICKS = 6
 _DECADES = 0.7  # of a logarithmic axis; a shorter one has the ticks of a linear one
 
@@ -24,9 +25,9 @@ class Axis:
 
     title: str
     log: bool = False
-    low: float | None = None
-    high: float | None = None
-    marks: tuple[float, ...] = ()
+    low: Value | None = None
+    high: Value | None = None
+    marks: tuple[Value, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,20 +43,20 @@ class Scale:
         marks: the values to write; none for round ones.
     """
 
-    low: float
-    high: float
-    start: float
-    stop: float
+    low: Value
+    high: Value
+    start: Value
+    stop: Value
     log: bool = False
-    marks: tuple[float, ...] = ()
+    marks: tuple[Value, ...] = ()
 
-    def at(self, value: float) -> float:
+    def at(self, value: Value) -> Value:
         """Return the pixel of a value."""
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
         own = math.log(value) if self.log else value
         return self.start + (own - low) / (high - low) * (self.stop - self.start)
 
-    def ticks(self) -> list[float]:
+    def ticks(self) -> list[Value]:
         """Return the values to write: round ones, few enough to be read.
 
         >>> Scale(0.0, 1.0, 0, 100).ticks(), Scale(0.01, 20.0, 0, 100, log=True).ticks()
@@ -70,7 +71,7 @@ class Scale:
         return [round(number * step, 12) for number in range(first, last + 1)]
 
 
-def scale_of(axis: Axis, values: Sequence[float], start: float, stop: float) -> Scale:
+def scale_of(axis: Axis, values: Sequence[Value], start: Value, stop: Value) -> Scale:
     """Return the scale of an axis for its values, with a little room where the axis does not say its ends."""
     kept = [value for value in values if not axis.log or value > 0] or [1.0]
     low = min(kept) if axis.low is None else axis.low
@@ -80,7 +81,7 @@ def scale_of(axis: Axis, values: Sequence[float], start: float, stop: float) -> 
     return Scale(low, high, start, stop, axis.log, axis.marks)
 
 
-def short(value: float) -> str:
+def short(value: Value) -> str:
     """Write a number in few characters.
 
     >>> [short(value) for value in (0, 0.05, 1e-5, 12.3456, 1234, 45_600, 2_500_000)]
@@ -98,12 +99,12 @@ def short(value: float) -> str:
     return f"{value:,.0f}" if size >= 100 else f"{value:.3g}"
 
 
-def _step(least: float) -> float:
+def _step(least: Value) -> Value:
     power = 10.0 ** math.floor(math.log10(least))
     return next(power * times for times in (1, 2, 2.5, 5, 10) if power * times >= least * (1 - 1e-9))
 
 
-def _decades(low: float, high: float) -> list[float]:
+def _decades(low: Value, high: Value) -> list[Value]:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     often = (1,) if last - first > 3 else (1, 3) if last - first > 2 else (1, 2, 5)
     skip = -(-(last - first) // MOST_TICKS)

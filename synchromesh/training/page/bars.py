@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
-from synchromesh.training.page.axes import Axis, Scale, scale_of, short
+from synchromesh.training.page.axes import Axis, Scale, Value, scale_of, short
 from synchromesh.training.page.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, picture
 from synchromesh.training.page.elements import card, legend, tag
 from synchromesh.training.page.style import COLORS
@@ -16,7 +16,7 @@ _LONGEST = 14  # letters of a name at a bar
 
 
 def bar_chart(
-    title: str, x: str, y: str, labels: Sequence[str], series: Mapping[str, Sequence[float]], even: float | None = None
+    title: str, x: str, y: str, labels: Sequence[str], series: Mapping[str, Sequence[Value]], even: Value | None = None
 ) -> Element | None:
     """Return upright bars, in groups where there are several series; None where there are none.
 
@@ -55,7 +55,7 @@ class Row:
     """
 
     name: str
-    parts: Mapping[str, float]
+    parts: Mapping[str, Value]
     said: str
     bad: bool = False
 
@@ -70,7 +70,7 @@ class Mark:
     """
 
     name: str
-    length: float
+    length: Value
 
 
 FARTHEST = 2.0  # times the mark: longer bars are cut there
@@ -104,16 +104,16 @@ def bar_row(name: str, track: Element, said: str, *, bad: bool = False) -> Eleme
     return tag("div", tag("span", name, class_="name"), track, behind, class_="row")
 
 
-def _track(row: Row, names: Sequence[str], full: float, unit: str, mark: Mark | None) -> Element:
+def _track(row: Row, names: Sequence[str], full: Value, unit: str, mark: Mark | None) -> Element:
     spans = []
     for name, length in row.parts.items():
         if length > 0:
             said = f"{row.name}, {name}: {short(length)} {unit}"
             color = f"k{names.index(name) % COLORS}"
-            spans.append(tag("span", class_=color, style=f"width:{100 * length / full:.3g}%", title=said))
+            spans.append(tag("span", class_=color, style=f"width:{100 * length / full:.3f}%", title=said))
     inside = [tag("div", *spans, class_="runs")]
     if mark is not None:
-        at = f"left:{100 * mark.length / full:.4g}%"
+        at = f"left:{100 * mark.length / full:.3f}%"
         inside.append(tag("span", class_="mark", style=at, title=f"{mark.name}: {short(mark.length)} {unit}"))
     cut = sum(row.parts.values()) > full * 1.001
     return tag("div", *inside, class_="track" + " over" * row.bad + " cut" * cut)
@@ -138,7 +138,7 @@ def _grid(across: Scale, up: Scale, x: str, labels: Sequence[str]) -> list[Eleme
 
 
 def _bars(
-    number: int, count: int, name: str, heights: Sequence[float], labels: Sequence[str], across: Scale, up: Scale
+    number: int, count: int, name: str, heights: Sequence[Value], labels: Sequence[str], across: Scale, up: Scale
 ) -> list[Element]:
     room = 0.76 / count
     drawn = []

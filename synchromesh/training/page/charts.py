@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Literal
 from xml.etree.ElementTree import Element
 
-from synchromesh.training.page.axes import Axis, Scale, scale_of, short
+from synchromesh.training.page.axes import Axis, Scale, Value, scale_of, short
 from synchromesh.training.page.elements import card, legend, tag
 from synchromesh.training.page.style import COLORS
 
@@ -19,7 +19,7 @@ MOST_POINTS = 200  # of a curve; longer ones are thinned
 MOST_STOPS = 48  # places where a pointer is told the values
 FEW_POINTS = 24  # up to which each point has a dot
 
-Point = tuple[float, float]
+Point = tuple[Value, Value]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def line_chart(title: str, x: Axis, y: Axis, curves: Sequence[Curve]) -> Element
     return card(title, legend(names), picture(title, *inside), about=y.title)
 
 
-def picture(title: str, *inside: Element, height: float = HEIGHT) -> Element:
+def picture(title: str, *inside: Element, height: Value = HEIGHT) -> Element:
     """Return a picture as wide as its card."""
     return tag("svg", *inside, viewBox=f"0 0 {WIDTH} {height:.0f}", role="img", aria_label=title)
 
@@ -83,23 +83,23 @@ def frame(across: Scale, up: Scale, title: str) -> list[Element]:
     return drawn
 
 
-def _telling(drawn: Sequence[tuple[Curve, Sequence[Point]]]) -> list[float]:
+def _telling(drawn: Sequence[tuple[Curve, Sequence[Point]]]) -> list[Value]:
     """Return the values that must be seen: of faint curves not their beginning, which dwarfs all else."""
     solid = [points for curve, points in drawn if curve.style != "faint"]
     first = min((points[0][0] for points in solid), default=-math.inf)
     return [y for curve, points in drawn for x, y in points if x >= first or curve.style != "faint"]
 
 
-def _apart(across: Scale) -> list[float]:
+def _apart(across: Scale) -> list[Value]:
     """Return the ticks whose numbers do not touch."""
-    kept: list[float] = []
+    kept: list[Value] = []
     for value in across.ticks():
         if not kept or across.at(value) - across.at(kept[-1]) > 7 * len(short(value)) + 4:
             kept.append(value)
     return kept
 
 
-def _roomy(y: Axis, values: Sequence[float]) -> Scale:
+def _roomy(y: Axis, values: Sequence[Value]) -> Scale:
     """Return the scale of the values, up to a round number, or a little more, on either side that is not said."""
     scale = scale_of(y, values, HEIGHT - BOTTOM, TOP)
     low, high, gap = scale.low, scale.high, 0.05

@@ -9,7 +9,7 @@ from xml.etree.ElementTree import Element
 
 from synchromesh.training.page.style import STYLE
 
-Inside = Element | str | None | Sequence["Inside"]
+Inside = Element | str | None | Sequence[Element | str | None]
 # What HTML forbids in text: control characters, and halves of surrogate pairs, as names of files may hold them.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 # Nothing is fetched, no script runs, not even one that a browser would otherwise find in the page.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element
 
-from synchromesh.training.page.axes import Scale, short
+from synchromesh.training.page.axes import Scale, Value, short
 from synchromesh.training.page.charts import WIDTH, picture
 from synchromesh.training.page.elements import card, tag
 
@@ -17,7 +17,7 @@ _LEFT, _TOP, _BARS, _FOOT = 30, 16, 92, 34
 _FULL, _LEAST, _MOST = 16, 4, 640  # pixels: height of a row, its least, and that of all rows
 
 
-def load_chart(title: str, shares: Sequence[tuple[float, Sequence[float]]], last: Sequence[float]) -> Element | None:
+def load_chart(title: str, shares: Sequence[tuple[Value, Sequence[Value]]], last: Sequence[Value]) -> Element | None:
     """Draw each expert's share of the tokens, over time and in the last test; None where there is neither.
 
     Args:
@@ -45,7 +45,7 @@ def load_legend() -> Element:
     return tag("ul", *keys, tag("li", tag("i", class_="rule"), "even load"), class_="legend")
 
 
-def level(relative: float) -> int:
+def level(relative: Value) -> int:
     """Return the number of the colour of a load, as a share of an even one.
 
     >>> [level(value) for value in (0.05, 1.0, 9.0)]
@@ -54,7 +54,7 @@ def level(relative: float) -> int:
     return sum(relative >= step for step in STEPS)
 
 
-def _names(count: int, row: float, down: Scale) -> list[Element]:
+def _names(count: int, row: Value, down: Scale) -> list[Element]:
     skip = next(step for step in (1, 2, 4, 8, 16, 32, 64, 128, 1 << 20) if step * row >= 12)
     drawn = [
         tag("text", str(expert), class_="end", x=_LEFT - 6, y=down.at(expert + 0.5) + 4)
@@ -63,7 +63,7 @@ def _names(count: int, row: float, down: Scale) -> list[Element]:
     return [*drawn, tag("text", "expert", x=0, y=_TOP - 6)]
 
 
-def _columns(shares: Sequence[tuple[float, Sequence[float]]], right: float, down: Scale) -> list[Element]:
+def _columns(shares: Sequence[tuple[Value, Sequence[Value]]], right: Value, down: Scale) -> list[Element]:
     means = _means(shares)
     count, across = len(means[0]), Scale(0, len(means), _LEFT, right)
     ways: dict[int, str] = {}
@@ -85,14 +85,14 @@ def _columns(shares: Sequence[tuple[float, Sequence[float]]], right: float, down
     return drawn
 
 
-def _means(shares: Sequence[tuple[float, Sequence[float]]]) -> list[list[float]]:
+def _means(shares: Sequence[tuple[Value, Sequence[Value]]]) -> list[list[Value]]:
     """Return the means over stretches of time, so few that they can be seen."""
     length = -(-len(shares) // MOST_COLUMNS)
     stretches = [[own for _, own in shares[first : first + length]] for first in range(0, len(shares), length)]
     return [[sum(values) / len(values) for values in zip(*own, strict=True)] for own in stretches]
 
 
-def _last(last: Sequence[float], left: float, down: Scale) -> list[Element]:
+def _last(last: Sequence[Value], left: Value, down: Scale) -> list[Element]:
     count = len(last)
     across = Scale(0, max(2.0, count * max(last)), left, WIDTH - 4)
     height, drawn = down.at(1) - down.at(0), []

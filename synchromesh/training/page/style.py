@@ -8,7 +8,7 @@ COLORS = 8
 STYLE = """
 :root {
   --page: #f4f6f9; --card: #ffffff; --ink: #17202b; --soft: #5d6977; --line: #e2e7ee; --edge: #dbe1e9;
-  --good: #15803d; --bad: #b42318; --blush: #fdf1ef; --even: #17202b;
+  --good: #15803d; --bad: #b42318; --mix: 72%; --even: #17202b;
   --k0: #2563eb; --k1: #d97706; --k2: #0d9488; --k3: #9333ea; --k4: #be185d; --k5: #65a30d;
   --k6: #0284c7; --k7: #64748b;
   --h0: #a11a12; --h1: #ee8a5f; --h2: #f8cfae; --h3: #e9edf3; --h4: #b9d2fb; --h5: #6d9ff5; --h6: #1d4ed8;
@@ -17,7 +17,7 @@ STYLE = """
 }
 @media (prefers-color-scheme: dark) { :root {
   --page: #0d1117; --card: #161c25; --ink: #e7ecf3; --soft: #97a4b4; --line: #29323f; --edge: #232c38;
-  --good: #4ade80; --bad: #ff8a7a; --blush: #2c1a1b; --even: #f4f6f9;
+  --good: #4ade80; --bad: #ff8a7a; --mix: 44%; --even: #f4f6f9;
   --k0: #6aa2ff; --k1: #f5a742; --k2: #2dd4bf; --k3: #c084fc; --k4: #f472b6; --k5: #a3d94f;
   --k6: #38bdf8; --k7: #94a3b8;
   --h0: #ff5c4d; --h1: #c4603d; --h2: #6b4431; --h3: #252e3a; --h4: #24406f; --h5: #2f62c0; --h6: #6aa2ff;
@@ -70,7 +70,7 @@ td b { font-weight: 650; } th.left, td.left { text-align: left; }
 .h0 { --k: var(--h0); } .h1 { --k: var(--h1); } .h2 { --k: var(--h2); } .h3 { --k: var(--h3); }
 .h4 { --k: var(--h4); } .h5 { --k: var(--h5); } .h6 { --k: var(--h6); }
 svg[role] { display: block; width: 100%; height: auto; overflow: visible; }
-svg text { fill: var(--soft); font-size: 11.5px; font-variant-numeric: tabular-nums; }
+svg text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
 svg text.end { text-anchor: end; } svg text.mid { text-anchor: middle; } svg text.ink { fill: var(--ink); }
 .rule { stroke: var(--line); stroke-width: 1; } .axis { stroke: var(--soft); stroke-width: 1; opacity: .6; }
 .line { fill: none; stroke: var(--k); stroke-width: 2.2; stroke-linejoin: round; stroke-linecap: round; }
@@ -95,7 +95,7 @@ svg text.end { text-anchor: end; } svg text.mid { text-anchor: middle; } svg tex
   border-radius: 3px; background: var(--k); }
 .matrix { width: max-content; max-width: 100%; }
 .matrix td { padding: .3rem .45rem; text-align: center; border-radius: 5px; min-width: 2.6em;
-  background: color-mix(in srgb, var(--k) calc(var(--share) * 72%), transparent); }
+  background: color-mix(in srgb, var(--k) calc(var(--share) * var(--mix)), transparent); }
 .matrix table { border-collapse: separate; border-spacing: 2px; font-size: .84rem; } .matrix tbody tr { border: 0; }
 .matrix th { overflow: hidden; text-overflow: ellipsis; }
 .matrix thead th { text-align: center; padding: .2rem .3rem; max-width: 7em; }
@@ -116,7 +116,7 @@ pre { margin: .75rem 0 0; padding: 1rem; background: var(--card); border: 1px so
   main { padding: 1.25rem .8rem 3rem; } h1 { font-size: 1.5rem; } .card { padding: .8rem .85rem .85rem; }
   .rows { display: block; } .row { display: grid; grid-template-columns: minmax(0, 1fr) max-content; gap: .1rem .6rem; }
   .row .track { order: 1; grid-column: 1 / -1; height: 1.1rem; } .row + .row { margin-top: .5rem; }
-  .pictures .card { padding: 0 0 .6rem; } svg text { font-size: 12.5px; }
+  .pictures .card { padding: 0 0 .6rem; } svg text { font-size: 13px; }
 }
 @media print { :root { --page: #fff; --shade: none; } .card { break-inside: avoid; } }
 """

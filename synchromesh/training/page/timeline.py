@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
-from synchromesh.training.page.axes import short
+from synchromesh.training.page.axes import Value, short
 from synchromesh.training.page.bars import bar_row
 from synchromesh.training.page.elements import card, legend, tag
 from synchromesh.training.page.style import COLORS
@@ -74,14 +74,14 @@ def _about(end: int, unit: str) -> str:
     return f"{unit}, on a logarithmic scale" if end >= STRETCHED else unit
 
 
-def _place(moment: int, end: int) -> float:
+def _place(moment: int, end: int) -> Value:
     return math.log1p(moment) / math.log1p(end) if end >= STRETCHED else moment / end
 
 
 def _run(one: Stretch, kind: int, end: int, lane: str) -> Element:
     width = 100 * (_place(one.end, end) - _place(one.first, end))
     said = f"{lane}: {one.what}, {one.first + 1:,} to {one.end:,}" + (f"; {one.said}" if one.said else "")
-    return tag("span", class_=f"k{kind % COLORS}", style=f"width:{width:.4g}%", title=said)
+    return tag("span", class_=f"k{kind % COLORS}", style=f"width:{width:.3f}%", title=said)
 
 
 def _moments(end: int, unit: str) -> Element:
@@ -90,7 +90,7 @@ def _moments(end: int, unit: str) -> Element:
     moments = [step**power for power in range(1, 10)] if end >= STRETCHED else [step * times for times in (1, 2, 3)]
     kept = [moment for moment in moments if _place(moment, end) < 0.86]
     marks = [
-        tag("span", short(moment), style=f"left:{100 * _place(moment, end):.4g}%", class_="moment") for moment in kept
+        tag("span", short(moment), style=f"left:{100 * _place(moment, end):.3f}%", class_="moment") for moment in kept
     ]
     marks.append(tag("span", f"{end:,}", style="left:100%", class_="moment last"))
     return tag("div", *marks, class_="moments", aria_label=unit)
