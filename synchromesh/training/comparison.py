@@ -77,15 +77,17 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     >>> names_of([Path("runs/a"), Path("runs/b"), Path("old/a")])
     ['runs/a', 'b', 'old/a']
     """
-    parts = [folder.resolve().parts for folder in folders]
-    lengths = [1] * len(parts)
+    paths = [folder.resolve() for folder in folders]
+    length = dict.fromkeys(paths, 1)
     while True:
-        names = ["/".join(own[-length:]) for own, length in zip(parts, lengths, strict=True)]
-        twice = Counter(names)
-        longer = [n + (twice[name] > 1 and n < len(own)) for n, name, own in zip(lengths, names, parts, strict=True)]
-        if longer == lengths:  # what still has one name is one folder
-            return [name if twice[name] == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
-        lengths = longer
+        short = {path: str(Path(*path.parts[-own:])) for path, own in length.items()}
+        twice = Counter(short.values())
+        longer = {p: own + (twice[short[p]] > 1 and own < len(p.parts)) for p, own in length.items()}
+        if longer == length:
+            break
+        length = longer
+    often = Counter(paths)  # one folder, given twice, has two numbers
+    return [short[p] if often[p] == 1 else f"{short[p]} ({number})" for number, p in enumerate(paths, start=1)]
 
 
 def _read(folder: Path, name: str, catalog: Catalog) -> Compared:
