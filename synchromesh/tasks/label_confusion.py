@@ -74,7 +74,7 @@ def class_sheet(classes: Mapping[str, Mapping[str, Any]], confused: Sequence[Map
     worst: dict[str, str] = {}
     for one in confused:
         taken[one["found"]] += one["count"]
-        worst.setdefault(one["truth"], f"{one['found']}, {one['count']:,} times")
+        worst.setdefault(one["truth"], f"{one['found']} ({one['count']:,})")
     rows = []
     for name, own in sorted(classes.items(), key=lambda item: (item[1]["accuracy"], item[1]["images"], item[0])):
         right = round(own["images"] * own["accuracy"])

@@ -52,6 +52,6 @@ def test_precision_is_of_what_was_taken_for_a_class_and_accuracy_of_what_belongs
     pairs = [(0, 0)] * 3 + [(0, 1)] + [(1, 1)] * 4 + [(2, 1)] * 2
     sheet = class_sheet(*of_pairs(pairs, ["a", "b", "c"]), most=2)
     assert sheet.title == "The 2 hardest of 3 classes"
-    assert sheet.rows == (("c", "2", "0.0%", "-", "b, 2 times"), ("a", "4", "75.0%", "100.0%", "b, 1 times"))
+    assert sheet.rows == (("c", "2", "0.0%", "-", "b (2)"), ("a", "4", "75.0%", "100.0%", "b (1)"))
     whole = class_sheet(*of_pairs(pairs, ["a", "b", "c"]), most=3)
     assert whole.rows[2] == ("b", "4", "100.0%", "57.1%", "-")

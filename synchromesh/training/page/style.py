@@ -114,6 +114,8 @@ pre { margin: .75rem 0 0; padding: 1rem; background: var(--card); border: 1px so
   overflow-x: auto; font-size: .82rem; }
 @media (max-width: 560px) {
   main { padding: 1.25rem .8rem 3rem; } h1 { font-size: 1.5rem; } .card { padding: .8rem .85rem .85rem; }
+  th, td { padding: .34rem .5rem; } .matrix td { padding: .2rem; min-width: 1.9em; }
+  .matrix thead th { padding: .2rem 0; max-width: 4em; } .matrix tbody th { max-width: 6.5em; padding-right: .4rem; }
   .rows { display: block; } .row { display: grid; grid-template-columns: minmax(0, 1fr) max-content; gap: .1rem .6rem; }
   .row .track { order: 1; grid-column: 1 / -1; height: 1.1rem; } .row + .row { margin-top: .5rem; }
   .pictures .card { padding: 0 0 .6rem; } svg text { font-size: 13px; }
