@@ -136,6 +136,8 @@ def test_help_of_a_command_waits_for_torch_and_no_more_of_it(bare: Environment, 
 def test_plan_reads_the_profiles_that_are_shipped(bare: Environment) -> None:
     said = bare.run("synchromesh", "plan", "--cluster", "a100_hdr", "--world", "8..16", "--json").stdout
     assert [json.loads(line)["world"] for line in said.splitlines()] == [8, 16]
+    bare.run("synchromesh", "plan", "--world", "8", "--html", "page.html")  # the page needs no extra
+    assert "Memory of a rank" in (bare.folder / "page.html").read_text()
 
 
 def test_verify_starts_ranks_of_the_installed_package(bare: Environment) -> None:
