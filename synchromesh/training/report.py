@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
+from synchromesh.errors import InputError
 from synchromesh.training import figures
 from synchromesh.training.catalog import Catalog
 from synchromesh.training.codec import decode, encode
@@ -18,7 +19,7 @@ from synchromesh.training.metrics import METRICS_FILE, read_metrics
 from synchromesh.training.page.elements import card, document, grid, section, table, tag, tiles
 from synchromesh.training.page.load import load_legend
 from synchromesh.training.plan_history import plan_figures
-from synchromesh.training.run_folder import PICTURES, REPORT, TWIN, read_config, read_summary
+from synchromesh.training.run_folder import PICTURES, REPORT, SUMMARY, TWIN, read_config, read_summary
 from synchromesh.training.task import Bars, Curves, Matrix, Panel, Sheet, Task
 
 LOADS = (
@@ -44,7 +45,7 @@ def write_report(folder: Path, catalog: Catalog) -> Path:
         f"{config.name}: {folder.name}",
         _head(config, summary, folder),
         section("Learning", grid(_curves(series, task), _table(config, summary))),
-        *_panels([decode(Panel, panel) for panel in summary.get("panels", [])]),
+        *_panels(_read_panels(folder, summary)),
         *_gallery(folder, summary, task),
         _loads(main),
         section("Plans", *plan_figures(folder, summary, steps), about=PLANS),
@@ -117,6 +118,13 @@ def _table(config: TrainConfig, summary: dict[str, Any]) -> Element | None:
     return card("Beside the dense twin", table(first, rest), about="the same without experts", room="broad")
 
 
+def _read_panels(folder: Path, summary: dict[str, Any]) -> list[Panel]:
+    try:
+        return [decode(Panel, panel) for panel in summary.get("panels", [])]
+    except ValueError as error:
+        raise InputError(f"{folder / SUMMARY} is damaged, --resume writes it again: {error}") from error
+
+
 def _panels(panels: Sequence[Panel]) -> list[Element | None]:
     """Return what the task shows of its scores: charts together, tables after them."""
     charts = [figures.panel_figure(panel) for panel in panels if isinstance(panel, Bars | Curves)]
@@ -134,7 +142,7 @@ def _gallery(folder: Path, summary: dict[str, Any], task: Task) -> list[Element 
     drawn: dict[str, list[Element]] = {"worst": [], "best": []}
     for name, caption in summary.get("pictures", {}).items():
         file = folder / PICTURES / name
-        if file.is_file():
+        if file.parent == folder / PICTURES and file.is_file():  # a summary from elsewhere names no other file
             data = base64.b64encode(file.read_bytes()).decode()
             lines = caption.split("\n")
             said = [tag("p", line) for line in lines]

@@ -111,6 +111,25 @@ def test_names_from_outside_cannot_break_out_of_the_page(tiny: TrainConfig, writ
     assert page.text.count(name) >= 6
 
 
+def test_a_summary_from_elsewhere_shows_no_file_but_the_pictures(
+    tiny: TrainConfig, written: Written, tmp_path: Path
+) -> None:
+    written(tmp_path / "run", tiny)
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    file = tmp_path / "run" / "summary.json"
+    names = ["../../secret.png", str(tmp_path / "secret.png"), "x/../../../secret.png", "..", "worst-1.png"]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pictures": dict.fromkeys(names, "said")}))
+    assert len(report(tmp_path / "run").all("img")) == 1
+
+
+def test_a_damaged_summary_is_named(tiny: TrainConfig, written: Written, tmp_path: Path) -> None:
+    written(tmp_path, tiny)
+    file = tmp_path / "summary.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "panels": [{"kind": "Sheet", "title": 3}]}))
+    with pytest.raises(InputError, match=r"summary\.json is damaged"):
+        write_report(tmp_path, CATALOG)
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not the folder of a run"):
         write_report(tmp_path, CATALOG)

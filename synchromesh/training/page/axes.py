@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 Value = int | float
 MOST_TICKS = 6
+HUGE, TINY = 1e100, 1e-100  # values beyond the one, or as near to 0 as the other, are no measurements
 _DECADES = 0.7  # of a logarithmic axis; a shorter one has the ticks of a linear one
 
 
@@ -76,9 +77,20 @@ def scale_of(axis: Axis, values: Sequence[Value], start: Value, stop: Value) -> 
     kept = [value for value in values if not axis.log or value > 0] or [1.0]
     low = min(kept) if axis.low is None else axis.low
     high = max(kept) if axis.high is None else axis.high
-    if high <= low:
+    if high - low <= max(TINY, 1e-9 * max(abs(low), abs(high))):  # one value, or as good as one
         low, high = (low / 2, low * 2) if axis.log else (low - 0.5 * (axis.low is None), low + max(1.0, abs(low)))
     return Scale(low, high, start, stop, axis.log, axis.marks)
+
+
+def real(value: Value) -> float | None:
+    """Return a value that can be drawn: None for NaN and what is beyond all measure, 0 for what is next to it.
+
+    >>> real(2), real(float("nan")), real(-float("inf")), real(1e-320)
+    (2.0, None, None, 0.0)
+    """
+    if not -HUGE < value < HUGE:
+        return None
+    return 0.0 if abs(value) < TINY else float(value)
 
 
 def short(value: Value) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
-from synchromesh.training.page.axes import Axis, Scale, Value, scale_of, short
+from synchromesh.training.page.axes import Axis, Scale, Value, real, scale_of, short
 from synchromesh.training.page.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, picture
 from synchromesh.training.page.elements import card, legend, tag
 from synchromesh.training.page.style import COLORS
@@ -28,6 +28,7 @@ def bar_chart(
         series: heights, by name.
         even: a height to compare with.
     """
+    series = {name: [real(height) or 0.0 for height in own] for name, own in series.items()}
     heights = [height for own in series.values() for height in own]
     if not heights or not labels:
         return None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 from xml.etree.ElementTree import Element
 
-from synchromesh.training.page.axes import Axis, Scale, Value, scale_of, short
+from synchromesh.training.page.axes import Axis, Scale, Value, real, scale_of, short
 from synchromesh.training.page.elements import card, legend, tag
 from synchromesh.training.page.style import COLORS
 
@@ -127,24 +128,28 @@ def _stops(drawn: Sequence[tuple[Curve, Sequence[Point]]], across: Scale, up: Sc
     places = sorted({x for _, points in drawn for x, _ in points})
     places = places[:: -(-len(places) // MOST_STOPS)]
     edges = [across.start, *((across.at(a) + across.at(b)) / 2 for a, b in pairwise(places))]
-    stops = []
+    stops, ordered = [], [(curve, sorted(points)) for curve, points in drawn]
     for x, left, right in zip(places, edges, [*edges[1:], across.stop], strict=True):
-        said = [f"{title} {short(x)}"]
-        for curve, points in drawn:
-            near = min(points, key=lambda point: abs(point[0] - x))
-            if left <= across.at(near[0]) <= right:
-                said.append(f"{curve.name}: {short(near[1])}")
+        near = [(curve, _nearest(points, x)) for curve, points in ordered]
+        told = [f"{curve.name}: {short(y)}" for curve, (at, y) in near if left <= across.at(at) <= right]
         at, top, bottom = across.at(x), up.stop, up.start
         strip = tag("rect", x=left, y=top, width=max(0.0, right - left), height=bottom - top)
         line = tag("line", x1=at, x2=at, y1=top, y2=bottom)
-        stops.append(tag("g", tag("title", "\n".join(said)), strip, line, class_="at"))
+        stops.append(tag("g", tag("title", "\n".join([f"{title} {short(x)}", *told])), strip, line, class_="at"))
     return stops
+
+
+def _nearest(points: Sequence[Point], x: Value) -> Point:
+    """Return the point at, or nearest to, a place; points are in order."""
+    index = bisect_left(points, x, key=lambda point: point[0])
+    return min(points[max(0, index - 1) : index + 1], key=lambda point: abs(point[0] - x))
 
 
 def _kept(points: Sequence[Point], x: Axis, y: Axis) -> list[Point]:
     """Return the points that can be drawn."""
-    real = [(a, b) for a, b in points if math.isfinite(a) and math.isfinite(b)]
-    return [(a, b) for a, b in real if (a > 0 or not x.log) and (b > 0 or not y.log)]
+    places = [(real(a), real(b)) for a, b in points]
+    kept = [(a, b) for a, b in places if a is not None and b is not None]
+    return [(a, b) for a, b in kept if (a > 0 or not x.log) and (b > 0 or not y.log)]
 
 
 def _thinned(points: Sequence[Point]) -> list[Point]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from synchromesh.testing.pages import Node, parse_page
 from synchromesh.training.page.axes import Axis
@@ -75,6 +77,31 @@ def test_what_cannot_be_drawn_is_left_out_and_the_rest_stays() -> None:
     points = ((1.0, 2.0), (2.0, math.nan), (3.0, math.inf), (4.0, 0.0), (5.0, 4.0))
     figure = drawn(line_chart("T", Axis("x"), Axis("y", log=True), [Curve("a", points, 0)]))
     assert len(places(figure.all("path", "line")[0])) == 2
+
+
+NUMBERS = st.one_of(st.floats(), st.integers(-(10**30), 10**30))
+
+
+@given(st.lists(st.lists(st.tuples(NUMBERS, NUMBERS), max_size=5), max_size=3), st.booleans(), st.booleans())
+def test_whatever_the_values_are_a_chart_is_drawn_inside_its_frame_or_left_out(
+    series: list[list[tuple[float, float]]], log_x: bool, log_y: bool
+) -> None:
+    curves = [Curve(str(number), tuple(points), number) for number, points in enumerate(series)]
+    chart = line_chart("T", Axis("x", log=log_x), Axis("y", log=log_y), curves)
+    if chart is None:
+        return
+    figure = drawn(chart)
+    assert "nan" not in figure.text
+    for path in figure.all("path", "line"):
+        assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in places(path))
+
+
+@given(st.lists(NUMBERS.filter(lambda value: value >= 0), min_size=1, max_size=5))
+def test_whatever_the_heights_are_bars_are_drawn(heights: list[float]) -> None:
+    figure = drawn(bar_chart("T", "x", "y", [str(n) for n in range(len(heights))], {"a": heights}))
+    for bar in figure.all("rect", "fill"):
+        assert 0 <= float(bar.attributes["y"]) <= HEIGHT
+        assert 0 <= float(bar.attributes["height"]) <= HEIGHT
 
 
 def test_a_pointer_is_told_the_values_of_all_curves() -> None:
