@@ -23,6 +23,7 @@ examples:
   synchromesh train finetune_1k --data photos/ --start.weights runs/big --start.freeze moe
   synchromesh train --data instances_train.json --images photos/           the task is found from the data
   synchromesh eval runs/demo
+  synchromesh report runs/a runs/b                several runs on one page
   synchromesh predict digit.png another.png --run runs/demo --json
   synchromesh plan --model swinv2_moe_b --cluster a100_hdr --world 8..2048
   synchromesh verify --world 4                    the same on your cluster: torchrun ... -m -- synchromesh verify
@@ -51,7 +52,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "train": Command("train", "RECIPE", "train a model from a recipe, its settings changed as you like"),
         "eval": Command("evaluate", "RUN", "score a trained model"),
         "predict": Command("predict", "IMAGE ...", "say what a trained model sees in image files"),
-        "report": Command("report", "RUN", "write report.html of a run, finished or not"),
+        "report": Command("report", "RUN ...", "write a page about a run, or one that compares several"),
         "convert": Command("convert", "RUN FILE", "write the weights of a run as one safetensors file"),
         "verify": Command("verify", "", "prove on these ranks that every parallel plan computes the same"),
         "profile": Command("profile", "FILE", "measure this cluster: links, products, memory"),

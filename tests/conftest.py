@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from synchromesh.data.images import MemoryImages, Preprocess
 from synchromesh.tasks.classification import LabelledImages
+from synchromesh.testing.browser import Browser, find_browser
 from synchromesh.testing.poison import poisoned_memory
 from synchromesh.training.task import Splits
 
@@ -29,6 +30,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left = [item for item in items if item.get_closest_marker("exhaustive")]
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in set(left)]
+
+
+@pytest.fixture(scope="session")
+def browser(request: pytest.FixtureRequest) -> Browser:
+    """Find a Chromium; without one skip, or fail where --require-browser says so."""
+    found = find_browser()
+    if found is not None:
+        return Browser(found)
+    reason = "no chromium in PATH to open pages with (Debian: apt-get install chromium)"
+    if request.config.getoption("--require-browser"):
+        pytest.fail(reason)
+    pytest.skip(reason)  # optional on a user's machine; CI passes --require-browser
 
 
 FOUR_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")

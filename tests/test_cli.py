@@ -12,8 +12,9 @@ from PIL import Image
 from torch import nn
 
 from synchromesh import cli
+from synchromesh.commands.train import read_request
 from synchromesh.data.sources import ScikitDigits
-from synchromesh.recipes.catalog import RECIPES
+from synchromesh.recipes.catalog import CATALOG, RECIPES
 from synchromesh.training import loop
 from synchromesh.training.codec import encode
 from synchromesh.training.step import Trainee
@@ -66,6 +67,36 @@ def test_every_option_says_what_it_is(command: str, capsys: pytest.CaptureFixtur
             continue
         told = re.sub(r"\((default|required)[^)]*\)|\[?[A-Z{}|.]+\S*|\{\S+", "", text)
         assert re.search(r"[a-z]{2,} [a-z]{2,}|[a-z]{4,}", told), f"{name} has no help: {text.strip()!r}"
+
+
+@pytest.mark.parametrize("command", ["train demo", "eval", "predict", "report", "plan"])
+def test_help_gives_every_option_a_line_and_no_more_than_80_columns(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main([*command.split(), "--help"])
+    said = re.sub(r"[│╭╰╮╯─]", " ", capsys.readouterr().out)
+    table = said[re.search(r"^ +(positional arguments|options) *$", said, flags=re.M).start() :].splitlines()
+    assert len(table) > 4
+    assert max(map(len, table)) <= 80
+    for line in table:  # an option may stand beside what switches it off, and beside nothing else
+        options = re.findall(r"(?<!\S)--[a-z][\w.-]*", re.split(r"(?<=\S) {2,}", line)[0]) if "--" in line[:6] else []
+        assert len({option.replace("no-", "") for option in options}) <= 1, line
+        assert "…" not in line
+
+
+def test_a_setting_with_two_names_has_one_in_the_help_and_both_work(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "demo", "--help"])
+    said = capsys.readouterr().out
+    assert "--nproc" in said
+    assert "--tensorboard" in said
+    assert "--keep.ranks" not in said
+    assert "--keep.tensorboard" not in said
+    asked = read_request(["demo", "--keep.ranks=3", "--keep.tensorboard"], CATALOG)
+    assert (asked.nproc, asked.configured().keep.tensorboard) == (3, True)
+    assert read_request(["demo", "--keep.ranks", "2"], CATALOG).nproc == 2
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["train", "--help"]])

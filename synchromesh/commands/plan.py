@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json as to_json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -16,6 +16,7 @@ from rich.console import Console
 
 from synchromesh.commands.context import Context
 from synchromesh.commands.paste import Asked, to_paste
+from synchromesh.commands.plan_page import write_page
 from synchromesh.commands.plan_table import show_plans
 from synchromesh.compat.hf_config import read_hf_config
 from synchromesh.errors import InputError
@@ -32,8 +33,8 @@ MOST_RANKS = 1 << 16
 
 
 ABOUT = """\
-Predict a model's step on a described cluster, choose the plan of each kind of its MoE layers and say why, what would fit
-where it does not, and what to paste to run it. Any number of ranks: copies of a grid where experts do not divide it.
+Predict a model's step on a described cluster, choose the plan of each kind of its MoE layers and say why, what would
+fit where it does not, and what to paste to run it. Any number of ranks: copies of a grid where experts do not divide it.
 
   synchromesh plan --model swinv2_moe_b --cluster a100_hdr --world 8..2048 --batch 128
   synchromesh plan --layer 16384 2048 2048 64 2 --cluster h100_ndr --world 512
@@ -62,7 +63,7 @@ class Request:
         fsdp: spread the dense part over the ranks instead of copying it.
         gated: the experts of --layer have a gate.
         json: print one JSON object a line.
-        html: also write a page with curves.
+        html: also write a page that opens offline: plans, parts of a step, memory against the limit, numbers.
     """
 
     model: str = "swinv2_moe_b"
@@ -105,7 +106,7 @@ def run(request: Request, context: Context) -> int:
     Raises:
         InputError: no such model or cluster, or numbers that cannot be.
     """
-    console, page = context.console, None if request.html is None else _page_writer()
+    console = context.console
     try:
         profile = load_profile(request.cluster)
         sizes = _worlds(request.world)
@@ -121,8 +122,8 @@ def run(request: Request, context: Context) -> int:
             what = "inference" if request.inference else "training"
             show_plans(console, f"{case.model.name} {case.changed} on {profile.name}, {what}", case.model, planned)
             _show_command(console, case, planned)
-    if request.html is not None and page is not None:
-        page(request.html, {f"{c.model.name} {c.changed}": found for c, found in results.items()}, profile)
+    if request.html is not None:
+        write_page(request.html, {f"{c.model.name} {c.changed}": found for c, found in results.items()}, profile)
         console.print(str(request.html), highlight=False, soft_wrap=True)
     return 0 if any(one.refused is None for planned in results.values() for one in planned) else 1
 
@@ -176,14 +177,6 @@ def as_json(case: Case, one: Planned) -> dict[str, Any]:
         "layers": layers,
         "remarks": one.remarks(),
     }
-
-
-def _page_writer() -> Callable[..., None]:
-    try:
-        from synchromesh.commands.plan_page import write_page  # plotly is an extra
-    except ModuleNotFoundError as error:
-        raise InputError("--html needs the package plotly: pip install 'synchromesh[report]'") from error
-    return write_page
 
 
 def _worlds(text: str) -> list[int]:

@@ -89,19 +89,18 @@ class RunProgress:
             text += f"  dropped {line['drop_rate']:.1%}"
         self._console.print(text, highlight=False, soft_wrap=True)
 
-    def _shown(self) -> Table:
-        table = Table.grid(padding=(0, 3))
+    def _shown(self) -> Text:
         train, test, first, unit = self._train, self._test, self._numbers[0], self._unit
-        loss = "-" if self._loss is None else f"{self._loss:.4f}"
-        table.add_row(
-            f"loss {loss}   {first.title}",
-            f"train {_form(first, train)}" if first.name in train else "",
-            Text(f"test {_form(first, test)}" if test else "", style="bold green"),
-            _number(train, f"{unit}_per_second", "{:,.0f} " + f"{unit}/s"),
-            _number(train, "drop_rate", "dropped {:.1%}") if train.get("load") else "",
-            _number(train, "learning_rate", "lr {:.1e}"),
-        )
-        return table
+        said = [
+            Text("loss -" if self._loss is None else f"loss {self._loss:.4f}"),
+            Text(f"train {first.title} {_form(first, train)}" if first.name in train else ""),
+            Text(f"test {first.title} {_form(first, test)}" if test else "", style="bold green"),
+            Text(_number(train, f"{unit}_per_second", "{:,.0f} " + f"{unit}/s")),
+            Text(_number(train, "drop_rate", "dropped {:.1%}") if train.get("load") else ""),
+            Text(_number(train, "learning_rate", "lr {:.1e}")),
+        ]
+        # A line that is too long ends between two numbers, never within one.
+        return Text("   ").join(Text(one.plain.replace(" ", "\u00a0"), style=one.style) for one in said if one.plain)
 
     def _loads(self) -> Table:
         table = Table.grid(padding=(0, 1))

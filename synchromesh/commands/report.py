@@ -1,4 +1,4 @@
-"""`synchromesh report`: a run as one page."""
+"""`synchromesh report`: a run as one page, or several runs on one page."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ import tyro
 
 from synchromesh.commands.context import Context
 from synchromesh.errors import InputError
+from synchromesh.training.comparison import COMPARISON, write_comparison
 from synchromesh.training.report import write_report
 
-ABOUT = "Write report.html into the folder of a run: curves, pictures, expert load, throughput, all in one file."
+ABOUT = """\
+Write a page that opens offline: report.html into the folder of a run, or comparison.html of several runs.
+
+  synchromesh report runs/demo                     curves, mistakes with their pictures, expert load, plans
+  synchromesh report runs/a runs/b runs/c          their numbers, curves and settings on one page
+  synchromesh report runs/* --out compared.html
+"""
 
 
 @dataclass(frozen=True)
@@ -19,26 +26,37 @@ class Request:
     """Options of `report`.
 
     Attributes:
-        run: folder of the run.
+        runs: folders of runs, finished or not; several are compared.
+        out: where to write the page of several runs; comparison.html beside the first one if not given.
     """
 
-    run: tyro.conf.Positional[Path]
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    out: Path | None = None
 
 
 def run(request: Request, context: Context) -> int:
-    """Write the report of a run, finished or not, and say where it is; return the exit code.
+    """Write the page and say where it is; return the exit code.
 
     Raises:
-        InputError: the folder is not that of a run, or plotly is not installed.
+        InputError: a folder is not that of a run, or what it holds is damaged.
     """
-    path = write_report(request.run, context.catalog())
-    said = f"{path} · {path.stat().st_size / 1e6:.1f} MB, opens offline"
+    runs, catalog = request.runs, context.catalog()
+    if not runs:
+        raise InputError("no run given: name the folder of a run, such as runs/demo, or several to compare them")
+    if len(runs) == 1:
+        if request.out is not None:
+            raise InputError("--out is for several runs: the report of one lies in its folder, as report.html")
+        path = write_report(runs[0], catalog)
+    else:
+        path = request.out or runs[0].resolve().parent / COMPARISON
+        write_comparison(runs, path, catalog)
+    said = f"{path} · {path.stat().st_size / 1e3:,.0f} kB, opens offline"
     context.console.print(said, highlight=False, soft_wrap=True)
     return 0
 
 
 def report_if_possible(folder: Path, context: Context) -> None:
-    """Write the report at the end of a run; a missing package is said, and is no failure of the run."""
+    """Write the report at the end of a run; where it cannot be, that is said, and is no failure of the run."""
     try:
         write_report(folder, context.catalog())
     except InputError as error:

@@ -53,6 +53,12 @@ from synchromesh.training.start import Loaded, check_weights, freeze, load_weigh
 from synchromesh.training.summary import Finished, ModelSize, model_size, summarize
 from synchromesh.training.task import Facts, Splits
 
+# Settings that have a shorter name among the options, which help tells alone.
+SHORTER = {
+    "--keep.ranks": "--nproc",
+    "--keep.tensorboard": "--tensorboard",
+    "--keep.no-tensorboard": "--no-tensorboard",
+}
 NON_FINITE = 3  # exit code of a run that NaN or infinity stopped
 
 
@@ -73,8 +79,8 @@ class Request:
         on_bad_image: stop at an unreadable image, or skip it; those are counted, and listed in left_out.jsonl of the
             run.
         tensorboard: also write TensorBoard events.
-        nproc: ranks to train with on this machine; the recipe's number if not given. Under torchrun or SLURM, the
-            job's ranks are taken.
+        nproc: ranks to train with on this machine; the recipe's number (its keep.ranks) if not given. Under torchrun
+            or SLURM, the job's ranks are taken.
         restarts: how often to begin again from the last checkpoint when a rank dies.
         timeout: seconds that ranks wait for one another before they give up and name who does not answer.
     """
@@ -115,6 +121,7 @@ def read_request(given: list[str], catalog: Catalog) -> Request:
     Raises:
         InputError: there is no such recipe or file, or a setting cannot be.
     """
+    given = [SHORTER.get(name, name) + equals + own for name, equals, own in (token.partition("=") for token in given)]
     # The defaults of all other options come from the recipe and the file, so these two are found before parsing.
     name = given[0] if not given[0].startswith("-") else None
     if name is not None and name not in catalog.recipes:

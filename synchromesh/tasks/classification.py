@@ -22,6 +22,7 @@ from synchromesh.data.sources import ImageFolder, MnistDigits, Source, take_shot
 from synchromesh.errors import at_least
 from synchromesh.models.features import BackboneConfig
 from synchromesh.models.heads.classifier import Classifier
+from synchromesh.tasks.label_confusion import Mistakes, class_sheet, confusion_panel
 from synchromesh.training.task import (
     Answer,
     Ask,
@@ -29,10 +30,10 @@ from synchromesh.training.task import (
     Draw,
     Facts,
     Number,
+    Panel,
     Run,
     Scorer,
     Scores,
-    Sheet,
     Split,
     Splits,
     Task,
@@ -96,6 +97,7 @@ class Classification(Task):
         Number("accuracy", "accuracy", "{:.2%}"),
         Number("loss", "loss", "{:.4f}", "nats", more_is_better=False, log=True),
     )
+    extremes = ("Most confident mistakes, then the least sure of the right answers", "Surest of the right answers")
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
@@ -159,14 +161,15 @@ class Classification(Task):
         assert isinstance(batch, Labelled)
         classes = facts["classes"]
         best = run(batch.images).float().softmax(1).topk(min(ask.top or NAMED_CLASSES, len(classes)))
+        truths = [classes[label] if label >= 0 else None for label in batch.labels.tolist()]
         found = []
-        for indices, shares in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+        for indices, shares, truth in zip(best.indices.tolist(), best.values.tolist(), truths, strict=True):
             top = [
                 {"class": classes[i], "probability": round(p, 6)}
                 for i, p in zip(indices, shares, strict=True)
                 if p >= (ask.least or 0)
             ]
-            found.append(Answer({"class": classes[indices[0]], "top": top}))
+            found.append(Answer({"class": classes[indices[0]], "top": top}, truth))
         return found
 
     def cells(self, answer: Answer) -> Mapping[str, str]:
@@ -177,16 +180,24 @@ class Classification(Task):
 
     def draw(self, sample: Any, answer: Answer) -> bytes:
         image, _ = sample
+        if answer.seen is not None:  # the verdict stands below it
+            return png(enlarged(image.numpy()))
         cells = self.cells(answer)
         return png(captioned(enlarged(image.numpy()), f"{cells['class']} {cells['probability']}"))
+
+    def verdict(self, answer: Answer) -> str:
+        if answer.seen is None:
+            return ""
+        cells = self.cells(answer)
+        right, sure = cells["class"] == answer.seen, f"{cells['class']} ({cells['probability']})"
+        return f"{sure}, right" if right else f"{answer.seen}, taken for {sure}"
 
     def about(self, facts: Facts) -> str:
         return f"{len(facts['classes']):,} classes"
 
-    def panels(self, scores: Scores) -> Sequence[Sheet]:
-        found = sorted((own["accuracy"], own["images"], name) for name, own in scores.details["classes"].items())
-        rows = [(name, f"{count:,}", f"{accuracy:.1%}" if count else "-") for accuracy, count, name in found]
-        return (Sheet("hardest classes first", ("class", "images", "accuracy"), tuple(rows[:LISTED_CLASSES])),)
+    def panels(self, scores: Scores) -> Sequence[Panel]:
+        classes, confused = scores.details["classes"], scores.details.get("confused", ())
+        return (*confusion_panel(classes, confused), class_sheet(classes, confused, LISTED_CLASSES))
 
 
 @dataclass(frozen=True)
@@ -210,13 +221,18 @@ class LabelledImages:
 
 
 class _Scorer(Scorer):
-    """Counts images, and images right, of each class, and adds up the cross-entropy."""
+    """Counts images, and images right, of each class, and what else they were taken for; adds up the cross-entropy.
+
+    It did well on an image by the probability of the right answer, badly by that of a wrong one: the surest mistake is
+    the worst.
+    """
 
     def __init__(self, classes: tuple[str, ...]) -> None:
         self._classes = classes
         self._count = torch.zeros(len(classes), dtype=torch.int64)
         self._right = torch.zeros_like(self._count)
         self._loss = torch.zeros((), dtype=torch.float64)
+        self._mistakes = Mistakes(len(classes))
 
     def add(self, run: Run, batch: Batch) -> Sequence[float]:
         assert isinstance(batch, Labelled)
@@ -224,19 +240,25 @@ class _Scorer(Scorer):
         if not len(batch):
             return []
         self._loss += cross_entropy(logits, labels, reduction="sum")
-        hit = logits.argmax(1) == labels
+        taken = logits.argmax(1)
+        sure, hit = logits.softmax(1).gather(1, taken[:, None])[:, 0], taken == labels
         self._count += labels.bincount(minlength=len(self._count))
         self._right += labels[hit].bincount(minlength=len(self._count))
-        return logits.softmax(1).gather(1, labels[:, None])[:, 0].tolist()
+        self._mistakes.add(labels, taken)
+        return torch.where(hit, sure, -sure).tolist()
 
-    def state(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self._count, self._right, self._loss
+    def state(self) -> tuple[Tensor, Tensor, Tensor, dict[int, int]]:
+        return self._count, self._right, self._loss, dict(self._mistakes.counts)
 
-    def scores(self, states: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Scores:
-        count, right, loss = (torch.stack(parts).sum(0) for parts in zip(*states, strict=True))
+    def scores(self, states: Sequence[tuple[Tensor, Tensor, Tensor, dict[int, int]]]) -> Scores:
+        count, right, loss = (torch.stack(parts).sum(0) for parts in list(zip(*states, strict=True))[:3])
+        mistakes = Mistakes(len(self._classes))
+        for *_, own in states:
+            mistakes.counts.update(own)
         total = max(1, int(count.sum()))
         classes = {
             name: {"images": int(own), "accuracy": int(hit) / max(1, int(own))}
             for name, own, hit in zip(self._classes, count, right, strict=True)
         }
-        return Scores({"loss": float(loss) / total, "accuracy": int(right.sum()) / total}, {"classes": classes})
+        details = {"classes": classes, "confused": mistakes.listed(self._classes)}
+        return Scores({"loss": float(loss) / total, "accuracy": int(right.sum()) / total}, details)

@@ -16,6 +16,9 @@ from synchromesh.training.optim import Optim
 from synchromesh.training.task import Task
 from synchromesh.types import Plan
 
+# Has a shorter name among the options of `train`, --nproc and --tensorboard: help tells that one alone.
+Elsewhere = tyro.conf.Suppress
+
 
 class Freeze(Enum):
     """What is not trained."""
@@ -61,9 +64,9 @@ class Keep:
     checkpoint_seconds: float = 120.0
     checkpoint_steps: int = 0
     best: bool = True
-    tensorboard: bool = False
+    tensorboard: Annotated[bool, Elsewhere] = False
     device: str | None = None
-    ranks: int = 1
+    ranks: Annotated[int, Elsewhere] = 1
 
     def __post_init__(self) -> None:
         at_least("keep.", self, log_steps=1, evaluate_epochs=1, checkpoint_seconds=0.0, checkpoint_steps=0, ranks=1)

@@ -23,7 +23,8 @@ def draw_gallery(
 ) -> dict[str, str]:
     """Write pictures of an evaluation's worst and best samples; return their captions by the names of the files.
 
-    All ranks call it and run the model on the same samples; the first one writes.
+    All ranks call it and run the model on the same samples; the first one writes. A caption is the task's verdict,
+    where it has one, and in a line of its own which sample it is.
     """
     chosen = [("worst", i, index) for i, index in enumerate(found.worst)]
     chosen += [("best", i, index) for i, index in enumerate(found.best) if index not in found.worst]
@@ -43,7 +44,8 @@ def draw_gallery(
                 continue
             (folder / PICTURES).mkdir(exist_ok=True)
             write_atomically(folder / PICTURES / name, picture)
-            captions[name] = f"{kind} {place + 1}: test {task.unit} number {index}"
+            place_of = f"{kind} {place + 1}: test {task.unit} number {index}"
+            captions[name] = "\n".join(said for said in (task.verdict(answer), place_of) if said)
         return captions
 
     return on_first(grid, write)

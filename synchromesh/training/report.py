@@ -1,61 +1,56 @@
-"""report.html: one page about a run, with every script inside it, so that it opens anywhere and offline."""
+"""report.html: one page about a run that opens anywhere and offline, and runs no script."""
 
 from __future__ import annotations
 
 import base64
-import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import Element
 
 from synchromesh.errors import InputError
+from synchromesh.training import figures
 from synchromesh.training.catalog import Catalog
 from synchromesh.training.codec import decode, encode
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.durable import write_atomically
 from synchromesh.training.metrics import METRICS_FILE, read_metrics
-from synchromesh.training.run_folder import PICTURES, REPORT, TWIN, read_config, read_summary
-from synchromesh.training.task import Bars, Curves, Panel, Sheet
+from synchromesh.training.page.elements import card, document, grid, section, table, tag, tiles
+from synchromesh.training.page.load import load_legend
+from synchromesh.training.plan_history import plan_figures
+from synchromesh.training.run_folder import PICTURES, REPORT, SUMMARY, TWIN, read_config, read_summary
+from synchromesh.training.task import Bars, Curves, Matrix, Panel, Sheet, Task
+
+LOADS = (
+    "Each row is an expert: on the left over time, on the right in the last test, where bars that end at the line got "
+    "an even load. Colours are multiples of it."
+)
+PLANS = "Every layer tries the plans that the cost model expects to be fast, and keeps the fastest."
 
 
 def write_report(folder: Path, catalog: Catalog) -> Path:
     """Write `report.html` of a run, finished or not, and return its path.
 
     Raises:
-        InputError: the folder holds no metrics, or plotly is not installed.
+        InputError: the folder holds no metrics, or what it holds is damaged.
     """
-    try:
-        from synchromesh.training import figures  # plotly is an extra
-    except ImportError as error:
-        raise InputError("the report needs the package plotly: pip install 'synchromesh[report]'") from error
     config, summary = read_config(folder, catalog), read_summary(folder) or {}
     main, task = figures.Series(main_title(config), tuple(read_metrics(folder / METRICS_FILE))), config.task
     series = [main]
     if (folder / TWIN / METRICS_FILE).is_file():
         series.append(figures.Series("dense twin", tuple(read_metrics(folder / TWIN / METRICS_FILE))))
-    wide = [figures.number_figure(series, number) for number in task.numbers]
-    if "loss" not in {number.name for number in task.numbers}:
-        wide.append(figures.training_loss_figure(series))
-    loads = figures.load_figures(main)
-    rest = [figures.throughput_figure(series, task.unit)]
-    if loads:
-        rest.append(figures.drop_figure(main))
-    if summary.get("test_load"):
-        rest.append(figures.final_load_figure(summary["test_load"]))
-    panels = [decode(Panel, panel) for panel in summary.get("panels", [])]
-    rest += [figures.bars_figure(panel) for panel in panels if isinstance(panel, Bars)]
-    rest += [figures.curves_figure(panel) for panel in panels if isinstance(panel, Curves)]
-    body = [
+    steps = max((line["step"] for line in main.of("train")), default=0) * config.accumulate
+    page = document(
+        f"{config.name}: {folder.name}",
         _head(config, summary, folder),
-        _grid(wide),
-        _gallery(folder, summary, task.unit),
-        _loads_section(loads),
-        _grid(rest),
-        *(_sheet(panel) for panel in panels if isinstance(panel, Sheet)),
+        section("Learning", grid(_curves(series, task), _table(config, summary))),
+        *_panels(_read_panels(folder, summary)),
+        *_gallery(folder, summary, task),
+        _loads(main),
+        section("Plans", *plan_figures(folder, summary, steps), about=PLANS),
         _settings(config),
-    ]
-    page = _PAGE.format(title=html.escape(f"{config.name}: {folder.name}"), script=_script(), body="\n".join(body))
+    )
     write_atomically(folder / REPORT, page)
     return folder / REPORT
 
@@ -63,44 +58,6 @@ def write_report(folder: Path, catalog: Catalog) -> Path:
 def main_title(config: TrainConfig) -> str:
     """Return what the model of a run is called beside its twin."""
     return "dense" if config.model.experts is None else "MoE"
-
-
-def _script() -> str:
-    from plotly.offline import get_plotlyjs
-
-    return get_plotlyjs()
-
-
-def _grid(figures: Sequence[Any]) -> str:
-    drawn = (f"<figure><script type='application/json'>{_json(figure)}</script></figure>" for figure in figures)
-    return f'<div class="grid">{"".join(drawn)}</div>'
-
-
-def _json(figure: Any) -> str:
-    return figure.to_json().replace("</", "<\\/")
-
-
-def _loads_section(figures: Sequence[Any]) -> str:
-    if not figures:
-        return ""
-    text = "White is an even load; blue experts get more tokens, amber ones fewer, and dark red ones almost none."
-    return f"<h2>Where the tokens went</h2><p>{text}</p>{_grid(figures)}"
-
-
-def _head(config: TrainConfig, summary: dict[str, Any], folder: Path) -> str:
-    title, task = f"<h1>{html.escape(config.name)}</h1>", config.task
-    if not summary:
-        return f"{title}<p class='lead'>{html.escape(str(folder))}: not finished yet.</p>"
-    first = task.numbers[0]
-    lead = (
-        f"Test {first.title} <b>{first.form.format(summary[f'test_{first.name}'])}</b> on "
-        f"{summary[f'test_{task.unit}']:,} {task.unit} after {summary['epochs']} epochs and "
-        f"{summary['train_seconds']:,.0f} seconds on {html.escape(summary['device'])}."
-    )
-    if summary["test_load"]:
-        dead = summary["dead_experts"]
-        lead += " No expert is dead." if dead == 0 else f" {dead} experts are dead (under a tenth of an even load)."
-    return f"{title}<p class='lead'>{lead}</p>{_table(config, summary)}"
 
 
 def summary_rows(config: TrainConfig, summary: dict[str, Any]) -> list[list[str]]:
@@ -119,79 +76,90 @@ def summary_rows(config: TrainConfig, summary: dict[str, Any]) -> list[list[str]
     return [["", main_title(config), *(["dense twin"] if twin else [])], *rows]
 
 
-def _table(config: TrainConfig, summary: dict[str, Any]) -> str:
+def settings_text(config: TrainConfig) -> str:
+    """Return a configuration as indented JSON."""
+    return json.dumps(encode(config), indent=2)
+
+
+def _head(config: TrainConfig, summary: dict[str, Any], folder: Path) -> list[Element]:
+    title, task = tag("h1", config.name), config.task
+    if not summary:
+        return [title, tag("p", f"{folder}: not finished yet.", class_="lead")]
+    first = task.numbers[0]
+    said = f" on {summary[f'test_{task.unit}']:,} {task.unit} after {summary['epochs']} epochs and "
+    said += f"{summary['train_seconds']:,.0f} seconds on {summary['device']}."
+    if summary["test_load"]:
+        dead = summary["dead_experts"]
+        said += " No expert is dead." if dead == 0 else f" {dead} experts are dead (under a tenth of an even load)."
+    score = tag("b", first.form.format(summary[f"test_{first.name}"]))
+    return [title, tag("p", f"Test {first.title} ", score, said, class_="lead"), _tiles(task, summary)]
+
+
+def _tiles(task: Task, summary: dict[str, Any]) -> Element:
+    values = [(f"test {one.heading}", one.form.format(summary[f"test_{one.name}"])) for one in task.numbers[:4]]
+    values.append(("parameters", f"{summary['parameters']:,}"))
+    if summary["active_parameters"] != summary["parameters"]:
+        values.append(("active for a token", f"{summary['active_parameters']:,}"))
+    return tiles([*values, (f"training, {task.unit}/s", f"{summary[f'{task.unit}_per_second']:,.0f}")])
+
+
+def _curves(series: Sequence[figures.Series], task: Task) -> list[Element | None]:
+    drawn = [figures.number_figure(series, number) for number in task.numbers]
+    if "loss" not in {number.name for number in task.numbers}:
+        drawn.append(figures.training_loss_figure(series))
+    return [*drawn, figures.rate_figure(series), figures.throughput_figure(series, task.unit)]
+
+
+def _table(config: TrainConfig, summary: dict[str, Any]) -> Element | None:
+    """Return the numbers of a run beside those of its twin; None where there is no twin."""
+    if "dense_parameters" not in summary:
+        return None
     first, *rest = summary_rows(config, summary)
-    return _html_table(first, rest)
+    return card("Beside the dense twin", table(first, rest), about="the same without experts", room="broad")
 
 
-def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    lines = [
-        f"<tr><th>{html.escape(first)}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in rest)}</tr>"
-        for first, *rest in rows
-    ]
-    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+def _read_panels(folder: Path, summary: dict[str, Any]) -> list[Panel]:
+    try:
+        return [decode(Panel, panel) for panel in summary.get("panels", [])]
+    except ValueError as error:
+        raise InputError(f"{folder / SUMMARY} is damaged, --resume writes it again: {error}") from error
 
 
-def _sheet(sheet: Sheet) -> str:
-    title = sheet.title[:1].upper() + sheet.title[1:]
-    return f"<h2>{html.escape(title)}</h2>{_html_table(sheet.columns, sheet.rows)}"
+def _panels(panels: Sequence[Panel]) -> list[Element | None]:
+    """Return what the task shows of its scores: charts together, tables after them."""
+    charts = [figures.panel_figure(panel) for panel in panels if isinstance(panel, Bars | Curves)]
+    tables = [figures.panel_figure(panel) for panel in panels if isinstance(panel, Matrix)]
+    tables += [_sheet(panel) for panel in panels if isinstance(panel, Sheet) and panel.rows]
+    return [section("Scores", grid(charts), grid(tables, pair=True))]
 
 
-def _gallery(folder: Path, summary: dict[str, Any], unit: str) -> str:
-    """Show the pictures of the run, each inside the page."""
-    drawn = []
+def _sheet(sheet: Sheet) -> Element:
+    return card(figures.title_of(sheet.title), table(sheet.columns, sheet.rows))
+
+
+def _gallery(folder: Path, summary: dict[str, Any], task: Task) -> list[Element | None]:
+    """Show the pictures of the run, each inside the page: the worst ones first."""
+    drawn: dict[str, list[Element]] = {"worst": [], "best": []}
     for name, caption in summary.get("pictures", {}).items():
         file = folder / PICTURES / name
-        if file.is_file():
+        if file.parent == folder / PICTURES and file.is_file():  # a summary from elsewhere names no other file
             data = base64.b64encode(file.read_bytes()).decode()
-            said = html.escape(caption)
-            drawn.append(f"<figure><img alt='{said}' src='data:image/png;base64,{data}'><p>{said}</p></figure>")
-    if not drawn:
-        return ""
-    return f"<h2>The {unit} that it did worst and best on</h2><div class='pictures'>{''.join(drawn)}</div>"
+            lines = caption.split("\n")
+            said = [tag("p", line) for line in lines]
+            image = tag("img", alt=", ".join(lines), src=f"data:image/png;base64,{data}", loading="lazy")
+            kind = "best" if name.startswith("best") else "worst"
+            drawn[kind].append(tag("figure", image, *said, class_="card"))
+    room = "pictures" if type(task).verdict is not Task.verdict else "pictures wider"
+    parts = zip(task.extremes, drawn.values(), strict=True)
+    return [section(title, tag("div", *own, class_=room) if own else None) for title, own in parts]
 
 
-def _settings(config: TrainConfig) -> str:
-    text = html.escape(json.dumps(encode(config), indent=2))
-    return f"<details><summary>The recipe as run</summary><pre>{text}</pre></details>"
+def _loads(main: figures.Series) -> Element | None:
+    loads = [one for one in figures.load_figures(main) if one is not None]
+    if not loads:
+        return None
+    return section("Where the tokens went", load_legend(), grid(loads, figures.drop_figure([main])), about=LOADS)
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>
-  :root {{ color: #1f2933; background: #f5f7fa; font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }}
-  body {{ max-width: 1280px; margin: 0 auto; padding: 2rem 1.5rem 4rem; }}
-  h1 {{ margin: 0; font-size: 2rem; }} h2 {{ margin: 2rem 0 0; }}
-  .lead {{ font-size: 1.15rem; margin: .25rem 0 1.25rem; }}
-  .grid {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 1.25rem;
-           margin-top: 1.25rem; }}
-  .pictures {{ display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1rem; }}
-  .pictures p {{ margin: .25rem 0 0; font-size: .85rem; }} .pictures img {{ max-width: 100%; }}
-  figure {{ margin: 0; padding: 1rem 1rem .5rem; background: #fff; border-radius: 10px; min-width: 0;
-            box-shadow: 0 1px 3px rgba(31, 41, 51, .12); }}
-  table {{ border-collapse: collapse; background: #fff; border-radius: 10px; overflow: hidden;
-           box-shadow: 0 1px 3px rgba(31, 41, 51, .12); }}
-  th, td {{ padding: .4rem 1.1rem; text-align: right; font-variant-numeric: tabular-nums; }}
-  th:first-child {{ text-align: left; font-weight: 500; }} tr + tr {{ border-top: 1px solid #e4e7eb; }}
-  details {{ margin-top: 2rem; }} pre {{ background: #fff; padding: 1rem; border-radius: 10px; overflow-x: auto; }}
-</style>
-<script>{script}</script>
-</head>
-<body>
-{body}
-<script>
-  for (const one of document.querySelectorAll(".grid figure")) {{
-    const {{ data, layout }} = JSON.parse(one.querySelector("script").textContent);
-    Plotly.newPlot(one.appendChild(document.createElement("div")), data, layout,
-                   {{ responsive: true, displayModeBar: false }});
-  }}
-</script>
-</body>
-</html>
-"""
+def _settings(config: TrainConfig) -> Element:
+    return tag("details", tag("summary", "The recipe as run"), tag("pre", settings_text(config)))

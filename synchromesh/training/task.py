@@ -226,7 +226,22 @@ class Curves:
     series: Mapping[str, tuple[tuple[float, float], ...]]
 
 
-Panel = Sheet | Bars | Curves
+@dataclass(frozen=True)
+class Matrix:
+    """A confusion matrix of a report.
+
+    Attributes:
+        title: what it shows.
+        names: of the classes.
+        counts: by true class, then by the class it was taken for.
+    """
+
+    title: str
+    names: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+
+Panel = Sheet | Bars | Curves | Matrix
 
 
 @dataclass(frozen=True)
@@ -264,11 +279,13 @@ class Task(ABC):
         unit: what samples are called.
         numbers: what a model is scored by; the first one is the headline, and chooses the best checkpoint.
         values_folder: name of the folder for files of an answer's values; "" where there are none.
+        extremes: what a report calls the samples that a model did worst on, and those that it did best on.
     """
 
     unit: ClassVar[str] = "images"
     numbers: ClassVar[tuple[Number, ...]]
     values_folder: ClassVar[str] = ""
+    extremes: ClassVar[tuple[str, str]] = ("What it did worst on", "What it did best on")
 
     @abstractmethod
     def splits(self, *, seed: int) -> Splits:
@@ -346,6 +363,10 @@ class Task(ABC):
     def values_about(self, facts: Facts) -> Mapping[str, Any]:
         """Return what these values stand for: plain JSON values, perhaps none."""
         return {}
+
+    def verdict(self, answer: Answer) -> str:
+        """Return how an answer compares with the truth, in a few words below its picture; "" for nothing."""
+        return ""
 
     def records(self, answer: Answer, facts: Facts) -> Sequence[Mapping[str, Any]] | None:
         """Return an answer as the field's files of results have it, without the picture's number; None for no such."""

@@ -140,8 +140,9 @@ def test_a_stopped_rank_is_named_once_the_timeout_is_over(options: list[str], tm
         for ranks in (two, four):
             left = [rank.wait() for number, rank in enumerate(ranks) if number != 1]
             assert [rank.returncode for rank in left] == [LOST_RANK] * len(left), left[0].stderr
-            named = re.findall(r"ranks \[([\d, ]+)\] do not answer", left[0].stderr)
-            assert any("1" in numbers.split(", ") for numbers in named), left[0].stderr
+            said = "".join(rank.stderr for rank in left)
+            named = re.findall(r"ranks \[([\d, ]+)\] do not answer", said)
+            assert any("1" in numbers.split(", ") for numbers in named), said
 
 
 def test_evaluation_and_prediction_on_ranks_equal_those_of_one_process(

@@ -1,5 +1,6 @@
 import io
 
+import pytest
 from rich.console import Console
 
 from synchromesh.commands.progress import RunProgress, load_bar
@@ -41,6 +42,19 @@ def test_a_terminal_shows_numbers_and_the_load_of_every_layer() -> None:
     assert "20/20" in shown
     assert "stage 2, block 2" in shown
     assert "load 0.0% to 60.0%" in shown
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_a_narrow_terminal_breaks_lines_between_numbers_only(width: int) -> None:
+    out = io.StringIO()
+    progress = RunProgress(Console(file=io.StringIO(), width=width), "MoE", Classification())
+    for event in events(20):
+        progress.tell(event)
+    Console(file=out, width=width).print(progress)
+    lines = [line.replace("\u00a0", " ") for line in out.getvalue().splitlines()]
+    for said in ("train accuracy 75.00%", "test accuracy 75.00%", "900 images/s", "dropped 2.0%", "lr 1.0e-03"):
+        assert any(said in line for line in lines), said
+    assert max(map(len, lines)) <= width
 
 
 def test_the_bar_shows_the_load_against_its_fair_part() -> None:

@@ -2,6 +2,7 @@ import dataclasses
 import io
 import itertools
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -112,14 +113,14 @@ LABELS = [0, 1, 1, 3, 0, 3, 3, 1, 0, 0, 3]
 
 
 def by_loops(logits: Tensor) -> tuple[dict[str, float], dict[str, dict[str, float]], list[float]]:
-    """Return the numbers, those of each class, and the probability of each true class."""
+    """Return the numbers, those of each class, and how sure each answer was: less than 0 where it was wrong."""
     count, right, loss, merits = [0] * 5, [0] * 5, 0.0, []
     for row, label in zip(logits.tolist(), LABELS, strict=True):
-        share = softmax(row)[label]
+        hit = row[label] == max(row)
         count[label] += 1
-        right[label] += row[label] == max(row)
-        loss -= math.log(share)
-        merits.append(share)
+        right[label] += hit
+        loss -= math.log(softmax(row)[label])
+        merits.append(max(softmax(row)) * (1 if hit else -1))
     classes = {
         name: {"images": own, "accuracy": hit / own if own else 0.0}
         for name, own, hit in zip(NAMES, count, right, strict=True)
@@ -143,6 +144,9 @@ def test_scores_are_those_of_a_count_image_by_image_however_ranks_share_them(cut
     scores = TASK.scorer(FACTS).scores(states)
     assert scores.numbers == pytest.approx(numbers, rel=1e-5)
     assert scores.details["classes"] == classes
+    taken = [(NAMES[label], NAMES[row.index(max(row))]) for label, row in zip(LABELS, logits.tolist(), strict=True)]
+    wrong = Counter(pair for pair in taken if pair[0] != pair[1])
+    assert {(one["truth"], one["found"]): one["count"] for one in scores.details["confused"]} == wrong
     assert found == pytest.approx(merits, rel=1e-5)
     assert 0 < numbers["accuracy"] < 1
 
@@ -168,6 +172,16 @@ def test_an_answer_names_the_likeliest_classes_first() -> None:
     assert TASK.cells(none) == {"class": "bee", "probability": "-", "then": ""}
 
 
+@torch.no_grad()
+def test_a_verdict_tells_the_truth_beside_the_answer_and_needs_no_second_caption() -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0, -1.0]] * 3)
+    some = samples(1, 3, -1)
+    answers = TASK.predict(said(logits), TASK.prepare(some, FACTS, CPU, None), FACTS, Ask())
+    assert [TASK.verdict(answer) for answer in answers] == ["bee (63.6%), right", "dog, taken for bee (63.6%)", ""]
+    heights = [Image.open(io.BytesIO(TASK.draw(one, answer))).height for one, answer in zip(some, answers, strict=True)]
+    assert heights[0] == heights[1] < heights[2]  # a file of unknown truth has its caption in the picture
+
+
 def test_a_picture_shows_the_image_larger_and_the_answer_below() -> None:
     ((image, _),) = samples(1)
     answer = Answer({"class": "bee", "top": [{"class": "bee", "probability": 0.5}]})
@@ -184,10 +198,10 @@ def test_a_picture_shows_the_image_larger_and_the_answer_below() -> None:
 def test_the_report_lists_the_hardest_classes_first_and_no_more_than_fit() -> None:
     classes = {f"c{i}": {"images": 10, "accuracy": ((i * 7) % 30) / 30} for i in range(30)}
     classes["c4"] = {"images": 0, "accuracy": 0.0}
-    (sheet,) = TASK.panels(Scores({}, {"classes": classes}))
-    shown = [classes[name]["accuracy"] for name, _, _ in sheet.rows]
+    (sheet,) = TASK.panels(Scores({}, {"classes": classes, "confused": []}))
+    shown = [classes[name]["accuracy"] for name, *_ in sheet.rows]
     assert shown == sorted(own["accuracy"] for own in classes.values())[:LISTED_CLASSES]
-    assert sheet.rows[0] == ("c4", "0", "-")  # none of it was scored
+    assert sheet.rows[0] == ("c4", "0", "-", "-", "-")  # none of it was scored
 
 
 def test_shots_are_so_many_images_of_each_class_chosen_by_the_seed() -> None:

@@ -137,6 +137,20 @@ def test_a_sample_among_the_worst_is_not_shown_again_among_the_best(tmp_path: Pa
     assert len(drawn) == len(set(drawn)) == SHOWN_SAMPLES + 2
 
 
+@dataclasses.dataclass(frozen=True)
+class Judged(Repeat):
+    """Says how far off an answer is."""
+
+    def verdict(self, answer: Answer) -> str:
+        return f"said {answer.said['value']:.0f}"
+
+
+def test_a_verdict_stands_before_the_number_of_the_sample(tmp_path: Path) -> None:
+    splits = Splits(Listed(()), Listed((1.1, 3.0)))
+    captions = draw_gallery(Judged(), Rounds(), splits, scored(splits), tmp_path, ALONE)
+    assert captions["worst-1.png"] == "said 1\nworst 1: test numbers number 0"
+
+
 @pytest.mark.parametrize(
     ("task", "bad", "count"), [(Repeat(), 2, 14), (Repeat(), -1, 0), (Repeat(draws=False), -1, 14)],
     ids=["one of them has become unreadable", "nothing was scored", "the task draws nothing"],

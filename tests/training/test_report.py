@@ -1,109 +1,133 @@
-"""The report, read as text and opened in a browser."""
+"""The report, read by a parser and laid out by a browser."""
 
 import dataclasses
 import json
-import re
-import shutil
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from synchromesh.errors import InputError
 from synchromesh.recipes.catalog import CATALOG
-from synchromesh.training.codec import encode
+from synchromesh.testing.browser import Browser, contrast
+from synchromesh.testing.pages import Node, loose_ends, parse_page
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.report import write_report
-from synchromesh.training.task import Bars, Curves, Sheet
 
-pytest.importorskip("plotly")
-LAYER = "backbone.stages.1.blocks.1.ffn"
-PANELS = (
-    Sheet("Sizes <of> boxes", ("size", "AP"), (("small", "0.250"), ("large", "-"))),
-    Bars("AP of classes", "class", "AP in 1", ("cat", "dog"), {"boxes": (0.5, 0.25), "masks": (0.4, 0.2)}),
-    Curves(
-        "Precision, recall", "recall of all", "precision of all",
-        {f"IoU {iou}": tuple((n / 8, 1 - iou * (n / 8) ** 2) for n in range(9)) for iou in (0.5, 0.75)},
-    ),
-)  # fmt: skip
+Written = Callable[..., None]
 
 
-def numbers(prefix: str) -> dict[str, float]:
-    values = {
-        "test_accuracy": 0.98765, "test_loss": 0.05, "train_seconds": 123.4, "images_per_second": 987.0,
-        "evaluated_images_per_second": 2345.0, "parameters": 1234567, "active_parameters": 456789,
-    }  # fmt: skip
-    return {prefix + name: value for name, value in values.items()}
+def report(folder: Path) -> Node:
+    return parse_page(write_report(folder, CATALOG).read_text())
 
 
-def write_run(folder: Path, config: TrainConfig, *, finished: bool = True) -> None:
-    """Write what a run of six epochs with a twin leaves behind."""
-    (folder / "dense").mkdir(parents=True)
-    (folder / "recipe.json").write_text(json.dumps(encode(config)))
-    lines = []
-    for i in range(1, 13):
-        common = {"step": i, "epoch": i / 2, "seconds": 1.0 * i, "accuracy": 1 - 0.5 / i, "loss": 1 / i}
-        load = {LAYER: [0.25 + 0.01 * i, 0.25, 0.25, 0.25 - 0.01 * i]}
-        train = {
-            "kind": "train",
-            "task_loss": 1 / i,
-            "images_per_second": 900.0 + 50 * (i % 3),
-            "drop_rate": 0.1 / i,
-            "load": load,
-        }
-        lines.append({**common, **train})
-        if i % 2 == 0:
-            lines.append({**common, "kind": "test", "images_per_second": 2000.0, "drop_rate": 0.03 / i, "load": load})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    dense = [{**line, "load": {}, "drop_rate": 0.0} for line in lines]
-    (folder / "dense" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in dense))
-    if finished:
-        summary = {
-            **numbers(""), **numbers("dense_"), "recipe": "tiny", "seed": 0, "epochs": 6, "test_images": 1000,
-            "device": "cpu", "dead_experts": 0, "test_load": {LAYER: [0.3, 0.25, 0.25, 0.2]},
-            "panels": [encode(panel) for panel in PANELS],
-        }  # fmt: skip
-        (folder / "summary.json").write_text(json.dumps(summary))
+def titles(page: Node) -> list[str]:
+    return [figure.all("b")[0].text for figure in page.all("figure") if figure.all("b")]
 
 
-def test_the_report_needs_nothing_from_outside(tiny: TrainConfig, tmp_path: Path) -> None:
-    write_run(tmp_path, tiny)
-    page = write_report(tmp_path, CATALOG).read_text()
-    own = page.replace(page[page.index("<script>") : page.index("</script>")], "")  # without plotly itself
-    assert not re.findall(r"(?:src|href)=[\"'](?!data:)", own)
-    assert "98.77%" in own
-    assert "No expert is dead." in own
-    for title in ("Accuracy", "Loss", "Throughput of training", "Dropped tokens", "Expert load: stage 2, block 2"):
-        assert title in own
+def test_the_report_needs_nothing_from_outside_and_is_small(
+    tiny: TrainConfig, written: Written, tmp_path: Path
+) -> None:
+    written(tmp_path, tiny)
+    page = report(tmp_path)
+    assert loose_ends(page) == []
+    assert (tmp_path / "report.html").stat().st_size < 60_000
+    assert "98.77%" in page.all("p", "lead")[0].text
+    assert "No expert is dead." in page.all("p", "lead")[0].text
+    wanted = ["Accuracy", "Loss", "Learning rate", "Throughput of training", "Stage 2, block 2", "Dropped tokens"]
+    assert set(wanted) <= set(titles(page))
     for unit in ("epoch", "accuracy, %", "loss, nats", "images per second", "expert"):
-        assert unit in own
+        assert unit in page.text
 
 
-def test_the_panels_of_a_task_are_in_the_report(tiny: TrainConfig, tmp_path: Path) -> None:
-    write_run(tmp_path, tiny)
-    page = write_report(tmp_path, CATALOG).read_text()
-    assert "<h2>Sizes &lt;of&gt; boxes</h2>" in page
-    assert "<tr><th>small</th><td>0.250</td></tr><tr><th>large</th><td>-</td></tr>" in page
-    figures = [json.loads(one) for one in re.findall(r"<script type='application/json'>(.*?)</script>", page)]
-    by_title = {one["layout"]["title"]["text"]: one for one in figures}
-    bars, curves = by_title["AP of classes"], by_title["Precision"]
-    assert [(one["name"], one["y"]) for one in bars["data"]] == [("boxes", [0.5, 0.25]), ("masks", [0.4, 0.2])]
-    assert [one["name"] for one in curves["data"]] == ["IoU 0.5", "IoU 0.75"]
-    assert {one["type"] for one in curves["data"]} == {"scatter"}
-    assert [one["x"] for one in curves["data"]] == [[n / 8 for n in range(9)]] * 2
-    assert [[one["y"][n] for n in (0, 4, 8)] for one in curves["data"]] == [[1, 0.875, 0.5], [1, 0.8125, 0.25]]
-    axes = [curves["layout"][axis]["title"]["text"] for axis in ("xaxis", "yaxis")]
-    assert axes == ["recall of all", "precision of all"]
+def test_models_and_their_training_are_told_apart(tiny: TrainConfig, written: Written, tmp_path: Path) -> None:
+    written(tmp_path, tiny)
+    page = report(tmp_path)
+    names = ["MoE, test", "MoE, training", "dense twin, test", "dense twin, training"]
+    assert [one.text for one in page.figure("Accuracy").all("li")] == names
+    assert [len(page.figure(title).all("path", "line")) for title in ("Accuracy", "Loss")] == [4, 4]
+    assert len(page.figure("Throughput of training").all("path", "line")) == 2
+    assert len(page.figure("Learning rate").all("path", "line")) == 1  # that of the twin is the same
+    rows = page.figure("Beside the dense twin").cells()
+    assert rows[0] == ["", "MoE", "dense twin"]
+    assert ["parameters", "1,234,567", "1,234,567"] in rows
 
 
-def test_an_unfinished_run_has_a_report_too(tiny: TrainConfig, tmp_path: Path) -> None:
-    write_run(tmp_path, tiny, finished=False)
-    assert "not finished yet" in write_report(tmp_path, CATALOG).read_text()
+def test_the_panels_of_a_task_are_in_the_report(tiny: TrainConfig, written: Written, tmp_path: Path) -> None:
+    written(tmp_path, tiny)
+    page = report(tmp_path)
+    assert page.figure("Sizes <of> boxes").cells() == [["size", "AP"], ["small", "0.250"], ["large", "-"]]
+    assert len(page.figure("AP of classes").all("rect", "fill")) == 4
+    assert [one.text for one in page.figure("Precision, recall").all("li")] == ["IoU 0.5", "IoU 0.75"]
+    assert page.figure("Confusion matrix").cells()[1:] == [["cat", "7", "1"], ["dog", "0", "5"]]
 
 
-def test_names_from_outside_cannot_break_out_of_the_page(tiny: TrainConfig, tmp_path: Path) -> None:
-    write_run(tmp_path, dataclasses.replace(tiny, name="</script><b>loud"))
-    assert "<b>loud" not in write_report(tmp_path, CATALOG).read_text()
+def test_pictures_stand_in_the_page_with_what_is_said_of_them(
+    tiny: TrainConfig, written: Written, tmp_path: Path
+) -> None:
+    written(tmp_path, tiny)
+    page = report(tmp_path)
+    (image,) = page.all("img")  # the file of the other one is gone
+    assert image.attributes["src"].startswith("data:image/png;base64,iVBOR")
+    (card,) = (one for one in page.all("figure") if one.all("img"))
+    assert [one.text for one in card.all("p")] == ["4, taken for 9 (98.0%)", "worst 1: test images number 7"]
+    heads = [one.text for one in page.all("h2")]
+    assert any(head.startswith("Most confident mistakes") for head in heads)
+    assert not any(head.startswith("Surest") for head in heads)
+
+
+def test_what_is_empty_is_left_out(tiny: TrainConfig, written: Written, tmp_path: Path) -> None:
+    written(tmp_path, tiny, twin=False)
+    file = tmp_path / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = [{**line, "drop_rate": 0.0, "load": {}} for line in lines if line["kind"] == "train"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    (tmp_path / "summary.json").write_text(json.dumps({**summary, "panels": [], "pictures": {}, "test_load": {}}))
+    page = report(tmp_path)
+    assert [one.text for one in page.all("h2")] == ["Learning"]
+    assert titles(page) == ["Accuracy", "Loss", "Learning rate", "Throughput of training"]
+    assert all(len(figure.all("path", "line")) == 1 for figure in page.all("figure"))
+
+
+def test_an_unfinished_run_has_a_report_too(tiny: TrainConfig, written: Written, tmp_path: Path) -> None:
+    written(tmp_path, tiny, finished=False)
+    page = report(tmp_path)
+    assert "not finished yet" in page.all("p", "lead")[0].text
+    assert {"Accuracy", "Stage 2, block 2"} <= set(titles(page))
+
+
+def test_names_from_outside_cannot_break_out_of_the_page(tiny: TrainConfig, written: Written, tmp_path: Path) -> None:
+    name = "</script></style><script>document.title='owned'</script><b onclick=x>loud"
+    written(tmp_path, dataclasses.replace(tiny, name=name))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary["panels"][0]["rows"][0][0] = summary["panels"][1]["labels"][0] = summary["panels"][2]["names"][0] = name
+    summary["pictures"]["worst-1.png"] = summary["device"] = name
+    summary["test_load"] = {name: [0.5, 0.5]}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    page = report(tmp_path)
+    assert loose_ends(page) == []
+    assert page.all("h1")[0].text == name
+    assert page.text.count(name) >= 6
+
+
+def test_a_summary_from_elsewhere_shows_no_file_but_the_pictures(
+    tiny: TrainConfig, written: Written, tmp_path: Path
+) -> None:
+    written(tmp_path / "run", tiny)
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    file = tmp_path / "run" / "summary.json"
+    names = ["../../secret.png", str(tmp_path / "secret.png"), "x/../../../secret.png", "..", "worst-1.png"]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pictures": dict.fromkeys(names, "said")}))
+    assert len(report(tmp_path / "run").all("img")) == 1
+
+
+def test_a_damaged_summary_is_named(tiny: TrainConfig, written: Written, tmp_path: Path) -> None:
+    written(tmp_path, tiny)
+    file = tmp_path / "summary.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "panels": [{"kind": "Sheet", "title": 3}]}))
+    with pytest.raises(InputError, match=r"summary\.json is damaged"):
+        write_report(tmp_path, CATALOG)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -111,44 +135,34 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path, CATALOG)
 
 
-@pytest.fixture
-def browser(request: pytest.FixtureRequest) -> str:
-    """Find a Chromium; without one skip, or fail where --require-browser says so."""
-    for name in ("chromium", "chromium-browser", "google-chrome"):
-        found = shutil.which(name)
-        if found:
-            return found
-    reason = "no chromium in PATH to open the report with (Debian: apt-get install chromium)"
-    if request.config.getoption("--require-browser"):
-        pytest.fail(reason)
-    pytest.skip(reason)  # optional on a user's machine; CI passes --require-browser
+@pytest.mark.parametrize(("width", "dark"), [(420, True), (420, False), (1280, False)])
+def test_a_browser_shows_all_of_it_within_the_window_and_readable(
+    tiny: TrainConfig, written: Written, tmp_path: Path, browser: Browser, width: int, dark: bool
+) -> None:
+    written(tmp_path, tiny)
+    seen = browser.laid_out(write_report(tmp_path, CATALOG), width=width, dark=dark)
+    assert (seen["width"], seen["content"], seen["outside"]) == (width, width, [])
+    lines = {"Accuracy": 4, "Loss": 4, "Learning rate": 1, "Throughput of training": 2, "Dropped tokens": 2}
+    assert {title: seen["lines"][title] for title in lines} == lines
+    assert seen["shapes"]["AP of classes"] == 4
+    assert seen["shapes"]["Stage 2, block 2"] >= 4 + 1
+    assert seen["pictures"] == [9]
+    assert len(seen["words"]) > 80
+    for text, size, color, behind in seen["words"]:
+        assert size >= 10, text
+        assert contrast(color, behind) >= 4.5, (text, color, behind)
 
 
-def drawn(browser: str, page: Path, profile: Path) -> str:
-    """Return the page as it stands after its scripts have run."""
-    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    more = "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1400,2400 --dump-dom"
-    command = [browser, *quiet.split(), *more.split(), f"--user-data-dir={profile}", "--virtual-time-budget=20000"]
-    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-def test_a_browser_draws_every_curve(tiny: TrainConfig, tmp_path: Path, browser: str) -> None:
-    write_run(tmp_path / "run", tiny)
-    dom = drawn(browser, write_report(tmp_path / "run", CATALOG), tmp_path / "profile")
-    figures = re.split(r"<figure>", dom)[1:]
-    titles = [re.search(r'class="gtitle"[^>]*>([^<]*)', figure) for figure in figures]
-    by_title = {title.group(1): figure for title, figure in zip(titles, figures, strict=True) if title}
-    lines = {
-        title: [path for path in re.findall(r'<path class="js-line"[^>]* d="([^"]*)"', figure) if len(path) > 30]
-        for title, figure in by_title.items()
-    }
-    assert len(lines["Accuracy"]) == 4  # two models, test and training
-    assert len(lines["Loss"]) == 4
-    assert len(lines["Throughput of training"]) == 2
-    assert len(lines["Dropped tokens"]) == 2
-    assert len(lines["Precision"]) == 2
-    assert by_title["AP of classes"].count('class="point"') == 4
-    assert 'class="hm"' in by_title["Expert load: stage 2, block 2"]
-    assert by_title["Expert load in the last test"].count('class="point"') == 4
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_paints_curves_in_the_colours_of_the_legend(
+    tiny: TrainConfig, written: Written, tmp_path: Path, browser: Browser, dark: bool
+) -> None:
+    written(tmp_path, tiny)
+    picture = browser.picture(write_report(tmp_path, CATALOG), width=1000, height=900, dark=dark)
+    colors = {color: count for count, color in picture.getcolors(1 << 24)}
+    first, second, paper = (
+        ((106, 162, 255), (245, 167, 66), (13, 17, 23)) if dark else ((37, 99, 235), (217, 119, 6), (244, 246, 249))
+    )
+    assert max(colors, key=colors.__getitem__) in (paper, (22, 28, 37), (255, 255, 255))
+    assert colors[paper] > 10_000
+    assert min(colors[first], colors[second]) > 300

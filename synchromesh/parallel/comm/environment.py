@@ -60,6 +60,12 @@ def in_job(environment: Mapping[str, str] | None = None) -> bool:
     return job_of(environment) is not None
 
 
+def first_of_node(environment: Mapping[str, str] | None = None) -> bool:
+    """Tell whether this process speaks for its machine: it is the first rank there, or alone."""
+    job = job_of(environment)
+    return job is None or job["LOCAL_RANK"] == 0
+
+
 def restarted(environment: Mapping[str, str] | None = None) -> bool:
     """Tell whether torchrun restarted this job because a rank died."""
     job = job_of(environment)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -18,6 +20,7 @@ from synchromesh.torch_private import job_store
 # The threads of a back end need the interpreter once more, to free what they sent; where it is gone by then the process
 # aborts. So a rank rests before it leaves.
 _REST = 0.05  # seconds
+_ANSWER = 2.0  # seconds that the job's store has to answer
 
 
 class LostRankError(RuntimeError):
@@ -58,6 +61,26 @@ def joined(*, timeout: timedelta = TIMEOUT) -> Iterator[Grid]:
             heart.stop()
         time.sleep(_REST)
     dist.destroy_process_group()
+
+
+def first_to_say(text: str) -> bool:
+    """Tell whether no other rank of the job around this process has asked this of the same text; alone, it is first.
+
+    Where the job's store does not answer, each is: better said twice than never.
+    """
+    if not dist.is_initialized():
+        return True
+    key = f"said/{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
+    found: list[int] = []
+
+    def ask() -> None:
+        with suppress(RuntimeError, dist.DistError):
+            found.append(job_store().clone().add(key, 1))
+
+    asking = threading.Thread(target=ask, daemon=True, name="first to say")
+    asking.start()
+    asking.join(timeout=_ANSWER)  # where the first rank of a job is gone, so is its store, and nothing answers
+    return found in ([], [1])
 
 
 def leave() -> None:
