@@ -53,6 +53,7 @@ from synchromesh.training.start import Loaded, check_weights, freeze, load_weigh
 from synchromesh.training.summary import Finished, ModelSize, model_size, summarize
 from synchromesh.training.task import Facts, Splits
 
+NAMED = 5  # runs, in an error
 NON_FINITE = 3  # exit code of a run that NaN or infinity stopped
 
 
@@ -65,8 +66,7 @@ class Request:
         recipe: name of a recipe.
         config: file of settings, .json or .toml: a run's recipe.json, or changes to a recipe (docs/training.md).
         run: folder of the run; runs/RECIPE if not given. A run that is there already is moved aside, never deleted.
-        data: folder of data, instead of the recipe's; for images train/ and val/ with one folder per class, or one
-            folder per class directly; for objects a COCO json, or a folder that has one, or as VOC has it. Without a
+        data: folder of data, instead of the recipe's; for images one folder per class, perhaps in train/ and val/; for objects a COCO json, or a folder that has one, or as VOC has it. Without a
             recipe, the task is found from the data.
         images: folder of the pictures of a json file, where they do not lie beside it.
         resume: continue what was begun in the run folder; a crash loses nothing that was saved.
@@ -139,7 +139,7 @@ def recipes_page(catalog: Catalog) -> str:
     """Return what there is to train."""
     lines = ["usage: synchromesh train RECIPE [--run DIR] [--data DIR] [--resume] [any setting of the recipe]"]
     lines += ["       synchromesh train --config FILE [the same]"]
-    lines += ["       synchromesh train --data FILE [--images DIR] [the same]     the task is found from the data", ""]
+    lines += ["       synchromesh train --data FILE|DIR [--images DIR] [the same] the task is found from the data", ""]
     for name, recipe in catalog.recipes.items():
         about = (sys.modules[recipe.__module__].__doc__ or "").partition("\n")[0].partition(": ")[2]
         lines.append(f"  {name:18}  {about}")
@@ -156,6 +156,8 @@ def run(request: Request, context: Context) -> int:
     config = request.configured()
     folder = request.run or Path("runs") / config.name
     ranks = config.keep.ranks if request.nproc is None else request.nproc
+    if request.resume:
+        _check_there(folder)
 
     def on_grid(own: Context, grid: Grid) -> int:
         job = job_name()
@@ -241,6 +243,18 @@ def train(
     return 0
 
 
+def _check_there(folder: Path) -> None:
+    """Raise InputError where there is no run to continue."""
+    if (folder / RECIPE).is_file():
+        return
+    beside = sorted(path.parent.name for path in folder.parent.glob(f"*/{RECIPE}"))
+    there = f"; beside it are {', '.join(beside[:NAMED])}" if beside else ""
+    raise InputError(
+        f"--resume finds no run in {folder.resolve()}, where there is no {RECIPE}{there}: name its folder with --run, "
+        "or leave --resume out for a new run"
+    )
+
+
 def _path_of(option: str, given: list[str]) -> Path | None:
     for number, token in enumerate(given):
         name, equals, value = token.partition("=")
@@ -268,7 +282,7 @@ def _check(config: TrainConfig, facts: Facts, grid: Grid, catalog: Catalog) -> N
                 model = build_model(config.task, settings, facts)
             check_plan(model, config.parallelism.plan(), grid)
             if start.weights is not None:
-                check_weights(model, start.weights, catalog, partial=start.partial)
+                check_weights(model, start.weights, catalog, partial=start.partial, frozen=start.freeze)
 
 
 def _train_all(run: _Run) -> dict[str, Any]:
@@ -300,7 +314,8 @@ def _fit_stage(stage: Stage, run: _Run) -> Finished:
         model = build_model(config.task, stage.settings, facts)
     start = config.start
     if start.weights is not None:
-        _say_loaded(console, start.weights, load_weights(model, start.weights, catalog, partial=start.partial))
+        loaded = load_weights(model, start.weights, catalog, partial=start.partial, frozen=start.freeze)
+        _say_loaded(console, start.weights, loaded)
     freeze(model, start.freeze)
     size = model_size(model)
     console.print(f"{stage.title}: {_size(size)}", highlight=False)

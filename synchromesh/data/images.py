@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from synchromesh.data.files import read_picture
+from synchromesh.data.files import Picture, read_picture
 
 
 @dataclass(frozen=True)
@@ -130,15 +130,27 @@ class MemoryImages(Images):
         return MemoryImages(self.labels[chosen], self.classes, self.preprocess, self.images[chosen])
 
 
+@dataclass(frozen=True)
+class EncodedImages(Images):
+    """Images that are decoded on demand."""
+
+    @abstractmethod
+    def file(self, index: int) -> Picture:
+        """Return the file of an image, or its bytes. Raises InputError."""
+
+    def read(self, index: int, crop: tuple[RandomCrop, np.random.Generator] | None = None) -> Tensor:
+        return decode_image(self.file(index), self.preprocess, crop)
+
+
 @final
 @dataclass(frozen=True)
-class FileImages(Images):
-    """Images decoded from files on demand."""
+class FileImages(EncodedImages):
+    """Images that lie in files of their own."""
 
     paths: tuple[Path, ...]
 
-    def read(self, index: int, crop: tuple[RandomCrop, np.random.Generator] | None = None) -> Tensor:
-        return decode_image(self.paths[index], self.preprocess, crop)
+    def file(self, index: int) -> Path:
+        return self.paths[index]
 
     def subset(self, indices: Sequence[int]) -> FileImages:
         chosen = torch.as_tensor(list(indices), dtype=torch.int64)
@@ -147,7 +159,7 @@ class FileImages(Images):
 
 
 def decode_image(
-    path: Path, preprocess: Preprocess, crop: tuple[RandomCrop, np.random.Generator] | None = None
+    file: Picture, preprocess: Preprocess, crop: tuple[RandomCrop, np.random.Generator] | None = None
 ) -> UInt8[Tensor, "C S S"]:
     """Decode one file, turned upright by its EXIF orientation, flattened on black, cropped and resized (bicubic).
 
@@ -159,7 +171,7 @@ def decode_image(
     size = preprocess.image_size
     # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, where that is still twice what is needed; not for random
     # crops, which may enlarge a small part.
-    image = read_picture(path, preprocess.channels, draft=2 * size if crop is None else None)
+    image = read_picture(file, preprocess.channels, draft=2 * size if crop is None else None)
     width, height = image.size
     box = _centre(height, width, preprocess.crop_ratio) if crop is None else crop[0].box(height, width, crop[1])
     if box != (0, 0, size, size) or image.size != (size, size):

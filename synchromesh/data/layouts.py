@@ -11,7 +11,7 @@ from typing import Any
 from synchromesh.data.ade20k import Ade20k
 from synchromesh.data.annotated import Annotated
 from synchromesh.data.cityscapes import Cityscapes, CityscapesPanoptic
-from synchromesh.data.class_folders import few
+from synchromesh.data.class_folders import TRAIN, VAL, few
 from synchromesh.data.coco_json import CocoJson
 from synchromesh.data.coco_panoptic import CocoPanoptic
 from synchromesh.data.depth_maps import DepthFolders
@@ -36,8 +36,6 @@ Reader = (
 )
 """Settings whose `load` gives annotated pictures."""
 
-# Names that people give the two parts; the first one is how they are asked for.
-TRAIN, VAL = ("train", "training", "trainval"), ("val", "validation", "valid", "test")
 _LABELS, _DEPTHS = ("labels", "masks", "annotations"), ("depth", "depths")
 _OTHER_JSON = ("captions", "person_keypoints", "image_info", "stuff")  # of COCO
 _BEGIN = 1 << 16  # bytes of a json file, among which the first of COCO's members stands

@@ -18,7 +18,7 @@ from synchromesh.data.augment import Augment, augment_images, normalize
 from synchromesh.data.images import Images, Preprocess, RandomCrop, decode_image
 from synchromesh.data.mixing import mix, soft_targets
 from synchromesh.data.pictures import captioned, enlarged, png
-from synchromesh.data.sources import ImageFolder, MnistDigits, Source, take_shots
+from synchromesh.data.sources import MnistDigits, Source, folder_at, take_shots
 from synchromesh.errors import at_least
 from synchromesh.models.features import BackboneConfig
 from synchromesh.models.heads.classifier import Classifier
@@ -108,10 +108,10 @@ class Classification(Task):
         return Splits(LabelledImages(train, self.augment.crop), LabelledImages(found.test), facts, found.notes)
 
     def reading(self, folder: Path) -> Classification:
-        return dataclasses.replace(self, data=dataclasses.replace(self.data, source=ImageFolder(folder)))
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, source=folder_at(folder)))
 
     def scored_on(self, folder: Path, facts: Facts) -> Split:
-        return LabelledImages(ImageFolder(folder).load_all(self.data.preprocess, tuple(facts["classes"])))
+        return LabelledImages(folder_at(folder).load_all(self.data.preprocess, tuple(facts["classes"])))
 
     def sized(self, backbone: BackboneConfig) -> BackboneConfig:
         size = self.data.preprocess
@@ -181,7 +181,9 @@ class Classification(Task):
         return png(captioned(enlarged(image.numpy()), f"{cells['class']} {cells['probability']}"))
 
     def about(self, facts: Facts) -> str:
-        return f"{len(facts['classes']):,} classes"
+        size = self.data.preprocess
+        colour = "grey" if size.channels == 1 else "colour"
+        return f"{len(facts['classes']):,} classes, {colour} {size.image_size} x {size.image_size}"
 
     def panels(self, scores: Scores) -> Sequence[Sheet]:
         found = sorted((own["accuracy"], own["images"], name) for name, own in scores.details["classes"].items())
