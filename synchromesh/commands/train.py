@@ -66,8 +66,10 @@ class Request:
         recipe: name of a recipe.
         config: file of settings, .json or .toml: a run's recipe.json, or changes to a recipe (docs/training.md).
         run: folder of the run; runs/RECIPE if not given. A run that is there already is moved aside, never deleted.
-        data: folder of data, instead of the recipe's; for images one folder per class, perhaps in train/ and val/; for objects a COCO json, or a folder that has one, or as VOC has it. Without a
-            recipe, the task is found from the data.
+        data: data of your own, instead of the recipe's; without a recipe, the task is found from them. For images a
+            folder for each class, perhaps in train/ and val/; parquet files; tar shards, as 'shards-{000..009}.tar' in
+            quotes; or a text file with a path and a class a line. For objects a COCO json, or a folder that has one, or
+            as VOC has it.
         images: folder of the pictures of a json file, where they do not lie beside it.
         resume: continue what was begun in the run folder; a crash loses nothing that was saved.
         on_bad_image: stop at an unreadable image, or skip it; those are counted, and listed in left_out.jsonl of the
@@ -120,6 +122,7 @@ def read_request(given: list[str], catalog: Catalog) -> Request:
     if name is not None and name not in catalog.recipes:
         raise InputError(f"there is no recipe {name!r}: wanted one of {', '.join(catalog.recipes)}")
     base = None if name is None else catalog.recipes[name]()
+    _check_one(given)
     file, data = _path_of("--config", given), _path_of("--data", given)
     base = base if file is None else read_file(file, base, catalog)
     if base is None and data is not None:
@@ -253,6 +256,16 @@ def _check_there(folder: Path) -> None:
         f"--resume finds no run in {folder.resolve()}, where there is no {RECIPE}{there}: name its folder with --run, "
         "or leave --resume out for a new run"
     )
+
+
+def _check_one(given: list[str]) -> None:
+    """Raise InputError where the shell has made several files of what `--data` names."""
+    places = [number for number, token in enumerate(given) if token.partition("=")[0] == "--data"]
+    after = given[places[0] + 2 : places[0] + 3] if places else []
+    if len(places) > 1 or (after and after[0].endswith((".tar", ".parquet"))):
+        raise InputError(
+            "--data got several files: put a pattern such as 'shards-{000..009}.tar' in quotes, or give a folder"
+        )
 
 
 def _path_of(option: str, given: list[str]) -> Path | None:

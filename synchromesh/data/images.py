@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from synchromesh.data.files import Picture, read_picture
+from synchromesh.data.runs import Runs
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,25 @@ class Images(ABC):
     @abstractmethod
     def subset(self, indices: Sequence[int]) -> Images:
         """Return the set of these images only."""
+
+    def runs(self) -> Runs | None:
+        """Return which images are best read together; None where any order is as good."""
+        return None
+
+
+@dataclass(frozen=True)
+class TwoSets:
+    """The images to learn from and those to score on.
+
+    Attributes:
+        train: to learn from.
+        test: to score on.
+        notes: what a person should know of them.
+    """
+
+    train: Images
+    test: Images
+    notes: tuple[str, ...] = ()
 
 
 @final

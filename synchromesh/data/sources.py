@@ -13,25 +13,14 @@ import torch
 
 from synchromesh import seeds
 from synchromesh.data.class_folders import TRAIN, VAL, Listing, class_names, few
-from synchromesh.data.images import Images, MemoryImages, Preprocess
+from synchromesh.data.files import SUFFIXES
+from synchromesh.data.images import Images, MemoryImages, Preprocess, TwoSets
+from synchromesh.data.index_file import INDEX_SUFFIXES, IndexFile
+from synchromesh.data.parquet import ParquetFiles
+from synchromesh.data.tar_shards import TarShards
 from synchromesh.errors import InputError
 
 _DIGITS = tuple(str(i) for i in range(10))
-
-
-@dataclass(frozen=True)
-class TwoSets:
-    """The images to learn from and those to score on.
-
-    Attributes:
-        train: to learn from.
-        test: to score on.
-        notes: what a person should know of them.
-    """
-
-    train: Images
-    test: Images
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,14 +119,29 @@ class ImageFolder:
         return Listing.of(folder, classes).images(preprocess)
 
 
-Folder = ImageFolder
-"""Data of one's own: pictures and their classes."""
-Source = MnistDigits | ScikitDigits | Folder
+OwnData = ImageFolder | TarShards | ParquetFiles | IndexFile
+"""Pictures of one's own and their classes."""
+Source = MnistDigits | ScikitDigits | OwnData
 
 
-def folder_at(path: Path) -> Folder:
+def stored_at(path: Path) -> TarShards | ParquetFiles | IndexFile | None:
+    """Return what reads tar files, parquet files or an index that a path or a pattern means; None for other things."""
+    name = path.name.lower()
+    if path.is_dir():
+        inside = [one for one in (*path.iterdir(), *(path / "data").glob("*")) if one.is_file()]
+        if any(one.suffix.lower() in SUFFIXES for one in path.glob("*/*")):
+            return None
+        name = next((one.name for one in inside if one.suffix in (TarShards.suffix, ParquetFiles.suffix)), "")
+    if name.endswith(TarShards.suffix):
+        return TarShards(path)
+    if name.endswith(ParquetFiles.suffix):
+        return ParquetFiles(path)
+    return IndexFile(path) if name.endswith(INDEX_SUFFIXES) else None
+
+
+def own_data(path: Path) -> OwnData:
     """Return what reads the pictures of classes that lie at a path; whether they do is seen when they are loaded."""
-    return ImageFolder(path)
+    return stored_at(path) or ImageFolder(path)
 
 
 def read_mnist() -> tuple[torch.Tensor, np.ndarray]:

@@ -11,7 +11,7 @@ from synchromesh.data.augment import Affine, Augment
 from synchromesh.data.files import header, is_grey
 from synchromesh.data.images import EncodedImages, Preprocess, RandomCrop
 from synchromesh.data.layouts import found_in, is_annotated
-from synchromesh.data.sources import Folder, folder_at
+from synchromesh.data.sources import ImageFolder, OwnData, stored_at
 from synchromesh.errors import UnreadableError
 from synchromesh.recipes import from_data
 from synchromesh.tasks.classification import Classification, Data
@@ -43,12 +43,15 @@ def of_data(path: Path, images: Path | None) -> TrainConfig:
     Raises:
         InputError: it is of no known layout, or there is nothing to learn.
     """
+    stored = None if images is not None else stored_at(path)
+    if stored is not None:
+        return classes(stored)
     if images is not None or is_annotated(path) or found_in(path) is not None:
         return from_data.of_data(path, images)
-    return classes(folder_at(path))
+    return classes(ImageFolder(path))
 
 
-def classes(source: Folder) -> TrainConfig:
+def classes(source: OwnData) -> TrainConfig:
     """Return the recipe for pictures of classes: a small SwinV2-MoE of fitting size, grey where all of them are.
 
     Raises:

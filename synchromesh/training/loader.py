@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from synchromesh import seeds
+from synchromesh.data.runs import InRuns
 from synchromesh.errors import InputError, at_least
 from synchromesh.training.left_out import LeftOut
 from synchromesh.training.task import Split
@@ -60,9 +61,14 @@ def steps_per_epoch(split: Split, batch_size: int) -> int:
     return max(1, len(split) // batch_size)
 
 
-def epoch_order(count: int, *, seed: int, epoch: int) -> np.ndarray:
-    """Return the shuffled indices of one epoch, int64 [count]."""
-    return seeds.numpy_generator(seed, seeds.ORDER, epoch).permutation(count)
+def epoch_order(split: Split, *, seed: int, epoch: int) -> np.ndarray:
+    """Return the shuffled indices of one epoch, int64 [N]; what lies in runs stays near in time."""
+    return _shuffled(split, seeds.numpy_generator(seed, seeds.ORDER, epoch))
+
+
+def _shuffled(split: Split, rng: np.random.Generator) -> np.ndarray:
+    runs = split.runs() if isinstance(split, InRuns) else None
+    return rng.permutation(len(split)) if runs is None else runs.shuffled(rng)
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ def train_batches(
 
     What is drawn for a sample depends on seed, epoch and number alone.
     """
-    order = epoch_order(len(split), seed=place.seed, epoch=place.epoch)
+    order = epoch_order(split, seed=place.seed, epoch=place.epoch)
     count = steps_per_epoch(split, batch_size)
     groups = [part.of(order[i * batch_size : (i + 1) * batch_size]) for i in range(place.first, count)]
 
@@ -123,7 +129,7 @@ def eval_batches(split: Split, batch_size: int, *, loading: Loading, part: Part 
     In the order of files on disk a batch would hold few classes: it would overload few experts, and a capacity would
     drop its tokens.
     """
-    order = seeds.numpy_generator(0, seeds.SPLIT).permutation(len(split))
+    order = _shuffled(split, seeds.numpy_generator(0, seeds.SPLIT))
     groups = [part.of(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
     yield from _read_ahead(groups, split.read, loading)
 

@@ -12,6 +12,7 @@ from PIL import Image
 from synchromesh import cli
 from synchromesh.recipes.from_pictures import of_data
 from synchromesh.tasks.classification import Classification
+from synchromesh.testing.packed import encoded, index_of, parquet_of, tar_of
 
 KINDS = ("jpg", "png", "gif", "bmp", "tif", "webp")
 TINY = [
@@ -164,6 +165,36 @@ def test_predict_takes_files_folders_patterns_and_names_on_stdin(
 def test_no_picture_at_all_is_said(run: Path, given: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["predict", *given, f"--run={run}"]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar", "list"])
+def test_packed_pictures_are_trained_on_by_the_same_command(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = encoded(24)
+    if kind == "parquet":
+        data = parquet_of(tmp_path / "some.parquet", pictures)
+    elif kind == "list":
+        data = index_of(tmp_path / "all.tsv", pictures)
+    else:
+        for number in range(2):
+            tar_of(tmp_path / f"shards-00{number}.tar", pictures[12 * number : 12 * number + 12])
+        data = tmp_path / "shards-{000..001}.tar"
+    assert cli.main(["train", "--data", str(data), *TINY, f"--run={tmp_path / 'run'}"]) == 0
+    said = capsys.readouterr().out
+    assert "to learn from + to score on: dark 11 + 1, light 11 + 1" in said
+    assert "classes: 22 images to learn from, 2 to score on, 2 classes, colour 64 x 64" in said
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_images"] == 2
+    assert cli.main(["eval", str(tmp_path / "run"), "--data", str(data), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 24
+
+
+@pytest.mark.parametrize("given", [["--data", "a.tar", "b.tar"], ["--data=a.tar", "--data=b.tar"]])
+def test_a_pattern_that_the_shell_has_spread_is_to_be_quoted(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", *given]) == 2
+    assert "in quotes, or give a folder" in capsys.readouterr().err
 
 
 def test_weights_of_another_backbone_are_refused_before_a_run_begins(
