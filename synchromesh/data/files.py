@@ -148,8 +148,10 @@ def _decoded(file: Picture, draft: int | None, upright: bool) -> tuple[Image.Ima
         with file.open("rb") as content, Image.open(content) as opened:
             if draft is not None:
                 opened.draft(None, (draft, draft))
-            white = _white_of(opened)
-            image = ImageOps.exif_transpose(opened) if upright else opened.copy()
+            white, image = _white_of(opened), opened
+            image.load()
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)  # a copy of each picture would cost as much as a decode
     except UnidentifiedImageError as error:
         raise OSError(UNKNOWN) from error
     except BAD_HEADER as error:
@@ -197,4 +199,4 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     if image.mode == "LAB":
         image = image.convert("RGB")  # the only way out of it
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)

@@ -16,8 +16,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from synchromesh.data.files import Picture, read_picture
+from synchromesh.data.files import Picture, header, read_picture
 from synchromesh.data.runs import Runs
+
+ENOUGH = 2  # pixels of a decoded JPEG for each one that is wanted, along a side
 
 
 @dataclass(frozen=True)
@@ -183,21 +185,34 @@ def decode_image(
 ) -> UInt8[Tensor, "C S S"]:
     """Decode one file, turned upright by its EXIF orientation, flattened on black, cropped and resized (bicubic).
 
-    `read_picture` says what becomes of pictures that are not of 8 bits.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, where the crop then still has `ENOUGH` times the pixels of each
+    side that are wanted. `read_picture` says what becomes of pictures that are not of 8 bits.
 
     Raises:
         UnreadableError: the file is missing or not a readable picture; the message names it.
     """
     size = preprocess.image_size
-    # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, where that is still twice what is needed; not for random
-    # crops, which may enlarge a small part.
-    image = read_picture(file, preprocess.channels, draft=2 * size if crop is None else None)
-    width, height = image.size
-    box = _centre(height, width, preprocess.crop_ratio) if crop is None else crop[0].box(height, width, crop[1])
+    if crop is None:
+        image = read_picture(file, preprocess.channels, draft=ENOUGH * size)
+        box = _centre(image.height, image.width, preprocess.crop_ratio)
+    else:
+        image, box = _random_part(file, preprocess, *crop)
     if box != (0, 0, size, size) or image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
     return pixels[None] if preprocess.channels == 1 else pixels.permute(2, 0, 1).contiguous()
+
+
+def _random_part(
+    file: Picture, preprocess: Preprocess, crop: RandomCrop, rng: np.random.Generator
+) -> tuple[Image.Image, tuple[float, float, float, float]]:
+    """Return a picture and the box of a random crop in it, which is drawn before the picture is decoded."""
+    (height, width), _ = header(file)
+    left, top, right, bottom = crop.box(height, width, rng)
+    times = int(min(right - left, bottom - top) // (ENOUGH * preprocess.image_size))
+    image = read_picture(file, preprocess.channels, draft=min(height, width) // times if times > 1 else None)
+    x, y = image.width / width, image.height / height
+    return image, (left * x, top * y, right * x, bottom * y)
 
 
 def _centre(height: int, width: int, share: float) -> tuple[float, float, float, float]:

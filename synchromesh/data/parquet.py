@@ -201,7 +201,7 @@ class Groups:
         arrow = _arrow(path)
         try:
             with arrow.ParquetFile(path) as file:
-                return file.read_row_group(group - first, columns=[self._picture]).column(0)
+                return file.read_row_group(group - first, columns=[self._picture], use_threads=False).column(0)
         except BAD_FILE as error:
             raise UnreadableError(path, f"its group of rows {group - first} is damaged: {_said(error)}") from error
 
