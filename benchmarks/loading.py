@@ -4,10 +4,10 @@
     python benchmarks/loading.py --tiny
 
 Photographs of scikit-learn, cut and scaled, lie as JPEG files, in a parquet file and in tar shards. Each contestant
-gives batches of random crops of 192 x 192, uint8: decoded by Pillow, cut, scaled with an antialiased bicubic filter. Ours
-shuffles exactly, and resumes; `datasets` reads its memory-mapped copy in a random order; WebDataset reads in the order of
-the shards. Contestants take turns. A core's images a second are images over the seconds that all threads and processes of
-a contestant computed, so that other work on the machine counts little; `per_second` is by the clock.
+gives batches of random crops of 192 x 192, uint8: decoded by Pillow, cut, scaled with an antialiased bicubic filter.
+Ours shuffles exactly, and resumes; `datasets` reads its memory-mapped copy in a random order; WebDataset reads in the
+order of the shards. Contestants take turns. A core's images a second are images over the seconds that all threads and
+processes of a contestant computed, so that other work on the machine counts little; `per_second` is by the clock.
 """
 
 from __future__ import annotations
