@@ -21,6 +21,8 @@ examples:
   synchromesh train demo --augment.mixing.mixup 0.8                       what is off is switched on
   synchromesh train --config runs/quick/recipe.json --run runs/again      from a file, .json or .toml
   synchromesh train finetune_1k --data photos/ --start.weights runs/big --start.freeze moe
+  synchromesh train --data photos/                a folder for each class, and nothing else
+  synchromesh train --data 'shards-{000..009}.tar'                         or tar shards, parquet files, a list
   synchromesh train --data instances_train.json --images photos/           the task is found from the data
   synchromesh eval runs/demo
   synchromesh report runs/a runs/b                several runs on one page

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tyro
 
 from synchromesh.testing.programs import run_program
@@ -193,3 +194,14 @@ def test_the_benchmark_of_roi_align_and_nms_says_that_torchvision_is_missing():
     done = run_program(BENCHMARKS / "roi_nms.py", "--tiny")
     assert done.returncode == 1
     assert "torchvision cannot be imported" in done.stderr
+
+
+def test_the_benchmark_of_loading_runs_and_all_contestants_give_the_same_images(tmp_path):
+    for package in ("datasets", "webdataset"):
+        pytest.importorskip(package)
+    out = tmp_path / "figures.jsonl"
+    done = run_program(BENCHMARKS / "loading.py", "--tiny", "--out", out)
+    assert done.returncode == 0, done.stderr
+    (record,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {"files", "parquet", "tar", "datasets + PIL", "webdataset"} <= record["per_core"].keys()
+    assert len(record["load"]) == 3

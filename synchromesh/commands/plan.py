@@ -34,7 +34,8 @@ MOST_RANKS = 1 << 16
 
 ABOUT = """\
 Predict a model's step on a described cluster, choose the plan of each kind of its MoE layers and say why, what would
-fit where it does not, and what to paste to run it. Any number of ranks: copies of a grid where experts do not divide it.
+fit where it does not, and what to paste to run it. Any number of ranks: copies of
+a grid where experts do not divide it.
 
   synchromesh plan --model swinv2_moe_b --cluster a100_hdr --world 8..2048 --batch 128
   synchromesh plan --layer 16384 2048 2048 64 2 --cluster h100_ndr --world 512

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, zip_longest
@@ -16,6 +17,7 @@ from rich.text import Text
 from synchromesh.commands.context import Context
 from synchromesh.commands.device import pick_device
 from synchromesh.commands.evaluate import capacity_of
+from synchromesh.commands.picture_paths import STDIN, is_pattern, pictures_of
 from synchromesh.commands.results import (
     RESULTS,
     TABLE,
@@ -27,6 +29,7 @@ from synchromesh.commands.results import (
     numbers_of,
 )
 from synchromesh.errors import InputError
+from synchromesh.parallel.comm.environment import in_job
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.training.agree import largest, on_all, on_first
 from synchromesh.training.config import Parallelism
@@ -35,10 +38,13 @@ from synchromesh.training.run_folder import Trained, load_trained
 from synchromesh.training.task import Answer, Ask, Run, Task
 
 ABOUT = """\
-Say what a trained model sees in image files (JPEG, PNG, TIFF and all that Pillow reads; grey or colour, any size).
+Say what a trained model sees in image files (JPEG, PNG, GIF, BMP, TIFF, WebP and all that Pillow reads; grey or colour,
+any size).
 
   synchromesh predict digit.png --run runs/demo
   synchromesh predict runs/demo *.png --json
+  synchromesh predict runs/demo 'photos/**/*.jpg'
+  find photos -name '*.tif' | synchromesh predict runs/demo -
   synchromesh predict runs/detect_demo *.png --draw answers/
   synchromesh predict photos/ --run runs/objects --ids val.json --least 0.01      predictions.json as COCO has it
   synchromesh predict photos/ --run runs/labels --draw answers/   answers/predicted_labels/NAME.png, a class a pixel
@@ -53,7 +59,8 @@ class Request:
     """Options of `predict`.
 
     Attributes:
-        images: image files, or folders of such; a run folder may stand first, instead of --run.
+        images: image files, folders of such, patterns in quotes, or - for names on the standard input, one a line; a
+            run folder may stand first, instead of --run.
         run: folder of a run, or of a checkpoint.
         top: most answers for each image; the task's usual number if not given.
         least: lowest probability of an answer; the task's usual one if not given.
@@ -101,8 +108,10 @@ def run(request: Request, context: Context) -> int:
         raise InputError("no image given: name one or more image files")
     if request.top is not None and request.top < 1:
         raise InputError(f"--top is {request.top}, wanted at least 1")
-    files = [file for path in images for file in _files_of(path)]
-    whole = request.ids is not None or any(path.is_dir() for path in images)
+    if STDIN in images and (request.nproc > 1 or in_job()):
+        raise InputError("- is read by one process: leave --nproc out, or give a folder or a pattern")
+    files = pictures_of(images, lambda: sys.stdin.buffer.read())
+    whole = request.ids is not None or any(path.is_dir() or is_pattern(path) for path in images)
     asked = Asked(request, folder, files, whole=whole)
     return context.on_ranks(request.nproc, lambda own, grid: _answer(asked, own, grid))
 
@@ -122,18 +131,6 @@ class Asked:
     run: Path
     files: Sequence[Path]
     whole: bool
-
-
-def _files_of(path: Path) -> list[Path]:
-    """Return the pictures of a folder, of any depth; a file is one, whatever it is. Raises InputError for none."""
-    if not path.is_dir():
-        return [path]
-    from synchromesh.data.files import KINDS, pictures_in  # needs Pillow, of the extra vision
-
-    found, _ = pictures_in(each for each in path.rglob("*") if each.is_file())
-    if not found:
-        raise InputError(f"the folder {path} holds no picture: wanted {KINDS}")
-    return found
 
 
 def _answer(asked: Asked, context: Context, grid: Grid) -> int:

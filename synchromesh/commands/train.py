@@ -59,6 +59,7 @@ SHORTER = {
     "--keep.tensorboard": "--tensorboard",
     "--keep.no-tensorboard": "--no-tensorboard",
 }
+NAMED = 5  # runs, in an error
 NON_FINITE = 3  # exit code of a run that NaN or infinity stopped
 
 
@@ -71,9 +72,10 @@ class Request:
         recipe: name of a recipe.
         config: file of settings, .json or .toml: a run's recipe.json, or changes to a recipe (docs/training.md).
         run: folder of the run; runs/RECIPE if not given. A run that is there already is moved aside, never deleted.
-        data: folder of data, instead of the recipe's; for images train/ and val/ with one folder per class, or one
-            folder per class directly; for objects a COCO json, or a folder that has one, or as VOC has it. Without a
-            recipe, the task is found from the data.
+        data: data of your own, instead of the recipe's; without a recipe, the task is found from them. For images a
+            folder for each class, perhaps in train/ and val/; parquet files; tar shards, as 'shards-{000..009}.tar' in
+            quotes; or a text file with a path and a class a line. For objects a COCO json, or a folder that has one, or
+            as VOC has it.
         images: folder of the pictures of a json file, where they do not lie beside it.
         resume: continue what was begun in the run folder; a crash loses nothing that was saved.
         on_bad_image: stop at an unreadable image, or skip it; those are counted, and listed in left_out.jsonl of the
@@ -127,6 +129,7 @@ def read_request(given: list[str], catalog: Catalog) -> Request:
     if name is not None and name not in catalog.recipes:
         raise InputError(f"there is no recipe {name!r}: wanted one of {', '.join(catalog.recipes)}")
     base = None if name is None else catalog.recipes[name]()
+    _check_one(given)
     file, data = _path_of("--config", given), _path_of("--data", given)
     base = base if file is None else read_file(file, base, catalog)
     if base is None and data is not None:
@@ -146,7 +149,7 @@ def recipes_page(catalog: Catalog) -> str:
     """Return what there is to train."""
     lines = ["usage: synchromesh train RECIPE [--run DIR] [--data DIR] [--resume] [any setting of the recipe]"]
     lines += ["       synchromesh train --config FILE [the same]"]
-    lines += ["       synchromesh train --data FILE [--images DIR] [the same]     the task is found from the data", ""]
+    lines += ["       synchromesh train --data FILE|DIR [--images DIR] [the same] the task is found from the data", ""]
     for name, recipe in catalog.recipes.items():
         about = (sys.modules[recipe.__module__].__doc__ or "").partition("\n")[0].partition(": ")[2]
         lines.append(f"  {name:18}  {about}")
@@ -163,6 +166,8 @@ def run(request: Request, context: Context) -> int:
     config = request.configured()
     folder = request.run or Path("runs") / config.name
     ranks = config.keep.ranks if request.nproc is None else request.nproc
+    if request.resume:
+        _check_there(folder)
 
     def on_grid(own: Context, grid: Grid) -> int:
         job = job_name()
@@ -248,6 +253,28 @@ def train(
     return 0
 
 
+def _check_there(folder: Path) -> None:
+    """Raise InputError where there is no run to continue."""
+    if (folder / RECIPE).is_file():
+        return
+    beside = sorted(path.parent.name for path in folder.parent.glob(f"*/{RECIPE}"))
+    there = f"; beside it are {', '.join(beside[:NAMED])}" if beside else ""
+    raise InputError(
+        f"--resume finds no run in {folder.resolve()}, where there is no {RECIPE}{there}: name its folder with --run, "
+        "or leave --resume out for a new run"
+    )
+
+
+def _check_one(given: list[str]) -> None:
+    """Raise InputError where the shell has made several files of what `--data` names."""
+    places = [number for number, token in enumerate(given) if token.partition("=")[0] == "--data"]
+    after = given[places[0] + 2 : places[0] + 3] if places else []
+    if len(places) > 1 or (after and after[0].endswith((".tar", ".parquet"))):
+        raise InputError(
+            "--data got several files: put a pattern such as 'shards-{000..009}.tar' in quotes, or give a folder"
+        )
+
+
 def _path_of(option: str, given: list[str]) -> Path | None:
     for number, token in enumerate(given):
         name, equals, value = token.partition("=")
@@ -275,7 +302,7 @@ def _check(config: TrainConfig, facts: Facts, grid: Grid, catalog: Catalog) -> N
                 model = build_model(config.task, settings, facts)
             check_plan(model, config.parallelism.plan(), grid)
             if start.weights is not None:
-                check_weights(model, start.weights, catalog, partial=start.partial)
+                check_weights(model, start.weights, catalog, partial=start.partial, frozen=start.freeze)
 
 
 def _train_all(run: _Run) -> dict[str, Any]:
@@ -307,7 +334,8 @@ def _fit_stage(stage: Stage, run: _Run) -> Finished:
         model = build_model(config.task, stage.settings, facts)
     start = config.start
     if start.weights is not None:
-        _say_loaded(console, start.weights, load_weights(model, start.weights, catalog, partial=start.partial))
+        loaded = load_weights(model, start.weights, catalog, partial=start.partial, frozen=start.freeze)
+        _say_loaded(console, start.weights, loaded)
     freeze(model, start.freeze)
     size = model_size(model)
     console.print(f"{stage.title}: {_size(size)}", highlight=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,8 @@ from synchromesh.data.images import FileImages, Preprocess
 from synchromesh.errors import InputError
 
 NAMED = 5  # of what is missing; the rest is counted
+# Names that people give the two parts; the first one is how they are asked for.
+TRAIN, VAL = ("train", "training", "trainval"), ("val", "validation", "valid", "test")
 
 
 @dataclass(frozen=True)
@@ -47,29 +51,45 @@ class Listing:
         """The classes without pictures."""
         return tuple(name for name, own in zip(self.classes, self.pictures, strict=True) if not own)
 
-    def check_learnable(self) -> None:
-        """Raise InputError where training on these classes would teach nothing, or a class nothing."""
+    def filled(self) -> Listing:
+        """Return the classes that have pictures. Raises InputError where these are fewer than two."""
         self._check_some()
-        if len(self.classes) == 1:
-            (name,) = self.classes
+        kept = [(name, own) for name, own in zip(self.classes, self.pictures, strict=True) if own]
+        if len(kept) == 1:
+            ((name, _),) = kept
             inner = sorted(p.name for p in (self.folder / name).iterdir() if p.is_dir() and not p.name.startswith("."))
             below = f": are the classes {few(inner)}? Then give the folder above them" if inner else ""
+            others = f" (without pictures: {few(self.empty)})" if self.empty else ""
             raise InputError(
-                f"{self.folder} has one class folder only, {name}, so there is nothing to tell apart{below}; "
+                f"{self.folder} has one class folder only, {name}{others}, so there is nothing to tell apart{below}; "
                 "wanted two classes at least"
             )
-        if self.empty:
-            raise InputError(
-                f"{self.folder} has class folders without pictures: {few(self.empty)}; wanted {KINDS} files in each: "
-                "add some, or take the folders away"
-            )
+        classes, pictures = zip(*kept, strict=True)
+        return dataclasses.replace(self, classes=classes, pictures=pictures)
+
+    def divided(self, share: float, salt: int) -> tuple[Listing, Listing]:
+        """Return the pictures to learn from and those to score on: `held_out` of each class, by the files' names.
+
+        Raises:
+            InputError: a class has too few.
+        """
+        first, second = [], []
+        for name, own in zip(self.classes, self.pictures, strict=True):
+            names = [path.relative_to(self.folder).as_posix() for path in own]
+            out = held_out(names, share, salt=salt, what=name)
+            first.append(tuple(path for number, path in enumerate(own) if number not in out))
+            second.append(tuple(path for number, path in enumerate(own) if number in out))
+        return (dataclasses.replace(self, pictures=tuple(first)), dataclasses.replace(self, pictures=tuple(second)))
 
     def notes(self) -> tuple[str, ...]:
-        """Return what is left out, in a sentence."""
-        if not self.others:
-            return ()
-        names = few([str(path.relative_to(self.folder)) for path in self.others])
-        return (f"left out in {self.folder}, as no {KINDS} in a class folder: {names}",)
+        """Return what is left out, and which folders are empty, a sentence each."""
+        found = []
+        if self.others:
+            names = few([str(path.relative_to(self.folder)) for path in self.others])
+            found.append(f"left out in {self.folder}, as no {KINDS} in a class folder: {names}")
+        if self.empty:
+            found.append(f"without pictures in {self.folder}, and so no classes: {few(self.empty)}")
+        return tuple(found)
 
     def images(self, preprocess: Preprocess) -> FileImages:
         """Return them as a set. Raises InputError where there are none."""
@@ -82,6 +102,33 @@ class Listing:
         if not any(self.pictures):
             left = f", only {few([path.name for path in self.others])}" if self.others else ""
             raise InputError(f"{self.folder} holds no images in its class folders{left}: wanted {KINDS} files")
+
+
+def held_out(names: Sequence[str], share: float, *, salt: int, what: str) -> frozenset[int]:
+    """Choose which of the pictures of a class are scored on, by a hash of their names alone.
+
+    A picture that comes to the class later changes the part of one other at most.
+
+    Args:
+        names: of the pictures.
+        share: of them; one at least.
+        salt: another one chooses others.
+        what: the class, for an error.
+
+    Returns:
+        their places among the names.
+
+    Raises:
+        InputError: none would be left to learn from.
+    """
+    count = max(1, round(share * len(names)))
+    if count >= len(names):
+        raise InputError(f"class {what} has {len(names)} images: too few to keep some for scoring")
+    return frozenset(sorted(range(len(names)), key=lambda place: (_hash(f"{salt}/{names[place]}"), place))[:count])
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
 
 
 def class_names(folder: Path) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,12 +24,37 @@ OTHER_SUFFIXES = frozenset(
     {".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".svg", ".psd", ".tga", ".ico", ".dds", ".exr", ".hdr", ".pfm"}
     | {".apng", ".pcx", ".xbm", ".xpm", ".eps", ".dng", ".cr2", ".nef", ".arw", ".raw", ".npy"}
 )
+UNKNOWN = "it is of no kind that Pillow knows"
+GREY_SPREAD = 6  # of 255, between the colours of a pixel of a grey picture, as lossy WebP leaves it
+GREY_SIDE = 64  # pixels that are enough to see colour, of a JPEG
 DEEP_TOP = 65535.0  # white of grey with more than 8 bits, whatever a picture holds
 
 # What Pillow raises on truncated, mislabelled, hostile or oversized files.
 BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 # What it runs into where numbers of a header make no sense, most of all in TIFF.
 BAD_HEADER = (struct.error, KeyError, IndexError, TypeError, OverflowError, MemoryError, ZeroDivisionError)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A picture file that lies in another file, such as an archive.
+
+    Attributes:
+        path: of that file, and the picture's name in it: for messages.
+        content: its bytes.
+    """
+
+    path: Path
+    content: bytes
+
+    def open(self, mode: str = "rb") -> io.BytesIO:
+        """Return the bytes as a file."""
+        assert mode == "rb"
+        return io.BytesIO(self.content)
+
+
+Picture = Path | Encoded
+"""What is decoded: a file, or the bytes of one."""
 
 
 def pictures_in(files: Iterable[Path]) -> tuple[list[Path], list[Path]]:
@@ -43,7 +69,7 @@ def pictures_in(files: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     return sorted(taken), sorted(others)
 
 
-def read_picture(path: Path, channels: int, *, draft: int | None = None, upright: bool = True) -> Image.Image:
+def read_picture(file: Picture, channels: int, *, draft: int | None = None, upright: bool = True) -> Image.Image:
     """Decode one file, turned upright by its EXIF orientation and flattened on black; of several frames the first.
 
     8-bit channels are taken as they are; of colour with 16 bits Pillow keeps the upper 8. Other grey is scaled by its
@@ -56,7 +82,7 @@ def read_picture(path: Path, channels: int, *, draft: int | None = None, upright
         floating point              v * 255; refused where a value is outside of 0 to 1
 
     Args:
-        path: of the file.
+        file: the file.
         channels: 1 for grey, 3 for colour.
         draft: pixels of a side that are enough, so that a JPEG may be decoded smaller.
         upright: turn it; else it stays as the file has it.
@@ -65,15 +91,20 @@ def read_picture(path: Path, channels: int, *, draft: int | None = None, upright
         UnreadableError: the file is missing or not a readable picture; the message names it.
     """
     try:
-        image, white = _decoded(path, draft, upright)
+        image, white = _decoded(file, draft, upright)
         if image.mode.startswith("I") or image.mode == "F":
             image = _in_8_bits(image, white)
         return _to_mode(image, "L" if channels == 1 else "RGB")
     except BAD_IMAGE as error:
-        raise UnreadableError(path, str(error) or type(error).__name__) from error
+        raise UnreadableError(place_of(file), str(error) or type(error).__name__) from error
 
 
-def header(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
+def place_of(file: Picture) -> Path:
+    """Return where a picture lies, for messages."""
+    return file if isinstance(file, Path) else file.path
+
+
+def header(file: Picture) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return height and width of a picture upright, and as the file has it, without decoding it.
 
     Pillow turns TIFF files in any case: they have one size only.
@@ -82,13 +113,25 @@ def header(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
         UnreadableError: the file is missing or not a readable picture; the message names it.
     """
     try:
-        with path.open("rb") as file, Image.open(file) as opened:
+        with file.open("rb") as content, Image.open(content) as opened:
             lying = opened.height, opened.width
             sideways = opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             turned = sideways and not isinstance(opened, TiffImageFile)
+    except UnidentifiedImageError as error:
+        raise UnreadableError(place_of(file), UNKNOWN) from error
     except (*BAD_IMAGE, *BAD_HEADER) as error:
-        raise UnreadableError(path, str(error) or type(error).__name__) from error
+        raise UnreadableError(place_of(file), str(error) or type(error).__name__) from error
     return (lying[::-1] if turned else lying), lying
+
+
+def is_grey(file: Picture) -> bool:
+    """Tell whether a picture has no colour: red, green and blue are alike everywhere, but for what a codec rounds.
+
+    Raises:
+        UnreadableError: the file is missing or not a readable picture; the message names it.
+    """
+    pixels = np.asarray(read_picture(file, 3, draft=GREY_SIDE))
+    return bool((pixels.max(2) - pixels.min(2) <= GREY_SPREAD).all())
 
 
 @dataclass(frozen=True)
@@ -99,16 +142,18 @@ class _White:
     negative: bool = False
 
 
-def _decoded(path: Path, draft: int | None, upright: bool) -> tuple[Image.Image, _White]:
+def _decoded(file: Picture, draft: int | None, upright: bool) -> tuple[Image.Image, _White]:
     try:
         # Not by its name: then Pillow maps TIFF files into memory, and lays out those that are turned in a wrong size.
-        with path.open("rb") as file, Image.open(file) as opened:
+        with file.open("rb") as content, Image.open(content) as opened:
             if draft is not None:
                 opened.draft(None, (draft, draft))
-            white = _white_of(opened)
-            image = ImageOps.exif_transpose(opened) if upright else opened.copy()
+            white, image = _white_of(opened), opened
+            image.load()
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)  # a copy of each picture would cost as much as a decode
     except UnidentifiedImageError as error:
-        raise OSError("it is of no kind that Pillow knows") from error
+        raise OSError(UNKNOWN) from error
     except BAD_HEADER as error:
         raise OSError(f"{type(error).__name__} in its header: {error}") from error
     clear = image.info.get("transparency")
@@ -154,4 +199,4 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     if image.mode == "LAB":
         image = image.convert("RGB")  # the only way out of it
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)

@@ -16,7 +16,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from synchromesh.data.files import read_picture
+from synchromesh.data.files import Picture, header, read_picture
+from synchromesh.data.runs import Runs
+
+ENOUGH = 2  # pixels of a decoded JPEG for each one that is wanted, along a side
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,25 @@ class Images(ABC):
     def subset(self, indices: Sequence[int]) -> Images:
         """Return the set of these images only."""
 
+    def runs(self) -> Runs | None:
+        """Return which images are best read together; None where any order is as good."""
+        return None
+
+
+@dataclass(frozen=True)
+class TwoSets:
+    """The images to learn from and those to score on.
+
+    Attributes:
+        train: to learn from.
+        test: to score on.
+        notes: what a person should know of them.
+    """
+
+    train: Images
+    test: Images
+    notes: tuple[str, ...] = ()
+
 
 @final
 @dataclass(frozen=True)
@@ -130,15 +152,27 @@ class MemoryImages(Images):
         return MemoryImages(self.labels[chosen], self.classes, self.preprocess, self.images[chosen])
 
 
+@dataclass(frozen=True)
+class EncodedImages(Images):
+    """Images that are decoded on demand."""
+
+    @abstractmethod
+    def file(self, index: int) -> Picture:
+        """Return the file of an image, or its bytes. Raises InputError."""
+
+    def read(self, index: int, crop: tuple[RandomCrop, np.random.Generator] | None = None) -> Tensor:
+        return decode_image(self.file(index), self.preprocess, crop)
+
+
 @final
 @dataclass(frozen=True)
-class FileImages(Images):
-    """Images decoded from files on demand."""
+class FileImages(EncodedImages):
+    """Images that lie in files of their own."""
 
     paths: tuple[Path, ...]
 
-    def read(self, index: int, crop: tuple[RandomCrop, np.random.Generator] | None = None) -> Tensor:
-        return decode_image(self.paths[index], self.preprocess, crop)
+    def file(self, index: int) -> Path:
+        return self.paths[index]
 
     def subset(self, indices: Sequence[int]) -> FileImages:
         chosen = torch.as_tensor(list(indices), dtype=torch.int64)
@@ -147,25 +181,38 @@ class FileImages(Images):
 
 
 def decode_image(
-    path: Path, preprocess: Preprocess, crop: tuple[RandomCrop, np.random.Generator] | None = None
+    file: Picture, preprocess: Preprocess, crop: tuple[RandomCrop, np.random.Generator] | None = None
 ) -> UInt8[Tensor, "C S S"]:
     """Decode one file, turned upright by its EXIF orientation, flattened on black, cropped and resized (bicubic).
 
-    `read_picture` says what becomes of pictures that are not of 8 bits.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, where the crop then still has `ENOUGH` times the pixels of each
+    side that are wanted. `read_picture` says what becomes of pictures that are not of 8 bits.
 
     Raises:
         UnreadableError: the file is missing or not a readable picture; the message names it.
     """
     size = preprocess.image_size
-    # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, where that is still twice what is needed; not for random
-    # crops, which may enlarge a small part.
-    image = read_picture(path, preprocess.channels, draft=2 * size if crop is None else None)
-    width, height = image.size
-    box = _centre(height, width, preprocess.crop_ratio) if crop is None else crop[0].box(height, width, crop[1])
+    if crop is None:
+        image = read_picture(file, preprocess.channels, draft=ENOUGH * size)
+        box = _centre(image.height, image.width, preprocess.crop_ratio)
+    else:
+        image, box = _random_part(file, preprocess, *crop)
     if box != (0, 0, size, size) or image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
     return pixels[None] if preprocess.channels == 1 else pixels.permute(2, 0, 1).contiguous()
+
+
+def _random_part(
+    file: Picture, preprocess: Preprocess, crop: RandomCrop, rng: np.random.Generator
+) -> tuple[Image.Image, tuple[float, float, float, float]]:
+    """Return a picture and the box of a random crop in it, which is drawn before the picture is decoded."""
+    (height, width), _ = header(file)
+    left, top, right, bottom = crop.box(height, width, rng)
+    times = int(min(right - left, bottom - top) // (ENOUGH * preprocess.image_size))
+    image = read_picture(file, preprocess.channels, draft=min(height, width) // times if times > 1 else None)
+    x, y = image.width / width, image.height / height
+    return image, (left * x, top * y, right * x, bottom * y)
 
 
 def _centre(height: int, width: int, share: float) -> tuple[float, float, float, float]:

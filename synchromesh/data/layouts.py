@@ -11,13 +11,14 @@ from typing import Any
 from synchromesh.data.ade20k import Ade20k
 from synchromesh.data.annotated import Annotated
 from synchromesh.data.cityscapes import Cityscapes, CityscapesPanoptic
-from synchromesh.data.class_folders import few
+from synchromesh.data.class_folders import TRAIN, VAL, few
 from synchromesh.data.coco_json import CocoJson
 from synchromesh.data.coco_panoptic import CocoPanoptic
 from synchromesh.data.depth_maps import DepthFolders
 from synchromesh.data.files import SUFFIXES
 from synchromesh.data.json_arrays import read_object
 from synchromesh.data.label_folders import LabelFolders
+from synchromesh.data.parts import words
 from synchromesh.data.stereo_pair import StereoPair
 from synchromesh.data.voc import VocFolder, VocSegmentation
 from synchromesh.errors import InputError
@@ -36,8 +37,6 @@ Reader = (
 )
 """Settings whose `load` gives annotated pictures."""
 
-# Names that people give the two parts; the first one is how they are asked for.
-TRAIN, VAL = ("train", "training", "trainval"), ("val", "validation", "valid", "test")
 _LABELS, _DEPTHS = ("labels", "masks", "annotations"), ("depth", "depths")
 _OTHER_JSON = ("captions", "person_keypoints", "image_info", "stuff")  # of COCO
 _BEGIN = 1 << 16  # bytes of a json file, among which the first of COCO's members stands
@@ -222,19 +221,14 @@ def _is_coco(root: Path) -> bool:
 
 def _coco(root: Path, parts: Sequence[str]) -> Reader | None:
     files = _jsons(root)
-    named = [path for path in files if any(part in (path.parent.name, *_words(path.stem)) for part in parts)]
-    if not named and TRAIN[0] in parts and not any(set(_words(path.stem)) & {*TRAIN, *VAL} for path in files):
+    named = [path for path in files if any(part in (path.parent.name, *words(path.stem)) for part in parts)]
+    if not named and TRAIN[0] in parts and not any(set(words(path.stem)) & {*TRAIN, *VAL} for path in files):
         named = files
     kinds = [[path for path in named if path.name.startswith("panoptic") == panoptic] for panoptic in (False, True)]
     chosen = kinds[0] or kinds[1]
     if len(chosen) > 1:
         raise InputError(f"{root} has several json files: {few([path.name for path in chosen])}: give one of them")
     return _of_json(chosen[0], None) if chosen else None
-
-
-def _words(stem: str) -> list[str]:
-    """Return the words of a name, years apart: of instances_train2017 instances and train."""
-    return [word.rstrip("0123456789") for word in stem.replace("-", "_").replace(".", "_").split("_")]
 
 
 def _is_voc(root: Path) -> bool:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from synchromesh.data.annotated import Annotated
+from synchromesh.data.class_folders import VAL
 from synchromesh.data.label_folders import LabelFolders
-from synchromesh.data.layouts import VAL, Reader, found_in, train_and_test
+from synchromesh.data.layouts import Reader, found_in, train_and_test
 from synchromesh.errors import InputError
 
 TwoParts = tuple[Annotated[Any], Annotated[Any]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import importlib.util
 from dataclasses import dataclass
@@ -11,26 +12,15 @@ import numpy as np
 import torch
 
 from synchromesh import seeds
-from synchromesh.data.class_folders import Listing, class_names, few
-from synchromesh.data.images import Images, MemoryImages, Preprocess
+from synchromesh.data.class_folders import TRAIN, VAL, Listing, class_names, few
+from synchromesh.data.files import SUFFIXES
+from synchromesh.data.images import Images, MemoryImages, Preprocess, TwoSets
+from synchromesh.data.index_file import INDEX_SUFFIXES, IndexFile
+from synchromesh.data.parquet import ParquetFiles
+from synchromesh.data.tar_shards import TarShards
 from synchromesh.errors import InputError
 
 _DIGITS = tuple(str(i) for i in range(10))
-
-
-@dataclass(frozen=True)
-class TwoSets:
-    """The images to learn from and those to score on.
-
-    Attributes:
-        train: to learn from.
-        test: to score on.
-        notes: what a person should know of them.
-    """
-
-    train: Images
-    test: Images
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,13 +69,13 @@ class ScikitDigits:
 class ImageFolder:
     """A folder of class folders of pictures (`data.files` says of which kinds).
 
-    Either `train/` and `val/`, each with one folder per class, or one folder per class directly; then a share of each
-    class is scored on, chosen by the seed and the file names alone. Classes lie in folders of any depth.
+    Either `train/` and perhaps `val/`, each with one folder per class, or one folder per class directly. Without `val/`
+    a share of each class is scored on, chosen by the names of its files. Classes lie in folders of any depth.
 
     Attributes:
         path: the folder.
         test_share: of each class, to score on, where there is no val/.
-        split_seed: chooses these.
+        split_seed: another one chooses others.
     """
 
     path: Path
@@ -95,34 +85,24 @@ class ImageFolder:
     def load(self, preprocess: Preprocess) -> TwoSets:
         """List the files; nothing is decoded yet.
 
-        The notes name classes that are not scored on, and pictures that are not among them.
+        The notes say what was found of each class, and name what was left out, empty folders, and classes that are not
+        scored on.
 
         Raises:
-            InputError: something is missing, or there is nothing to learn: one class alone, a class without pictures,
-                a class that only val/ has.
+            InputError: something is missing, or there is nothing to learn: one class alone, a class that only val/ has.
         """
         _check_folder(self.path)
-        train, test = self.path / "train", self.path / "val"
-        if train.is_dir() and not test.is_dir():
-            raise InputError(f"{self.path} has train/ but no val/: give both, or the class folders directly")
-        if not train.is_dir():
-            everything = Listing.of(self.path, class_names(self.path))
-            everything.check_learnable()
-            images = everything.images(preprocess)
-            return _split_at_random(images, self.test_share, self.split_seed, notes=everything.notes())
-        learnt = Listing.of(train, class_names(train))
-        extra = sorted(set(class_names(test)) - set(learnt.classes))
-        if extra:
-            raise InputError(
-                f"{test} has classes that {train} has not: {few(extra)}; a model cannot find what it never saw: "
-                f"add them to {train}, or take them away"
-            )
-        learnt.check_learnable()
-        scored = Listing.of(test, learnt.classes)
-        notes = (*learnt.notes(), *scored.notes())
-        if scored.empty:
-            notes = (*notes, f"{test} has no pictures of {few(scored.empty)}: learnt and never scored")
-        return TwoSets(learnt.images(preprocess), scored.images(preprocess), notes)
+        train, test = _part(self.path, TRAIN), _part(self.path, VAL)
+        whole = Listing.of(train or self.path, class_names(train or self.path))
+        learnt = whole.filled()
+        if train is None or test is None:
+            learnt, scored = learnt.divided(self.test_share, self.split_seed)
+            how = f"there is no {VAL[0]}/: {self.test_share:.0%} of each class, chosen by file name, are scored on"
+            notes = (*whole.notes(), how)
+        else:
+            scored, notes = _scored(test, learnt)
+            notes = (*whole.notes(), *notes)
+        return TwoSets(learnt.images(preprocess), scored.images(preprocess), (_found(learnt, scored), *notes))
 
     def load_all(self, preprocess: Preprocess, classes: tuple[str, ...]) -> Images:
         """List every image to score a model of these classes on: those of val/, or else of all class folders.
@@ -131,14 +111,37 @@ class ImageFolder:
             InputError: the folder is missing or empty, or has a class that is not among these.
         """
         _check_folder(self.path)
-        folder = self.path / "val" if (self.path / "val").is_dir() else self.path
+        part = _part(self.path, VAL)
+        folder = self.path if part is None or part.name in classes else part
         extra = sorted(set(class_names(folder)) - set(classes))
         if extra:
             raise InputError(f"{folder} has the class {extra[0]!r}, which the model has not: it knows {few(classes)}")
         return Listing.of(folder, classes).images(preprocess)
 
 
-Source = MnistDigits | ScikitDigits | ImageFolder
+OwnData = ImageFolder | TarShards | ParquetFiles | IndexFile
+"""Pictures of one's own and their classes."""
+Source = MnistDigits | ScikitDigits | OwnData
+
+
+def stored_at(path: Path) -> TarShards | ParquetFiles | IndexFile | None:
+    """Return what reads tar files, parquet files or an index that a path or a pattern means; None for other things."""
+    name = path.name.lower()
+    if path.is_dir():
+        inside = [one for one in (*path.iterdir(), *(path / "data").glob("*")) if one.is_file()]
+        if any(one.suffix.lower() in SUFFIXES for one in path.glob("*/*")):
+            return None
+        name = next((one.name for one in inside if one.suffix in (TarShards.suffix, ParquetFiles.suffix)), "")
+    if name.endswith(TarShards.suffix):
+        return TarShards(path)
+    if name.endswith(ParquetFiles.suffix):
+        return ParquetFiles(path)
+    return IndexFile(path) if name.endswith(INDEX_SUFFIXES) else None
+
+
+def own_data(path: Path) -> OwnData:
+    """Return what reads the pictures of classes that lie at a path; whether they do is seen when they are loaded."""
+    return stored_at(path) or ImageFolder(path)
 
 
 def read_mnist() -> tuple[torch.Tensor, np.ndarray]:
@@ -191,16 +194,30 @@ def _split_in_order(images: Images, *, train: int, held_out: int) -> TwoSets:
     return TwoSets(images.subset(sorted(first)), images.subset(sorted(last)))
 
 
-def _split_at_random(images: Images, share: float, seed: int, *, notes: tuple[str, ...]) -> TwoSets:
-    train, test = [], []
-    for label, (name, members) in enumerate(zip(images.classes, _members(images), strict=True)):
-        count = max(1, round(share * len(members)))
-        if count >= len(members):
-            raise InputError(f"class {name} has {len(members)} images: too few to keep some for scoring")
-        order = seeds.numpy_generator(seed, seeds.SPLIT, label).permutation(len(members))
-        test += [members[i] for i in order[:count]]
-        train += [members[i] for i in order[count:]]
-    return TwoSets(images.subset(sorted(train)), images.subset(sorted(test)), notes)
+def _part(path: Path, names: tuple[str, ...]) -> Path | None:
+    """Return the folder of a part, by the first of its names that is there."""
+    return next((path / name for name in names if (path / name).is_dir()), None)
+
+
+def _scored(folder: Path, learnt: Listing) -> tuple[Listing, tuple[str, ...]]:
+    """List what is scored on. Raises InputError for a class that nothing is learnt of."""
+    scored = Listing.of(folder, class_names(folder))
+    extra = sorted(set(scored.classes) - set(learnt.classes) - set(scored.empty))
+    if extra:
+        raise InputError(
+            f"{folder} has classes that {learnt.folder} has not: {few(extra)}; a model cannot find what it never saw: "
+            f"add them to {learnt.folder}, or take them away"
+        )
+    own = dict(zip(scored.classes, scored.pictures, strict=True))
+    same = Listing(folder, learnt.classes, tuple(own.get(name, ()) for name in learnt.classes), scored.others)
+    unseen = (f"{folder} has no pictures of {few(same.empty)}: learnt and never scored",) if same.empty else ()
+    return same, (*dataclasses.replace(scored, classes=(), pictures=()).notes(), *unseen)
+
+
+def _found(learnt: Listing, scored: Listing) -> str:
+    counts = zip(learnt.classes, learnt.pictures, scored.pictures, strict=True)
+    each = few([f"{name} {len(first):,} + {len(second):,}" for name, first, second in counts])
+    return f"found in {learnt.folder}, to learn from + to score on: {each}"
 
 
 def _check_folder(path: Path) -> None:

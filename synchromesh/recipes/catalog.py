@@ -34,7 +34,7 @@ from synchromesh.recipes.detect_demo import detect_demo
 from synchromesh.recipes.digits import digits
 from synchromesh.recipes.few_shot import few_shot
 from synchromesh.recipes.finetune_1k import finetune_1k
-from synchromesh.recipes.from_data import of_data
+from synchromesh.recipes.from_pictures import of_data
 from synchromesh.recipes.instance_demo import instance_demo
 from synchromesh.recipes.mask2former_ade20k import mask2former_ade20k
 from synchromesh.recipes.panoptic_demo import panoptic_demo

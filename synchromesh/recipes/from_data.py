@@ -72,10 +72,7 @@ def of_data(path: Path, images: Path | None) -> TrainConfig:
     if make is None:
         kind = "a folder for each class" if reader is None else type(reader).__name__
         known = ", ".join(each.__name__ for each in RECIPE_OF)
-        raise InputError(
-            f"{path} holds {kind}, for which no recipe is chosen: name one, such as `train finetune_1k --data {path}` "
-            f"for classes; data alone are enough for {known}"
-        )
+        raise InputError(f"{path} holds {kind}, for which no recipe is chosen here: data alone are enough for {known}")
     return make(reader, path, images)
 
 
@@ -131,7 +128,7 @@ def _recipe(name: str, task: Task, side: int, count: int) -> TrainConfig:
     return TrainConfig(
         name=name,
         task=task,
-        model=_backbone(side),
+        model=backbone(side),
         optim=OPTIM,
         epochs=epochs,
         batch_size=batch,
@@ -184,7 +181,7 @@ def _most_have_regions(pictures: list[AnnotatedPicture]) -> bool:
     return 2 * sum(own) > len(own)
 
 
-def _backbone(side: int) -> SwinV2Config:
+def backbone(side: int) -> SwinV2Config:
     """Return the demo's backbone, which a third stage lets see larger objects where images are large."""
     if side <= SMALL_SIDE:
         return dataclasses.replace(DEMO, experts=experts())

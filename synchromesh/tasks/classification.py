@@ -18,7 +18,8 @@ from synchromesh.data.augment import Augment, augment_images, normalize
 from synchromesh.data.images import Images, Preprocess, RandomCrop, decode_image
 from synchromesh.data.mixing import mix, soft_targets
 from synchromesh.data.pictures import captioned, enlarged, png
-from synchromesh.data.sources import ImageFolder, MnistDigits, Source, take_shots
+from synchromesh.data.runs import Runs
+from synchromesh.data.sources import MnistDigits, Source, own_data, take_shots
 from synchromesh.errors import at_least
 from synchromesh.models.features import BackboneConfig
 from synchromesh.models.heads.classifier import Classifier
@@ -110,10 +111,10 @@ class Classification(Task):
         return Splits(LabelledImages(train, self.augment.crop), LabelledImages(found.test), facts, found.notes)
 
     def reading(self, folder: Path) -> Classification:
-        return dataclasses.replace(self, data=dataclasses.replace(self.data, source=ImageFolder(folder)))
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, source=own_data(folder)))
 
     def scored_on(self, folder: Path, facts: Facts) -> Split:
-        return LabelledImages(ImageFolder(folder).load_all(self.data.preprocess, tuple(facts["classes"])))
+        return LabelledImages(own_data(folder).load_all(self.data.preprocess, tuple(facts["classes"])))
 
     def sized(self, backbone: BackboneConfig) -> BackboneConfig:
         size = self.data.preprocess
@@ -193,7 +194,9 @@ class Classification(Task):
         return f"{sure}, right" if right else f"{answer.seen}, taken for {sure}"
 
     def about(self, facts: Facts) -> str:
-        return f"{len(facts['classes']):,} classes"
+        size = self.data.preprocess
+        colour = "grey" if size.channels == 1 else "colour"
+        return f"{len(facts['classes']):,} classes, {colour} {size.image_size} x {size.image_size}"
 
     def panels(self, scores: Scores) -> Sequence[Panel]:
         classes, confused = scores.details["classes"], scores.details.get("confused", ())
@@ -218,6 +221,9 @@ class LabelledImages:
     def read(self, index: int, draw: Draw | None = None) -> tuple[Tensor, int]:
         crop = None if draw is None or self.crop is None else (self.crop, draw())
         return self.images.read(index, crop), int(self.images.labels[index])
+
+    def runs(self) -> Runs | None:
+        return self.images.runs()
 
 
 class _Scorer(Scorer):

@@ -36,7 +36,8 @@ class Start:
         weights: a run folder, a checkpoint folder, a .safetensors file, or a file that torch.load reads with
             weights_only=True; none for random weights. The whole backbone must be in it; heads may stay random.
         freeze: what stays as it was.
-        partial: take what fits, also where a part of the backbone is missing and stays random.
+        partial: take what fits, also where a part of the backbone is missing and stays random: at most half of it, and
+            nothing of what is frozen.
     """
 
     weights: Path | None = None

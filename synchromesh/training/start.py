@@ -20,6 +20,7 @@ from synchromesh.training.run_folder import load_trained
 
 BACKBONE = "backbone."
 
+LEAST_TAKEN = 0.5  # of the backbone's numbers, from weights of which only a part fits
 NAMED = 10  # tensors, in an error about many
 
 
@@ -38,29 +39,36 @@ class Loaded:
     unused: tuple[str, ...]
 
 
-def load_weights(model: nn.Module, path: Path, catalog: Catalog, *, partial: bool = False) -> Loaded:
+def load_weights(
+    model: nn.Module, path: Path, catalog: Catalog, *, partial: bool = False, frozen: Freeze = Freeze.NOTHING
+) -> Loaded:
     """Copy every tensor of the same name and shape into the model; others, such as a new head, stay random.
 
     Args:
         model: with its backbone in `backbone`.
         path: as for `Start`; names may lack their "backbone.".
         catalog: for reading the folder of a run.
-        partial: accept a backbone of which only a part is there.
+        partial: accept a backbone of which only a part is there, half of its numbers at least.
+        frozen: what will not be trained, and so must all be there.
 
     Raises:
         InputError: the file cannot be read, nothing in it fits, or a part of the backbone is missing.
     """
-    fits, loaded = _fitting(model, path, catalog, partial)
+    fits, loaded = _fitting(model, path, catalog, partial, frozen)
     model.load_state_dict(fits, strict=False)
     return loaded
 
 
-def check_weights(model: nn.Module, path: Path, catalog: Catalog, *, partial: bool = False) -> None:
+def check_weights(
+    model: nn.Module, path: Path, catalog: Catalog, *, partial: bool = False, frozen: Freeze = Freeze.NOTHING
+) -> None:
     """Raise InputError where `load_weights` would; the model may be on the meta device."""
-    _fitting(model, path, catalog, partial)
+    _fitting(model, path, catalog, partial, frozen)
 
 
-def _fitting(model: nn.Module, path: Path, catalog: Catalog, partial: bool) -> tuple[dict[str, Tensor], Loaded]:
+def _fitting(
+    model: nn.Module, path: Path, catalog: Catalog, partial: bool, frozen: Freeze
+) -> tuple[dict[str, Tensor], Loaded]:
     """Return the tensors of a file that fit a model, in its shapes, and how much of it they are."""
     given, own = _read(path, catalog), model.state_dict()
     if not any(name.startswith(BACKBONE) for name in given):
@@ -71,15 +79,42 @@ def _fitting(model: nn.Module, path: Path, catalog: Catalog, partial: bool) -> t
     fresh = tuple(name for name in own if name not in fits)
     optional = getattr(model.get_submodule("backbone"), "optional", frozenset()) if hasattr(model, "backbone") else ()
     missing = [n for n in fresh if n.startswith(BACKBONE) and n.removeprefix(BACKBONE) not in optional]
-    if missing and not partial:
+    if missing:
         wrong = {name: given[name] for name in missing if name in given}
         why = f" ({_some(wrong)} are there in another shape)" if wrong else ""
-        raise InputError(
+        lacks = (
             f"{path} lacks {len(missing)} of the backbone's {sum(n.startswith(BACKBONE) for n in own)} tensors: "
-            f"{_some({name: own[name] for name in missing})}{why}; give weights of the same backbone, or keep the "
-            "random start of these with --start.partial"
+            f"{_some({name: own[name] for name in missing})}{why}"
         )
+        _check_enough(lacks, own, missing, _names_of(model, frozen), partial)
     return fits, Loaded(len(fits), fresh, tuple(n for n in given if n not in own))
+
+
+def _check_enough(
+    lacks: str, own: dict[str, Tensor], missing: list[str], frozen: frozenset[str], partial: bool
+) -> None:
+    """Raise InputError where more is missing than training can make good."""
+    if not partial:
+        raise InputError(
+            f"{lacks}; give weights of the same backbone, or keep the random start of these with --start.partial"
+        )
+    still = frozen.intersection(missing)
+    if still:
+        raise InputError(f"{lacks}; {len(still)} of them would stay random and frozen: give them, or freeze less")
+    whole = sum(tensor.numel() for name, tensor in own.items() if name.startswith(BACKBONE))
+    taken = 1 - sum(own[name].numel() for name in missing) / max(1, whole)
+    if taken < LEAST_TAKEN:
+        raise InputError(
+            f"{lacks}; there are {taken:.1%} of the backbone's {whole:,} numbers, wanted {LEAST_TAKEN:.0%} at least: "
+            "give weights of the same backbone, or start without any"
+        )
+
+
+def _names_of(model: nn.Module, frozen: Freeze) -> frozenset[str]:
+    """Return the names of the tensors that are not trained."""
+    still = set(frozen_modules(model, frozen))
+    inside = [f"{name}." for name, module in model.named_modules() if module in still]
+    return frozenset(name for name in model.state_dict() if name.startswith(tuple(inside)))
 
 
 def _fits(given: Tensor, own: Tensor) -> bool:

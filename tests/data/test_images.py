@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from synchromesh.data import files, images
 from synchromesh.data.images import MemoryImages, Preprocess, RandomCrop, decode_image
 from synchromesh.errors import InputError
 
@@ -118,3 +119,62 @@ def test_prepared_images_are_what_reading_gives() -> None:
     assert prepared.images.shape == (5, 1, 8, 8)
     assert all(torch.equal(prepared.read(i), images.read(i)) for i in range(5))
     assert prepared.prepared() is prepared
+
+
+def smooth_photo(path: Path, height: int, width: int) -> Path:
+    y, x = np.mgrid[0:height, 0:width] / 200
+    pixels = np.stack([np.sin(x + y), np.cos(x - y), np.sin(x * y / 3)], axis=2) * 110 + 128
+    Image.fromarray(pixels.astype(np.uint8)).save(path, quality=95)
+    return path
+
+
+@pytest.mark.parametrize(("height", "width", "times"), [(1600, 1200, 8), (1000, 700, 4), (300, 260, 1), (90, 120, 1)])
+def test_a_large_part_of_a_jpeg_is_decoded_smaller_and_hardly_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, height: int, width: int, times: int
+) -> None:
+    path = smooth_photo(tmp_path / "a.jpg", height, width)
+    preprocess = Preprocess(image_size=64, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+    decoded: list[tuple[int, int]] = []
+    original = files.read_picture
+
+    def watched(*given: object, **named: object) -> Image.Image:
+        image = original(*given, **named)  # pyright: ignore[reportArgumentType]
+        decoded.append((image.height, image.width))
+        return image
+
+    monkeypatch.setattr(images, "read_picture", watched)
+    for seed in range(6):
+        crop = RandomCrop(scale=(0.8, 1.0))
+        found = decode_image(path, preprocess, (crop, np.random.default_rng(seed)))
+        # By the definition: the whole picture, cut and scaled.
+        box = crop.box(height, width, np.random.default_rng(seed))
+        whole = Image.open(path).resize((64, 64), Image.Resampling.BICUBIC, box=box)
+        wanted = torch.from_numpy(np.array(whole)).permute(2, 0, 1)
+        assert (found.float() - wanted.float()).abs().mean() < (1.5 if times > 1 else 0.6)
+    assert all(height / (2 * times) - 1 <= size[0] <= height for size in decoded)
+    assert (decoded[0][0] < height) == (times > 1)
+
+
+def test_a_small_part_of_a_jpeg_is_decoded_whole(tmp_path: Path) -> None:
+    path = smooth_photo(tmp_path / "a.jpg", 800, 800)
+    preprocess = Preprocess(image_size=64, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+    crop = RandomCrop(scale=(0.02, 0.05), ratio=(1.0, 1.0))
+    found = decode_image(path, preprocess, (crop, np.random.default_rng(0)))
+    box = crop.box(800, 800, np.random.default_rng(0))
+    whole = Image.open(path).resize((64, 64), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    assert torch.equal(found, torch.from_numpy(np.array(whole)).permute(2, 0, 1))
+
+
+def test_a_random_part_of_a_turned_picture_is_a_part_of_it_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = Image.open(smooth_photo(tmp_path / "a.jpg", 600, 900))
+    lying.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    Image.open(tmp_path / "turned.jpg").transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    preprocess = Preprocess(image_size=32, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+    for seed in range(4):
+        turned, upright = (
+            decode_image(tmp_path / name, preprocess, (RandomCrop(), np.random.default_rng(seed))).float()
+            for name in ("turned.jpg", "upright.png")
+        )
+        assert (turned - upright).abs().mean() < 3

@@ -68,6 +68,53 @@ def test_train_and_val_folders_are_taken_as_they_are(tmp_path: Path, photo: Call
     make_folder(tmp_path / "val", photo, count=2)
     splits = ImageFolder(tmp_path).load(GREY)
     assert (len(splits.train), len(splits.test)) == (8, 4)
+    (found,) = splits.notes
+    assert found == f"found in {tmp_path / 'train'}, to learn from + to score on: cat 4 + 2, dog 4 + 2"
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "valid", "test"])
+def test_the_part_to_score_on_may_have_any_usual_name(tmp_path: Path, photo: Callable[..., Path], name: str) -> None:
+    make_folder(tmp_path / "train", photo, count=4)
+    make_folder(tmp_path / name, photo, count=2)
+    splits = ImageFolder(tmp_path).load(GREY)
+    assert (len(splits.train), len(splits.test)) == (8, 4)
+    assert len(ImageFolder(tmp_path).load_all(GREY, ("cat", "dog"))) == 4
+
+
+def test_train_alone_is_divided_and_said(tmp_path: Path, photo: Callable[..., Path]) -> None:
+    make_folder(tmp_path / "train", photo)
+    splits = ImageFolder(tmp_path, test_share=0.2).load(GREY)
+    assert (len(splits.train), len(splits.test)) == (16, 4)
+    assert splits.notes[1] == "there is no val/: 20% of each class, chosen by file name, are scored on"
+
+
+def test_the_part_of_a_picture_depends_on_its_name_and_hardly_on_what_comes_to_it(
+    tmp_path: Path, photo: Callable[..., Path]
+) -> None:
+    make_folder(tmp_path / "a", photo, count=30)
+    before = ImageFolder(tmp_path / "a").load(GREY).test
+    assert isinstance(before, FileImages)
+    names = {path.relative_to(tmp_path / "a") for path in before.paths}
+    (tmp_path / "a").rename(tmp_path / "moved")
+    moved = ImageFolder(tmp_path / "moved").load(GREY).test
+    assert isinstance(moved, FileImages)
+    assert {path.relative_to(tmp_path / "moved") for path in moved.paths} == names
+    photo(tmp_path / "moved" / "cat" / "new.png", size=(8, 8), mode="L")
+    more = ImageFolder(tmp_path / "moved").load(GREY)
+    assert isinstance(more.test, FileImages)
+    assert len(names - {path.relative_to(tmp_path / "moved") for path in more.test.paths}) <= 1
+    other = ImageFolder(tmp_path / "moved", split_seed=1).load(GREY).test
+    assert isinstance(other, FileImages)
+    assert {path.relative_to(tmp_path / "moved") for path in other.paths} != names
+
+
+def test_empty_class_folders_are_named_and_are_no_classes(tmp_path: Path, photo: Callable[..., Path]) -> None:
+    make_folder(tmp_path, photo)
+    (tmp_path / "emu").mkdir()
+    (tmp_path / "fox").mkdir()
+    splits = ImageFolder(tmp_path).load(GREY)
+    assert splits.train.classes == ("cat", "dog")
+    assert f"without pictures in {tmp_path}, and so no classes: emu, fox" in splits.notes
 
 
 def test_other_files_are_no_images(tmp_path: Path, photo: Callable[..., Path]) -> None:
@@ -84,7 +131,6 @@ def test_other_files_are_no_images(tmp_path: Path, photo: Callable[..., Path]) -
         (lambda root, photo: root.write_text(""), "is a file"),
         (lambda root, photo: root.mkdir(), "holds no class folders"),
         (lambda root, photo: (root / "cat").mkdir(parents=True), "holds no images"),
-        (lambda root, photo: make_folder(root / "train", photo), "train/ but no val/"),
         (lambda root, photo: make_folder(root, photo, count=1), "too few"),
         (lambda root, photo: photo(root / "1.png"), "holds no class folders but 1 images; give the folder above"),
         (lambda root, photo: photo(root / "cat" / "1.png"), "one class folder only, cat, so there is nothing"),
@@ -105,8 +151,8 @@ def test_other_files_are_no_images(tmp_path: Path, photo: Callable[..., Path]) -
             "train has one class folder only, cat, ",
         ),
         (
-            lambda root, photo: (make_folder(root, photo), (root / "emu").mkdir(), (root / "fox").mkdir()),
-            "class folders without pictures: emu, fox; wanted JPEG",
+            lambda root, photo: (photo(root / "cat" / "1.png"), (root / "emu").mkdir(), (root / "fox").mkdir()),
+            r"one class folder only, cat \(without pictures: emu, fox\), so there is nothing to tell apart; wanted two",
         ),
         (
             lambda root, photo: (
@@ -114,7 +160,7 @@ def test_other_files_are_no_images(tmp_path: Path, photo: Callable[..., Path]) -
                 photo(root / "val" / "emu" / "1.png"),
                 (root / "train" / "emu").mkdir(),
             ),
-            "train has class folders without pictures: emu",
+            "val has classes that .*train has not: emu",
         ),
         (
             lambda root, photo: (make_folder(root / "train", photo), (root / "val" / "cat").mkdir(parents=True)),
@@ -165,7 +211,7 @@ def test_what_prediction_reads_is_trained_on(tmp_path: Path, photo: Callable[...
     splits = ImageFolder(tmp_path).load(GREY)
     assert (len(splits.train), len(splits.test)) == (6, 2)
     assert splits.train.read(0).shape == (1, 8, 8)
-    assert splits.notes == ()
+    assert not any("left out" in note or "without pictures" in note for note in splits.notes)
 
 
 def test_a_class_that_only_train_has_is_told(tmp_path: Path, photo: Callable[..., Path]) -> None:
@@ -175,7 +221,7 @@ def test_a_class_that_only_train_has_is_told(tmp_path: Path, photo: Callable[...
     photo(tmp_path / "train" / "fox" / "1.png")
     (tmp_path / "val" / "fox").mkdir()
     splits = ImageFolder(tmp_path).load(GREY)
-    (note,) = splits.notes
+    _, note = splits.notes
     assert note == f"{tmp_path / 'val'} has no pictures of emu, fox: learnt and never scored"
     assert splits.test.labels.bincount(minlength=4).tolist() == [10, 10, 0, 0]
 
@@ -185,7 +231,7 @@ def test_pictures_that_are_not_taken_are_told(tmp_path: Path, photo: Callable[..
     photo(tmp_path / "beside.png")
     (tmp_path / "notes.txt").write_text("no picture")
     (tmp_path / "dog" / "phone.HEIC").write_bytes(b"")
-    (note,) = ImageFolder(tmp_path).load(GREY).notes
+    _, note, _ = ImageFolder(tmp_path).load(GREY).notes
     assert note.startswith(f"left out in {tmp_path}, as no JPEG, PNG")
     assert note.endswith("in a class folder: dog/phone.HEIC, beside.png")
 

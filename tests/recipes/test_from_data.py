@@ -165,14 +165,6 @@ def test_faults_are_counted_and_named_and_boxes_alone_want_no_masks(
     assert "give a head that says no masks" in capsys.readouterr().err
 
 
-def test_a_kind_of_data_without_a_recipe_is_named(
-    tmp_path: Path, photo: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    photo(tmp_path / "cats" / "1.png")
-    assert cli.main(["train", f"--data={tmp_path}"]) == 2
-    assert "a folder for each class, for which no recipe is chosen" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(("names", "says"), [(["other.png"], "names no image"), (["val0.png"] * 2, "2 images")])
 def test_numbers_that_a_json_does_not_tell_are_refused(
     run: Path, files: Path, tmp_path: Path, names: list[str], says: str, capsys: pytest.CaptureFixture[str]

@@ -1,9 +1,15 @@
+import multiprocessing
+import resource
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from synchromesh.data.runs import Runs
 from synchromesh.errors import InputError, UnreadableError
 from synchromesh.training.loader import EpochPlace, Loaded, Loading, eval_batches, steps_per_epoch, train_batches
 from synchromesh.training.task import Draw, Split
@@ -146,3 +152,108 @@ def test_what_is_drawn_for_a_sample_does_not_depend_on_its_place_in_the_batches(
 
 def test_nothing_is_drawn_in_evaluation() -> None:
     assert {s for batch in eval_batches(Drawn(), 8, loading=Loading()) for s in batch.samples} == {0.0}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Samples as tasks have them: tensors of several kinds, arrays, and plain values, drawn at random."""
+
+    broken: frozenset[int] = frozenset()
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def read(self, index: int, draw: Draw | None = None) -> tuple[torch.Tensor, torch.Tensor, np.ndarray, str]:
+        if index in self.broken:
+            raise UnreadableError(Path(f"{index}.png"), "no picture")
+        rng = np.random.default_rng(index) if draw is None else draw()
+        pixels = torch.from_numpy(rng.integers(0, 256, (3, 5, 4), dtype=np.uint8)).permute(1, 0, 2)
+        return pixels, torch.full((), index, dtype=torch.bfloat16), rng.random(2), f"sample {index}"
+
+
+def told(found: list[Loaded]) -> list[object]:
+    return [
+        (pixels.tolist(), pixels.dtype, number.item(), number.dtype, values.tolist(), name, index)
+        for batch in found
+        for (pixels, number, values, name), index in zip(batch.samples, batch.indices, strict=True)
+    ]
+
+
+def test_processes_read_what_threads_read_in_the_same_order_bit_for_bit() -> None:
+    split, by_processes = Pictures(), Loading(workers=2, processes=True)
+    whole = batches(split)
+    before = torch.get_rng_state()
+    assert told(batches(split, loading=by_processes)) == told(whole)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert told(batches(split, loading=by_processes, first=4)) == told(whole)[32:]
+    scored = list(eval_batches(split, 8, loading=by_processes))
+    assert told(scored) == told(list(eval_batches(split, 8, loading=Loading())))
+
+
+def test_what_processes_cannot_read_is_named_or_left_out() -> None:
+    split = Pictures(broken=frozenset([7, 9]))
+    (batch,) = batches(split, COUNT, loading=Loading(workers=2, processes=True, skip_bad_images=True))
+    assert sorted((one.path, one.reason) for one in batch.left_out) == [
+        ("7.png", "no picture"),
+        ("9.png", "no picture"),
+    ]
+    assert sorted(batch.indices) == [i for i in range(COUNT) if i not in (7, 9)]
+    with pytest.raises(InputError, match=r"cannot read the image [79]\.png: no picture; --on-bad-image skip"):
+        batches(split, COUNT, loading=Loading(workers=2, processes=True))
+
+
+def test_a_reader_left_early_leaves_no_process_behind() -> None:
+    reader = train_batches(Pictures(), 8, place=EpochPlace(0, 0), loading=Loading(workers=2, processes=True))
+    next(reader)
+    assert multiprocessing.active_children()
+    reader.close()
+    assert not multiprocessing.active_children()
+
+
+def test_more_samples_than_a_process_may_open_files_come_through() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+    try:
+        found = batches(Many(400), 400, loading=Loading(workers=2, processes=True))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(found[0].samples) == 400
+
+
+@dataclass(frozen=True)
+class Many:
+    """Small tensors."""
+
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, index: int, draw: Draw | None = None) -> torch.Tensor:
+        return torch.tensor([index])
+
+
+@dataclass(frozen=True)
+class Lying:
+    """Samples that lie in runs of five."""
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def read(self, index: int, draw: Draw | None = None) -> int:
+        return index
+
+    def runs(self) -> Runs:
+        return Runs(np.full(10, 5), 2)
+
+
+def test_what_lies_in_runs_is_read_run_by_run_and_as_exactly() -> None:
+    found = indices(batches(Lying(), 5))
+    assert sorted(found) == list(range(COUNT))
+    assert all(len({number // 5 for number in found[start : start + 10]}) == 2 for start in range(0, COUNT, 10))
+    assert found == indices(batches(Lying(), 5, loading=Loading(workers=1, ahead=5)))
+    assert found != indices(batches(Lying(), 5, epoch=1))
+    assert indices(batches(Lying(), 5, first=4)) == found[20:]
+    scored = indices(list(eval_batches(Lying(), 8, loading=Loading())))
+    assert sorted(scored) == list(range(COUNT))
+    assert len({number // 5 for number in scored[:10]}) == 2

@@ -62,6 +62,27 @@ def test_a_backbone_of_another_shape_is_refused_with_both_shapes(tiny: TrainConf
         load_weights(model_for(tiny, 8), tmp_path / "w.safetensors", CATALOG)
 
 
+def weights_without(tiny: TrainConfig, folder: Path, *lost: str) -> Path:
+    state = model_for(tiny, 8).state_dict()
+    path = folder / "some.safetensors"
+    save_file({name: t for name, t in state.items() if not any(part in name for part in lost)}, path)
+    return path
+
+
+def test_a_part_is_not_enough_where_most_of_the_backbone_would_stay_random(tiny: TrainConfig, tmp_path: Path) -> None:
+    path = weights_without(tiny, tmp_path, "stages.1", "stages.0.blocks.0.attention", "ffn")
+    with pytest.raises(InputError, match=r"there are \d+\.\d% of the backbone's [\d,]+ numbers, wanted 50% at least"):
+        load_weights(model_for(tiny, 8), path, CATALOG, partial=True)
+
+
+@pytest.mark.parametrize(("frozen", "count"), [(Freeze.BACKBONE, 2), (Freeze.MOE, 1)])
+def test_what_is_frozen_must_all_be_there(tiny: TrainConfig, tmp_path: Path, frozen: Freeze, count: int) -> None:
+    path = weights_without(tiny, tmp_path, "router.weight", "backbone.norm.bias")
+    assert load_weights(model_for(tiny, 8), path, CATALOG, partial=True).taken > 10
+    with pytest.raises(InputError, match=f"; {count} of them would stay random and frozen: give them, or freeze less"):
+        load_weights(model_for(tiny, 8), path, CATALOG, partial=True, frozen=frozen)
+
+
 def test_the_weights_of_a_backbone_alone_are_taken(tiny: TrainConfig, tmp_path: Path) -> None:
     trained = model_for(tiny, 8)
     save_file(trained.get_submodule("backbone").state_dict(), tmp_path / "w.safetensors")
