@@ -33,8 +33,9 @@ from synchromesh.training.config import TrainConfig
 from synchromesh.training.durable import write_json
 from synchromesh.training.gallery import draw_gallery
 from synchromesh.training.interrupt import StopWish, stop_on_signals
+from synchromesh.training.job import Job, Outcome
 from synchromesh.training.left_out import LEFT_OUT_FILE
-from synchromesh.training.loop import Job, Outcome, fit
+from synchromesh.training.loop import fit
 from synchromesh.training.plans import check_plan
 from synchromesh.training.report import summary_rows
 from synchromesh.training.run_folder import (

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from synchromesh import seeds
 from synchromesh.errors import InputError, NonFiniteError, StoppedError
 from synchromesh.moe.record import load_stats
-from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.parallelize import parallelize
-from synchromesh.training.agree import ALONE, counted, largest, loads_over_ranks, on_first
-from synchromesh.training.catalog import Upgrade
+from synchromesh.training.agree import counted, largest, loads_over_ranks, on_first
 from synchromesh.training.checkpoint import (
     Snapshot,
     newest_checkpoint,
@@ -29,112 +25,17 @@ from synchromesh.training.checkpoint import (
     restore_optimizer,
     save_best,
 )
-from synchromesh.training.config import TrainConfig
 from synchromesh.training.evaluate import EvalOptions, Evaluation, evaluate
-from synchromesh.training.interrupt import StopWish
+from synchromesh.training.job import Event, Job, Outcome, Standing
 from synchromesh.training.left_out import LeftOutFile
-from synchromesh.training.loader import EpochPlace, Loaded, Part, steps_per_epoch, train_batches
+from synchromesh.training.loader import EpochPlace, Loaded, Part, train_batches
 from synchromesh.training.metrics import METRICS_FILE, MetricsWriter, drop_rate, load_shares
 from synchromesh.training.optim import build_optimizer, make_schedule
 from synchromesh.training.plans import Plans, expert_counts, strategies
 from synchromesh.training.saver import Saver
 from synchromesh.training.start import still
 from synchromesh.training.step import Counts, Trainee, own_numbers, train_step
-from synchromesh.training.task import Splits
 from synchromesh.training.window import Window
-
-
-@dataclass(frozen=True)
-class Event:
-    """What the loop tells whoever watches.
-
-    Attributes:
-        kind: "step", "train" and "test" (a line of metrics), "saved", "note".
-        step: done so far.
-        total: in all.
-        line: numbers by name, as in metrics.jsonl.
-        text: a sentence for people.
-    """
-
-    kind: str
-    step: int
-    total: int
-    line: dict[str, Any] = field(default_factory=dict)
-    text: str = ""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What `fit` works on.
-
-    Attributes:
-        config: the run.
-        model: already on its device, with its first weights.
-        splits: to learn from and to score on.
-        folder: of the run; continued from where it stands.
-        identity: what a prediction needs besides the weights, stored with every checkpoint.
-        stop: read between steps.
-        tell: gets each `Event`, on the first rank.
-        grid: the ranks that train together.
-        upgrade: turns the state of a checkpoint of an older version into one of today.
-    """
-
-    config: TrainConfig
-    model: nn.Module
-    splits: Splits
-    folder: Path
-    identity: dict[str, Any]
-    stop: StopWish
-    tell: Callable[[Event], None]
-    grid: Grid = ALONE
-    upgrade: Upgrade = lambda state: state
-
-    @property
-    def epoch_steps(self) -> int:
-        return steps_per_epoch(self.splits.train, self.config.batch_size)
-
-    @property
-    def total(self) -> int:
-        """Optimizer steps in all."""
-        return self.epoch_steps * self.config.epochs
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-
-@dataclass
-class Standing:
-    """Where a run stands; the part of a checkpoint that is not tensors.
-
-    Attributes:
-        step: optimizer steps done.
-        seconds: of wall time so far, evaluations and checkpoints included.
-        step_seconds: of them, in steps.
-        samples: trained on so far.
-        bad: unreadable ones so far, in every epoch counted again.
-        evaluated: the step of the last evaluation, -1 before the first.
-        best: the headline number of the best evaluation, at best_step; None before the first.
-        best_step: -1 before the first.
-    """
-
-    step: int = 0
-    seconds: float = 0.0
-    step_seconds: float = 0.0
-    samples: int = 0
-    bad: int = 0
-    evaluated: int = -1
-    best: float | None = None
-    best_step: int = -1
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished run: its numbers, the evaluation of the last epoch's weights, and how often each layer ran a plan."""
-
-    standing: Standing
-    evaluation: Evaluation
-    plans: dict[str, dict[str, int]]
 
 
 def fit(job: Job) -> Outcome:

@@ -14,7 +14,8 @@ from synchromesh.errors import InputError, NonFiniteError, StoppedError, Unreada
 from synchromesh.tasks.classification import LabelledImages
 from synchromesh.training.config import Freeze, Start, TrainConfig
 from synchromesh.training.interrupt import StopWish
-from synchromesh.training.loop import Event, Job, Outcome, fit
+from synchromesh.training.job import Event, Job, Outcome
+from synchromesh.training.loop import fit
 from synchromesh.training.metrics import read_metrics
 from synchromesh.training.run_folder import build_model
 from synchromesh.training.start import freeze
