@@ -41,6 +41,7 @@ class Request:
         data: folder, or json file, to score on, instead of the run's own test data.
         images: folder of the pictures of a json file, where they do not lie beside it.
         best: the checkpoint of the best evaluation, instead of the last epoch's.
+        student: the weights as they were trained, where the run averaged them (--ema).
         on_bad_image: stop at an unreadable image, or skip it, count and name it.
         json: print one JSON object.
         capacity: capacity factor of the experts, instead of that of training; 0 drops nothing.
@@ -52,6 +53,7 @@ class Request:
     data: Path | None = None
     images: Path | None = None
     best: bool = False
+    student: bool = False
     on_bad_image: Literal["stop", "skip"] = "stop"
     json: bool = False
     capacity: float | None = None
@@ -74,6 +76,7 @@ def _score(request: Request, context: Context, grid: Grid) -> int:
         request.run,
         context.catalog(),
         best=request.best,
+        student=request.student,
         device=pick_device(),
         grid=grid,
         plan=request.parallelism.plan(),

@@ -47,6 +47,7 @@ class Request:
         top: most answers for each image; the task's usual number if not given.
         least: lowest probability of an answer; the task's usual one if not given.
         best: the checkpoint of the best evaluation, instead of the last epoch's.
+        student: the weights as they were trained, where the run averaged them (--ema).
         on_bad_image: stop at an unreadable image, or skip it and end with exit code 2.
         json: print one JSON object a line.
         draw: folder for a picture of each answer, NAME.png, and its JSON, NAME.json, or NAME-2 where two images have
@@ -63,6 +64,7 @@ class Request:
     top: int | None = None
     least: float | None = None
     best: bool = False
+    student: bool = False
     on_bad_image: Literal["stop", "skip"] = "stop"
     json: bool = False
     draw: Path | None = None
@@ -125,7 +127,9 @@ def _files_of(path: Path) -> list[Path]:
 def _answer(asked: Asked, context: Context, grid: Grid) -> int:
     request, images, catalog = asked.request, asked.files, context.catalog()
     plan = request.parallelism.plan()
-    trained = load_trained(asked.run, catalog, best=request.best, device=pick_device(), grid=grid, plan=plan)
+    trained = load_trained(
+        asked.run, catalog, best=request.best, student=request.student, device=pick_device(), grid=grid, plan=plan
+    )
     names = _names(request, asked.run, images, pictures=trained.task.pictures_by_default())
     results = _results_file(asked, trained, grid)
     own: list[Predicted] = []

@@ -320,7 +320,8 @@ def _fit_stage(stage: Stage, run: _Run) -> Finished:
                 upgrade=catalog.upgrade_state,
             )
         )
-    pictures = draw_gallery(config.task, model, run.splits, outcome.evaluation, stage.folder, run.grid)
+    with outcome.average.in_place():
+        pictures = draw_gallery(config.task, model, run.splits, outcome.evaluation, stage.folder, run.grid)
     return Finished(outcome, size, pictures)
 
 

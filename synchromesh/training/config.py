@@ -11,6 +11,7 @@ import tyro
 
 from synchromesh.errors import at_least
 from synchromesh.models.features import BackboneConfig
+from synchromesh.training.average import Averaging
 from synchromesh.training.loader import Loading
 from synchromesh.training.optim import Optim
 from synchromesh.training.task import Task
@@ -116,6 +117,7 @@ class TrainConfig:
         model: the backbone; what follows from the data, such as the size of images, is set by the task.
         twin: a second backbone trained after it in the same way, for comparison; none for no twin.
         optim: the optimizer and its schedule.
+        ema: average the weights over the steps, and score, keep and predict with the average; none for the weights.
         start: what training starts from.
         epochs: passes over the training data.
         batch_size: samples per optimizer step.
@@ -133,6 +135,7 @@ class TrainConfig:
     model: BackboneConfig
     twin: BackboneConfig | None = None
     optim: Optim = field(default_factory=Optim)
+    ema: Averaging | None = None
     start: Start = field(default_factory=Start)
     epochs: int = 90
     batch_size: int = 128

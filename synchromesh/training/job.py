@@ -11,6 +11,7 @@ from torch import nn
 
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.training.agree import ALONE
+from synchromesh.training.average import Average
 from synchromesh.training.catalog import Upgrade
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.evaluate import Evaluation
@@ -105,8 +106,16 @@ class Standing:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: its numbers, the evaluation of the last epoch's weights, and how often each layer ran a plan."""
+    """A finished run.
+
+    Attributes:
+        standing: its numbers.
+        evaluation: of the weights after the last epoch, or of their average where there is one.
+        plans: how often each layer ran a plan.
+        average: of the weights.
+    """
 
     standing: Standing
     evaluation: Evaluation
     plans: dict[str, dict[str, int]]
+    average: Average

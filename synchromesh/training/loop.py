@@ -18,9 +18,11 @@ from synchromesh.errors import InputError, NonFiniteError, StoppedError
 from synchromesh.moe.record import load_stats
 from synchromesh.parallel.parallelize import parallelize
 from synchromesh.training.agree import counted, largest, loads_over_ranks, on_first
+from synchromesh.training.average import Average
 from synchromesh.training.checkpoint import (
     Snapshot,
     newest_checkpoint,
+    restore_average,
     restore_model,
     restore_optimizer,
     save_best,
@@ -56,7 +58,7 @@ def fit(job: Job) -> Outcome:
             loop.train_epoch()
         loop.save()
         loop.finish_saving()
-    return Outcome(loop.standing, loop.last_evaluation or loop.score(), loop.plans.ran())
+    return Outcome(loop.standing, loop.last_evaluation or loop.score(), loop.plans.ran(), loop.average)
 
 
 class _Loop:
@@ -68,6 +70,7 @@ class _Loop:
         run = parallelize(job.model, job.grid, strategy=strategies(job.config.parallelism, job.grid))
         self.plans = Plans(job.model, job.grid, job.config.parallelism)
         self.trainee, self.part = Trainee(job.model, run, job.grid), Part(job.grid.rank, job.grid.size)
+        self.average = Average(job.model, job.config.ema)
         self.optimizer: Optimizer = build_optimizer(job.model, job.config.optim)
         self.schedule = make_schedule(
             job.config.optim,
@@ -131,6 +134,7 @@ class _Loop:
                 self.trainee, self.optimizer, batch, self.config, step=now.step, rate=rate, counts=counts,
                 device=self.device,
             )  # fmt: skip
+            self.average.update(now.step)
             taken = time.perf_counter() - started
             self.window.add(numbers, loads_over_ranks(self.grid, load_stats(self.model)), taken)
             now.step_seconds += taken
@@ -173,12 +177,13 @@ class _Loop:
         self.save(best=better and self.config.keep.best)
 
     def score(self) -> Evaluation:
-        """Evaluate the weights as they are; a stop wish is heeded between two batches."""
+        """Evaluate the weights as they are, or their average; a stop wish is heeded between two batches."""
         config, splits = self.config, self.job.splits
         options = EvalOptions(config.loading, config.eval_batch_size, config.bf16)
-        found = evaluate(
-            config.task, splits.facts, self.model, splits.test, options, between=self._heed_stop, grid=self.grid
-        )
+        with self.average.in_place():
+            found = evaluate(
+                config.task, splits.facts, self.model, splits.test, options, between=self._heed_stop, grid=self.grid
+            )
         self.left_out.add(found.left_out, of=len(found.left_out))
         return found
 
@@ -202,7 +207,9 @@ class _Loop:
             **self.job.identity,
         }
         own_group = self.saver.grid  # the thread's collectives must not mix with those of training
-        snapshot = Snapshot.of(self.model, self.optimizer, state, own_group, copy=True)
+        with self.average.out_of_place():  # an evaluation that is asked to stop saves too
+            average = self.average.values
+            snapshot = Snapshot.of(self.model, self.optimizer, state, own_group, average=average, copy=True)
 
         def then(folder: Path) -> None:
             if best:
@@ -232,6 +239,8 @@ class _Loop:
             )
         restore_model(found.folder, self.model, self.grid)
         restore_optimizer(found.folder, self.model, self.optimizer, self.grid)
+        if self.config.ema is not None:
+            restore_average(found.folder, self.model, self.average.values, self.grid)
         if "plans" in state:  # older checkpoints have none
             self.plans.restore(state["plans"])
         self.standing = Standing(**state["standing"])
