@@ -24,6 +24,7 @@ from synchromesh.training.config import Parallelism
 from synchromesh.training.durable import write_atomically
 from synchromesh.training.run_folder import Trained, load_trained
 from synchromesh.training.task import Answer, Ask, Run, Task
+from synchromesh.training.views import ONCE, Views
 
 ABOUT = """\
 Say what a trained model sees in image files (JPEG, PNG, TIFF and all that Pillow reads; grey or colour, any size).
@@ -49,6 +50,7 @@ class Request:
         best: the checkpoint of the best evaluation, instead of the last epoch's.
         student: the weights as they were trained, where the run averaged them (--ema).
         on_bad_image: stop at an unreadable image, or skip it and end with exit code 2.
+        tta: test-time augmentation: average the probabilities of several views of each image.
         json: print one JSON object a line.
         draw: folder for a picture of each answer, NAME.png, and its JSON, NAME.json, or NAME-2 where two images have
             one name; if not given, answers that are pictures, such as boxes, go into `predictions` inside the run.
@@ -66,6 +68,7 @@ class Request:
     best: bool = False
     student: bool = False
     on_bad_image: Literal["stop", "skip"] = "stop"
+    tta: Views = ONCE
     json: bool = False
     draw: Path | None = None
     ids: Path | None = None
@@ -142,7 +145,7 @@ def _answer(asked: Asked, context: Context, grid: Grid) -> int:
         for problem in bad:
             context.errors.print(f"left out: {problem}", style="yellow", soft_wrap=True)
         with capacity_of(trained.model, request.capacity):
-            found = list(predict(trained, read, Ask(request.top, request.least), grid=grid))
+            found = list(predict(trained, read, Ask(request.top, request.least), grid=grid, views=request.tta))
         drawn += _draw(trained, read, found, names, grid)
         if results is not None:
             results.add(trained, found, grid)
@@ -174,9 +177,12 @@ def _results_file(asked: Asked, trained: Trained, grid: Grid) -> ResultsFile | N
     return ResultsFile(folder, numbers, table=ids is None)
 
 
-def predict(trained: Trained, samples: Sequence[tuple[Path, Any]], ask: Ask, *, grid: Grid) -> Iterator[Predicted]:
+def predict(
+    trained: Trained, samples: Sequence[tuple[Path, Any]], ask: Ask, *, grid: Grid, views: Views = ONCE
+) -> Iterator[Predicted]:
     """Answer for this rank's samples, batch by batch; all ranks run the model equally often."""
     device, run = next(trained.model.parameters()).device, Run(trained.model, trained.model)
+    run = run if views.plain else trained.task.viewed(run, views)
     batches = largest(grid, [-(-len(samples) // BATCH_SIZE)], device)[0]
     for start in range(0, batches * BATCH_SIZE, BATCH_SIZE):
         part = samples[start : start + BATCH_SIZE]

@@ -31,6 +31,7 @@ from synchromesh.training.catalog import Catalog
 from synchromesh.training.codec import encode
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.durable import write_json
+from synchromesh.training.folds import splits_of
 from synchromesh.training.gallery import draw_gallery
 from synchromesh.training.interrupt import StopWish, stop_on_signals
 from synchromesh.training.job import Job, Outcome
@@ -209,7 +210,7 @@ def train(
     Raises:
         InputError: settings, data or the folder cannot be used.
     """
-    splits, console, catalog = config.task.splits(seed=config.seed), context.console, context.catalog()
+    splits, console, catalog = splits_of(config), context.console, context.catalog()
     on_all(grid, lambda: _check(config, splits.facts, grid, catalog))
     if resume and on_first(grid, lambda: read_summary(folder)) is not None:
         on_first(grid, lambda: prepare_folder(folder, config, catalog, resume=True, job=job))

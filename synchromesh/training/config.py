@@ -122,6 +122,10 @@ class TrainConfig:
         epochs: passes over the training data.
         batch_size: samples per optimizer step.
         eval_batch_size: samples per batch of evaluations.
+        folds: for cross-validation, equal parts of the training data, of which one is scored on instead of the test
+            data; 0 for the data as they are split.
+        fold: which part is scored on, from 0.
+        patience: evaluations in a row without a better headline number after which training ends early; 0 for never.
         accumulate: equal parts each batch is cut into, to fit into memory.
         bf16: autocast to bfloat16.
         seed: of everything random.
@@ -140,6 +144,9 @@ class TrainConfig:
     epochs: int = 90
     batch_size: int = 128
     eval_batch_size: int = 256
+    folds: int = 0
+    fold: int = 0
+    patience: int = 0
     accumulate: int = 1
     bf16: bool = True
     seed: int = 0
@@ -149,6 +156,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least("", self, epochs=1, batch_size=1, eval_batch_size=1, accumulate=1, seed=0)
+        at_least("", self, folds=0, fold=0, patience=0)
+        if self.folds == 1 or self.fold >= max(1, self.folds):
+            raise ValueError(
+                f"got fold {self.fold} of {self.folds} folds, wanted 2 folds or more, and a fold from 0 to below that"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         object.__setattr__(self, "model", self.task.sized(self.model))  # the data know how large images are

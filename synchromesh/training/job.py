@@ -92,6 +92,7 @@ class Standing:
         evaluated: the step of the last evaluation, -1 before the first.
         best: the headline number of the best evaluation, at best_step; None before the first.
         best_step: -1 before the first.
+        stale: evaluations since the best one.
     """
 
     step: int = 0
@@ -102,6 +103,7 @@ class Standing:
     evaluated: int = -1
     best: float | None = None
     best_step: int = -1
+    stale: int = 0
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def fit(job: Job) -> Outcome:
         while True:
             if loop.evaluation_due():
                 loop.evaluate()
-            if loop.standing.step == job.total:
+            if loop.standing.step == job.total or loop.gave_up():
                 break
             loop.train_epoch()
         loop.save()
@@ -162,6 +162,10 @@ class _Loop:
         step, every = self.standing.step, self.config.keep.evaluate_epochs * self.job.epoch_steps
         return self.standing.evaluated < step and (step == self.job.total or step % every == 0) and step > 0
 
+    def gave_up(self) -> bool:
+        """Whether the last evaluations were none the better, as many as the run has patience for."""
+        return 0 < self.config.patience <= self.standing.stale
+
     def evaluate(self) -> None:
         """Score the test samples, write the line, save, and keep the best."""
         self.last_evaluation = found = self.score()
@@ -169,17 +173,20 @@ class _Loop:
         now.evaluated = now.step
         headline = found.scores.numbers[task.numbers[0].name]
         better = task.numbers[0].better(headline, now.best)
+        now.stale = 0 if better else now.stale + 1
         if better:
             now.best, now.best_step = headline, now.step
         self._tick()
         line = {**found.scores.numbers, f"{task.unit}_per_second": found.samples / found.seconds}
         self._write("test", {**line, "drop_rate": drop_rate(found.loads), "load": load_shares(found.loads)})
         self.save(best=better and self.config.keep.best)
+        if self.gave_up():
+            self._tell("note", text=f"ends early: {now.stale} evaluations without a better {task.numbers[0].title}")
 
     def score(self) -> Evaluation:
         """Evaluate the weights as they are, or their average; a stop wish is heeded between two batches."""
         config, splits = self.config, self.job.splits
-        options = EvalOptions(config.loading, config.eval_batch_size, config.bf16)
+        options = EvalOptions(config.loading, config.eval_batch_size, bf16=config.bf16)
         with self.average.in_place():
             found = evaluate(
                 config.task, splits.facts, self.model, splits.test, options, between=self._heed_stop, grid=self.grid
