@@ -93,7 +93,8 @@ def make_optimizer_state(model: nn.Module, optimizer: Optimizer, folder: Path, g
     """
     own = dict(_named(model, optimizer))
     known = _of_all_ranks(list(own), grid)
-    for key, shape in stored_shapes(folder).items():
+    stored = stored_shapes(folder)
+    for key, shape in stored.items():
         kind, slash, name = key.partition("/")
         if not slash or kind == AVERAGE:
             continue
@@ -102,7 +103,10 @@ def make_optimizer_state(model: nn.Module, optimizer: Optimizer, folder: Path, g
         if name not in own:
             continue  # a module that another rank holds whole
         parameter = own[name]
-        fresh = torch.zeros_like(parameter) if len(shape) else torch.zeros((), device=parameter.device)
+        if shape == stored.get(name):  # state of each number; else it has a shape of its own, such as a mean of rows
+            fresh = torch.zeros_like(parameter)
+        else:
+            fresh = torch.zeros(shape, device=parameter.device, dtype=parameter.dtype if shape else torch.float32)
         optimizer.state[parameter][kind] = fresh.detach()
 
 

@@ -32,7 +32,7 @@ from synchromesh.training.job import Event, Job, Outcome, Standing
 from synchromesh.training.left_out import LeftOutFile
 from synchromesh.training.loader import EpochPlace, Loaded, Part, train_batches
 from synchromesh.training.metrics import METRICS_FILE, MetricsWriter, drop_rate, load_shares
-from synchromesh.training.optim import build_optimizer, make_schedule
+from synchromesh.training.optim import build_optimizer, group_steps, make_schedule, set_group_steps
 from synchromesh.training.plans import Plans, expert_counts, strategies
 from synchromesh.training.saver import Saver
 from synchromesh.training.start import still
@@ -209,6 +209,7 @@ class _Loop:
             "metrics_bytes": 0 if self.metrics is None else self.metrics.sync(),
             "grid": {"ranks": self.grid.size, "ranks_per_node": self.grid.ranks_per_node},
             "experts": expert_counts(self.model),
+            "group_steps": group_steps(self.optimizer),
             "plans": self.plans.state(),
             "versions": {"synchromesh": version("synchromesh"), "torch": torch.__version__},
             **self.job.identity,
@@ -246,6 +247,7 @@ class _Loop:
             )
         restore_model(found.folder, self.model, self.grid)
         restore_optimizer(found.folder, self.model, self.optimizer, self.grid)
+        set_group_steps(self.optimizer, state.get("group_steps", []))
         if self.config.ema is not None:
             restore_average(found.folder, self.model, self.average.values, self.grid)
         if "plans" in state:  # older checkpoints have none
