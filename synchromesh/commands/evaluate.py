@@ -87,7 +87,7 @@ def _score(request: Request, context: Context, grid: Grid) -> int:
     )
     split = _split(request, config, trained)
     loading = Loading(skip_bad_images=request.on_bad_image == "skip")
-    options = EvalOptions(loading, config.eval_batch_size, config.bf16, request.tta)
+    options = EvalOptions(loading, config.eval_batch_size, config.precision, request.tta)
     with capacity_of(trained.model, request.capacity):
         found = evaluate(trained.task, trained.facts, trained.model, split, options, grid=grid)
     for text in found.bad:

@@ -7,6 +7,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 
 from synchromesh.errors import at_least
@@ -14,6 +15,7 @@ from synchromesh.models.features import BackboneConfig
 from synchromesh.training.average import Averaging
 from synchromesh.training.loader import Loading
 from synchromesh.training.optim import Optim
+from synchromesh.training.precision import Precision
 from synchromesh.training.task import Task
 from synchromesh.types import Plan
 
@@ -128,6 +130,9 @@ class TrainConfig:
         patience: evaluations in a row without a better headline number after which training ends early; 0 for never.
         accumulate: equal parts each batch is cut into, to fit into memory.
         bf16: autocast to bfloat16.
+        fp16: autocast to float16 instead, with a scaled loss; steps whose gradients overflow are left out.
+        channels_last: keep the channels of a pixel side by side in memory, which convolutions on GPUs like.
+        compile: compile the blocks of the model with torch.compile.
         seed: of everything random.
         loading: how samples are read.
         keep: how often the run writes.
@@ -149,6 +154,9 @@ class TrainConfig:
     patience: int = 0
     accumulate: int = 1
     bf16: bool = True
+    fp16: bool = False
+    channels_last: bool = False
+    compile: bool = False
     seed: int = 0
     loading: Loading = field(default_factory=Loading)
     keep: Keep = field(default_factory=Keep)
@@ -165,3 +173,9 @@ class TrainConfig:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         object.__setattr__(self, "model", self.task.sized(self.model))  # the data know how large images are
         object.__setattr__(self, "twin", None if self.twin is None else self.task.sized(self.twin))
+
+    @property
+    def precision(self) -> Precision:
+        """How the model is called."""
+        dtype = torch.float16 if self.fp16 else torch.bfloat16 if self.bf16 else None
+        return Precision(dtype, self.channels_last)

@@ -34,6 +34,7 @@ from synchromesh.training.loader import EpochPlace, Loaded, Part, train_batches
 from synchromesh.training.metrics import METRICS_FILE, MetricsWriter, drop_rate, load_shares
 from synchromesh.training.optim import build_optimizer, group_steps, make_schedule, set_group_steps
 from synchromesh.training.plans import Plans, expert_counts, strategies
+from synchromesh.training.precision import compile_blocks, quiet_compiler
 from synchromesh.training.saver import Saver
 from synchromesh.training.start import still
 from synchromesh.training.step import Counts, Trainee, own_numbers, train_step
@@ -49,7 +50,7 @@ def fit(job: Job) -> Outcome:
         InputError: a sample is unreadable.
     """
     loop = _Loop(job)
-    with _deterministic_on_cpu(loop.device), loop:
+    with _deterministic_on_cpu(loop.device), quiet_compiler(), loop:
         while True:
             if loop.evaluation_due():
                 loop.evaluate()
@@ -67,9 +68,14 @@ class _Loop:
     def __init__(self, job: Job) -> None:
         self.job, self.config, self.model, self.grid = job, job.config, job.model, job.grid
         self.device = next(job.model.parameters()).device
+        if job.config.channels_last:
+            job.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if job.config.compile:
+            compile_blocks(job.model)
+        scaler = job.config.precision.scaler(self.device)
         run = parallelize(job.model, job.grid, strategy=strategies(job.config.parallelism, job.grid))
         self.plans = Plans(job.model, job.grid, job.config.parallelism)
-        self.trainee, self.part = Trainee(job.model, run, job.grid), Part(job.grid.rank, job.grid.size)
+        self.trainee, self.part = Trainee(job.model, run, job.grid, scaler), Part(job.grid.rank, job.grid.size)
         self.average = Average(job.model, job.config.ema)
         self.optimizer: Optimizer = build_optimizer(job.model, job.config.optim)
         self.schedule = make_schedule(
@@ -150,6 +156,7 @@ class _Loop:
                 **self.window.line(self.config.task.unit),
                 "learning_rate": self.schedule(step - 1),
                 f"bad_{self.config.task.unit}": self.standing.bad,
+                **({"loss_scale": self.trainee.scaler.get_scale()} if self.config.fp16 else {}),
             }
             self._write("train", line)
             self.window = Window()
@@ -186,7 +193,7 @@ class _Loop:
     def score(self) -> Evaluation:
         """Evaluate the weights as they are, or their average; a stop wish is heeded between two batches."""
         config, splits = self.config, self.job.splits
-        options = EvalOptions(config.loading, config.eval_batch_size, bf16=config.bf16)
+        options = EvalOptions(config.loading, config.eval_batch_size, config.precision)
         with self.average.in_place():
             found = evaluate(
                 config.task, splits.facts, self.model, splits.test, options, between=self._heed_stop, grid=self.grid
@@ -210,6 +217,7 @@ class _Loop:
             "grid": {"ranks": self.grid.size, "ranks_per_node": self.grid.ranks_per_node},
             "experts": expert_counts(self.model),
             "group_steps": group_steps(self.optimizer),
+            "scaler": self.trainee.scaler.state_dict(),
             "plans": self.plans.state(),
             "versions": {"synchromesh": version("synchromesh"), "torch": torch.__version__},
             **self.job.identity,
@@ -248,6 +256,8 @@ class _Loop:
         restore_model(found.folder, self.model, self.grid)
         restore_optimizer(found.folder, self.model, self.optimizer, self.grid)
         set_group_steps(self.optimizer, state.get("group_steps", []))
+        if state.get("scaler"):
+            self.trainee.scaler.load_state_dict(state["scaler"])
         if self.config.ema is not None:
             restore_average(found.folder, self.model, self.average.values, self.grid)
         if "plans" in state:  # older checkpoints have none

@@ -11,6 +11,7 @@ UNIT is what the task calls its samples, such as images.
         UNIT_per_second  trained, without evaluations         seconds               since the start, with everything
         drop_rate        (token, expert) pairs dropped for lack of capacity, a share
         load             per MoE layer, the share of its pairs that each expert got; sums to 1
+        loss_scale       what the loss is multiplied by in float16, with --fp16
         bad_UNIT         unreadable samples left out so far
     kind "test"      over all test samples:
         NUMBER           each number of the task (classification: accuracy, a share; loss, nats)

@@ -97,7 +97,7 @@ def test_a_run_scores_keeps_and_predicts_with_the_average(tiny: TrainConfig, mak
     assert not different(kept(student.model), trained)
     with outcome.average.in_place():
         assert not different(kept(found.model), kept(job.model))
-    options = EvalOptions(tiny.loading, tiny.eval_batch_size, bf16=tiny.bf16)
+    options = EvalOptions(tiny.loading, tiny.eval_batch_size, tiny.precision)
     again = evaluate(found.task, found.facts, found.model, job.splits.test, options)
     assert again.scores == outcome.evaluation.scores
     of_student = evaluate(found.task, found.facts, student.model, job.splits.test, options)
