@@ -17,6 +17,7 @@ from synchromesh.training.loader import Loading
 from synchromesh.training.optim import Optim
 from synchromesh.training.precision import Precision
 from synchromesh.training.task import Task
+from synchromesh.training.trackers import MLflow, TensorBoard, Tracking, Wandb
 from synchromesh.types import Plan
 
 
@@ -55,6 +56,8 @@ class Keep:
         checkpoint_steps: steps between further checkpoints; 0 for none.
         best: also keep the checkpoint of the best evaluation; off where the score is a test that must not choose.
         tensorboard: also write TensorBoard events.
+        wandb: also write to Weights & Biases.
+        mlflow: also write to MLflow.
         device: such as 'cpu' or 'cuda:1'; None takes the first GPU, or the CPU where there is none.
         ranks: processes to train with on this machine, where torchrun or SLURM started none.
     """
@@ -65,8 +68,16 @@ class Keep:
     checkpoint_steps: int = 0
     best: bool = True
     tensorboard: bool = False
+    wandb: Wandb | None = None
+    mlflow: MLflow | None = None
     device: str | None = None
     ranks: int = 1
+
+    @property
+    def trackings(self) -> tuple[Tracking, ...]:
+        """Where the numbers go besides metrics.jsonl."""
+        own = (TensorBoard() if self.tensorboard else None, self.wandb, self.mlflow)
+        return tuple(one for one in own if one is not None)
 
     def __post_init__(self) -> None:
         at_least("keep.", self, log_steps=1, evaluate_epochs=1, checkpoint_seconds=0.0, checkpoint_steps=0, ranks=1)

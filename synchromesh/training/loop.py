@@ -27,6 +27,7 @@ from synchromesh.training.checkpoint import (
     restore_optimizer,
     save_best,
 )
+from synchromesh.training.codec import encode
 from synchromesh.training.evaluate import EvalOptions, Evaluation, evaluate
 from synchromesh.training.job import Event, Job, Outcome, Standing
 from synchromesh.training.left_out import LeftOutFile
@@ -38,6 +39,7 @@ from synchromesh.training.precision import compile_blocks, quiet_compiler
 from synchromesh.training.saver import Saver
 from synchromesh.training.start import still
 from synchromesh.training.step import Counts, Trainee, own_numbers, train_step
+from synchromesh.training.trackers import Place
 from synchromesh.training.window import Window
 
 
@@ -90,12 +92,11 @@ class _Loop:
         self.left_out = LeftOutFile(job.folder, job.grid, lambda text: self._tell("note", text=text))
         self.saver, self._saving = Saver(job.checkpoints, job.grid.with_own_group()), False
         size = self._restore()
-        board = job.folder / "tensorboard" if job.config.keep.tensorboard else None
         self.metrics: MetricsWriter | None = None
         if job.grid.rank == 0:
-            self.metrics = MetricsWriter(
-                job.folder / METRICS_FILE, size=size, tensorboard=board, step=self.standing.step
-            )
+            place = Place(job.folder, encode(job.config), self.standing.step)
+            trackers = [tracking.open(place) for tracking in job.config.keep.trackings]
+            self.metrics = MetricsWriter(job.folder / METRICS_FILE, size=size, trackers=trackers)
         self._saved_at = self._clock = time.perf_counter()
 
     def __enter__(self) -> _Loop:
