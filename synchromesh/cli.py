@@ -22,7 +22,7 @@ examples:
   synchromesh train --config runs/quick/recipe.json --run runs/again      from a file, .json or .toml
   synchromesh train finetune_1k --data photos/ --start.weights runs/big --start.freeze moe
   synchromesh train --data instances_train.json --images photos/           the task is found from the data
-  synchromesh train demo --ema.decay 0.999 --optim.rule muon --patience 3 averaged weights, another optimizer, an early end
+  synchromesh train demo --ema.decay 0.999 --optim.rule muon              averaged weights, another optimizer
   synchromesh eval runs/demo
   synchromesh eval runs/photos --tta.flip                                 probabilities averaged over views
   synchromesh predict digit.png another.png --run runs/demo --json
