@@ -21,7 +21,7 @@ from synchromesh.training.average import Average, Averaging, Gates, gates_of
 from synchromesh.training.config import Parallelism, TrainConfig
 from synchromesh.training.evaluate import EvalOptions, evaluate
 from synchromesh.training.interrupt import StopWish
-from synchromesh.training.job import Job
+from synchromesh.training.job import Event, Job
 from synchromesh.training.loop import fit
 from synchromesh.training.run_folder import build_model, identity, load_trained
 from synchromesh.training.task import Splits
@@ -158,11 +158,28 @@ def plain(config: TrainConfig, parallelism: Parallelism) -> TrainConfig:
     )
 
 
-def on_ranks(config: TrainConfig, splits: Splits, folder: Path) -> dict[str, float]:
+def on_ranks(
+    config: TrainConfig, splits: Splits, folder: Path, stop_at: int = -1
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Train to the end, after a stop on the way where one is wanted; return scores, and this rank's averages."""
     grid, own = Grid.from_group(dist.group.WORLD), identity(config.task, config.model, splits.facts)
-    with seeds.torch_seeded(torch.device("cpu"), config.seed, seeds.INIT):
-        model = build_model(config.task, config.model, splits.facts)
-    return dict(fit(Job(config, model, splits, folder, own, StopWish(), str, grid)).evaluation.scores.numbers)
+
+    def job(stop: StopWish) -> Job:
+        with seeds.torch_seeded(torch.device("cpu"), config.seed, seeds.INIT):
+            model = build_model(config.task, config.model, splits.facts)
+
+        def tell(event: Event) -> None:
+            if event.step == stop_at:
+                stop.signal = signal.SIGTERM
+
+        return Job(config, model, splits, folder, own, stop, tell, grid)
+
+    if stop_at >= 0:
+        with pytest.raises(StoppedError):
+            fit(job(StopWish()))
+        stop_at = -1
+    found = fit(job(StopWish()))
+    return dict(found.evaluation.scores.numbers), {name: v.tolist() for name, v in found.average.values.items()}
 
 
 @pytest.mark.parametrize("gather", [0, 2])
@@ -172,10 +189,19 @@ def test_two_ranks_have_the_average_of_one_process_under_any_plan_and_any_number
     config = plain(tiny, Parallelism(adaptive=False, gather=gather))
     alone = fit(make_job(config, "alone"))
     job = make_job(config, "ranks")
-    scores = run_ranks(on_ranks, 2, config, job.splits, job.folder)
-    assert scores[0] == scores[1] == pytest.approx(dict(alone.evaluation.scores.numbers), rel=1e-4)
+    found = run_ranks(on_ranks, 2, config, job.splits, job.folder)
+    assert found[0][0] == found[1][0] == pytest.approx(dict(alone.evaluation.scores.numbers), rel=1e-4)
     one, two = (load_trained(tmp_path / name, CATALOG).model.state_dict() for name in ("alone", "ranks"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
     trained = load_trained(tmp_path / "ranks", CATALOG, student=True).model.state_dict()
     assert "backbone.stages.1.blocks.1.ffn.experts.up" in different(two, trained)
+
+
+def test_ranks_that_were_stopped_go_on_with_their_averages_bit_for_bit(tiny: TrainConfig, make_job: MakeJob) -> None:
+    config = plain(tiny, Parallelism(adaptive=False, gather=2))
+    whole, cut = (make_job(config, name) for name in ("whole", "cut"))
+    wanted = run_ranks(on_ranks, 2, config, whole.splits, whole.folder)
+    assert run_ranks(on_ranks, 2, config, cut.splits, cut.folder, 8) == wanted
+    up = "backbone.stages.1.blocks.1.ffn.experts.up"
+    assert wanted[0][1][up] != wanted[1][1][up]  # each rank has its own experts
