@@ -24,8 +24,10 @@ examples:
   synchromesh train --data photos/                a folder for each class, and nothing else
   synchromesh train --data 'shards-{000..009}.tar'                         or tar shards, parquet files, a list
   synchromesh train --data instances_train.json --images photos/           the task is found from the data
+  synchromesh train demo --ema.decay 0.999 --optim.rule muon              averaged weights, another optimizer
   synchromesh eval runs/demo
   synchromesh report runs/a runs/b                several runs on one page
+  synchromesh eval runs/photos --tta.flip                                 probabilities averaged over views
   synchromesh predict digit.png another.png --run runs/demo --json
   synchromesh plan --model swinv2_moe_b --cluster a100_hdr --world 8..2048
   synchromesh verify --world 4                    the same on your cluster: torchrun ... -m -- synchromesh verify

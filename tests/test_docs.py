@@ -22,7 +22,7 @@ def blocks(section: str, title: str) -> list[str]:
 
 
 def test_there_is_an_example_and_a_test_for_every_seam() -> None:
-    assert list(SECTIONS) == ["A task", "A backbone", "A router", "A strategy", "A kernel"]
+    assert list(SECTIONS) == ["A task", "A backbone", "A router", "A strategy", "A kernel", "An optimizer"]
     for section in SECTIONS:
         assert (len(blocks(section, "python")), len(blocks(section, "python test"))) == (1, 1)
 
@@ -49,6 +49,7 @@ WRONG = {
     "A backbone": ("F.pad(images, (0, -images.shape[3] % 8, 0, -images.shape[2] % 8))", "images", "AssertionError"),
     "A router": ("2 * x @ centres.T", "x @ centres.T", "relative RMS error"),
     "A strategy": ("torch.where(rowmap.rows >= 0, routing.expert_ids, -1)", "routing.expert_ids", "relative RMS error"),
+    "An optimizer": ("RAdam(groups,", "RAdam([p for group in groups for p in group['params']],", "AssertionError"),
     "A kernel": ("grad[kept])", "2 * grad[kept])", "gradient of x"),
 }
 

@@ -33,6 +33,7 @@ class Request:
         source: folder of a run, or of a checkpoint.
         file: to write, NAME.safetensors.
         best: the checkpoint of the best evaluation, instead of the last epoch's.
+        student: the weights as they were trained, where the run averaged them (--ema).
         from_swin: the source is NAME.pth, whose files .rank0, .master and so on the released Swin-MoE wrote.
         to_swin: write such files instead, FILE.rank0 and so on, for so many ranks.
     """
@@ -40,6 +41,7 @@ class Request:
     source: tyro.conf.Positional[Path]
     file: tyro.conf.Positional[Path]
     best: bool = False
+    student: bool = False
     from_swin: bool = False
     to_swin: int | None = None
 
@@ -76,7 +78,7 @@ def _to_safetensors(request: Request, context: Context) -> int:
 def _read(request: Request, context: Context) -> tuple[dict[str, Tensor], Path]:
     if request.from_swin:
         return read_swin(request.source), request.source
-    trained = load_trained(request.source, context.catalog(), best=request.best)
+    trained = load_trained(request.source, context.catalog(), best=request.best, student=request.student)
     return trained.model.state_dict(), trained.checkpoint
 
 
@@ -84,7 +86,7 @@ def _to_swin(request: Request, context: Context) -> int:
     assert request.to_swin is not None
     if request.from_swin or request.to_swin < 1:
         raise InputError("got --to-swin with --from-swin, or without ranks; wanted a run, and --to-swin 1 or more")
-    trained = load_trained(request.source, context.catalog(), best=request.best)
+    trained = load_trained(request.source, context.catalog(), best=request.best, student=request.student)
     try:
         files = save_swin(trained.model, request.file, ranks=request.to_swin)
     except ValueError as error:

@@ -24,10 +24,12 @@ from synchromesh.moe.layer import MoE, routing_options
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.training.config import Parallelism, TrainConfig
 from synchromesh.training.evaluate import EvalOptions, Evaluation, dead_experts, evaluate
+from synchromesh.training.folds import splits_of
 from synchromesh.training.loader import Loading
 from synchromesh.training.metrics import drop_rate, load_shares
 from synchromesh.training.run_folder import Trained, load_trained, read_config
 from synchromesh.training.task import Sheet, Split
+from synchromesh.training.views import ONCE, Views
 
 ABOUT = "Score a trained model on its own test data, or on a folder of yours, and show the load of its experts."
 
@@ -41,7 +43,9 @@ class Request:
         data: folder, or json file, to score on, instead of the run's own test data.
         images: folder of the pictures of a json file, where they do not lie beside it.
         best: the checkpoint of the best evaluation, instead of the last epoch's.
+        student: the weights as they were trained, where the run averaged them (--ema).
         on_bad_image: stop at an unreadable image, or skip it, count and name it.
+        tta: test-time augmentation: average the probabilities of several views of each image.
         json: print one JSON object.
         capacity: capacity factor of the experts, instead of that of training; 0 drops nothing.
         nproc: ranks to run on, on this machine.
@@ -52,7 +56,9 @@ class Request:
     data: Path | None = None
     images: Path | None = None
     best: bool = False
+    student: bool = False
     on_bad_image: Literal["stop", "skip"] = "stop"
+    tta: Views = ONCE
     json: bool = False
     capacity: float | None = None
     nproc: int = 1
@@ -74,13 +80,14 @@ def _score(request: Request, context: Context, grid: Grid) -> int:
         request.run,
         context.catalog(),
         best=request.best,
+        student=request.student,
         device=pick_device(),
         grid=grid,
         plan=request.parallelism.plan(),
     )
     split = _split(request, config, trained)
     loading = Loading(skip_bad_images=request.on_bad_image == "skip")
-    options = EvalOptions(loading, config.eval_batch_size, config.bf16)
+    options = EvalOptions(loading, config.eval_batch_size, config.precision, request.tta)
     with capacity_of(trained.model, request.capacity):
         found = evaluate(trained.task, trained.facts, trained.model, split, options, grid=grid)
     for text in found.bad:
@@ -121,7 +128,7 @@ def _split(request: Request, config: TrainConfig, trained: Trained) -> Split:
         return task.scored_on(request.data, trained.facts)
     if request.images is not None:
         raise InputError("--images says where the pictures of --data are: give --data too")
-    splits = config.task.splits(seed=config.seed)
+    splits = splits_of(config)
     changed = [name for name, fact in splits.facts.items() if trained.facts.get(name) != fact]
     if changed:
         raise InputError(f"the run's data has changed: other {', '.join(changed)} than in training; give --data")

@@ -36,6 +36,7 @@ from synchromesh.training.config import Parallelism
 from synchromesh.training.durable import write_atomically, write_json
 from synchromesh.training.run_folder import Trained, load_trained
 from synchromesh.training.task import Answer, Ask, Run, Task
+from synchromesh.training.views import ONCE, Views
 
 ABOUT = """\
 Say what a trained model sees in image files (JPEG, PNG, GIF, BMP, TIFF, WebP and all that Pillow reads; grey or colour,
@@ -65,7 +66,9 @@ class Request:
         top: most answers for each image; the task's usual number if not given.
         least: lowest probability of an answer; the task's usual one if not given.
         best: the checkpoint of the best evaluation, instead of the last epoch's.
+        student: the weights as they were trained, where the run averaged them (--ema).
         on_bad_image: stop at an unreadable image, or skip it and end with exit code 2.
+        tta: test-time augmentation: average the probabilities of several views of each image.
         json: print one JSON object a line.
         draw: folder for a picture of each answer, NAME.png, and its JSON, NAME.json, or NAME-2 where two images have
             one name; if not given, answers that are pictures, such as boxes, go into `predictions` inside the run.
@@ -84,7 +87,9 @@ class Request:
     top: int | None = None
     least: float | None = None
     best: bool = False
+    student: bool = False
     on_bad_image: Literal["stop", "skip"] = "stop"
+    tta: Views = ONCE
     json: bool = False
     draw: Path | None = None
     ids: Path | None = None
@@ -136,7 +141,9 @@ class Asked:
 def _answer(asked: Asked, context: Context, grid: Grid) -> int:
     request, images, catalog = asked.request, asked.files, context.catalog()
     plan = request.parallelism.plan()
-    trained = load_trained(asked.run, catalog, best=request.best, device=pick_device(), grid=grid, plan=plan)
+    trained = load_trained(
+        asked.run, catalog, best=request.best, student=request.student, device=pick_device(), grid=grid, plan=plan
+    )
     values = trained.task.values_folder
     names = _names(request, asked.run, images, pictures=trained.task.pictures_by_default(), values=values)
     results = _results_file(asked, trained, names, grid)
@@ -150,7 +157,7 @@ def _answer(asked: Asked, context: Context, grid: Grid) -> int:
         for problem in bad:
             context.errors.print(f"left out: {problem}", style="yellow", soft_wrap=True)
         with capacity_of(trained.model, request.capacity):
-            found = list(predict(trained, read, Ask(request.top, request.least), grid=grid))
+            found = list(predict(trained, read, Ask(request.top, request.least), grid=grid, views=request.tta))
         drawn += _draw(trained, read, found, names, grid)
         if results is not None:
             results.add(trained, found, grid)
@@ -186,9 +193,12 @@ def _results_file(asked: Asked, trained: Trained, names: Mapping[Path, Path], gr
     return ResultsFile(folder, numbers, layout=Objects(table=ids is None))
 
 
-def predict(trained: Trained, samples: Sequence[tuple[Path, Any]], ask: Ask, *, grid: Grid) -> Iterator[Predicted]:
+def predict(
+    trained: Trained, samples: Sequence[tuple[Path, Any]], ask: Ask, *, grid: Grid, views: Views = ONCE
+) -> Iterator[Predicted]:
     """Answer for this rank's samples, batch by batch; all ranks run the model equally often."""
     device, run = next(trained.model.parameters()).device, Run(trained.model, trained.model)
+    run = run if views.plain else trained.task.viewed(run, views)
     batches = largest(grid, [-(-len(samples) // BATCH_SIZE)], device)[0]
     for start in range(0, batches * BATCH_SIZE, BATCH_SIZE):
         part = samples[start : start + BATCH_SIZE]

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from synchromesh.training.loop import Event
+from synchromesh.training.job import Event
 from synchromesh.training.metrics import short_name
 from synchromesh.training.task import Number, Task
 

@@ -31,10 +31,12 @@ from synchromesh.training.catalog import Catalog
 from synchromesh.training.codec import encode
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.durable import write_json
+from synchromesh.training.folds import splits_of
 from synchromesh.training.gallery import draw_gallery
 from synchromesh.training.interrupt import StopWish, stop_on_signals
+from synchromesh.training.job import Job, Outcome
 from synchromesh.training.left_out import LEFT_OUT_FILE
-from synchromesh.training.loop import Job, Outcome, fit
+from synchromesh.training.loop import fit
 from synchromesh.training.plans import check_plan
 from synchromesh.training.report import summary_rows
 from synchromesh.training.run_folder import (
@@ -220,7 +222,7 @@ def train(
     Raises:
         InputError: settings, data or the folder cannot be used.
     """
-    splits, console, catalog = config.task.splits(seed=config.seed), context.console, context.catalog()
+    splits, console, catalog = splits_of(config), context.console, context.catalog()
     on_all(grid, lambda: _check(config, splits.facts, grid, catalog))
     if resume and on_first(grid, lambda: read_summary(folder)) is not None:
         on_first(grid, lambda: prepare_folder(folder, config, catalog, resume=True, job=job))
@@ -354,7 +356,8 @@ def _fit_stage(stage: Stage, run: _Run) -> Finished:
                 upgrade=catalog.upgrade_state,
             )
         )
-    pictures = draw_gallery(config.task, model, run.splits, outcome.evaluation, stage.folder, run.grid)
+    with outcome.average.in_place():
+        pictures = draw_gallery(config.task, model, run.splits, outcome.evaluation, stage.folder, run.grid)
     return Finished(outcome, size, pictures)
 
 

@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from synchromesh.moe.experts import Experts
 from synchromesh.parallel.state import Spread
 
-_BY_NORMS = frozenset({"LBFGS", "Adafactor", "Lamb", "LAMB", "Lars", "LARS"})
+_BY_NORMS = frozenset({"LBFGS", "Adafactor", "AdaFactor", "Lamb", "LAMB", "Lars", "LARS", "Muon"})
 
 
 def watch(experts: Experts) -> None:
@@ -40,7 +40,7 @@ class Watch:
         experts = self._experts()
         if experts is None or optimizer in self._known:
             return
-        _refuse_norms(optimizer, list(self._trained(optimizer).values()))
+        _refuse_norms(optimizer, list(self._trained(optimizer).values()), _spread_of(experts))
         self._known.add(optimizer)
         optimizer.register_state_dict_post_hook(self.show)
         optimizer.register_load_state_dict_pre_hook(self.take)
@@ -80,9 +80,14 @@ class Watch:
         return {place: parameter for place, parameter in enumerate(every) if id(parameter) in own}
 
 
-def _refuse_norms(optimizer: Optimizer, trained: list[nn.Parameter]) -> None:
+def _refuse_norms(optimizer: Optimizer, trained: list[nn.Parameter], spread: Spread) -> None:
     """Raise ValueError where an optimizer's step asks for norms or products of whole tensors, of which it has parts."""
     kinds = {kind.__name__ for kind in type(optimizer).__mro__}
+    if trained and getattr(optimizer, "needs_whole_experts", False) and spread.grid.size > spread.num_experts:
+        raise ValueError(
+            f"got {type(optimizer).__name__} to train {spread.num_experts} experts on {spread.grid.size} ranks, which "
+            "hold parts of an expert, wanted whole experts: take as many ranks as experts at most, or AdamW"
+        )
     if trained and kinds & _BY_NORMS:
         raise ValueError(
             f"got {type(optimizer).__name__} to train experts that are spread over ranks, whose step depends on norms "

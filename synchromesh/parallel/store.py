@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from torch.optim import Optimizer
 
 from synchromesh.moe.experts import Experts
 from synchromesh.parallel.comm.grid import Grid
+
+AVERAGE = "average"
 
 
 class StoreError(ValueError):
@@ -66,6 +68,23 @@ def optimizer_tensors(
     return kept
 
 
+def average_tensors(
+    model: nn.Module, values: Mapping[str, Tensor], grid: Grid, *, take: Callable[[Tensor], Tensor] = Tensor.detach
+) -> dict[str, Tensor]:
+    """Return averages of some of a model's parameters, by their names, as "average/<parameter>", laid out like them."""
+    experts, own = _parts_of_experts(model), dict(model.named_parameters())
+    return {
+        f"{AVERAGE}/{name}": _spread(take(value), grid) if id(own[name]) in experts else take(value)
+        for name, value in values.items()
+    }
+
+
+def averaged_names(folder: Path) -> frozenset[str]:
+    """Return the parameters whose average is stored. Raises StoreError."""
+    kinds = (key.partition("/") for key in stored_shapes(folder))
+    return frozenset(name for kind, slash, name in kinds if slash and kind == AVERAGE)
+
+
 def make_optimizer_state(model: nn.Module, optimizer: Optimizer, folder: Path, grid: Grid) -> None:
     """Give an optimizer room for the state that is stored for its parameters.
 
@@ -74,16 +93,20 @@ def make_optimizer_state(model: nn.Module, optimizer: Optimizer, folder: Path, g
     """
     own = dict(_named(model, optimizer))
     known = _of_all_ranks(list(own), grid)
-    for key, shape in stored_shapes(folder).items():
+    stored = stored_shapes(folder)
+    for key, shape in stored.items():
         kind, slash, name = key.partition("/")
-        if not slash:
+        if not slash or kind == AVERAGE:
             continue
         if name not in known:
             raise StoreError(f"{folder} holds {key!r}, which this run does not train")
         if name not in own:
             continue  # a module that another rank holds whole
         parameter = own[name]
-        fresh = torch.zeros_like(parameter) if len(shape) else torch.zeros((), device=parameter.device)
+        if shape == stored.get(name):  # state of each number; else it has a shape of its own, such as a mean of rows
+            fresh = torch.zeros_like(parameter)
+        else:
+            fresh = torch.zeros(shape, device=parameter.device, dtype=parameter.dtype if shape else torch.float32)
         optimizer.state[parameter][kind] = fresh.detach()
 
 

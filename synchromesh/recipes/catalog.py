@@ -50,6 +50,7 @@ from synchromesh.tasks.segmentation import Segmentation
 from synchromesh.tasks.simmim import SimMIM
 from synchromesh.tasks.upgrade import upgrade_recipe, upgrade_state
 from synchromesh.training.catalog import Catalog
+from synchromesh.training.rules import RULES, UpdateRule
 from synchromesh.training.task import Task
 
 RECIPES = MappingProxyType(
@@ -84,6 +85,7 @@ CATALOG = Catalog(
             Gate: (LinearGate, CosineGate),
             Capacity: (Dropless, FixedCapacity, FixedRows, NeededCapacity),
             Priority: (TokenOrder, BatchPrioritized),
+            UpdateRule: RULES,
             Loss: (LoadBalance, ImportanceLoad, ZLoss, OverRanks),
         }
     ),

@@ -24,6 +24,7 @@ from synchromesh.errors import at_least
 from synchromesh.models.features import BackboneConfig
 from synchromesh.models.heads.classifier import Classifier
 from synchromesh.tasks.label_confusion import Mistakes, class_sheet, confusion_panel
+from synchromesh.tasks.viewed import seen_whole
 from synchromesh.training.task import (
     Answer,
     Ask,
@@ -40,6 +41,7 @@ from synchromesh.training.task import (
     Task,
     Term,
 )
+from synchromesh.training.views import Views
 
 LABEL_SEEN = "accuracy"  # a term that is only watched
 NAMED_CLASSES = 3  # by a prediction, where nobody asks for another number
@@ -152,6 +154,9 @@ class Classification(Task):
         right = (logits.argmax(1) == batch.targets.argmax(1)).sum()
         return {"cross_entropy": Term(total), LABEL_SEEN: Term(right, weight=0.0)}
 
+    def viewed(self, run: Run, views: Views) -> Run:
+        return seen_whole(run, views)
+
     def scorer(self, facts: Facts) -> Scorer:
         return _Scorer(tuple(facts["classes"]))
 
@@ -217,6 +222,11 @@ class LabelledImages:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def labels(self) -> Int[Tensor, " N"]:
+        """Of all images."""
+        return self.images.labels
 
     def read(self, index: int, draw: Draw | None = None) -> tuple[Tensor, int]:
         crop = None if draw is None or self.crop is None else (self.crop, draw())

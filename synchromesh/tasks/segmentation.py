@@ -37,6 +37,7 @@ from synchromesh.tasks.pixels import (
     padded,
     sizes_beside,
 )
+from synchromesh.tasks.viewed import seen_by_pixels
 from synchromesh.training.task import (
     Answer,
     Ask,
@@ -53,6 +54,7 @@ from synchromesh.training.task import (
     Task,
     Term,
 )
+from synchromesh.training.views import Views
 
 WANTED = "a label map of each picture"
 CLASSES_AT_ONCE = 16  # whose logits are in memory at a picture's own size at a time
@@ -144,6 +146,9 @@ class Segmentation(Task):
         sums = run(batch.images, sizes_beside(batch.images, batch.sizes), batch.labels, ignore=UNKNOWN)
         weights = self.head.weights()
         return {name: Term(total, weights[name]) for name, total in sums.items()}
+
+    def viewed(self, run: Run, views: Views) -> Run:
+        return seen_by_pixels(run, views)
 
     def scorer(self, facts: Facts) -> Scorer:
         return _Scorer(self, tuple(facts["classes"]))

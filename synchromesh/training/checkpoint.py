@@ -3,6 +3,7 @@
 checkpoints/step-00000310/
     weights.safetensors     parameters and buffers
     optimizer.safetensors   "exp_avg/<parameter>", "exp_avg_sq/<parameter>", "step/<parameter>"
+    average.safetensors     "average/<parameter>", where weights are averaged (`average`)
     state.json              where the run stands, and what a prediction needs
     SHA256SUMS              of the others; `sha256sum -c SHA256SUMS` checks by hand
 
@@ -15,10 +16,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +30,8 @@ from synchromesh.errors import InputError
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.store import (
     StoreError,
+    average_tensors,
+    averaged_names,
     make_optimizer_state,
     model_tensors,
     optimizer_tensors,
@@ -63,20 +67,29 @@ class Snapshot:
         state: contents of state.json, with "step".
         weights: parameters and buffers by name, each rank's own part.
         optimizer: tensors of the optimizer's state by name, each rank's own part.
+        average: averages of parameters by name, each rank's own part; none where there are none.
     """
 
     state: dict[str, Any]
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    average: dict[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def of(
-        model: nn.Module, optimizer: Optimizer, state: dict[str, Any], grid: Grid = ALONE, *, copy: bool = False
+        model: nn.Module,
+        optimizer: Optimizer,
+        state: dict[str, Any],
+        grid: Grid = ALONE,
+        *,
+        average: Mapping[str, Tensor] = MappingProxyType({}),
+        copy: bool = False,
     ) -> Snapshot:
         """Return the state of this moment. Only with copy=True, which copies tensors to the CPU, may training go on."""
         take = _copied if copy else Tensor.detach
         weights, moments = model_tensors(model, grid, take=take), optimizer_tensors(model, optimizer, grid, take=take)
-        return Snapshot(deepcopy(state) if copy else state, weights, moments)
+        averages = average_tensors(model, average, grid, take=take)
+        return Snapshot(deepcopy(state) if copy else state, weights, moments, averages)
 
 
 def save_checkpoint(
@@ -100,6 +113,8 @@ def write_checkpoint(root: Path, snapshot: Snapshot, grid: Grid = ALONE) -> Path
     try:
         files = write_tensors(temporary, "weights", snapshot.weights, grid)
         files += write_tensors(temporary, "optimizer", snapshot.optimizer, grid)
+        if any(on_all(grid, lambda: bool(snapshot.average))):
+            files += write_tensors(temporary, "average", snapshot.average, grid)
     except StoreError as error:
         raise InputError(str(error)) from error
     sums = [line for lines in on_all(grid, lambda: _sums_of(files)) for line in lines]
@@ -188,6 +203,29 @@ def restore_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer, grid
         raise InputError(str(error)) from error
 
 
+def restore_average(folder: Path, model: nn.Module, values: Mapping[str, Tensor], grid: Grid = ALONE) -> None:
+    """Read a checkpoint's averages of parameters into these, by name, every rank its own part.
+
+    Raises:
+        InputError: it has averages of others, or none.
+    """
+    try:
+        read_tensors(folder, average_tensors(model, values, grid), grid)
+    except StoreError as error:
+        raise InputError(str(error)) from error
+
+
+def has_average(folder: Path) -> bool:
+    """Tell whether a checkpoint holds averages of weights."""
+    return any(folder.glob("average*.safetensors"))
+
+
+def restore_averaged(folder: Path, model: nn.Module, grid: Grid = ALONE) -> None:
+    """Put a checkpoint's averages in the place of the weights that they are of. Raises InputError."""
+    names = averaged_names(folder)
+    restore_average(folder, model, {n: p.detach() for n, p in model.named_parameters() if n in names}, grid)
+
+
 def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
@@ -204,7 +242,7 @@ def _sums_of(files: list[Path]) -> list[str]:
 
 
 def _finish(temporary: Path, folder: Path, state: dict[str, Any], sums: list[str]) -> None:
-    for pieces in (".weights", ".optimizer"):
+    for pieces in (".weights", ".optimizer", ".average"):
         shutil.rmtree(temporary / pieces, ignore_errors=True)
     # The checksums come last inside the folder, and the folder gets its name last: at every moment a complete
     # checkpoint is there, under its own name or under `.old`, from where `_folders` takes it back.

@@ -16,8 +16,9 @@ from synchromesh.parallel.comm.grid import Grid
 from synchromesh.training.agree import ALONE, loads_over_ranks, on_all, on_first
 from synchromesh.training.left_out import LeftOut
 from synchromesh.training.loader import Loading, Part, eval_batches
-from synchromesh.training.step import in_precision
+from synchromesh.training.precision import FULL, Precision, in_precision
 from synchromesh.training.task import Facts, Scores, Split, Task
+from synchromesh.training.views import ONCE, Views
 from synchromesh.types import LoadStats
 
 DEAD_SHARE = 0.1  # of an expert's fair part 1/E
@@ -59,12 +60,14 @@ class EvalOptions:
     Attributes:
         loading: how samples are read.
         batch_size: samples that go through the model at a time, over all ranks.
-        bf16: autocast.
+        precision: how the model is called.
+        views: how often each sample is looked at.
     """
 
     loading: Loading = field(default_factory=Loading)
     batch_size: int = 256
-    bf16: bool = False
+    precision: Precision = FULL
+    views: Views = ONCE
 
 
 @torch.no_grad()
@@ -83,14 +86,15 @@ def evaluate(
     On several ranks each scores its part of every batch, and all get the numbers of all samples.
 
     Raises:
-        InputError: a sample is unreadable and these options do not skip it.
+        InputError: a sample is unreadable and these options do not skip it, or the task knows no views.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     started = time.perf_counter()
     scorer, merits, left_out = task.scorer(facts), [], []
-    run, part = in_precision(model, model, device, bf16=options.bf16), Part(grid.rank, grid.size)
+    run, part = in_precision(model, model, device, options.precision), Part(grid.rank, grid.size)
+    run = run if options.views.plain else task.viewed(run, options.views)
     try:
         with record_load(model) as loads:
             for loaded in eval_batches(split, options.batch_size, loading=options.loading, part=part):

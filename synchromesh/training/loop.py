@@ -4,137 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from synchromesh import seeds
 from synchromesh.errors import InputError, NonFiniteError, StoppedError
 from synchromesh.moe.record import load_stats
-from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.parallelize import parallelize
-from synchromesh.training.agree import ALONE, counted, largest, loads_over_ranks, on_first
-from synchromesh.training.catalog import Upgrade
+from synchromesh.training.agree import counted, largest, loads_over_ranks, on_first
+from synchromesh.training.average import Average
 from synchromesh.training.checkpoint import (
     Snapshot,
     newest_checkpoint,
+    restore_average,
     restore_model,
     restore_optimizer,
     save_best,
 )
-from synchromesh.training.config import TrainConfig
+from synchromesh.training.codec import encode
 from synchromesh.training.evaluate import EvalOptions, Evaluation, evaluate
-from synchromesh.training.interrupt import StopWish
+from synchromesh.training.job import Event, Job, Outcome, Standing
 from synchromesh.training.left_out import LeftOutFile
-from synchromesh.training.loader import EpochPlace, Loaded, Part, steps_per_epoch, train_batches
+from synchromesh.training.loader import EpochPlace, Loaded, Part, train_batches
 from synchromesh.training.metrics import METRICS_FILE, MetricsWriter, drop_rate, load_shares
-from synchromesh.training.optim import build_optimizer, make_schedule
+from synchromesh.training.optim import build_optimizer, group_steps, make_schedule, set_group_steps
 from synchromesh.training.plans import Plans, expert_counts, strategies
+from synchromesh.training.precision import compile_blocks, quiet_compiler
 from synchromesh.training.saver import Saver
 from synchromesh.training.start import still
 from synchromesh.training.step import Counts, Trainee, own_numbers, train_step
-from synchromesh.training.task import Splits
+from synchromesh.training.trackers import Place
 from synchromesh.training.window import Window
-
-
-@dataclass(frozen=True)
-class Event:
-    """What the loop tells whoever watches.
-
-    Attributes:
-        kind: "step", "train" and "test" (a line of metrics), "saved", "note".
-        step: done so far.
-        total: in all.
-        line: numbers by name, as in metrics.jsonl.
-        text: a sentence for people.
-    """
-
-    kind: str
-    step: int
-    total: int
-    line: dict[str, Any] = field(default_factory=dict)
-    text: str = ""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What `fit` works on.
-
-    Attributes:
-        config: the run.
-        model: already on its device, with its first weights.
-        splits: to learn from and to score on.
-        folder: of the run; continued from where it stands.
-        identity: what a prediction needs besides the weights, stored with every checkpoint.
-        stop: read between steps.
-        tell: gets each `Event`, on the first rank.
-        grid: the ranks that train together.
-        upgrade: turns the state of a checkpoint of an older version into one of today.
-    """
-
-    config: TrainConfig
-    model: nn.Module
-    splits: Splits
-    folder: Path
-    identity: dict[str, Any]
-    stop: StopWish
-    tell: Callable[[Event], None]
-    grid: Grid = ALONE
-    upgrade: Upgrade = lambda state: state
-
-    @property
-    def epoch_steps(self) -> int:
-        return steps_per_epoch(self.splits.train, self.config.batch_size)
-
-    @property
-    def total(self) -> int:
-        """Optimizer steps in all."""
-        return self.epoch_steps * self.config.epochs
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-
-@dataclass
-class Standing:
-    """Where a run stands; the part of a checkpoint that is not tensors.
-
-    Attributes:
-        step: optimizer steps done.
-        seconds: of wall time so far, evaluations and checkpoints included.
-        step_seconds: of them, in steps.
-        samples: trained on so far.
-        bad: unreadable ones so far, in every epoch counted again.
-        evaluated: the step of the last evaluation, -1 before the first.
-        best: the headline number of the best evaluation, at best_step; None before the first.
-        best_step: -1 before the first.
-    """
-
-    step: int = 0
-    seconds: float = 0.0
-    step_seconds: float = 0.0
-    samples: int = 0
-    bad: int = 0
-    evaluated: int = -1
-    best: float | None = None
-    best_step: int = -1
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished run: its numbers, the evaluation of the last epoch's weights, and how often each layer ran a plan."""
-
-    standing: Standing
-    evaluation: Evaluation
-    plans: dict[str, dict[str, int]]
 
 
 def fit(job: Job) -> Outcome:
@@ -146,16 +52,16 @@ def fit(job: Job) -> Outcome:
         InputError: a sample is unreadable.
     """
     loop = _Loop(job)
-    with _deterministic_on_cpu(loop.device), loop:
+    with _deterministic_on_cpu(loop.device), quiet_compiler(), loop:
         while True:
             if loop.evaluation_due():
                 loop.evaluate()
-            if loop.standing.step == job.total:
+            if loop.standing.step == job.total or loop.gave_up():
                 break
             loop.train_epoch()
         loop.save()
         loop.finish_saving()
-    return Outcome(loop.standing, loop.last_evaluation or loop.score(), loop.plans.ran())
+    return Outcome(loop.standing, loop.last_evaluation or loop.score(), loop.plans.ran(), loop.average)
 
 
 class _Loop:
@@ -164,9 +70,15 @@ class _Loop:
     def __init__(self, job: Job) -> None:
         self.job, self.config, self.model, self.grid = job, job.config, job.model, job.grid
         self.device = next(job.model.parameters()).device
+        if job.config.channels_last:
+            job.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if job.config.compile:
+            compile_blocks(job.model)
+        scaler = job.config.precision.scaler(self.device)
         run = parallelize(job.model, job.grid, strategy=strategies(job.config.parallelism, job.grid))
         self.plans = Plans(job.model, job.grid, job.config.parallelism)
-        self.trainee, self.part = Trainee(job.model, run, job.grid), Part(job.grid.rank, job.grid.size)
+        self.trainee, self.part = Trainee(job.model, run, job.grid, scaler), Part(job.grid.rank, job.grid.size)
+        self.average = Average(job.model, job.config.ema)
         self.optimizer: Optimizer = build_optimizer(job.model, job.config.optim)
         self.schedule = make_schedule(
             job.config.optim,
@@ -180,12 +92,11 @@ class _Loop:
         self.left_out = LeftOutFile(job.folder, job.grid, lambda text: self._tell("note", text=text))
         self.saver, self._saving = Saver(job.checkpoints, job.grid.with_own_group()), False
         size = self._restore()
-        board = job.folder / "tensorboard" if job.config.keep.tensorboard else None
         self.metrics: MetricsWriter | None = None
         if job.grid.rank == 0:
-            self.metrics = MetricsWriter(
-                job.folder / METRICS_FILE, size=size, tensorboard=board, step=self.standing.step
-            )
+            place = Place(job.folder, encode(job.config), self.standing.step)
+            trackers = [tracking.open(place) for tracking in job.config.keep.trackings]
+            self.metrics = MetricsWriter(job.folder / METRICS_FILE, size=size, trackers=trackers)
         self._saved_at = self._clock = time.perf_counter()
 
     def __enter__(self) -> _Loop:
@@ -230,6 +141,7 @@ class _Loop:
                 self.trainee, self.optimizer, batch, self.config, step=now.step, rate=rate, counts=counts,
                 device=self.device,
             )  # fmt: skip
+            self.average.update(now.step)
             taken = time.perf_counter() - started
             self.window.add(numbers, loads_over_ranks(self.grid, load_stats(self.model)), taken)
             now.step_seconds += taken
@@ -245,6 +157,7 @@ class _Loop:
                 **self.window.line(self.config.task.unit),
                 "learning_rate": self.schedule(step - 1),
                 f"bad_{self.config.task.unit}": self.standing.bad,
+                **({"loss_scale": self.trainee.scaler.get_scale()} if self.config.fp16 else {}),
             }
             self._write("train", line)
             self.window = Window()
@@ -257,6 +170,10 @@ class _Loop:
         step, every = self.standing.step, self.config.keep.evaluate_epochs * self.job.epoch_steps
         return self.standing.evaluated < step and (step == self.job.total or step % every == 0) and step > 0
 
+    def gave_up(self) -> bool:
+        """Whether the last evaluations were none the better, as many as the run has patience for."""
+        return 0 < self.config.patience <= self.standing.stale
+
     def evaluate(self) -> None:
         """Score the test samples, write the line, save, and keep the best."""
         self.last_evaluation = found = self.score()
@@ -264,20 +181,24 @@ class _Loop:
         now.evaluated = now.step
         headline = found.scores.numbers[task.numbers[0].name]
         better = task.numbers[0].better(headline, now.best)
+        now.stale = 0 if better else now.stale + 1
         if better:
             now.best, now.best_step = headline, now.step
         self._tick()
         line = {**found.scores.numbers, f"{task.unit}_per_second": found.samples / found.seconds}
         self._write("test", {**line, "drop_rate": drop_rate(found.loads), "load": load_shares(found.loads)})
         self.save(best=better and self.config.keep.best)
+        if self.gave_up():
+            self._tell("note", text=f"ends early: {now.stale} evaluations without a better {task.numbers[0].title}")
 
     def score(self) -> Evaluation:
-        """Evaluate the weights as they are; a stop wish is heeded between two batches."""
+        """Evaluate the weights as they are, or their average; a stop wish is heeded between two batches."""
         config, splits = self.config, self.job.splits
-        options = EvalOptions(config.loading, config.eval_batch_size, config.bf16)
-        found = evaluate(
-            config.task, splits.facts, self.model, splits.test, options, between=self._heed_stop, grid=self.grid
-        )
+        options = EvalOptions(config.loading, config.eval_batch_size, config.precision)
+        with self.average.in_place():
+            found = evaluate(
+                config.task, splits.facts, self.model, splits.test, options, between=self._heed_stop, grid=self.grid
+            )
         self.left_out.add(found.left_out, of=len(found.left_out))
         return found
 
@@ -296,12 +217,16 @@ class _Loop:
             "metrics_bytes": 0 if self.metrics is None else self.metrics.sync(),
             "grid": {"ranks": self.grid.size, "ranks_per_node": self.grid.ranks_per_node},
             "experts": expert_counts(self.model),
+            "group_steps": group_steps(self.optimizer),
+            "scaler": self.trainee.scaler.state_dict(),
             "plans": self.plans.state(),
             "versions": {"synchromesh": version("synchromesh"), "torch": torch.__version__},
             **self.job.identity,
         }
         own_group = self.saver.grid  # the thread's collectives must not mix with those of training
-        snapshot = Snapshot.of(self.model, self.optimizer, state, own_group, copy=True)
+        with self.average.out_of_place():  # an evaluation that is asked to stop saves too
+            average = self.average.values
+            snapshot = Snapshot.of(self.model, self.optimizer, state, own_group, average=average, copy=True)
 
         def then(folder: Path) -> None:
             if best:
@@ -331,6 +256,11 @@ class _Loop:
             )
         restore_model(found.folder, self.model, self.grid)
         restore_optimizer(found.folder, self.model, self.optimizer, self.grid)
+        set_group_steps(self.optimizer, state.get("group_steps", []))
+        if state.get("scaler"):
+            self.trainee.scaler.load_state_dict(state["scaler"])
+        if self.config.ema is not None:
+            restore_average(found.folder, self.model, self.average.values, self.grid)
         if "plans" in state:  # older checkpoints have none
             self.plans.restore(state["plans"])
         self.standing = Standing(**state["standing"])

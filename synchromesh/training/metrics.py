@@ -11,6 +11,7 @@ UNIT is what the task calls its samples, such as images.
         UNIT_per_second  trained, without evaluations         seconds               since the start, with everything
         drop_rate        (token, expert) pairs dropped for lack of capacity, a share
         load             per MoE layer, the share of its pairs that each expert got; sums to 1
+        loss_scale       what the loss is multiplied by in float16, with --fp16
         bad_UNIT         unreadable samples left out so far
     kind "test"      over all test samples:
         NUMBER           each number of the task (classification: accuracy, a share; loss, nats)
@@ -23,10 +24,12 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from synchromesh.errors import InputError
+from synchromesh.training.trackers import Tracker, flat
 from synchromesh.types import LoadStats
 
 METRICS_FILE = "metrics.jsonl"
@@ -38,26 +41,24 @@ class MetricsWriter:
     Args:
         path: the file.
         size: bytes to keep of what is there.
-        tensorboard: folder for TensorBoard events; None for none.
-        step: TensorBoard events from this step on, of an earlier run, are hidden.
+        trackers: get every line too.
     """
 
-    def __init__(self, path: Path, *, size: int = 0, tensorboard: Path | None = None, step: int = 0) -> None:
+    def __init__(self, path: Path, *, size: int = 0, trackers: Sequence[Tracker] = ()) -> None:
         self._file = path.open("ab")
         if self._file.tell() < size:
             self._file.close()
             raise InputError(f"{path} is shorter than its checkpoint says: it was changed since; start a new run")
         self._file.truncate(size)
         self._file.seek(size)
-        self._board = None if tensorboard is None else _board(tensorboard, step)
+        self._trackers = trackers
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line, NaN as null."""
         self._file.write(json.dumps(_finite(line), allow_nan=False).encode() + b"\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in _scalars(line):
-                self._board.add_scalar(f"{line['kind']}/{name}", value, line["step"])
+        for tracker in self._trackers:
+            tracker.write(flat(_finite(line)), line["step"])
 
     def sync(self) -> int:
         """Flush to the disk and return the length in bytes."""
@@ -67,8 +68,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -114,18 +115,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _scalars(line: dict[str, Any]) -> list[tuple[str, float]]:
-    flat = [(k, float(v)) for k, v in line.items() if isinstance(v, (int, float)) and k != "step"]
-    for layer, shares in line.get("load", {}).items():
-        flat += [(f"load/{layer}/expert_{i}", share) for i, share in enumerate(shares)]
-    return flat
-
-
-def _board(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # an extra
-    except ImportError as error:
-        raise InputError("--tensorboard needs the package tensorboard: pip install 'synchromesh[report]'") from error
-    return SummaryWriter(str(folder), purge_step=step)

@@ -1,14 +1,17 @@
-"""AdamW with the paper's parameter groups, and its learning rate: a linear warm-up, then half a cosine, or steps."""
+"""An optimizer with the paper's parameter groups, and its learning rate: a linear warm-up, then a cosine, or steps."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from synchromesh.errors import at_least
+from synchromesh.training.rules import Adam, AdamW, UpdateRule
+from synchromesh.training.traits import traits
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Optim:
         clip_norm: largest norm of the whole gradient; 0 turns clipping off.
         layer_decay: factor on the learning rate from each layer to the one below it; the head's rate is lr. 1 for the
             same rate everywhere.
+        rule: how gradients become steps.
         drops: epochs after which the rate falls to a tenth, instead of along a cosine to `final_lr`; none for the
             cosine.
     """
@@ -42,6 +46,7 @@ class Optim:
     clip_norm: float = 3.0
     layer_decay: float = 1.0
     drops: tuple[float, ...] = ()
+    rule: UpdateRule = field(default_factory=AdamW)
 
     def __post_init__(self) -> None:
         at_least("optim.", self, lr=0.0, warmup_lr=0.0, final_lr=0.0, lr_batch=1, warmup_epochs=0.0)
@@ -106,75 +111,65 @@ def make_schedule(optim: Optim, *, batch_size: int, steps_per_epoch: int, epochs
     )
 
 
-@dataclass(frozen=True)
-class Trait:
-    """How an optimizer treats a parameter.
-
-    Attributes:
-        decays: whether it has weight decay.
-        depth: of its layer, counted from the input; None for what stands behind all layers, such as a head.
-    """
-
-    decays: bool
-    depth: int | None
-
-
-def traits(model: nn.Module) -> dict[str, Trait]:
-    """Return how each parameter is to be treated, by name, as the modules around it say.
-
-    Parameters of two dims and more have weight decay, except biases (an expert's bias has two dims) and the parameters
-    and children that a module names in its `undecayed`. A module's `layer_depth` holds for all modules inside it that
-    have none of their own.
-    """
-    found: dict[str, Trait] = {}
-
-    def visit(module: nn.Module, prefix: str, decays: bool, depth: int | None) -> None:
-        depth = getattr(module, "layer_depth", depth)
-        undecayed = getattr(module, "undecayed", frozenset())
-        for name, parameter in module.named_parameters(recurse=False):
-            plain = parameter.ndim < 2 or name.endswith("bias") or name in undecayed
-            found.setdefault(prefix + name, Trait(decays and not plain, depth))
-        for name, child in module.named_children():
-            visit(child, f"{prefix}{name}.", decays and name not in undecayed, depth)
-
-    visit(model, "", True, None)
-    return found
-
-
-def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, object]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0, *, orthogonal: Collection[str] = ()
+) -> list[dict[str, object]]:
     """Return optimizer groups of the trainable parameters: with weight decay, without, and so for each rate.
 
+    Parameters named in `orthogonal` have groups of their own, which say so.
     `rate_scale` is the factor on a group's rate: layer_decay to the power of the layers between it and the head.
     """
     known = traits(model)
     last = 1 + max((trait.depth for trait in known.values() if trait.depth is not None), default=0)
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = {(0, True): [], (0, False): []}
+    groups: dict[tuple[int, bool, bool], list[nn.Parameter]] = {(0, True, False): [], (0, False, False): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             trait = known[name]
             # Layers between this one and the head; one group for all of them where the rate does not change.
             above = last - (last if trait.depth is None else trait.depth) if layer_decay < 1 else 0
-            groups.setdefault((above, trait.decays), []).append(parameter)
+            groups.setdefault((above, trait.decays, name in orthogonal), []).append(parameter)
     return [
-        {"params": own, "weight_decay": weight_decay if decays else 0.0, "rate_scale": layer_decay**above}
-        for (above, decays), own in groups.items()
+        {
+            "params": own,
+            "weight_decay": weight_decay if decays else 0.0,
+            "rate_scale": layer_decay**above,
+            **({"orthogonal": True} if apart else {}),
+        }
+        for (above, decays, apart), own in groups.items()
     ]
 
 
-def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    """Return AdamW over `parameter_groups`; the learning rate is set before each step.
+def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+    """Return the rule's optimizer over `parameter_groups`; the learning rate is set before each step.
 
     Raises:
-        ValueError: nothing in the model can be trained.
+        ValueError: nothing in the model can be trained, or nothing as the rule would.
+        InputError: the rule needs a package that is not there.
     """
-    found = parameter_groups(model, optim.weight_decay, optim.layer_decay)
+    orthogonal = optim.rule.orthogonal(model)
+    found = parameter_groups(model, optim.weight_decay, optim.layer_decay, orthogonal=orthogonal)
     groups = [group for group in found if group["params"]]
     if not groups:
         raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: unfreeze some of it")
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    optimizer = optim.rule.build(groups, Adam(optim.betas, optim.eps))
+    for group in optimizer.param_groups:
+        group["lr"] = optim.lr
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every group its learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("rate_scale", 1.0)
+
+
+def group_steps(optimizer: torch.optim.Optimizer) -> list[int]:
+    """Return the steps that groups have counted; optimizers that count them for each parameter have none."""
+    return [group["step"] for group in optimizer.param_groups if "step" in group]
+
+
+def set_group_steps(optimizer: torch.optim.Optimizer, steps: list[int]) -> None:
+    """Let groups go on counting from here."""
+    if steps:
+        for group, step in zip(optimizer.param_groups, steps, strict=True):
+            group["step"] = step

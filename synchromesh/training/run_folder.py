@@ -28,7 +28,15 @@ from synchromesh.parallel.parallelize import distribute
 from synchromesh.parallel.sharded import Sharded
 from synchromesh.training.agree import ALONE, on_first
 from synchromesh.training.catalog import Catalog
-from synchromesh.training.checkpoint import Checkpoint, best_folder, newest_checkpoint, read_checkpoint, restore_model
+from synchromesh.training.checkpoint import (
+    Checkpoint,
+    best_folder,
+    has_average,
+    newest_checkpoint,
+    read_checkpoint,
+    restore_averaged,
+    restore_model,
+)
 from synchromesh.training.codec import differences, encode
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.durable import write_atomically, write_json
@@ -153,12 +161,14 @@ def load_trained(
     catalog: Catalog,
     *,
     best: bool = False,
+    student: bool = False,
     device: torch.device | None = None,
     grid: Grid = ALONE,
     plan: Plan | None = None,
 ) -> Trained:
     """Load the model of a run folder (its last epoch, or its best one) or of a checkpoint folder.
 
+    Where weights were averaged it has the average, or with `student` the weights that were trained.
     On several ranks each reads its own part of the experts, which then run by the given plan.
 
     Raises:
@@ -174,6 +184,8 @@ def load_trained(
     check_plan(model, plan, grid)
     distribute(model, grid, strategy=lambda: Sharded(grid, plan=plan))
     restore_model(found.folder, model, grid)
+    if not student and has_average(found.folder):
+        restore_averaged(found.folder, model, grid)
     return Trained(model.to(device).eval(), task, state["facts"], found.folder)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from synchromesh import seeds
@@ -24,7 +24,8 @@ from synchromesh.training.config import TrainConfig
 from synchromesh.training.diagnose import first_non_finite
 from synchromesh.training.loader import Part
 from synchromesh.training.optim import set_learning_rate
-from synchromesh.training.task import Batch, Run, Term
+from synchromesh.training.precision import in_precision
+from synchromesh.training.task import Batch, Term
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class StepNumbers:
         sums: of each term, without its weight.
         counts: what each of them is divided by.
         watched: names of the terms that are no part of the loss.
-        gradient_norm: before clipping.
+        gradient_norm: before clipping; not finite where a scaled loss was too large, and no step was taken.
         samples: over all ranks.
     """
 
@@ -73,21 +74,13 @@ class Trainee:
         model: with the names of its parameters.
         run: the same, as it is called: wrapped where gradients are averaged.
         grid: the ranks.
+        scaler: of the loss in float16; it knows nothing of the model.
     """
 
     model: nn.Module
     run: nn.Module
     grid: Grid = ALONE
-
-
-def in_precision(model: nn.Module, wrapped: nn.Module, device: torch.device, *, bf16: bool) -> Run:
-    """Return a model as it is to be called: wrapped, and under autocast where bf16 is wanted."""
-
-    def run(*inputs: Any, **named: Any) -> Any:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            return wrapped(*inputs, **named)
-
-    return Run(model, run)
+    scaler: GradScaler = field(default_factory=lambda: GradScaler("cpu", enabled=False))
 
 
 def train_step(
@@ -111,7 +104,7 @@ def train_step(
         NonFiniteError: the loss or the gradient is NaN or infinite on any rank; all models are as before the step.
     """
     optimizer.zero_grad(set_to_none=True)
-    grid, model = trainee.grid, trainee.model
+    grid, model, scaler = trainee.grid, trainee.model, trainee.scaler
     parts = _Parts(trainee, batch, config, step, counts, device)
     names = list(counts.terms)
     # All that is reported of the step in one tensor, for one all-reduce at its end.
@@ -121,20 +114,25 @@ def train_step(
         last = part == config.accumulate - 1  # gradients are averaged over ranks once, in the last backward
         with parts.at(part), nullcontext() if last else accumulating(trainee.run):
             found = parts.loss(part)
-            found.loss.backward()
+            scaler.scale(found.loss).backward()
         # The loss is multiplied by the ranks, because DDP takes the mean of gradients; reported is the sum.
         means = [found.task / grid.size, found.aux / grid.size]
         if found.terms:
             totals[2:] += torch.stack([found.terms[name].total.detach().double() for name in names])
         totals[:2] += torch.stack([value.detach().double() for value in means])
         watched |= {name for name, term in found.terms.items() if term.weight == 0}
+    scaler.unscale_(optimizer)
     norm = clip_grad_norm(model, grid, config.optim.clip_norm or math.inf)
     task, aux, *sums, norm_value = [*summed(grid, totals).tolist(), float(norm)]
-    if not math.isfinite(task + aux + norm_value):  # the same on all ranks, so that all raise
+    # The same on all ranks, so that all raise. A scaled gradient that overflows is met with a smaller scale.
+    overflows = scaler.is_enabled() and not math.isfinite(norm_value) and scaler.get_scale() > 1
+    if not math.isfinite(task + aux + (0.0 if overflows else norm_value)):
         optimizer.zero_grad(set_to_none=True)
         raise parts.diagnosed(loss_is_finite=math.isfinite(task + aux))
     set_learning_rate(optimizer, rate)
-    optimizer.step()
+    if not overflows:
+        scaler.step(optimizer)
+    scaler.update()
     update_balance(model)
     config.task.after_step(model)
     own = dict(zip(names, sums, strict=True))
@@ -178,7 +176,7 @@ class _Parts:
         if len(batch) == 0 and grid.size == 1:  # a batch short of samples has parts without any
             zero = torch.zeros((), device=self.device)
             return _Found(zero.clone().requires_grad_(), zero, {})
-        run = in_precision(self.trainee.model, self.trainee.run, self.device, bf16=self.config.bf16)
+        run = in_precision(self.trainee.model, self.trainee.run, self.device, self.config.precision)
         terms, own = task.loss(run, batch), task.counts(batch)
         if terms.keys() != self.counts.terms.keys():
             raise ValueError(

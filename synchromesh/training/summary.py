@@ -15,7 +15,7 @@ from synchromesh.moe.layer import MoE
 from synchromesh.training.codec import encode
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.evaluate import dead_experts
-from synchromesh.training.loop import Outcome
+from synchromesh.training.job import Outcome
 from synchromesh.training.metrics import drop_rate, load_shares
 from synchromesh.training.task import Task
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from synchromesh.errors import InputError
 from synchromesh.models.features import BackboneConfig
+from synchromesh.training.views import Views
 
 Facts = Mapping[str, Any]
 """What a prediction must know of the data, such as the names of its classes: plain JSON values."""
@@ -343,6 +344,10 @@ class Task(ABC):
     def scored_on(self, folder: Path, facts: Facts) -> Split:
         """Return the samples of a folder that a model trained on such data can be scored on. Raises InputError."""
         raise self._without("is not scored on a folder", "scored_on")
+
+    def viewed(self, run: Run, views: Views) -> Run:
+        """Return a model that looks at each sample in all views (test-time augmentation). Raises InputError."""
+        raise self._without("has no answers that could be averaged over views (--tta)", "viewed")
 
     def open(self, path: Path) -> Any:
         """Read a file as a sample without an answer. Raises InputError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ class Window:
         sums: per name of `_SUMS`.
         terms: by term of the loss, the sum over steps of its mean in each step.
         watched: by name, [sum, count] of a term that is no part of the loss.
-        gradient_norm: of the last step.
+        gradient_norm: of the last step that was taken.
         loads: per layer.
     """
 
@@ -44,7 +45,8 @@ class Window:
                 self.watched[name] = [total + own, count + numbers.counts[name]]
             else:
                 self.terms[name] = self.terms.get(name, 0.0) + own / max(1, numbers.counts[name])
-        self.gradient_norm = numbers.gradient_norm
+        if math.isfinite(numbers.gradient_norm):
+            self.gradient_norm = numbers.gradient_norm
         for name, load in loads.items():
             tokens, dropped = load.tokens_per_expert, load.dropped
             if name in self.loads:

@@ -30,7 +30,7 @@ def test_released_files_become_weights_that_training_starts_from(tmp_path):
 def test_a_run_becomes_released_files(tmp_path, monkeypatch, capsys):
     model = swin_v2_moe_demo()
     trained = Trained(model, Classification(), {"classes": ["a"]}, tmp_path / "step-1")
-    monkeypatch.setattr(convert, "load_trained", lambda run, catalog, best: trained)
+    monkeypatch.setattr(convert, "load_trained", lambda run, catalog, best, student: trained)
     assert cli.main(["convert", "run", str(tmp_path / "demo.pth"), "--to-swin", "2"]) == 0
     assert "and 2 more" in capsys.readouterr().out
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in read_swin(tmp_path / "demo.pth").items())

@@ -5,7 +5,7 @@ from rich.console import Console
 
 from synchromesh.commands.progress import RunProgress, load_bar
 from synchromesh.tasks.classification import Classification
-from synchromesh.training.loop import Event
+from synchromesh.training.job import Event
 
 LINE = {
     "epoch": 1.0, "loss": 0.5, "accuracy": 0.75, "images_per_second": 900.0, "drop_rate": 0.02, "learning_rate": 1e-3,

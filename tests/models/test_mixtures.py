@@ -16,7 +16,8 @@ from synchromesh.recipes.digits import digits
 from synchromesh.training.codec import encode
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.interrupt import StopWish
-from synchromesh.training.loop import Job, fit
+from synchromesh.training.job import Job
+from synchromesh.training.loop import fit
 from synchromesh.training.metrics import read_metrics
 from synchromesh.training.run_folder import build_model
 from synchromesh.training.task import Splits

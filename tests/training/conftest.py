@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+from synchromesh import seeds
 from synchromesh.data.augment import Affine, Augment
 from synchromesh.data.images import Preprocess
 from synchromesh.data.mixing import Mixing
@@ -17,9 +19,14 @@ from synchromesh.moe.losses import LoadBalance, OverRanks
 from synchromesh.tasks.classification import Classification, Data
 from synchromesh.training.codec import encode
 from synchromesh.training.config import Keep, TrainConfig
+from synchromesh.training.interrupt import StopWish
+from synchromesh.training.job import Event, Job
 from synchromesh.training.loader import Loading
 from synchromesh.training.optim import Optim
-from synchromesh.training.task import Bars, Curves, Matrix, Sheet
+from synchromesh.training.run_folder import build_model, identity
+from synchromesh.training.task import Bars, Curves, Matrix, Sheet, Splits
+
+MakeJob = Callable[..., Job]
 
 LAYER = "backbone.stages.1.blocks.1.ffn"
 PANELS = (
@@ -120,3 +127,22 @@ def tiny() -> TrainConfig:
         loading=Loading(workers=1),
         keep=Keep(log_steps=3, checkpoint_seconds=1e9),
     )
+
+
+@pytest.fixture
+def make_job(splits: Splits, tmp_path: Path) -> MakeJob:
+    """Make the job of a configuration in a folder of this name; it crashes when that many steps are done."""
+
+    def make(config: TrainConfig, name: str, *, crash_at: int = -1, **others: Any) -> Job:
+        with seeds.torch_seeded(torch.device("cpu"), config.seed, seeds.INIT):
+            model = build_model(config.task, config.model, splits.facts)
+        (tmp_path / name).mkdir(exist_ok=True)
+
+        def tell(event: Event) -> None:
+            if event.kind == "step" and event.step == crash_at:
+                raise RuntimeError("crashed")  # stands for a kill: nothing of the loop runs after it
+
+        own = identity(config.task, config.model, splits.facts)
+        return Job(config, model, others.pop("splits", splits), tmp_path / name, own, StopWish(), tell, **others)
+
+    return make

@@ -14,7 +14,8 @@ from synchromesh.errors import InputError, NonFiniteError, StoppedError, Unreada
 from synchromesh.tasks.classification import LabelledImages
 from synchromesh.training.config import Freeze, Start, TrainConfig
 from synchromesh.training.interrupt import StopWish
-from synchromesh.training.loop import Event, Job, Outcome, fit
+from synchromesh.training.job import Event, Job, Outcome
+from synchromesh.training.loop import fit
 from synchromesh.training.metrics import read_metrics
 from synchromesh.training.run_folder import build_model
 from synchromesh.training.start import freeze
@@ -246,3 +247,23 @@ def test_unreadable_test_samples_are_listed_too(tiny: TrainConfig, splits: Split
     assert outcome.evaluation.bad == (f"cannot read the image {tmp_path / '3.png'}: no picture",)
     (line,) = (tmp_path / "run" / "left_out.jsonl").read_text().splitlines()
     assert json.loads(line) == {"path": str(tmp_path / "3.png"), "reason": "no picture"}
+
+
+def test_a_run_ends_early_after_evaluations_that_are_none_the_better_and_a_resumed_one_too(
+    tiny: TrainConfig, splits: Splits, tmp_path: Path
+) -> None:
+    still = dataclasses.replace(
+        tiny, epochs=6, patience=2, optim=dataclasses.replace(tiny.optim, lr=0.0, warmup_lr=0.0)
+    )
+    still = dataclasses.replace(still, optim=dataclasses.replace(still.optim, final_lr=0.0))
+    _, outcome = run(still, splits, tmp_path / "whole")
+    assert (outcome.standing.step, outcome.standing.best_step, outcome.standing.stale) == (18, 6, 2)
+    with pytest.raises(CrashError):
+        run(still, splits, tmp_path / "cut", crash_at=16)
+    run(still, splits, tmp_path / "cut")
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    _, again = run(still, splits, tmp_path / "cut")  # finished: nothing is done
+    assert again.standing == dataclasses.replace(
+        outcome.standing, seconds=again.standing.seconds, step_seconds=again.standing.step_seconds
+    )
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
