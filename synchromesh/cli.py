@@ -56,6 +56,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "verify": Command("verify", "", "prove on these ranks that every parallel plan computes the same"),
         "profile": Command("profile", "FILE", "measure this cluster: links, products, memory"),
         "plan": Command("plan", "", "what a model costs on a cluster, and how it should run there"),
+        "models": Command("models", "", "every architecture by name, with what it costs; `models show NAME`"),
         "plans": Command("plans", "RUN ...", "what the layers of a run found out about their plans"),
     }
 )
