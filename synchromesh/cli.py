@@ -57,6 +57,8 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "profile": Command("profile", "FILE", "measure this cluster: links, products, memory"),
         "plan": Command("plan", "", "what a model costs on a cluster, and how it should run there"),
         "models": Command("models", "", "every architecture by name, with what it costs; `models show NAME`"),
+        "push": Command("push", "RUN TARGET", "a trained model in the hub's format: a folder, or hf://OWNER/NAME"),
+        "pull": Command("pull", "SOURCE RUN", "a run folder of such a model"),
         "plans": Command("plans", "RUN ...", "what the layers of a run found out about their plans"),
     }
 )

@@ -11,7 +11,6 @@ from synchromesh.models.published import PUBLISHED
 from synchromesh.recipes.catalog import RECIPES
 from synchromesh.testing.programs import run_program
 
-
 BOTH = "from synchromesh.cli import main; main(['models']); print('---'); main(['models', '--json'])"
 
 
