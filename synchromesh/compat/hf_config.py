@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from synchromesh.errors import parsed_json
 from synchromesh.planning.planner import LayerKind, ModelShape
 from synchromesh.types import Workload
 
@@ -34,15 +34,15 @@ def read_hf_config(path: Path, *, length: int, dtype: torch.dtype = torch.bfloat
     """
     file = path / "config.json" if path.is_dir() else path
     try:
-        found = json.loads(file.read_text())
+        found = parsed_json(file.read_bytes(), file)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {file}: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds no configuration")
     try:
         return _shape(found.get("text_config", found), file, length, dtype)
-    except TypeError as error:
-        raise ValueError(f"{file} holds a field that is no number: {error}") from error
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{file} holds a field that is no number, or one that cannot be: {error}") from error
 
 
 def _shape(config: dict[str, Any], file: Path, length: int, dtype: torch.dtype) -> ModelShape:

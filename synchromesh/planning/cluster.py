@@ -12,6 +12,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from synchromesh.errors import InputError, parsed_json
+
 SUFFIX = ".json"
 
 
@@ -130,7 +132,7 @@ class ClusterProfile:
     def from_json(text: str) -> ClusterProfile:
         """Read what `to_json` wrote. Raises ValueError that names what is missing, unknown or no number."""
         try:
-            found = json.loads(text)
+            found = parsed_json(text, "the profile of a cluster")
             _same_fields(found, ClusterProfile)
             for name in ("node", "network"):
                 link = found[name]
@@ -146,7 +148,7 @@ class ClusterProfile:
                 _positive(name, found[name])
             if found["backend"] not in ("gloo", "nccl"):
                 raise ValueError(f"backend is {found['backend']!r}, wanted 'gloo' or 'nccl'")
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"this is not the profile of a cluster: {error!r}") from error
         return ClusterProfile(**found)
 
@@ -177,7 +179,10 @@ def load_profile(name: str | Path) -> ClusterProfile:
         raise ValueError(
             f"there is no cluster {str(name)!r}: wanted a file of `synchromesh profile`, or one of {known}"
         )
-    return ClusterProfile.from_json(Path(name).read_text())
+    try:
+        return ClusterProfile.from_json(Path(name).read_text())
+    except (ValueError, OSError) as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def _same_fields(found: Any, kind: type) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from synchromesh.errors import parsed_json
 from synchromesh.planning.lattice import Ranks
 from synchromesh.planning.tuner import Entry, Trial, Tuner
 from synchromesh.types import Plan, Workload
@@ -44,7 +45,7 @@ class Dictionary:
     def from_json(text: str) -> Dictionary:
         """Read what `to_json` wrote. Raises ValueError where it is something else."""
         try:
-            found = json.loads(text)
+            found = parsed_json(text, "the file of plans")
             if found["version"] != VERSION:
                 raise ValueError(f"these plans are of version {found['version']!r}, wanted {VERSION}")
             layers = {name: dict(map(_entry_in, own)) for name, own in found["layers"].items()}
@@ -52,7 +53,7 @@ class Dictionary:
                 name: [(int(first), _plan_in(plan)) for first, plan in own] for name, own in found["records"].items()
             }
             return Dictionary(Ranks(found["ranks"], found["ranks_per_node"]), layers, records)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"this is no file of plans: {error!r}") from error
 
     def merged(self, other: Dictionary) -> Dictionary:

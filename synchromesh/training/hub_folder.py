@@ -8,7 +8,6 @@ recipe.json        the configuration of the run, where there is one: what `eval`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from synchromesh.errors import InputError
+from synchromesh.errors import InputError, parsed_json
 from synchromesh.models.features import BackboneConfig
 from synchromesh.training.affordable import check_affordable, check_facts
 from synchromesh.training.catalog import Catalog
@@ -120,8 +119,8 @@ def _read_config(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > MOST_CONFIG:
             raise InputError(f"{file} has {file.stat().st_size:,} bytes, wanted at most {MOST_CONFIG:,}")
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        found = parsed_json(file.read_bytes(), file)
+    except OSError as error:
         raise InputError(f"cannot read {file}: {error}") from error
     if not isinstance(found, dict) or found.get("library_name") != LIBRARY:
         raise InputError(f"{file} is not of a model of this library: wanted library_name {LIBRARY!r} in it")

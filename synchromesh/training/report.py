@@ -23,8 +23,18 @@ def write_report(folder: Path, catalog: Catalog) -> Path:
     """Write `report.html` of a run, finished or not, and return its path.
 
     Raises:
-        InputError: the folder holds no metrics, or plotly is not installed.
+        InputError: the folder holds no metrics, or others than this version writes; or plotly is not installed.
     """
+    try:
+        return _written(folder, catalog)
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise InputError(f"{folder} holds a summary or metrics that this version does not write: {said}") from error
+
+
+def _written(folder: Path, catalog: Catalog) -> Path:
     try:
         from synchromesh.training import figures  # plotly is an extra
     except ImportError as error:

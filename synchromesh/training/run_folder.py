@@ -10,7 +10,6 @@ left_out.jsonl   see `left_out`
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from synchromesh.errors import InputError
+from synchromesh.errors import InputError, parsed_json
 from synchromesh.models.features import BackboneConfig
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.parallelize import distribute
@@ -121,8 +120,8 @@ def read_config(folder: Path, catalog: Catalog) -> TrainConfig:
         there = "does not exist" if not folder.exists() else f"is not the folder of a run: it has no {RECIPE}"
         raise InputError(f"{folder} {there}")
     try:
-        return catalog.config(json.loads(path.read_text()))
-    except ValueError as error:
+        return catalog.config(parsed_json(path.read_bytes(), path))
+    except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
@@ -132,9 +131,12 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        found = parsed_json(path.read_bytes(), path)
+    except InputError as error:
         raise InputError(f"{path} is damaged: remove it, and --resume writes it again") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no object: remove it, and --resume writes it again")
+    return found
 
 
 def identity(task: Task, settings: BackboneConfig, facts: Facts) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from synchromesh.compat.unpickle import BROKEN
 from synchromesh.errors import InputError
 from synchromesh.moe.layer import MoE
 from synchromesh.training.catalog import Catalog
@@ -134,7 +134,7 @@ def _read(path: Path, catalog: Catalog) -> dict[str, Tensor]:
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, ImportError) as error:
+    except (*BROKEN, ImportError) as error:
         raise InputError(
             f"{path} is damaged, or holds other objects than tensors and containers: convert it where you trust it, "
             "or, if the released Swin-MoE wrote it, with `synchromesh convert --from-swin`"
