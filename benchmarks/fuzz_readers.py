@@ -252,7 +252,8 @@ def _zip_together(value: Any) -> bytes:
             else:
                 raw = bytes(n % 256 if isinstance(n, int) else 0 for n in (body if isinstance(body, list) else [0]))
             text = str(name).replace("\0", "").encode("utf-8", "replace").decode() or "x"
-            archive.writestr(zipfile.ZipInfo(text), raw)
+            if text not in archive.namelist():
+                archive.writestr(zipfile.ZipInfo(text), raw)
     return file.getvalue()
 
 
@@ -727,7 +728,7 @@ def plans() -> Reader:
     from synchromesh.types import Plan, Workload
 
     work = Workload(7, 1, 8, 16, 4, torch.float32, True)
-    trials = (Trial(Plan(1), 1e-3, (2e-3,)), Trial(Plan(2), 1e-3))
+    trials = [Trial(Plan(1), 1e-3, [2e-3]), Trial(Plan(2), 1e-3)]
     known = Dictionary(Ranks(2, 2), {"layer": {work: Entry(trials, Plan(1))}}, {"layer": [(0, Plan(1))]})
 
     def read(path: Path) -> None:

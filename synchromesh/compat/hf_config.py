@@ -19,6 +19,7 @@ NAMES = {
     "width": ("hidden_size", "d_model"),
     "layers": ("num_hidden_layers", "n_layers"),
 }
+MOST_LAYERS = 100_000  # a number beyond it is a mistake, or meant to keep a planner busy
 DENSE_SHARE = (0.5, 0.4)
 CALIBRATION = "assumed: half of the peak in forward, 0.4 in training, as large transformers reach"
 
@@ -47,6 +48,8 @@ def read_hf_config(path: Path, *, length: int, dtype: torch.dtype = torch.bfloat
 
 def _shape(config: dict[str, Any], file: Path, length: int, dtype: torch.dtype) -> ModelShape:
     experts, choices, hidden, width, layers = (_number(config, name, file) for name in NAMES)
+    if layers > MOST_LAYERS:
+        raise ValueError(f"{file} has {layers:,} layers, wanted at most {MOST_LAYERS:,}")
     sparse = _sparse_layers(config, layers)
     gpt_oss = config.get("model_type") == "gpt_oss"
     vectors = (2 * hidden, width) if gpt_oss else ()

@@ -140,12 +140,16 @@ class ClusterProfile:
                 points = tuple((float(size), float(seconds)) for size, seconds in link["message"]["points"])
                 rate = None if link["node_rate"] is None else _positive("node_rate", link["node_rate"])
                 found[name] = Link(float(link["start"]), Curve(points), rate, float(link["crowding"]))
-            found["matmul"] = {dtype: Matmul(**numbers) for dtype, numbers in found["matmul"].items()}
+            found["matmul"] = {dtype: _matmul(numbers) for dtype, numbers in found["matmul"].items()}
             for name in ("step", "chunk", "slowed"):
                 first, second = found[name]
                 found[name] = (float(first), float(second))
-            for name in ("memory_bytes", "memory_rate", "per_node"):
-                _positive(name, found[name])
+            for name in ("memory_bytes", "memory_rate"):
+                found[name] = _positive(name, found[name])
+            found["kernel"] = float(found["kernel"])
+            said = [found["name"], found["about"], *found["sources"], *found["sources"].values()]
+            if type(found["per_node"]) is not int or found["per_node"] < 1 or not all(type(s) is str for s in said):
+                raise ValueError("per_node is no whole number of ranks, or name, about or a source is no text")
             if found["backend"] not in ("gloo", "nccl"):
                 raise ValueError(f"backend is {found['backend']!r}, wanted 'gloo' or 'nccl'")
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -190,6 +194,11 @@ def _same_fields(found: Any, kind: type) -> None:
     if not isinstance(found, dict) or set(found) != wanted:
         got = sorted(found) if isinstance(found, dict) else found
         raise ValueError(f"a {kind.__name__} holds the fields {sorted(wanted)}, got {got}")
+
+
+def _matmul(found: Any) -> Matmul:
+    given = Matmul(**found)
+    return Matmul(_positive("peak", given.peak), float(given.half))
 
 
 def _positive(name: str, value: Any) -> float:
