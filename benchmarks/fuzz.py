@@ -37,6 +37,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 RESULTS = Path(__file__).parent / "results" / "fuzz.jsonl"
 MEMORY = 1 << 30  # bytes that a reader may take beyond what its process has after its valid files
 SECONDS = 20  # for one input
+TOLD = 50  # inputs of atheris between two lines
 FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "ctypes.dlopen")
 
 
@@ -205,8 +206,6 @@ def _peak() -> int:
 
 def by_coverage(reader: Reader, folder: Path, args: Args) -> Found:
     """Fuzz one reader with inputs that atheris chooses by the code that they reach; it ends the process itself."""
-    import atexit
-
     import atheris
 
     found = Found(reader.name)
@@ -220,11 +219,12 @@ def by_coverage(reader: Reader, folder: Path, args: Args) -> Found:
     _limit_memory()
     sys.addaudithook(watch.event)
 
-    def tell() -> None:
-        found.peak_mib = round((_peak() - before) / 2**20, 1)
-        say(found)
+    def tell(content: bytes) -> None:
+        try_input(reader, content, folder, found, watch, args.keep)
+        if found.inputs % TOLD == 0:  # libFuzzer ends the process without a word to Python
+            found.peak_mib = round((_peak() - before) / 2**20, 1)
+            say(found)
 
-    atexit.register(tell)
     for module in [m for name, m in sys.modules.items() if name.startswith("synchromesh.data")]:
         for name, function in list(vars(module).items()):
             if (
@@ -241,9 +241,7 @@ def by_coverage(reader: Reader, folder: Path, args: Args) -> Found:
         "-print_final_stats=0",
         "-verbosity=0",
     ]
-    atheris.Setup(
-        ["fuzz", *flags, str(corpus)], lambda content: try_input(reader, content, folder, found, watch, args.keep)
-    )
+    atheris.Setup(["fuzz", *flags, str(corpus)], tell)
     atheris.Fuzz()
     return found
 
