@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from synchromesh.compat.hf_config import read_hf_config
 from synchromesh.models.swin_v2_moe import swin_v2_demo
@@ -103,12 +104,25 @@ def _weights(folder: Path, content: bytes) -> None:
     load_weights(swin_v2_demo(), folder / "weights.pt", CATALOG)
 
 
+def _bomb(folder: Path, content: bytes) -> None:
+    """Half a GiB of zeros in half a MB."""
+    torch.save({"head.weight": torch.zeros(1)}, folder / "good.pt")
+    with (
+        zipfile.ZipFile(folder / "good.pt") as good,
+        zipfile.ZipFile(folder / "b.pt", "w", zipfile.ZIP_DEFLATED) as bad,
+    ):
+        for info in good.infolist():
+            bad.writestr(info.filename, content * (1 << 20) if "/data/" in info.filename else good.read(info))
+    load_weights(swin_v2_demo(), folder / "b.pt", CATALOG)
+
+
 FOUND = {  # what fuzzing found, each once a traceback or an endless loop
     "metrics that are no UTF-8": (_metrics, b"\xff\n", "is no JSON"),
     "metrics that are no objects": (_metrics, b"1.5\n", "no JSON object"),
     "lists without end": (_metrics, b"[" * 100_000 + b"\n", "deeper than can be read"),
     "sums of files elsewhere": (_checkpoint, b"0  ../../x\n0  state.json\n0  weights.safetensors\n", "is damaged"),
     "10**12 layers": (_layers, b"1000000000000", "wanted at most 100,000"),
+    "a bomb of zeros": (_bomb, b"\0" * 16, "is damaged"),
     "an empty stack of a pickle": (_weights, b"\x80\x02e.", "is damaged"),
 }
 

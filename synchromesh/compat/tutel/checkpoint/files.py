@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from synchromesh.compat.tutel.system import apply_rank_size_from_pattern
-from synchromesh.compat.unpickle import BROKEN
+from synchromesh.compat.unpickle import BROKEN, load_plain
 
 
 def of_rank(pattern: str, rank: int, ranks: int) -> Path:
@@ -33,7 +33,7 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: it holds other objects, or is no such file. FileNotFoundError: there is none.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_plain(path)
     except FileNotFoundError:
         raise
     except BROKEN as error:
