@@ -24,6 +24,8 @@ examples:
   synchromesh train --data instances_train.json --images photos/           the task is found from the data
   synchromesh eval runs/demo
   synchromesh predict digit.png another.png --run runs/demo --json
+  synchromesh models show swinv2_moe_b_e32        what a model is made of and costs; `models` lists all
+  synchromesh push runs/demo published/demo       weights, config and a model card in the hub's format; `pull` reads it
   synchromesh plan --model swinv2_moe_b --cluster a100_hdr --world 8..2048
   synchromesh verify --world 4                    the same on your cluster: torchrun ... -m -- synchromesh verify
 

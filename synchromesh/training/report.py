@@ -153,6 +153,8 @@ def _gallery(folder: Path, summary: dict[str, Any], unit: str) -> str:
     drawn = []
     for name, caption in summary.get("pictures", {}).items():
         file = folder / PICTURES / name
+        if file.resolve().parent != (folder / PICTURES).resolve():  # a page that is passed on holds no other files
+            raise InputError(f"{folder} names the picture {name!r}, which leads out of its folder")
         if file.is_file():
             data = base64.b64encode(file.read_bytes()).decode()
             said = html.escape(caption)

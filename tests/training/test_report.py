@@ -106,6 +106,46 @@ def test_names_from_outside_cannot_break_out_of_the_page(tiny: TrainConfig, tmp_
     assert "<b>loud" not in write_report(tmp_path, CATALOG).read_text()
 
 
+def change(folder: Path, **fields: object) -> None:
+    file = folder / "summary.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def test_hostile_names_of_classes_and_captions_stay_text(tiny: TrainConfig, tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+    write_run(tmp_path, tiny)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"png")
+    panels = [Sheet(evil, (evil,), ((evil,),)), Bars(evil, evil, evil, (evil, "b"), {evil: (1.0, 2.0)})]
+    panels.append(Curves(evil, evil, evil, {evil: ((0.0, 1.0), (1.0, 0.0))}))
+    change(tmp_path, panels=[encode(panel) for panel in panels], pictures={"a.png": evil}, device=evil)
+    page = write_report(tmp_path, CATALOG).read_text()
+    assert "alert(1)" in page  # it is there, as text
+    assert "<script>alert" not in page
+    assert "<img src=x" not in re.sub(r"<script type='application/json'>.*?</script>", "", page)
+
+
+@pytest.mark.parametrize("name", ["../../secret.txt", "/etc/hostname", "link.png"])
+def test_no_picture_leads_out_of_the_folder(name: str, tiny: TrainConfig, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", tiny)
+    (tmp_path / "secret.txt").write_text("password")
+    (tmp_path / "run" / "pictures").mkdir()
+    (tmp_path / "run" / "pictures" / "link.png").symlink_to(tmp_path / "secret.txt")
+    change(tmp_path / "run", pictures={name: "x"})
+    with pytest.raises(InputError, match="leads out of its folder"):
+        write_report(tmp_path / "run", CATALOG)
+
+
+@pytest.mark.parametrize("fields", [{"device": 5}, {"test_images": "x"}, {"panels": [1]}, {"test_load": 3}], ids=str)
+def test_a_summary_of_another_program_is_refused_in_a_sentence(
+    fields: dict[str, object], tiny: TrainConfig, tmp_path: Path
+) -> None:
+    write_run(tmp_path, tiny)
+    change(tmp_path, **fields)
+    with pytest.raises(InputError, match="that this version does not write"):
+        write_report(tmp_path, CATALOG)
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not the folder of a run"):
         write_report(tmp_path, CATALOG)
