@@ -150,3 +150,6 @@ def test_the_page_says_what_the_results_say() -> None:
         sum(sum(line["faults"].values()) + len(line["code_run"]) for line in lines),
     )
     assert sum(line["inputs"] for line in lines) >= 10_000
+    for one in lines:
+        row = f"| `{one['reader']}` | {one['inputs']} | {one['read']} | {one['refused']} | {one['peak_mib']:.0f} |"
+        assert one["engine"] == "atheris" or row in page
