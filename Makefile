@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo samples test test-all check
+.PHONY: setup demo samples test test-all check matrix
 
 setup: $(READY)
 
@@ -31,6 +31,10 @@ test: $(READY)
 # Every case of what `make test` takes a sample of.
 test-all:
 	$(MAKE) test PYTEST_ARGS="--all $(PYTEST_ARGS)"
+
+# The quick tests on every supported Python and torch that is here; what is missing is said.
+matrix: $(READY)
+	$(BIN)/python benchmarks/matrix.py $(MATRIX_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -87,8 +87,6 @@ _HOMES = {
     ),
     "parallel.sharded": ("Sharded",),
     "parallel.shared": (
-        "DDP",
-        "FSDP2",
         "FullySharded",
         "Replicated",
     ),
@@ -106,11 +104,15 @@ _HOMES = {
         "Workload",
     ),
 }
+# Old names, which warn: not in `__all__`, nor in the stub.
+_OLD = {"DDP": "parallel.shared", "FSDP2": "parallel.shared"}
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _OLD:
+        return getattr(importlib.import_module(f"synchromesh.{_OLD[name]}"), name)
     if name not in _MODULES:
         raise AttributeError(f"module 'synchromesh' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"synchromesh.{_MODULES[name]}"), name)

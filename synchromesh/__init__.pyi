@@ -52,8 +52,6 @@ from synchromesh.parallel.parallelize import distribute as distribute
 from synchromesh.parallel.parallelize import expert_parameters as expert_parameters
 from synchromesh.parallel.parallelize import parallelize as parallelize
 from synchromesh.parallel.sharded import Sharded as Sharded
-from synchromesh.parallel.shared import DDP as DDP
-from synchromesh.parallel.shared import FSDP2 as FSDP2
 from synchromesh.parallel.shared import FullySharded as FullySharded
 from synchromesh.parallel.shared import Replicated as Replicated
 from synchromesh.parallel.state import whole_state as whole_state

@@ -29,6 +29,8 @@ examples:
   synchromesh report runs/a runs/b                several runs on one page
   synchromesh eval runs/photos --tta.flip                                 probabilities averaged over views
   synchromesh predict digit.png another.png --run runs/demo --json
+  synchromesh models show swinv2_moe_b_e32        what a model is made of and costs; `models` lists all
+  synchromesh push runs/demo published/demo       weights, config and a model card in the hub's format; `pull` reads it
   synchromesh plan --model swinv2_moe_b --cluster a100_hdr --world 8..2048
   synchromesh verify --world 4                    the same on your cluster: torchrun ... -m -- synchromesh verify
 
@@ -61,6 +63,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "verify": Command("verify", "", "prove on these ranks that every parallel plan computes the same"),
         "profile": Command("profile", "FILE", "measure this cluster: links, products, memory"),
         "plan": Command("plan", "", "what a model costs on a cluster, and how it should run there"),
+        "models": Command("models", "", "every architecture by name, with what it costs; `models show NAME`"),
+        "push": Command("push", "RUN TARGET", "a trained model in the hub's format: a folder, or hf://OWNER/NAME"),
+        "pull": Command("pull", "SOURCE RUN", "a run folder of such a model"),
         "plans": Command("plans", "RUN ...", "what the layers of a run found out about their plans"),
     }
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 
 def at_least(path: str, values: object, **least: int | float) -> None:
@@ -62,3 +64,24 @@ class StoppedError(RuntimeError):
     def __init__(self, *, signal: int, step: int) -> None:
         super().__init__(f"stopped by signal {signal} after step {step}")
         self.signal, self.step = signal, step
+
+
+def parsed_json(content: str | bytes, origin: object) -> Any:
+    """Return the values of a JSON text that came from outside.
+
+    Args:
+        content: the text; bytes are UTF-8, or UTF-16 or UTF-32 by their first ones.
+        origin: where it is from, for people.
+
+    Raises:
+        InputError: it is no JSON, or its lists are nested deeper than can be read.
+
+    >>> parsed_json(b"[1, 2]", "a file")
+    [1, 2]
+    """
+    try:
+        return json.loads(content)
+    except ValueError as error:  # of the encoding, too
+        raise InputError(f"{origin} is no JSON: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{origin} has lists inside of lists, deeper than can be read") from error

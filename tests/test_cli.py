@@ -52,7 +52,7 @@ def failed(arguments: list[object], capsys: pytest.CaptureFixture[str]) -> str:
     return said
 
 
-COMMANDS = ("eval", "predict", "convert", "verify", "profile", "plan", "plans")
+COMMANDS = ("eval", "predict", "convert", "verify", "profile", "plan", "plans", "models", "push")
 
 
 @pytest.mark.parametrize("command", [*(f"train {recipe}" for recipe in RECIPES), *COMMANDS])

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import tyro
 
 from synchromesh.commands.exits import heard_once
-from synchromesh.errors import InputError
+from synchromesh.errors import InputError, parsed_json
 from synchromesh.training.catalog import Catalog
 from synchromesh.training.codec import Kinds, decode, options_of
 from synchromesh.training.config import TrainConfig
@@ -124,7 +124,7 @@ def _parsed(path: Path) -> dict[str, Any]:
             import tomllib
 
             return tomllib.loads(text)
-        found = json.loads(text)
+        found = parsed_json(text, path)
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise InputError(f"cannot read the configuration {path}: {error}") from error
     if not isinstance(found, dict):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from synchromesh.compat.hf_families import FAMILIES, UNKNOWN, Config, Family, sparse_layers
+from synchromesh.errors import parsed_json
 from synchromesh.planning.shape import LayerKind, ModelShape
 from synchromesh.types import Workload
 
@@ -28,6 +28,7 @@ NAMES = {
 }  # fmt: skip
 SHARED_EXPERTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")  # each of an expert's size
 PARTS = ("text_config", "thinker_config", "language_config", "llm_config")  # where a model of several keeps its text
+MOST_LAYERS = 100_000  # a number beyond it is a mistake, or meant to keep a planner busy
 DENSE_SHARE = (0.5, 0.4)
 CALIBRATION = "assumed: half of the peak in forward, 0.4 in training, as large transformers reach"
 
@@ -44,15 +45,15 @@ def read_hf_config(path: Path, *, length: int, dtype: torch.dtype = torch.bfloat
     """
     file = path / "config.json" if path.is_dir() else path
     try:
-        found = json.loads(file.read_text())
+        found = parsed_json(file.read_bytes(), file)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {file}: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds no configuration")
     try:
         return _shape(_text_of(found), file, length, dtype)
-    except (TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{file} holds a field that is no number: {error}") from error
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{file} holds a field that is no number, or one that cannot be: {error}") from error
 
 
 def _text_of(found: dict[str, Any]) -> dict[str, Any]:
@@ -80,6 +81,8 @@ def _family(config: Config, file: Path) -> Family:
 def _shape(config: Config, file: Path, length: int, dtype: torch.dtype) -> ModelShape:
     family = _family(config, file)
     experts, hidden, width, layers = (_number(config, name, file) for name in ("experts", "hidden", "width", "layers"))
+    if layers > MOST_LAYERS:
+        raise ValueError(f"{file} has {layers:,} layers, wanted at most {MOST_LAYERS:,}")
     choices = family.choices or _number(config, "choices", file)
     if family.needs is not None and not config.get(family.needs):
         raise ValueError(f"{file} has no experts: its {family.needs} is off")

@@ -89,6 +89,21 @@ class _Storage(NamedTuple):
     dtype: torch.dtype
 
 
+def load_plain(path: Path) -> Any:
+    """Return what a file holds, by torch's own loader of tensors and plain containers, into the memory of the CPU.
+
+    Raises:
+        Exceptions of `BROKEN`, among them ValueError where an entry is compressed: torch writes none such, and a small
+            file could ask for any amount of memory.
+    """
+    if is_zipfile(path):
+        with ZipFile(path) as archive:
+            packed = [info.filename for info in archive.infolist() if info.compress_type != ZIP_STORED]
+        if packed:
+            raise ValueError(f"its entry {packed[0]} is compressed, which torch never writes")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load_inert(path: Path) -> Any:
     """Return what torch.save wrote into a file, tensors mapped from it rather than read.
 
@@ -100,7 +115,7 @@ def load_inert(path: Path) -> Any:
     zipped = is_zipfile(path)
     try:
         if not zipped:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return load_plain(path)
         with ZipFile(path) as archive, _entry(archive, "data.pkl") as file:
             return _Unpickler(file, path, archive).load()
     except BROKEN as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from synchromesh.models.features import Backbone
 from synchromesh.models.heads.classifier import Classifier
 from synchromesh.models.mixtures import choices_of
 from synchromesh.moe.layer import MoE
@@ -19,7 +20,7 @@ class Costs:
         parameters: all of them.
         active_parameters: those that one token passes: k of E experts, without routers.
         router_parameters: what the routers add to both.
-        multiply_adds: for one image of the configured size.
+        multiply_adds: for one image of the configured size; of a `Classifier` with its head, of others the backbone's.
     """
 
     parameters: int
@@ -33,8 +34,8 @@ class Costs:
         return self.multiply_adds / 1e9
 
 
-def costs(model: Classifier) -> Costs:
-    """Count the parameters and multiply-adds of a model on any device, meta too.
+def costs(model: nn.Module) -> Costs:
+    """Count the parameters and multiply-adds of a model on any device, meta too; its backbone is in `backbone`.
 
     Linear layers, convolution, the two products of attention and one multiplication per normalised number count; the
     position bias, softmax, activations, residual sums and routers do not.
@@ -45,7 +46,11 @@ def costs(model: Classifier) -> Costs:
     idle = sum(
         _size(moe.experts) * (moe.experts.num_experts - choices_of(moe)) // moe.experts.num_experts for moe in moes
     )
-    work = model.backbone.multiply_adds() + model.head.in_features * model.head.out_features
+    backbone = model.get_submodule("backbone")
+    assert isinstance(backbone, Backbone)
+    work = backbone.multiply_adds()
+    if isinstance(model, Classifier):
+        work += model.head.in_features * model.head.out_features
     return Costs(parameters, parameters - idle - routers, routers, round(work))
 
 

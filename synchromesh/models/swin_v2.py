@@ -529,18 +529,27 @@ def swin_v2_small(num_classes: int = 1000, *, image_size: int = 256, window_size
     return _classifier(96, (2, 2, 18, 2), image_size, window_size, num_classes)
 
 
-def swin_v2_base(num_classes: int = 1000, *, image_size: int = 256, window_size: int = 8) -> Classifier:
-    """Build SwinV2-B: width 128, depths 2-2-18-2."""
-    return _classifier(128, (2, 2, 18, 2), image_size, window_size, num_classes)
+def swin_v2_base(
+    num_classes: int = 1000, *, image_size: int = 256, window_size: int = 8, pretrained: tuple[int, ...] = ()
+) -> Classifier:
+    """Build SwinV2-B: width 128, depths 2-2-18-2; `pretrained` are its `pretrained_window_sizes`."""
+    return _classifier(128, (2, 2, 18, 2), image_size, window_size, num_classes, pretrained)
 
 
-def swin_v2_large(num_classes: int = 21841, *, image_size: int = 192, window_size: int = 12) -> Classifier:
-    """Build SwinV2-L: width 192, depths 2-2-18-2."""
-    return _classifier(192, (2, 2, 18, 2), image_size, window_size, num_classes)
+def swin_v2_large(
+    num_classes: int = 21841, *, image_size: int = 192, window_size: int = 12, pretrained: tuple[int, ...] = ()
+) -> Classifier:
+    """Build SwinV2-L: width 192, depths 2-2-18-2; `pretrained` are its `pretrained_window_sizes`."""
+    return _classifier(192, (2, 2, 18, 2), image_size, window_size, num_classes, pretrained)
 
 
 def _classifier(
-    embed_dim: int, depths: tuple[int, ...], image_size: int, window_size: int, num_classes: int
+    embed_dim: int,
+    depths: tuple[int, ...],
+    image_size: int,
+    window_size: int,
+    num_classes: int,
+    pretrained: tuple[int, ...] = (),
 ) -> Classifier:
     config = SwinV2Config(
         image_size=image_size,
@@ -548,6 +557,7 @@ def _classifier(
         depths=depths,
         num_heads=tuple(embed_dim * 2**stage // 32 for stage in range(len(depths))),
         window_size=window_size,
+        pretrained_window_sizes=pretrained,
         drop_path=0.2,
         branch_norm_init=0.0,
     )

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from synchromesh.deprecation import Renamed, renamed
 from synchromesh.moe.experts import WHOLE, Experts
 from synchromesh.moe.layer import MoE
 from synchromesh.torch_private import leave_to_owner
@@ -72,7 +73,14 @@ class FullySharded(Shared):
         return model
 
 
-DDP, FSDP2 = Replicated, FullySharded  # their names up to 0.1; torch has a class and a module of these names
+# Torch has a class and a module of the old names.
+__getattr__ = renamed(
+    __name__,
+    {
+        "DDP": Renamed("Replicated", since="0.1", until="0.3"),
+        "FSDP2": Renamed("FullySharded", since="0.1", until="0.3"),
+    },
+)
 
 
 def _begin_alike(model: nn.Module, group: ProcessGroup, experts: dict[str, nn.Parameter]) -> None:

@@ -12,6 +12,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from synchromesh.errors import InputError, parsed_json
+
 SUFFIX = ".json"
 UNMEASURED = "not measured"  # how the source of a number begins that nobody measured
 
@@ -146,7 +148,7 @@ class ClusterProfile:
     def from_json(text: str) -> ClusterProfile:
         """Read what `to_json` wrote. Raises ValueError that names what is missing, unknown or no number."""
         try:
-            found = json.loads(text)
+            found = parsed_json(text, "the profile of a cluster")
             if isinstance(found, dict):
                 found = {"cores": None, **found}  # which files of 0.1 do not have
             _same_fields(found, ClusterProfile)
@@ -154,15 +156,19 @@ class ClusterProfile:
                 found[name] = _link(found[name]) if name == "node" or found[name] is not None else None
             if str(found["sources"]["network"]).startswith(UNMEASURED):
                 found["network"] = None  # files of 0.1 and before repeat the links of the node here
-            found["matmul"] = {dtype: Matmul(**numbers) for dtype, numbers in found["matmul"].items()}
+            found["matmul"] = {dtype: _matmul(numbers) for dtype, numbers in found["matmul"].items()}
             for name in ("step", "chunk", "slowed"):
                 first, second = found[name]
                 found[name] = (float(first), float(second))
-            for name in ("memory_bytes", "memory_rate", "per_node", *(() if found["cores"] is None else ("cores",))):
-                _positive(name, found[name])
+            for name in ("memory_bytes", "memory_rate", *(() if found["cores"] is None else ("cores",))):
+                found[name] = _positive(name, found[name])
+            found["kernel"] = float(found["kernel"])
+            said = [found["name"], found["about"], *found["sources"], *found["sources"].values()]
+            if type(found["per_node"]) is not int or found["per_node"] < 1 or not all(type(s) is str for s in said):
+                raise ValueError("per_node is no whole number of ranks, or name, about or a source is no text")
             if found["backend"] not in ("gloo", "nccl"):
                 raise ValueError(f"backend is {found['backend']!r}, wanted 'gloo' or 'nccl'")
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"this is not the profile of a cluster: {error!r}") from error
         return ClusterProfile(**found)
 
@@ -193,7 +199,10 @@ def load_profile(name: str | Path) -> ClusterProfile:
         raise ValueError(
             f"there is no cluster {str(name)!r}: wanted a file of `synchromesh profile`, or one of {known}"
         )
-    return ClusterProfile.from_json(Path(name).read_text())
+    try:
+        return ClusterProfile.from_json(Path(name).read_text())
+    except (ValueError, OSError) as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def _link(found: Any) -> Link:
@@ -210,6 +219,11 @@ def _same_fields(found: Any, kind: type) -> None:
     if not isinstance(found, dict) or set(found) != wanted:
         got = sorted(found) if isinstance(found, dict) else found
         raise ValueError(f"a {kind.__name__} holds the fields {sorted(wanted)}, got {got}")
+
+
+def _matmul(found: Any) -> Matmul:
+    given = Matmul(**found)
+    return Matmul(_positive("peak", given.peak), float(given.half))
 
 
 def _positive(name: str, value: Any) -> float:

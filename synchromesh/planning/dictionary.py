@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from synchromesh.errors import parsed_json
 from synchromesh.planning.lattice import Ranks
 from synchromesh.planning.tuner import Entry, Trial, Tuner
 from synchromesh.types import Plan, Workload
@@ -44,7 +45,7 @@ class Dictionary:
     def from_json(text: str) -> Dictionary:
         """Read what `to_json` wrote. Raises ValueError where it is something else."""
         try:
-            found = json.loads(text)
+            found = parsed_json(text, "the file of plans")
             if found["version"] != VERSION:
                 raise ValueError(f"these plans are of version {found['version']!r}, wanted {VERSION}")
             layers = {name: dict(map(_entry_in, own)) for name, own in found["layers"].items()}
@@ -52,7 +53,7 @@ class Dictionary:
                 name: [(int(first), _plan_in(plan)) for first, plan in own] for name, own in found["records"].items()
             }
             return Dictionary(Ranks(found["ranks"], found["ranks_per_node"]), layers, records)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"this is no file of plans: {error!r}") from error
 
     def merged(self, other: Dictionary) -> Dictionary:
@@ -101,6 +102,19 @@ def _entry_out(work: Workload, entry: Entry) -> dict[str, Any]:
     return {"workload": workload, "best": _plan_out(entry.best), **state, "trials": trials}
 
 
+def _check_kinds(trials: Sequence[Trial], state: Mapping[str, Any]) -> None:
+    """Raise TypeError where a field of a file is not of the kind that tuners count with."""
+    whole = [state[name] for name in ("next", "strikes", "patience")]
+    flags = [state["settled"], *(flag for trial in trials for flag in (trial.warm, trial.hopeless))]
+    seconds = [list(state["watched"]), *(list(trial.seconds) for trial in trials)]
+    numbers = [*(one for own in seconds for one in own), *(trial.predicted for trial in trials)]
+    numbers += [] if state["usual"] is None else [state["usual"]]
+    if not all(type(one) is int for one in whole) or not all(type(flag) is bool for flag in flags):
+        raise TypeError(f"a count or a flag is none: {state}")
+    if not all(type(one) in (int, float) for one in numbers):
+        raise TypeError("a time is no number")
+
+
 def _entry_in(found: Any) -> tuple[Workload, Entry]:
     fields = dict(found["workload"])
     dtype = getattr(torch, str(fields["dtype"]), None)
@@ -110,6 +124,7 @@ def _entry_in(found: Any) -> tuple[Workload, Entry]:
     trials = [Trial(**{**trial, "plan": _plan_in(trial["plan"])}) for trial in found["trials"]]
     state = {name: found[name] for name in ENTRY_STATE}
     state["was"] = None if found["was"] is None else _plan_in(found["was"])
+    _check_kinds(trials, state)
     entry = Entry(trials, _plan_in(found["best"]), **state)
     if entry.trial(entry.best) is None or not 0 <= entry.next < len(trials):
         raise ValueError(f"the plan {entry.best} of a workload is not among those that were tried")

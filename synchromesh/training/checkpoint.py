@@ -13,7 +13,6 @@ what any number wrote (`parallel.store`).
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -26,7 +25,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from synchromesh.errors import InputError
+from synchromesh.errors import InputError, parsed_json
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.store import (
     StoreError,
@@ -175,7 +174,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise InputError(f"the checkpoint {folder} is incomplete: {name} is missing")
         if sha256(path) != wanted:
             raise InputError(f"the checkpoint file {path} is damaged: it is not what was written (checksum differs)")
-    return Checkpoint(folder, json.loads((folder / STATE).read_text()))
+    state = parsed_json((folder / STATE).read_bytes(), folder / STATE)
+    if not isinstance(state, dict):
+        raise InputError(f"{folder / STATE} holds no object")
+    return Checkpoint(folder, state)
 
 
 def restore_model(folder: Path, model: nn.Module, grid: Grid = ALONE) -> None:
@@ -272,7 +274,8 @@ def _sums(folder: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the checkpoint {folder} is incomplete: its {SUMS} cannot be read") from error
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    if STATE not in sums or not any(name.startswith("weights") for name in sums):
+    inside = all(name == Path(name).name for name in sums)
+    if not inside or STATE not in sums or not any(name.startswith("weights") for name in sums):
         raise InputError(f"the checkpoint file {folder / SUMS} is damaged")
     return sums
 

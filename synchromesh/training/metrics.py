@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from synchromesh.errors import InputError
+from synchromesh.errors import InputError, parsed_json
 from synchromesh.training.trackers import Tracker, flat
 from synchromesh.types import LoadStats
 
@@ -77,10 +77,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"{path} does not exist: {path.parent} is not the folder of a run")
     lines = path.read_bytes().split(b"\n")
-    try:
-        return [json.loads(line) for line in lines[:-1] if line]
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} holds a line that is not JSON: {error}") from error
+    found = [parsed_json(line, f"a line of {path}") for line in lines[:-1] if line]
+    if not all(isinstance(line, dict) for line in found):
+        raise InputError(f"{path} holds a line that is no JSON object")
+    return found
 
 
 def load_shares(loads: dict[str, LoadStats]) -> dict[str, list[float]]:

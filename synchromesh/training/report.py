@@ -35,6 +35,16 @@ def write_report(folder: Path, catalog: Catalog) -> Path:
     Raises:
         InputError: the folder holds no metrics, or what it holds is damaged.
     """
+    try:
+        return _written(folder, catalog)
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise InputError(f"{folder} holds a summary or metrics that this version does not write: {said}") from error
+
+
+def _written(folder: Path, catalog: Catalog) -> Path:
     config, summary = read_config(folder, catalog), read_summary(folder) or {}
     main, task = figures.Series(main_title(config), tuple(read_metrics(folder / METRICS_FILE))), config.task
     series = [main]
@@ -142,7 +152,9 @@ def _gallery(folder: Path, summary: dict[str, Any], task: Task) -> list[Element 
     drawn: dict[str, list[Element]] = {"worst": [], "best": []}
     for name, caption in summary.get("pictures", {}).items():
         file = folder / PICTURES / name
-        if file.parent == folder / PICTURES and file.is_file():  # a summary from elsewhere names no other file
+        if file.resolve().parent != (folder / PICTURES).resolve():  # a page that is passed on holds no other files
+            raise InputError(f"{folder} names the picture {name!r}, which leads out of its folder")
+        if file.is_file():
             data = base64.b64encode(file.read_bytes()).decode()
             lines = caption.split("\n")
             said = [tag("p", line) for line in lines]

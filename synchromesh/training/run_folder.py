@@ -10,9 +10,8 @@ left_out.jsonl   see `left_out`
 from __future__ import annotations
 
 import fcntl
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from synchromesh.errors import InputError
+from synchromesh.errors import InputError, parsed_json
 from synchromesh.models.features import BackboneConfig
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.parallelize import distribute
 from synchromesh.parallel.sharded import Sharded
+from synchromesh.parallel.store import StoreError, stored_shapes
+from synchromesh.training.affordable import check_affordable, check_facts
 from synchromesh.training.agree import ALONE, on_first
 from synchromesh.training.catalog import Catalog
 from synchromesh.training.checkpoint import (
@@ -127,8 +128,8 @@ def read_config(folder: Path, catalog: Catalog) -> TrainConfig:
         there = "does not exist" if not folder.exists() else f"is not the folder of a run: it has no {RECIPE}"
         raise InputError(f"{folder} {there}")
     try:
-        return catalog.config(json.loads(path.read_text()))
-    except ValueError as error:
+        return catalog.config(parsed_json(path.read_bytes(), path))
+    except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
@@ -138,9 +139,12 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        found = parsed_json(path.read_bytes(), path)
+    except InputError as error:
         raise InputError(f"{path} is damaged: remove it, and --resume writes it again") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no object: remove it, and --resume writes it again")
+    return found
 
 
 def identity(task: Task, settings: BackboneConfig, facts: Facts) -> dict[str, Any]:
@@ -175,18 +179,37 @@ def load_trained(
         InputError: there is no checkpoint, or it is damaged.
     """
     found = on_first(grid, lambda: _checkpoint(path, best=best))
-    state = catalog.upgrade_state(found.state)
-    try:
-        task, settings = catalog.decode(Task, state["task"]), catalog.decode(BackboneConfig, state["model"])
-    except ValueError as error:
-        raise InputError(f"{found.folder} was written by another version or program: {error}") from error
-    model = build_model(task, settings, state["facts"])
+    task, settings, facts = read_identity(found, catalog)
+    _check_affordable(found.folder, lambda: task.build(settings, facts))
+    model = build_model(task, settings, facts)
     check_plan(model, plan, grid)
     distribute(model, grid, strategy=lambda: Sharded(grid, plan=plan))
     restore_model(found.folder, model, grid)
     if not student and has_average(found.folder):
         restore_averaged(found.folder, model, grid)
-    return Trained(model.to(device).eval(), task, state["facts"], found.folder)
+    return Trained(model.to(device).eval(), task, facts, found.folder)
+
+
+def read_identity(found: Checkpoint, catalog: Catalog) -> tuple[Task, BackboneConfig, Facts]:
+    """Return what a checkpoint says of itself: its task, its backbone, and what it knows of its data.
+
+    Raises:
+        InputError: another version or program wrote it.
+    """
+    try:
+        state = catalog.upgrade_state(found.state)
+        task, settings = catalog.decode(Task, state["task"]), catalog.decode(BackboneConfig, state["model"])
+        return task, settings, check_facts(state["facts"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        said = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{found.folder} was written by another version or program: {said}") from error
+
+
+def _check_affordable(folder: Path, build: Callable[[], nn.Module]) -> None:
+    try:
+        check_affordable(build, stored_shapes(folder))
+    except StoreError as error:
+        raise InputError(str(error)) from error
 
 
 def _checkpoint(path: Path, *, best: bool) -> Checkpoint:

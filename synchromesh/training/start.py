@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from synchromesh.compat.unpickle import BROKEN, load_plain
 from synchromesh.errors import InputError
 from synchromesh.moe.layer import MoE
 from synchromesh.training.catalog import Catalog
@@ -168,8 +167,8 @@ def _read(path: Path, catalog: Catalog) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, ImportError) as error:
+        loaded = load_plain(path)
+    except (*BROKEN, ImportError) as error:
         raise InputError(
             f"{path} is damaged, or holds other objects than tensors and containers: convert it where you trust it, "
             "or, if the released Swin-MoE wrote it, with `synchromesh convert --from-swin`"

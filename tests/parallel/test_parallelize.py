@@ -12,9 +12,8 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 
 from synchromesh import (
-    DDP,
-    FSDP2,
     FixedCapacity,
+    FullySharded,
     Grid,
     LoadBalance,
     Local,
@@ -22,6 +21,7 @@ from synchromesh import (
     MoE,
     OverRanks,
     Plan,
+    Replicated,
     Sharded,
     Softmax,
     TopKRouter,
@@ -116,7 +116,7 @@ def learns(shared, micro):
     compare(run, grid, trained(run, layers, grid, micro=micro), micro=micro)
 
 
-@pytest.mark.parametrize("shared", [DDP(), FSDP2()], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("shared", [Replicated(), FullySharded()], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("micro", [1, 2])
 def test_training_on_ranks_equals_training_in_one_process(shared, micro):
     run_ranks(learns, WORLD, shared, micro)
@@ -143,7 +143,7 @@ def learns_on_two_axes(shared):
         assert_close(name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter, whole)
 
 
-@pytest.mark.parametrize("shared", [DDP(find_unused_parameters=True), FSDP2()], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("shared", [Replicated(find_unused_parameters=True), FullySharded()], ids=["ddp", "fsdp2"])
 def test_experts_inside_and_data_parallel_outside_learn_the_same(shared):
     run_ranks(learns_on_two_axes, WORLD, shared)
 

@@ -111,22 +111,37 @@ def test_names_from_outside_cannot_break_out_of_the_page(tiny: TrainConfig, writ
     assert page.text.count(name) >= 6
 
 
-def test_a_summary_from_elsewhere_shows_no_file_but_the_pictures(
-    tiny: TrainConfig, written: Written, tmp_path: Path
-) -> None:
-    written(tmp_path / "run", tiny)
-    (tmp_path / "secret.png").write_bytes(b"secret")
-    file = tmp_path / "run" / "summary.json"
-    names = ["../../secret.png", str(tmp_path / "secret.png"), "x/../../../secret.png", "..", "worst-1.png"]
-    file.write_text(json.dumps({**json.loads(file.read_text()), "pictures": dict.fromkeys(names, "said")}))
-    assert len(report(tmp_path / "run").all("img")) == 1
-
-
 def test_a_damaged_summary_is_named(tiny: TrainConfig, written: Written, tmp_path: Path) -> None:
     written(tmp_path, tiny)
     file = tmp_path / "summary.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "panels": [{"kind": "Sheet", "title": 3}]}))
     with pytest.raises(InputError, match=r"summary\.json is damaged"):
+        write_report(tmp_path, CATALOG)
+
+
+def change(folder: Path, **fields: object) -> None:
+    file = folder / "summary.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+@pytest.mark.parametrize("name", ["../../secret.txt", "/etc/hostname", "link.png"])
+def test_no_picture_leads_out_of_the_folder(name: str, tiny: TrainConfig, written: Written, tmp_path: Path) -> None:
+    written(tmp_path / "run", tiny)
+    (tmp_path / "secret.txt").write_text("password")
+    (tmp_path / "run" / "pictures").mkdir(exist_ok=True)
+    (tmp_path / "run" / "pictures" / "link.png").symlink_to(tmp_path / "secret.txt")
+    change(tmp_path / "run", pictures={name: "x"})
+    with pytest.raises(InputError, match="leads out of its folder"):
+        write_report(tmp_path / "run", CATALOG)
+
+
+@pytest.mark.parametrize("fields", [{"test_images": "x"}, {"panels": [1]}], ids=str)
+def test_a_summary_of_another_program_is_refused_in_a_sentence(
+    fields: dict[str, object], tiny: TrainConfig, written: Written, tmp_path: Path
+) -> None:
+    written(tmp_path, tiny)
+    change(tmp_path, **fields)
+    with pytest.raises(InputError, match=r"that this version does not write|is damaged"):
         write_report(tmp_path, CATALOG)
 
 

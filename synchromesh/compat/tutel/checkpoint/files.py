@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from synchromesh.compat.tutel.system import apply_rank_size_from_pattern
+from synchromesh.compat.unpickle import BROKEN, load_plain
 
 
 def of_rank(pattern: str, rank: int, ranks: int) -> Path:
@@ -33,8 +33,10 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: it holds other objects, or is no such file. FileNotFoundError: there is none.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        content = load_plain(path)
+    except FileNotFoundError:
+        raise
+    except BROKEN as error:
         raise ValueError(  # without torch's own words, which recommend to run what is in the file
             f"cannot read {path}: it is damaged, or not a file of tensors and plain containers alone; "
             "the released Swin-MoE files go through `synchromesh convert --from-swin`"
