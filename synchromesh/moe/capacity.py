@@ -43,7 +43,11 @@ class BatchPrioritized(Priority):
         return routing.scores.detach().amax(dim=1)
 
 
-token_order, batch_prioritized = TokenOrder(), BatchPrioritized()
+token_order = TokenOrder()
+"""Earlier tokens are served first."""
+
+batch_prioritized = BatchPrioritized()
+"""Tokens with a better best score are served first."""
 ServingOrder = Priority | Callable[[Routing], "Float[Tensor, ' T'] | None"]
 
 
