@@ -72,9 +72,9 @@ def test_tests_mirror_the_package():
         assert mirrored.exists() or mirrored.with_suffix("").is_dir(), name(path)
 
 
-def tree_of_readme() -> dict[str, str]:
+def tree_of_docs() -> dict[str, str]:
     """The annotated tree: path -> what it says."""
-    text = (ROOT / "README.md").read_text().split("<!-- tree -->")[1]
+    text = (ROOT / "docs" / "design.md").read_text().split("<!-- tree -->")[1]
     entries, folders = {}, []
     for line in text.splitlines():
         found = re.fullmatch(r"((?:    )*)(\S+)\s{2,}(\S.*)", line)
@@ -85,16 +85,16 @@ def tree_of_readme() -> dict[str, str]:
     return entries
 
 
-def test_the_tree_in_the_readme_is_the_tree():
+def test_the_tree_in_the_docs_is_the_tree():
     """Each listed path exists, and each file of the package is listed, or its folder is as a whole."""
-    entries = tree_of_readme()
+    entries = tree_of_docs()
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for path in entries:
-        assert (ROOT / path).exists(), f"{path} is in the README and not in the repository"
+        assert (ROOT / path).exists(), f"{path} is in docs/design.md and not in the repository"
     detailed = {path.rpartition("/")[0] + "/" for path in entries if not path.endswith("/")}
     for path in tracked:
         if path.startswith("synchromesh/") and path.endswith(".py") and not path.endswith("__init__.py"):
             folder = path.rpartition("/")[0] + "/"
             parents = {folder[: i + 1] for i, letter in enumerate(folder) if letter == "/"}
             listed = path in entries or (folder not in detailed and parents & set(entries) - {"synchromesh/"})
-            assert listed, f"{path} is not in the README's tree"
+            assert listed, f"{path} is not in the tree of docs/design.md"

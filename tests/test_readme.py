@@ -11,6 +11,7 @@ import pytest
 from synchromesh.cli import COMMANDS
 from synchromesh.commands.options import parse
 from synchromesh.recipes.catalog import CATALOG, RECIPES
+from synchromesh.testing.packed import encoded, index_of, parquet_of, tar_of
 from synchromesh.testing.programs import run_program
 from synchromesh.testing.squares import write_squares
 from synchromesh.training.codec import encode
@@ -42,10 +43,31 @@ def commands() -> list[str]:
     return sorted({line.split("  #")[0].strip() for line in lines} - {""})
 
 
+def write_data(named: str) -> None:
+    """Write what the page calls a COCO json, a parquet file, tar shards, a list, or a folder of classes."""
+    path, pictures = Path(named), encoded(24)
+    if path.suffix == ".json":
+        write_squares(path.parent, "train", 4).replace(path)
+    elif path.suffix == ".parquet":
+        parquet_of(path, pictures)
+    elif path.suffix == ".tsv":
+        index_of(path, pictures)
+    elif path.suffix == ".tar":
+        for number in range(10):
+            tar_of(Path(named.replace("{000..009}", f"{number:03d}")), pictures)
+    else:
+        index_of(path / "index.tsv", pictures)
+        for line in (path / "index.tsv").read_text().splitlines():
+            file, kind = line.split("\t")
+            (path / kind).mkdir(exist_ok=True)
+            (path / file).replace(path / kind / file)
+        (path / "index.tsv").unlink()
+
+
 @pytest.mark.parametrize("command", commands())
 def test_commands_on_the_page_are_understood(command, tmp_path, monkeypatch):
     """`make` targets exist, programs lie where they are called, and every option has a value that it takes."""
-    words = shlex.split(command)
+    words = shlex.split(command.rpartition("| ")[2])  # what is piped into it is another program's
     words = words[1:] if words[0].endswith("activate") else words
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -69,7 +91,7 @@ def test_commands_on_the_page_are_understood(command, tmp_path, monkeypatch):
             file.parent.mkdir(parents=True)
             file.write_text(json.dumps(encode(RECIPES["demo"]())))
         if rest[0] == "--data":  # the task is found from it
-            assert write_squares(Path(rest[1]).parent, "train", 4) == Path(rest[1])
+            write_data(rest[1])
         assert module.read_request(rest, CATALOG).configured()
 
 

@@ -16,9 +16,8 @@ from torch import nn
 from synchromesh.commands.context import Context
 from synchromesh.compat.converters import CONVERTERS, describe
 from synchromesh.errors import InputError
-from synchromesh.models.costs import Costs, costs
+from synchromesh.models.costs import Costs, costs, has_whole_costs
 from synchromesh.models.features import Backbone, BackboneConfig, Place
-from synchromesh.models.heads.classifier import Classifier
 from synchromesh.models.mixtures import choices_of
 from synchromesh.models.published import PUBLISHED, Architecture, Family
 from synchromesh.moe.layer import MoE
@@ -102,7 +101,7 @@ class Measured:
             "active_parameters": self.costs.active_parameters,
             "router_parameters": self.costs.router_parameters,
             "multiply_adds": self.costs.multiply_adds,
-            "multiply_adds_of": "model" if isinstance(self.model, Classifier) else "backbone",
+            "multiply_adds_of": "model" if has_whole_costs(self.model) else "backbone",
             "input": list(self.image),
             "experts": None if experts is None else experts.num_experts,
             "weights": family.weights,
@@ -112,7 +111,7 @@ class Measured:
 
     def cells(self) -> tuple[str, ...]:
         """Return a row of the table."""
-        work = f"{self.costs.multiply_adds / 1e9:.3f} G" + ("" if isinstance(self.model, Classifier) else " *")
+        work = f"{self.costs.multiply_adds / 1e9:.3f} G" + ("" if has_whole_costs(self.model) else " *")
         experts = self.settings.experts
         return (
             self.name,
@@ -233,7 +232,7 @@ def _details(one: Measured) -> dict[str, Any]:
 
 def _page(one: Measured) -> Iterator[str]:
     family, counted = one.architecture.family, one.costs
-    of = "model" if isinstance(one.model, Classifier) else "backbone"
+    of = "model" if has_whole_costs(one.model) else "backbone"
     yield f"{one.name}: {type(one.model).__name__} of {family.title} ({family.source})"
     yield f"parameters     {counted.parameters:,}"
     yield f"active         {counted.active_parameters:,}, and {counted.router_parameters:,} of routers"

@@ -48,7 +48,7 @@ any size).
   find photos -name '*.tif' | synchromesh predict runs/demo -
   synchromesh predict runs/detect_demo *.png --draw answers/
   synchromesh predict photos/ --run runs/objects --ids val.json --least 0.01      predictions.json as COCO has it
-  synchromesh predict photos/ --run runs/labels --draw answers/   answers/predicted_labels/NAME.png, a class a pixel
+  synchromesh predict photos/ --run runs/segments --draw answers/      a value for every pixel too, as PNG files
 """
 BATCH_SIZE = 64  # samples that go through the model at a time, on each rank
 PREDICTIONS = "predictions"
@@ -72,8 +72,8 @@ class Request:
         json: print one JSON object a line.
         draw: folder for a picture of each answer, NAME.png, and its JSON, NAME.json, or NAME-2 where two images have
             one name; if not given, answers that are pictures, such as boxes, go into `predictions` inside the run.
-            Answers to every pixel are there as files of values too: predicted_labels/NAME.png, the class from 0;
-            panoptic_predictions/NAME.png, COCO's ids of segments; predicted_depth/NAME.png, millimetres in 16 bits.
+            Answers to every pixel are there as files of values too, in a folder named by the task: the class from 0,
+            COCO's ids of segments, or millimetres in 16 bits.
         ids: COCO json that tells the numbers of the images in predictions.json, which objects that were found in a
             folder are written to, or in panoptic_predictions.json; if not given, images.json beside the first one and
             the second one itself tell them.

@@ -49,9 +49,14 @@ def costs(model: nn.Module) -> Costs:
     backbone = model.get_submodule("backbone")
     assert isinstance(backbone, Backbone)
     work = backbone.multiply_adds()
-    if isinstance(model, Classifier):
+    if isinstance(model, Classifier):  # see has_whole_costs
         work += model.head.in_features * model.head.out_features
     return Costs(parameters, parameters - idle - routers, routers, round(work))
+
+
+def has_whole_costs(model: nn.Module) -> bool:
+    """Tell whether the multiply-adds of `costs` are those of the model, and not of its backbone alone."""
+    return isinstance(model, Classifier)
 
 
 def _size(module: nn.Module) -> int:

@@ -96,6 +96,7 @@ class Classification(Task):
     augment: Augment = field(default_factory=Augment)
     label_smoothing: float = 0.1
 
+    pipeline = "image-classification"
     numbers = (
         Number("accuracy", "accuracy", "{:.2%}"),
         Number("loss", "loss", "{:.4f}", "nats", more_is_better=False, log=True),
@@ -224,7 +225,7 @@ class LabelledImages:
         return len(self.images)
 
     @property
-    def labels(self) -> Int[Tensor, " N"]:
+    def strata(self) -> Int[Tensor, " N"]:
         """Of all images."""
         return self.images.labels
 

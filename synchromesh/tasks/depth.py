@@ -109,6 +109,7 @@ class Depth(Task):
     farthest: float | None = None
 
     unit = "pictures"
+    pipeline = "depth-estimation"
     values_folder = "predicted_depth"
     numbers = (
         Number("abs_rel", "AbsRel", "{:.4f}", more_is_better=False),

@@ -61,6 +61,7 @@ class Detection(Task):
     head: ObjectHead = field(default_factory=CentreBoxes)
 
     unit = "scenes"
+    pipeline = "object-detection"
 
     @property
     def numbers(self) -> tuple[Number, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -115,6 +115,7 @@ class Panoptic(Task):
     head: PanopticHead = field(default_factory=lambda: PanopticMasks(MaskFormer()))
 
     unit = "pictures"
+    pipeline = "image-segmentation"
     values_folder = "panoptic_predictions"  # beside a json file of this name, as COCO's tools look for it
     numbers = (
         Number("PQ", "PQ", "{:.3f}"),

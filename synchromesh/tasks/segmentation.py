@@ -93,6 +93,7 @@ class Segmentation(Task):
     head: SemanticHead = field(default_factory=SemanticFPN)
 
     unit = "pictures"
+    pipeline = "image-segmentation"
     values_folder = "predicted_labels"
     numbers = (
         Number("mIoU", "mIoU", "{:.3f}"),

@@ -45,8 +45,8 @@ def splits_of(config: TrainConfig) -> Splits:
 def folded(splits: Splits, folds: int, fold: int) -> Splits:
     """Return splits that score on one of K parts of the training samples, and learn from the others.
 
-    The same K gives the same parts in every run. Where the split has `labels`, each part has the same number of each
-    label, but for one. The task's own test samples are left out.
+    The same K gives the same parts in every run. Where the split says the `strata` of its samples, each part has the
+    same number of each, but for one. The task's own test samples are left out.
 
     Raises:
         InputError: there are fewer samples than folds.
@@ -55,9 +55,9 @@ def folded(splits: Splits, folds: int, fold: int) -> Splits:
     if len(train) < folds:
         raise InputError(f"there are {len(train)} samples to learn from, wanted at least one for each of {folds} folds")
     order = seeds.numpy_generator(0, seeds.SPLIT, folds).permutation(len(train))
-    labels = getattr(train, "labels", None)
-    if labels is not None:
-        order = order[np.argsort(np.asarray(labels)[order], kind="stable")]
+    strata = getattr(train, "strata", None)
+    if strata is not None:
+        order = order[np.argsort(np.asarray(strata)[order], kind="stable")]
     scored, learnt = order[fold::folds], np.delete(order, np.s_[fold::folds])
     note = f"fold {fold} of {folds} (counted from 0): scored on {len(scored):,} of the {len(train):,} to learn from"
     pick = [Picked(train, tuple(np.sort(part).tolist())) for part in (learnt, scored)]

@@ -13,13 +13,6 @@ from synchromesh.training.config import TrainConfig
 from synchromesh.training.run_folder import Trained
 from synchromesh.training.summary import model_size
 
-PIPELINES = {
-    "Classification": "image-classification",
-    "Detection": "object-detection",
-    "Segmentation": "image-segmentation",
-    "Panoptic": "image-segmentation",
-    "Depth": "depth-estimation",
-}
 MOST_CLASSES = 50  # whose names are listed
 
 
@@ -54,8 +47,8 @@ def _front(trained: Trained, name: str, summary: Mapping[str, Any] | None, licen
     values: dict[str, Any] = {"library_name": "synchromesh", "tags": ["mixture-of-experts", "synchromesh"]}
     if licence is not None:
         values["license"] = licence
-    if kind in PIPELINES:
-        values["pipeline_tag"] = PIPELINES[kind]
+    if trained.task.pipeline:
+        values["pipeline_tag"] = trained.task.pipeline
     scores = [
         {"type": number.name, "name": number.title, "value": summary[f"test_{number.name}"]}
         for number in trained.task.numbers
