@@ -27,8 +27,9 @@ from synchromesh.training.evaluate import EvalOptions, Evaluation, dead_experts,
 from synchromesh.training.folds import splits_of
 from synchromesh.training.loader import Loading
 from synchromesh.training.metrics import drop_rate, load_shares
+from synchromesh.training.panels import Sheet
 from synchromesh.training.run_folder import Trained, load_trained, read_config
-from synchromesh.training.task import Sheet, Split
+from synchromesh.training.task import Split
 from synchromesh.training.views import ONCE, Views
 
 ABOUT = "Score a trained model on its own test data, or on a folder of yours, and show the load of its experts."

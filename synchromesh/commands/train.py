@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from synchromesh import seeds
 from synchromesh.commands.context import Context
@@ -22,6 +21,7 @@ from synchromesh.commands.device import pick_device
 from synchromesh.commands.options import parse, read_file
 from synchromesh.commands.progress import RunProgress
 from synchromesh.commands.report import report_if_possible
+from synchromesh.commands.train_words import say_loaded, show_closing
 from synchromesh.errors import InputError, NonFiniteError, StoppedError
 from synchromesh.models.features import BackboneConfig
 from synchromesh.parallel.comm.environment import job_name, restarted
@@ -35,10 +35,8 @@ from synchromesh.training.folds import splits_of
 from synchromesh.training.gallery import draw_gallery
 from synchromesh.training.interrupt import StopWish, stop_on_signals
 from synchromesh.training.job import Job, Outcome
-from synchromesh.training.left_out import LEFT_OUT_FILE
 from synchromesh.training.loop import fit
 from synchromesh.training.plans import check_plan
-from synchromesh.training.report import summary_rows
 from synchromesh.training.run_folder import (
     CHECKPOINTS,
     RECIPE,
@@ -51,7 +49,7 @@ from synchromesh.training.run_folder import (
     prepare_folder,
     read_summary,
 )
-from synchromesh.training.start import Loaded, check_weights, freeze, load_weights
+from synchromesh.training.start import check_weights, freeze, load_weights
 from synchromesh.training.summary import Finished, ModelSize, model_size, summarize
 from synchromesh.training.task import Facts, Splits
 
@@ -227,7 +225,7 @@ def train(
     if resume and on_first(grid, lambda: read_summary(folder)) is not None:
         on_first(grid, lambda: prepare_folder(folder, config, catalog, resume=True, job=job))
         console.print(f"{folder} is finished; nothing is left to do", soft_wrap=True)
-        _closing_table(console, config, read_summary(folder) or {}, folder)
+        show_closing(console, config, read_summary(folder) or {}, folder)
         return 0
     note = on_first(grid, lambda: prepare_folder(folder, config, catalog, resume=resume, job=job))
     for text in (*splits.notes, note):
@@ -251,7 +249,7 @@ def train(
         on_first(grid, lambda: write_json(folder / SUMMARY, summary))
     if grid.rank == 0:
         report_if_possible(folder, context)
-    _closing_table(console, config, summary, folder)
+    show_closing(console, config, summary, folder)
     return 0
 
 
@@ -337,7 +335,7 @@ def _fit_stage(stage: Stage, run: _Run) -> Finished:
     start = config.start
     if start.weights is not None:
         loaded = load_weights(model, start.weights, catalog, partial=start.partial, frozen=start.freeze)
-        _say_loaded(console, start.weights, loaded)
+        say_loaded(console, start.weights, loaded)
     freeze(model, start.freeze)
     size = model_size(model)
     console.print(f"{stage.title}: {_size(size)}", highlight=False)
@@ -368,38 +366,3 @@ def _title(settings: BackboneConfig) -> str:
 def _size(size: ModelSize) -> str:
     active = "" if size.active == size.parameters else f", of which {size.active:,} active per token"
     return f"{size.parameters:,} parameters{active}"
-
-
-def _say_loaded(console: Console, path: Path, loaded: Loaded) -> None:
-    text = f"{path}: {loaded.taken} tensors taken"
-    if loaded.fresh:
-        text += f"; {len(loaded.fresh)} keep their random start, such as {loaded.fresh[0]}"
-    if loaded.unused:
-        text += f"; {len(loaded.unused)} of the file are not used, such as {loaded.unused[0]}"
-    console.print(text, highlight=False, soft_wrap=True)
-
-
-def _closing_table(console: Console, config: TrainConfig, summary: dict[str, Any], folder: Path) -> None:
-    columns, *rows = summary_rows(config, summary)
-    table = Table(title=f"recipe {summary['recipe']}, seed {summary['seed']}", title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    if summary["test_load"]:
-        table.add_row("dead experts", str(summary["dead_experts"]), *[""] * (len(columns) - 2))
-    for layer, plans in summary["plans"].items():
-        often = sorted(plans.items(), key=lambda item: -item[1])
-        table.add_row(f"plans of {layer}", "\n".join(f"{plan}: {count:,}" for plan, count in often))
-    console.print(table)
-    unit = config.task.unit
-    bad, test_bad = summary[f"bad_{unit}"], summary[f"test_bad_{unit}"]
-    if bad or test_bad:
-        epochs = summary["epochs"]
-        console.print(
-            f"left out as unreadable: {bad:,} times in {epochs} epochs, and {test_bad:,} test {unit}; "
-            f"{folder / LEFT_OUT_FILE} lists them",
-            style="yellow",
-            soft_wrap=True,
-        )
-    console.print(f"{folder / SUMMARY} · {folder / 'report.html'}", highlight=False, soft_wrap=True)

@@ -25,6 +25,7 @@ from synchromesh.models.features import BackboneConfig
 from synchromesh.models.heads.classifier import Classifier
 from synchromesh.tasks.label_confusion import Mistakes, class_sheet, confusion_panel
 from synchromesh.tasks.viewed import seen_whole
+from synchromesh.training.panels import Panel
 from synchromesh.training.task import (
     Answer,
     Ask,
@@ -32,7 +33,6 @@ from synchromesh.training.task import (
     Draw,
     Facts,
     Number,
-    Panel,
     Run,
     Scorer,
     Scores,

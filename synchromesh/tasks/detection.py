@@ -25,13 +25,13 @@ from synchromesh.tasks.object_answers import drawn, told
 from synchromesh.tasks.object_batch import SceneData, Scenes, batch_of
 from synchromesh.tasks.object_panels import object_panels
 from synchromesh.tasks.object_scorer import BOX_NUMBERS, MASK_NUMBERS, ObjectScorer
+from synchromesh.training.panels import Panel
 from synchromesh.training.task import (
     Answer,
     Ask,
     Batch,
     Facts,
     Number,
-    Panel,
     Run,
     Scorer,
     Scores,

@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from synchromesh.training.task import Matrix, Panel, Sheet
+from synchromesh.training.panels import Matrix, Panel, Sheet
 
 MOST_IN_MATRIX = 30  # classes; of more the most frequent mistakes are listed
 SHOWN = 20  # mistakes in that list

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from synchromesh.data.scores.boxes import NO_SIZE, Drawn, Seen
 from synchromesh.models.boxes import area, iou, shared
-from synchromesh.training.task import Sheet
+from synchromesh.training.panels import Sheet
 
 OVERLAP = 0.5  # IoU from which a box stands for an object
 NOTHING = "-"  # in the place of a class: nothing was there, or nothing was found

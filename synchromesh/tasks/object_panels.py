@@ -8,7 +8,7 @@ from typing import Any
 from synchromesh.data.scores.boxes import ObjectNumbers
 from synchromesh.data.scores.coco import TWELVE, CocoNumbers
 from synchromesh.tasks.object_confusion import confusion_sheet
-from synchromesh.training.task import Bars, Curves, Panel, Sheet
+from synchromesh.training.panels import Bars, Curves, Panel, Sheet
 
 _SAID = dict(
     zip(

@@ -43,17 +43,16 @@ from synchromesh.tasks.pixels import (
     padded,
     sizes_beside,
 )
+from synchromesh.training.panels import Panel, Sheet
 from synchromesh.training.task import (
     Answer,
     Ask,
     Batch,
     Facts,
     Number,
-    Panel,
     Run,
     Scorer,
     Scores,
-    Sheet,
     Split,
     Splits,
     Task,

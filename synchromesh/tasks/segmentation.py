@@ -38,17 +38,16 @@ from synchromesh.tasks.pixels import (
     sizes_beside,
 )
 from synchromesh.tasks.viewed import seen_by_pixels
+from synchromesh.training.panels import Panel, Sheet
 from synchromesh.training.task import (
     Answer,
     Ask,
     Batch,
     Facts,
     Number,
-    Panel,
     Run,
     Scorer,
     Scores,
-    Sheet,
     Split,
     Splits,
     Task,

@@ -29,10 +29,10 @@ from synchromesh.models.features import BackboneConfig
 from synchromesh.models.heads.pixels import PixelDecoder, hidden_positions, masked_l1
 from synchromesh.moe.layer import MoE
 from synchromesh.training.metrics import short_name
+from synchromesh.training.panels import Bars
 from synchromesh.training.task import (
     Answer,
     Ask,
-    Bars,
     Batch,
     Draw,
     Facts,

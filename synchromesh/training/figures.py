@@ -13,7 +13,8 @@ from synchromesh.training.page.bars import bar_chart
 from synchromesh.training.page.charts import Curve, line_chart
 from synchromesh.training.page.load import load_chart
 from synchromesh.training.page.matrix import matrix_chart
-from synchromesh.training.task import Bars, Curves, Matrix, Number
+from synchromesh.training.panels import Bars, Curves, Matrix
+from synchromesh.training.task import Number
 
 Line = dict[str, Any]
 EPOCH = Axis("epoch")

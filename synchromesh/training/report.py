@@ -18,9 +18,10 @@ from synchromesh.training.durable import write_atomically
 from synchromesh.training.metrics import METRICS_FILE, read_metrics
 from synchromesh.training.page.elements import card, document, grid, section, table, tag, tiles
 from synchromesh.training.page.load import load_legend
+from synchromesh.training.panels import Bars, Curves, Matrix, Panel, Sheet
 from synchromesh.training.plan_history import plan_figures
 from synchromesh.training.run_folder import PICTURES, REPORT, SUMMARY, TWIN, read_config, read_summary
-from synchromesh.training.task import Bars, Curves, Matrix, Panel, Sheet, Task
+from synchromesh.training.task import Task
 
 LOADS = (
     "Each row is an expert: on the left over time, on the right in the last test, where bars that end at the line got "

@@ -80,7 +80,7 @@ def test_the_card_is_filled_in_by_the_run(run: Path, pushed: Path) -> None:
     (result,) = huggingface_hub.ModelCard(card).data.eval_results[:1]
     assert (result.metric_type, result.metric_value) == ("accuracy", summary["test_accuracy"])
     assert f"{summary['parameters']:,} parameters, {summary['active_parameters']:,} of them active" in card
-    assert "`ScikitDigits`, 10 classes." in card
+    assert "`ScikitDigits`, 10 classes, grey 8 x 8." in card
     (layer,) = summary["test_load"]
     assert f"| `{layer}` | {4 * max(summary['test_load'][layer]):.2f} |" in card
     assert '"num_experts": 4' in card  # the recipe

@@ -4,7 +4,7 @@ from collections import Counter
 import torch
 
 from synchromesh.tasks.label_confusion import MOST_IN_MATRIX, SHOWN, Mistakes, class_sheet, confusion_panel
-from synchromesh.training.task import Matrix, Sheet
+from synchromesh.training.panels import Matrix, Sheet
 
 
 def of_pairs(pairs: list[tuple[int, int]], names: list[str]) -> tuple[dict, list[dict]]:

@@ -9,7 +9,7 @@ from synchromesh.data.scores.coco import TWELVE
 from synchromesh.data.scores.rle import encoded
 from synchromesh.tasks.object_panels import object_details, object_panels
 from synchromesh.training.codec import decode, encode
-from synchromesh.training.task import Bars, Curves, Panel, Sheet
+from synchromesh.training.panels import Bars, Curves, Panel, Sheet
 
 BOX = (0.0, 0.0, 10.0, 10.0)
 

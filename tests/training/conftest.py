@@ -23,8 +23,9 @@ from synchromesh.training.interrupt import StopWish
 from synchromesh.training.job import Event, Job
 from synchromesh.training.loader import Loading
 from synchromesh.training.optim import Optim
+from synchromesh.training.panels import Bars, Curves, Matrix, Sheet
 from synchromesh.training.run_folder import build_model, identity
-from synchromesh.training.task import Bars, Curves, Matrix, Sheet, Splits
+from synchromesh.training.task import Splits
 
 MakeJob = Callable[..., Job]
 
