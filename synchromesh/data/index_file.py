@@ -23,7 +23,12 @@ MOST_OF_A_LINE = 1 << 16  # bytes
 class IndexFile(StoredFiles):
     """A text file with a line for each picture: its path, a tab (or else a comma, or a space), and its class.
 
-    Paths are relative to the file's folder. Of each line 12 bytes are held: where it begins, and its class.
+    Paths are relative to the file's folder. Of each line 17 bytes are held: where it begins, and its class.
+
+    Attributes:
+        path: a file, a folder of such, or a pattern.
+        test_share: of each class, to score on, where no name says so.
+        split_seed: another one chooses others.
     """
 
     suffix: ClassVar[str] = ".*"

@@ -38,7 +38,10 @@ class ParquetFiles(StoredFiles):
     A column of pictures is one that Hugging Face's `datasets` calls an Image, or one of bytes, or of bytes and path.
 
     Attributes:
-        picture: its name; found where it is empty.
+        path: a file, a folder of such, or a pattern such as train-*.parquet.
+        test_share: of each class, to score on, where no name says so.
+        split_seed: another one chooses others.
+        picture: name of the column of pictures; found where it is empty.
         label: name of the column of classes; found where it is empty.
     """
 

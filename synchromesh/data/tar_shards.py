@@ -31,6 +31,11 @@ class TarShards(StoredFiles):
 
     Only pictures, .cls and .json are looked at: nothing is unpickled or written to disk. Compressed tar files are
     refused, as no picture in them can be read without all before it.
+
+    Attributes:
+        path: a file, a folder of such, or a pattern such as shards-{000..009}.tar.
+        test_share: of each class, to score on, where no name says so.
+        split_seed: another one chooses others.
     """
 
     suffix: ClassVar[str] = ".tar"

@@ -13,6 +13,7 @@ from synchromesh.tasks.classification import Classification
 from synchromesh.training.catalog import Catalog
 from synchromesh.training.codec import encode
 from synchromesh.training.config import TrainConfig
+from synchromesh.training.rules import AdamW, UpdateRule
 from synchromesh.training.task import Task
 
 SWIN = SwinV2Config(embed_dim=8, depths=(1,), num_heads=(1,))
@@ -85,7 +86,8 @@ def test_a_recipe_with_a_backbone_of_ones_own_is_known_to_the_extended_catalog_a
 
 def test_a_catalog_is_extended_again_by_classes_of_fields_that_it_did_not_know() -> None:
     first = Catalog({}, {}).extended(kinds={BackboneConfig: (Pooled,)})
-    second = first.extended(kinds={BackboneConfig: (SwinV2Config,), Task: (Classification,)}, recipes={"mine": mine})
+    kinds = {BackboneConfig: (SwinV2Config,), Task: (Classification,), UpdateRule: (AdamW,)}
+    second = first.extended(kinds=kinds, recipes={"mine": mine})
     assert second.kinds[BackboneConfig] == (Pooled, SwinV2Config)
     assert second.config(encode(mine())) == mine()
 

@@ -69,5 +69,5 @@ def test_an_unfinished_run_is_shown_to_its_last_logged_step(tmp_path: Path) -> N
 def test_a_run_of_fixed_plans_has_none_and_a_damaged_file_is_named(tmp_path: Path) -> None:
     assert plan_figures(tmp_path, {}, 3) == []
     (tmp_path / "plans.json").write_text("{")
-    with pytest.raises(InputError, match=r"plans\.json: this is no file of plans"):
+    with pytest.raises(InputError, match=r"plans\.json: the file of plans is no JSON"):
         plan_figures(tmp_path, {}, 3)

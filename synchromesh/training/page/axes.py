@@ -69,7 +69,8 @@ class Scale:
             return _decades(self.low, self.high)
         step = _step((self.high - self.low) / (MOST_TICKS - 1))
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
-        return [round(number * step, 12) for number in range(first, last + 1)]
+        decimals = 2 - math.floor(math.log10(step))
+        return [round(number * step, decimals) for number in range(first, last + 1)]
 
 
 def scale_of(axis: Axis, values: Sequence[Value], start: Value, stop: Value) -> Scale:
