@@ -205,3 +205,12 @@ def test_the_benchmark_of_loading_runs_and_all_contestants_give_the_same_images(
     (record,) = [json.loads(line) for line in out.read_text().splitlines()]
     assert {"files", "parquet", "tar", "datasets + PIL", "webdataset"} <= record["per_core"].keys()
     assert len(record["load"]) == 3
+
+
+def test_the_benchmark_of_a_long_list_reads_it_all_in_bounded_memory(tmp_path):
+    out = tmp_path / "figures.jsonl"
+    done = run_program(BENCHMARKS / "index_file.py", "--lines", 3000, "--classes", 7, "--out", out)
+    assert done.returncode == 0, done.stderr
+    (record,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert (record["learnt"] + record["scored"], record["lines"]) == (3000, 3000)
+    assert record["peak_mib"] < 100
