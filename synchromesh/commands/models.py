@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as to_json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -179,7 +180,9 @@ def _shown(words: Sequence[str], known: Mapping[str, Architecture]) -> str | Non
     if len(words) != 2 or words[0] != "show":
         raise InputError(f"got `models {' '.join(words)}`, wanted `models` or `models show NAME`")
     if words[1] not in known:
-        raise InputError(f"there is no model {words[1]!r}: wanted one of {', '.join(known)}")
+        near = get_close_matches(words[1], known, cutoff=0.4)
+        meant = f"is it {' or '.join(near)}? " if near else ""
+        raise InputError(f"there is no model {words[1]!r}: {meant}`synchromesh models` lists all {len(known)}")
     return words[1]
 
 

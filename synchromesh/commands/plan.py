@@ -100,6 +100,11 @@ class Case:
     changed: str
     asked: Asked
 
+    @property
+    def named(self) -> str:
+        """The model and what was changed."""
+        return f"{self.model.name} {self.changed}".strip()
+
 
 def run(request: Request, context: Context) -> int:
     """Print the plans; return 0, or 1 where no number of ranks has room for the model.
@@ -121,10 +126,10 @@ def run(request: Request, context: Context) -> int:
                 console.print(to_json.dumps(found), soft_wrap=True, highlight=False, markup=False)
         else:
             what = "inference" if request.inference else "training"
-            show_plans(console, f"{case.model.name} {case.changed} on {profile.name}, {what}", case.model, planned)
+            show_plans(console, f"{case.named} on {profile.name}, {what}", case.model, planned)
             _show_command(console, case, planned)
     if request.html is not None:
-        write_page(request.html, {f"{c.model.name} {c.changed}": found for c, found in results.items()}, profile)
+        write_page(request.html, {c.named: found for c, found in results.items()}, profile)
         console.print(str(request.html), highlight=False, soft_wrap=True)
     return 0 if any(one.refused is None for planned in results.values() for one in planned) else 1
 

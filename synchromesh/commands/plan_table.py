@@ -28,7 +28,8 @@ def _cells(one: Planned) -> tuple[str, ...]:
     waits = one.waits
     parts = [one.seconds, one.dense, one.seconds - one.dense - waits, waits]
     static = "no room" if one.static is None else f"{one.static / one.seconds:.2f}x"
-    rates = [f"{one.memory / 1e9:.0f}", short(one.samples_per_second), f"{one.efficiency:.0%}", static]
+    memory = short(one.memory / 1e9) if one.memory < 1e10 else f"{one.memory / 1e9:.0f}"
+    rates = [memory, short(one.samples_per_second), f"{one.efficiency:.0%}", static]
     return f"{one.ranks.size:,}", *(short(part * 1e3) for part in parts), *rates
 
 

@@ -16,6 +16,7 @@ from synchromesh.errors import UnreadableError
 from synchromesh.recipes import from_data
 from synchromesh.tasks.classification import Classification, Data
 from synchromesh.training.config import Keep, TrainConfig
+from synchromesh.training.loader import Loading
 from synchromesh.training.optim import Optim
 
 LOOKED_AT = 50  # pictures that are opened for their size and colours, spread over all
@@ -70,6 +71,7 @@ def classes(source: OwnData) -> TrainConfig:
         batch_size=max(1, min(BATCH, count // 4)),
         eval_batch_size=BATCH,
         bf16=False,
+        loading=Loading(skip_bad_images=True),  # each is named where the run ends
         keep=Keep(evaluate_epochs=max(1, epochs // EVALUATIONS)),
     )
 

@@ -90,7 +90,7 @@ def test_without_the_packages_of_recipes_published_sizes_are_shown(capsys: pytes
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["show", "swinv3"], "there is no model 'swinv3': wanted one of swinv2_tiny_w8_256"),
+        (["show", "swinv3"], "there is no model 'swinv3': is it "),
         (["list"], "wanted `models` or `models show NAME`"),
         (["show"], "wanted `models` or `models show NAME`"),
     ],

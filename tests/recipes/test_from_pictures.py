@@ -209,3 +209,14 @@ def test_weights_of_another_backbone_are_refused_before_a_run_begins(
     assert cli.main(["train", *given, "--start.partial"]) == 2
     assert "would stay random and frozen" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_picture_is_named_and_left_out_where_data_are_all_that_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = write_classes(tmp_path / "photos", colour=True, count=12) / "dark" / "6.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    run = tmp_path / "run"
+    assert cli.main(["train", "--data", str(tmp_path / "photos"), "--run", str(run), *TINY]) == 0
+    assert "left out as unreadable" in " ".join(capsys.readouterr().out.split())
+    assert "dark/6.jpg" in (run / "left_out.jsonl").read_text()
