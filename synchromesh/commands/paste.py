@@ -116,8 +116,11 @@ def _script(one: Planned, asked: Asked) -> Iterator[str]:
     yield "    model.to(device)"
     if isinstance(asked.model, Path):
         yield f"    parallelize_experts(model, grid, strategy={strategy})"
-    outer = ', outer=Grid.from_mesh(mesh["data"])' if nesting.copies > 1 else ""
-    yield f"    run = parallelize(model, grid, shared={shared}(){outer}, strategy={strategy})"
+    if nesting.copies > 1:
+        yield f'    strategy, outer = {strategy}, Grid.from_mesh(mesh["data"])'
+        yield f"    run = parallelize(model, grid, shared={shared}(), outer=outer, strategy=strategy)"
+    else:
+        yield f"    run = parallelize(model, grid, shared={shared}(), strategy={strategy})"
     parts = one.arrangement.accumulate
     if parts > 1:
         yield f"    # each step: {parts} parts of {one.batch // parts} samples, then optimizer.step()"
