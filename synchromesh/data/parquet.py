@@ -61,12 +61,12 @@ class ParquetFiles(StoredFiles):
                 columns = columns or own
                 if own != columns:
                     raise InputError(f"{path} has other columns than {files[0]}: {own.said} instead of {columns.said}")
+                groups = _row_groups(opened, path)
                 leaves = [opened.schema.column(number).path for number in range(len(opened.schema.names))]
                 with _opened(path, *({own.label} & {*leaves})) as texts:
                     found = _labels(texts, path, own, names)
                 labels += found
                 sizes.append(np.array([len(group) for group in found], dtype=np.int64))
-                groups = [opened.metadata.row_group(number) for number in range(opened.num_row_groups)]
                 largest = max([largest, *(_bytes_of(group, own.picture) for group in groups)])
         assert columns is not None
         classes, own_labels = numbered(list(names), np.concatenate(labels))
@@ -280,6 +280,16 @@ def _chosen(path: Path, what: str, asked: str, fits: Sequence[str], usual: Seque
     which = "picture" if what == "pictures" else "label"
     got = f"several: {few(list(fits))}" if fits else f"none among {few(list(there)) or 'no columns'}"
     raise InputError(f"{path} has no one column of {what}, but {got}: name it with --data.source.{which}")
+
+
+def _row_groups(file: pq.ParquetFile, path: Path) -> list[Any]:
+    """Return what is said of each group of rows. Raises InputError; pyarrow ends the process on columns too many."""
+    groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+    wanted = file.metadata.num_columns
+    for number, group in enumerate(groups):
+        if group.num_columns != wanted:
+            raise InputError(f"{path} is damaged: its group {number} has {group.num_columns} columns, wanted {wanted}")
+    return groups
 
 
 def _bytes_of(group: Any, column: str) -> int:
