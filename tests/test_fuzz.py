@@ -137,9 +137,9 @@ def _tar(folder: Path, content: bytes) -> None:
     TarShards(folder / "x.tar").load(SIZE)
 
 
-def _header(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0, **said: str) -> bytes:
+def _header(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0, said: dict[str, str] | None = None) -> bytes:
     info = tarfile.TarInfo(name)
-    info.type, info.size, info.pax_headers = kind, size, said
+    info.type, info.size, info.pax_headers = kind, size, said or {}
     return info.tobuf(tarfile.PAX_FORMAT if said else tarfile.GNU_FORMAT)
 
 
@@ -153,6 +153,7 @@ def _index(folder: Path, content: bytes) -> None:
 SPARSE = _header("a.png", tarfile.GNUTYPE_SPARSE)
 SPARSE = SPARSE[:148] + b" " * 8 + SPARSE[156:482] + b"\1" + SPARSE[483:]
 SPARSE = SPARSE[:148] + b"%06o\0 " % sum(SPARSE) + SPARSE[156:]
+BACK = _header("a", b"Z", said={"size": "-1536"})  # to its own beginning
 LONG_NAME = _header("x", tarfile.GNUTYPE_LONGNAME, 2) + b"y".ljust(512, b"\0")
 FOUND = {  # what fuzzing found, each once a traceback or an endless loop
     "metrics that are no UTF-8": (_metrics, b"\xff\n", "is no JSON"),
@@ -163,7 +164,7 @@ FOUND = {  # what fuzzing found, each once a traceback or an endless loop
     "a bomb of zeros": (_bomb, b"\0" * 16, "is damaged"),
     "an empty stack of a pickle": (_weights, b"\x80\x02e.", "is damaged"),
     "a member of less than nothing": (_tar, _header("a", b"Z", -512), "says -512 bytes"),
-    "a member that leads back": (_tar, _header("a", b"Z", size="-1536"), "leads back to an earlier one"),
+    "a member that leads back": (_tar, _header("a.png") + BACK, "leads back to an earlier one"),
     "names of names without end": (_tar, LONG_NAME * 2000, "is no whole, plain tar file"),
     "a name of an exabyte": (_tar, _header("x", tarfile.GNUTYPE_LONGNAME, 1 << 60), "says 1,152,921,504,606,846,976"),
     "a sparse file that is cut off": (_tar, SPARSE, "is no whole, plain tar file"),
