@@ -8,13 +8,16 @@ import json
 import pickle
 import re
 import struct
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import fuzz_thrift as thrift
 import hypothesis.strategies as st
 import numpy as np
 import torch
@@ -258,6 +261,73 @@ def _zip_together(value: Any) -> bytes:
 
 
 ZIP = (_zip_apart, _zip_together)
+
+
+def _tar_apart(content: bytes) -> Any:
+    """Take a tar file apart: what its headers say, and what follows each."""
+    found, at = [], 0
+    while len(header := content[at : at + 512]) == 512 and header.strip(b"\0"):
+        size = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
+        says = {key: header[a:b].rstrip(b"\0").decode("latin-1") for key, (a, b) in TAR_FIELDS.items()}
+        found.append([{**says, "size": size}, content[at + 512 : at + 512 + size].decode("latin-1")])
+        at += 512 + -(-size // 512) * 512
+    return found
+
+
+def _tar_together(value: Any) -> bytes:
+    """Write members whose checksums are right, so that what else their headers say is read."""
+    out = bytearray()
+    for entry in value if isinstance(value, list) else [value]:
+        says, body = [*entry, "", ""][:2] if isinstance(entry, list) else (entry, "")
+        header = bytearray(512)
+        for key, own in says.items() if isinstance(says, dict) else ():
+            start, end = TAR_FIELDS.get(key, (124, 136))
+            header[start:end] = _tar_field(own, end - start)
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        raw = _raw(body)
+        out += header + raw + bytes(-len(raw) % 512)
+    return bytes(out) + bytes(1024)
+
+
+def _tar_field(value: Any, width: int) -> bytes:
+    """Write a number in octal, or as GNU does where it is negative or too large; all else as text."""
+    if isinstance(value, int) and 0 <= value < 8 ** (width - 1):
+        return b"%0*o\0" % (width - 1, value)
+    if isinstance(value, int) and width > 1:
+        sign = b"\xff" if value < 0 else b"\x80"
+        return sign + (value % 256 ** (width - 1)).to_bytes(width - 1, "big")
+    return _raw(value)[:width].ljust(width, b"\0")
+
+
+def _raw(value: Any) -> bytes:
+    return str(value).encode("latin-1", "backslashreplace")
+
+
+TAR_FIELDS = {"name": (0, 100), "type": (156, 157), "link": (157, 257), "magic": (257, 265), "prefix": (345, 500)}
+TAR = (_tar_apart, _tar_together)
+
+
+def _parquet_apart(content: bytes) -> Any:
+    """Take a parquet file apart into its pages and its footer, which is a struct of Thrift."""
+    size = int.from_bytes(content[-8:-4], "little")
+    return [content[: -8 - size].decode("latin-1"), thrift.read(content[-8 - size : -8])]
+
+
+def _parquet_together(value: Any) -> bytes:
+    pages, footer = [*value, "", {}][:2] if isinstance(value, list) else ("", value)
+    raw = thrift.written(footer)
+    return _raw(pages) + raw + len(raw).to_bytes(4, "little") + b"PAR1"
+
+
+PARQUET = (_parquet_apart, _parquet_together)
+
+
+def _words_apart(content: bytes) -> Any:
+    return re.split(r"([\t, \r\n]+)", content.decode("latin-1"))
+
+
+WORDS = (_words_apart, lambda value: b"".join(map(_raw, value if isinstance(value, list) else [value])))
 
 
 # readers
@@ -751,6 +821,98 @@ def hf_config() -> Reader:
     )
 
 
+def parquet() -> Reader:
+    """Parquet files of pictures and classes, with and without what Hugging Face's `datasets` says of them."""
+    from synchromesh.data.parquet import ParquetFiles
+    from synchromesh.testing.packed import CLASSES, encoded, parquet_of, write_parquet
+
+    pictures = encoded(6, size=(12, 17))
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": list(CLASSES)}}
+    columns = {"image": [content for _, content, _ in pictures], "label": [label for *_, label in pictures]}
+    said = json.dumps({"info": {"features": features}}).encode()
+
+    def files(folder: Path) -> Iterator[Path]:
+        yield parquet_of(folder / "a.parquet", pictures, rows=2)
+        yield write_parquet(folder / "b.parquet", columns, rows=4, metadata=said)
+        yield write_parquet(folder / "c.parquet", {**columns, "id": [None, "a", *"bcde"]}, rows=6)
+
+    return Reader("parquet", partial(_packed, ParquetFiles), _written(files), ".parquet", PARQUET)
+
+
+def tar_shards() -> Reader:
+    """Tar files as WebDataset has them, with the long names of GNU and of pax."""
+    from synchromesh.data.tar_shards import TarShards
+    from synchromesh.testing.packed import encoded, tar_of, write_tar
+
+    pictures = encoded(4, size=(12, 17))
+    named = [(f"{'long/' * 40}{label}/\u00e9{n}.{end}", content) for n, (end, content, label) in enumerate(pictures)]
+    told = [(f"{n}.json", json.dumps({"label": label}).encode()) for n, (*_, label) in enumerate(pictures)]
+    both = [one for n, (end, content, _) in enumerate(pictures) for one in ((f"{n}.{end}", content), told[n])]
+
+    def files(folder: Path) -> Iterator[Path]:
+        yield tar_of(folder / "a.tar", pictures)
+        yield write_tar(folder / "b.tar", both)
+        for number, kind in enumerate((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
+            yield write_tar(folder / f"{number}.tar", named, kind=kind)
+
+    return Reader("tar_shards", partial(_packed, TarShards), _written(files), ".tar", TAR)
+
+
+def index_file() -> Reader:
+    """Lists of pictures and classes."""
+    from synchromesh.data.index_file import IndexFile
+
+    def read(path: Path) -> None:
+        _picture_folder(path)
+        _packed(IndexFile, path)
+
+    names = [f"pictures/{name}.png" for name in "abab"]
+    files = tuple(
+        "".join(f"{name}{mark}{n % 2 + 9}{end}" for n, name in enumerate(names)).encode()
+        for mark, end in (("\t", "\n"), (",", "\r\n"), (" ", "\n\n"))
+    )
+    return Reader("index_file", read, files, ".tsv", WORDS)
+
+
+def _written(files: Callable[[Path], Iterator[Path]]) -> tuple[bytes, ...]:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        return tuple(path.read_bytes() for path in files(Path(folder)))
+
+
+def _packed(kind: Callable[[Path], Any], path: Path) -> None:
+    """List the pictures of a file, divide them, and decode each; only InputError may refuse one of these."""
+    from synchromesh.data.files import read_picture
+    from synchromesh.data.images import Preprocess
+    from synchromesh.errors import InputError
+
+    refused = []
+
+    def tried(call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except InputError as error:
+            clear(error)
+            refused.append(error)
+        except ValueError as error:
+            raise AssertionError(f"{type(error).__name__} instead of InputError: {error}") from error
+
+    whole = tried(lambda: kind(path).read([path]))
+    if whole is None:
+        raise refused[0]
+    "".join(whole.classes).encode()  # can be printed
+    assert len(whole.store) == len(whole.labels)
+    grouped = whole.store.groups()
+    assert grouped is None or len(grouped[0]) == len(whole.store)
+    tried(lambda: kind(path).load(Preprocess(8, 3, 1.0, (0.5,) * 3, (0.5,) * 3)))
+    for number in range(min(len(whole.store), 100)):
+        assert whole.store.name(number)
+        tried(lambda number=number: read_picture(whole.store.file(number), 3))
+    if len(refused) > len(whole.store):
+        raise refused[-1]
+
+
 READERS: Mapping[str, Callable[[], Reader]] = MappingProxyType(
     {
         "images": images,
@@ -775,5 +937,8 @@ READERS: Mapping[str, Callable[[], Reader]] = MappingProxyType(
         "cluster": cluster,
         "plans": plans,
         "hf_config": hf_config,
+        "parquet": parquet,
+        "tar_shards": tar_shards,
+        "index_file": index_file,
     }
 )

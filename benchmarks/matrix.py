@@ -98,7 +98,7 @@ def tried(python: str, torch: str, args: Args, call: Call = run) -> Pair:
     own = str(folder / "bin" / "python")
     if not (folder / ".ready").exists():
         call([str(program), "-m", "venv", "--clear", str(folder)])
-        wanted = [f"torch=={torch}.*", ".[vision,report]", "pytest", "pytest-xdist", "hypothesis", "beartype"]
+        wanted = [f"torch=={torch}.*", ".[vision,hf,data,report]", "pytest", "pytest-xdist", "hypothesis", "beartype"]
         done = call([own, "-m", "pip", "install", "--quiet", "--extra-index-url", args.index, *wanted])
         if done.returncode:
             return Pair(python, torch, "missing", f"pip: {_last(done.stderr)}")

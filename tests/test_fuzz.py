@@ -9,23 +9,37 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from synchromesh.compat.hf_config import read_hf_config
+from synchromesh.data.images import Preprocess
+from synchromesh.data.index_file import IndexFile
+from synchromesh.data.parquet import ParquetFiles
+from synchromesh.data.stored import in_order
+from synchromesh.data.tar_shards import TarShards
+from synchromesh.errors import InputError
 from synchromesh.models.swin_v2_moe import swin_v2_demo
 from synchromesh.recipes.catalog import CATALOG
+from synchromesh.testing.packed import write_parquet, write_tar
 from synchromesh.training.checkpoint import read_checkpoint
 from synchromesh.training.metrics import read_metrics
 from synchromesh.training.start import load_weights
 
 ROOT = Path(__file__).parents[1]
-QUICK = ("images", "coco_json", "rle", "voc", "labels", "unpickle", "cluster", "plans", "hf_config", "recipe")
+SIZE = Preprocess(image_size=16, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+QUICK = (
+    *("images", "coco_json", "rle", "voc", "labels", "unpickle", "cluster", "plans", "hf_config", "recipe"),
+    *("parquet", "tar_shards", "index_file"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +132,29 @@ def _bomb(folder: Path, content: bytes) -> None:
     load_weights(swin_v2_demo(), folder / "b.pt", CATALOG)
 
 
+def _tar(folder: Path, content: bytes) -> None:
+    (folder / "x.tar").write_bytes(content)
+    TarShards(folder / "x.tar").load(SIZE)
+
+
+def _header(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0, said: dict[str, str] | None = None) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.size, info.pax_headers = kind, size, said or {}
+    return info.tobuf(tarfile.PAX_FORMAT if said else tarfile.GNU_FORMAT)
+
+
+def _index(folder: Path, content: bytes) -> None:
+    (folder / "x.tsv").write_bytes(content)
+    found = IndexFile(folder / "x.tsv").read([folder / "x.tsv"])
+    found.store.file(0)
+
+
+# The old header of a sparse file says that another block follows.
+SPARSE = _header("a.png", tarfile.GNUTYPE_SPARSE)
+SPARSE = SPARSE[:148] + b" " * 8 + SPARSE[156:482] + b"\1" + SPARSE[483:]
+SPARSE = SPARSE[:148] + b"%06o\0 " % sum(SPARSE) + SPARSE[156:]
+BACK = _header("a", b"Z", said={"size": "-1536"})  # to its own beginning
+LONG_NAME = _header("x", tarfile.GNUTYPE_LONGNAME, 2) + b"y".ljust(512, b"\0")
 FOUND = {  # what fuzzing found, each once a traceback or an endless loop
     "metrics that are no UTF-8": (_metrics, b"\xff\n", "is no JSON"),
     "metrics that are no objects": (_metrics, b"1.5\n", "no JSON object"),
@@ -126,6 +163,13 @@ FOUND = {  # what fuzzing found, each once a traceback or an endless loop
     "10**12 layers": (_layers, b"1000000000000", "wanted at most 100,000"),
     "a bomb of zeros": (_bomb, b"\0" * 16, "is damaged"),
     "an empty stack of a pickle": (_weights, b"\x80\x02e.", "is damaged"),
+    "a member of less than nothing": (_tar, _header("a", b"Z", -512), "says -512 bytes"),
+    "a member that leads back": (_tar, _header("a.png") + BACK, "leads back to an earlier one"),
+    "names of names without end": (_tar, LONG_NAME * 2000, "is no whole, plain tar file"),
+    "a name of an exabyte": (_tar, _header("x", tarfile.GNUTYPE_LONGNAME, 1 << 60), "says 1,152,921,504,606,846,976"),
+    "a sparse file that is cut off": (_tar, SPARSE, "is no whole, plain tar file"),
+    "no header amid a tar file": (_tar, _header("a.png") + b"x" * 512 + _header("b.png"), "byte 512 is no header"),
+    "a picture that is none but a device": (_index, b"/dev/null\tcat\n", "is no plain file"),
 }
 
 
@@ -134,6 +178,63 @@ def test_what_was_found_stays_mended(name: str, tmp_path: Path) -> None:
     read, content, says = FOUND[name]
     with pytest.raises(ValueError, match=says):
         read(tmp_path, content)
+
+
+def _more_columns(footer: dict[str, Any]) -> None:
+    columns = footer["4:9"][1]["1:9"]
+    columns.append(columns[-1])
+
+
+def _more_rows(footer: dict[str, Any]) -> None:
+    footer["3:6"] = footer["4:9"][1]["3:6"] = 1 << 53
+
+
+def _no_rows(footer: dict[str, Any]) -> None:
+    footer["4:9"] = footer["4:9"][:1]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (_more_columns, "its group 0 has 3 columns, wanted 2"),  # ended the process
+        (_more_rows, "its group 0 has 2 rows, and says 9,007,199,254,740,992"),
+        (_no_rows, "has one class only, none at all"),
+    ],
+)
+def test_a_footer_of_parquet_that_lies_is_refused(fuzz: ModuleType, tmp_path: Path, change: Any, says: str) -> None:
+    apart, together = sys.modules[fuzz.Reader.__module__].PARQUET
+    columns = {"image": [b"x"] * 4, "label": ["a", "b"] * 2}
+    path = write_parquet(tmp_path / "x.parquet", columns, rows=2)
+    pages, footer = apart(path.read_bytes())
+    change(footer)
+    path.write_bytes(together([pages, footer]))
+    with pytest.raises(InputError, match=says):
+        ParquetFiles(path).load(SIZE)
+
+
+def test_a_text_that_all_rows_share_is_held_once(tmp_path: Path) -> None:
+    """A dictionary of one class in a file of some KiB would else become a GiB of text."""
+    labels = ["a" * (1 << 18), None, "b"] * 1365
+    path = write_parquet(tmp_path / "x.parquet", {"image": [b"x"] * len(labels), "label": labels}, rows=len(labels))
+    assert path.stat().st_size < 1 << 20
+    tracemalloc.start()
+    try:
+        found = ParquetFiles(path).read([path])
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 16 << 20
+    assert found.labels.tolist() == [0, -1, 1] * 1365
+
+
+def test_names_of_classes_can_be_shown_and_put_in_order(tmp_path: Path) -> None:
+    """Bytes that are no UTF-8, halves of pairs, and numbers that are too long for Python to parse."""
+    (tmp_path / "x.tsv").write_bytes(b"a.png\tcaf\xe9\nb.png\tdog\n")
+    assert IndexFile(tmp_path / "x.tsv").read([tmp_path / "x.tsv"]).classes == ("caf\ufffd", "dog")
+    members = [("a.png", b""), ("a.json", b'{"label": "\\ud800"}'), ("caf\udce9/b.png", b"")]
+    path = write_tar(tmp_path / "x.tar", members, kind=tarfile.GNU_FORMAT)
+    assert TarShards(path).read([path]).classes == ("caf\ufffd", "\ufffd")
+    assert in_order(["10", "9" * 5000, "09", "9"]) == ["09", "9", "10", "9" * 5000]
 
 
 def test_a_process_that_dies_is_a_fault(fuzz: ModuleType, monkeypatch) -> None:

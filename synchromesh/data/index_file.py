@@ -11,7 +11,7 @@ from typing import ClassVar, final
 import numpy as np
 from jaxtyping import Int
 
-from synchromesh.data.stored import LabelledStore, Store, StoredFiles, as_numpy, numbered
+from synchromesh.data.stored import LabelledStore, Store, StoredFiles, as_numpy, numbered, printable
 from synchromesh.errors import InputError, UnreadableError
 
 INDEX_SUFFIXES = (".tsv", ".csv", ".txt", ".index")
@@ -67,7 +67,10 @@ class LineStore(Store):
         return len(self.starts)
 
     def file(self, number: int) -> Path:
-        return self._index(number).parent / self.name(number)
+        path = self._index(number).parent / self.name(number)
+        if path.exists() and not path.is_file():  # a pipe or a terminal would be waited for without end
+            raise UnreadableError(path, "it is no plain file")
+        return path
 
     def name(self, number: int) -> str:
         path = self._index(number)
@@ -103,4 +106,4 @@ def _parted(line: bytes, path: Path, number: int) -> tuple[str, str]:
             f"{path} has no picture and class in line {number + 1}, {text[:60]!r}: wanted a path, a tab and a class, "
             "without quotes"
         )
-    return name, label
+    return name, printable(label)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from jaxtyping import Int
 
 from synchromesh.data.class_folders import few
 from synchromesh.data.files import Encoded
-from synchromesh.data.stored import LabelledStore, Store, StoredFiles, numbered
+from synchromesh.data.stored import LabelledStore, Store, StoredFiles, numbered, printable
 from synchromesh.errors import InputError, UnreadableError
 
 if TYPE_CHECKING:
@@ -53,17 +54,20 @@ class ParquetFiles(StoredFiles):
     def read(self, files: Sequence[Path]) -> LabelledStore:
         """Read the classes of all rows. Raises InputError where a file is damaged, or has no such columns."""
         names: dict[str, int] = {}
-        labels, sizes, largest, columns = [], [], 1, None
+        labels, sizes, largest, columns = [np.zeros(0, dtype=np.int32)], [], 1, None  # a file may have no rows
         for path in files:
-            opened = _opened(path)
-            own = Columns.of(opened, path, self.picture, self.label)
-            columns = columns or own
-            if own != columns:
-                raise InputError(f"{path} has other columns than {files[0]}: {own.said} instead of {columns.said}")
-            labels.append(_labels(opened, path, own, names))
-            groups = [opened.metadata.row_group(number) for number in range(opened.num_row_groups)]
-            sizes.append(np.array([group.num_rows for group in groups], dtype=np.int64))
-            largest = max([largest, *(_bytes_of(group, own.picture) for group in groups)])
+            with _named(path), _opened(path) as opened:
+                own = Columns.of(opened, path, self.picture, self.label)
+                columns = columns or own
+                if own != columns:
+                    raise InputError(f"{path} has other columns than {files[0]}: {own.said} instead of {columns.said}")
+                groups = _row_groups(opened, path)
+                leaves = [opened.schema.column(number).path for number in range(len(opened.schema.names))]
+                with _opened(path, *({own.label} & {*leaves})) as texts:
+                    found = _labels(texts, path, own, names)
+                labels += found
+                sizes.append(np.array([len(group) for group in found], dtype=np.int64))
+                largest = max([largest, *(_bytes_of(group, own.picture) for group in groups)])
         assert columns is not None
         classes, own_labels = numbered(list(names), np.concatenate(labels))
         held = max(1, min(MOST_GROUPS, HELD // largest))
@@ -101,7 +105,7 @@ class Columns:
         shown = _chosen(path, "pictures", picture, pictures, PICTURE_NAMES, schema.names)
         named = _chosen(path, "classes", label, classes, LABEL_NAMES, schema.names)
         known = features.get(named, {}).get("names")
-        names = tuple(map(str, known)) if isinstance(known, list) else ()
+        names = tuple(printable(str(name)) for name in known) if isinstance(known, list) else ()
         return cls(shown, named, names)
 
 
@@ -128,7 +132,10 @@ class RowStore(Store):
     def file(self, number: int) -> Encoded:
         group = int(np.searchsorted(self._ends, number, side="right"))
         row = int(number - (self._ends[group - 1] if group else 0))
-        content = self._groups.of(group)[row].as_py()
+        rows = self._groups.of(group)
+        if row >= len(rows):
+            raise UnreadableError(self._place(number), f"its column of pictures ends after {len(rows)} rows")
+        content = rows[row].as_py()
         if isinstance(content, dict):
             content = content.get("bytes")
         if not isinstance(content, bytes):
@@ -217,12 +224,24 @@ def _arrow(path: Path) -> Any:
     return pq
 
 
-def _opened(path: Path) -> pq.ParquetFile:
+def _opened(path: Path, *texts: str) -> pq.ParquetFile:
+    """Open a file, columns of text as it keeps them: each text once. Raises InputError."""
     arrow = _arrow(path)
     try:
-        return arrow.ParquetFile(path)
+        return arrow.ParquetFile(path, read_dictionary=list(texts))
     except BAD_FILE as error:
         raise InputError(f"{path} is no whole parquet file: {_said(error)}") from error
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turn what pyarrow raises while a file is read into an InputError that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except BAD_FILE as error:
+        raise InputError(f"{path} is damaged: {_said(error)}") from error
 
 
 def _said(error: BaseException) -> str:
@@ -263,27 +282,48 @@ def _chosen(path: Path, what: str, asked: str, fits: Sequence[str], usual: Seque
     raise InputError(f"{path} has no one column of {what}, but {got}: name it with --data.source.{which}")
 
 
+def _row_groups(file: pq.ParquetFile, path: Path) -> list[Any]:
+    """Return what is said of each group of rows. Raises InputError; pyarrow ends the process on columns too many."""
+    groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+    wanted = file.metadata.num_columns
+    for number, group in enumerate(groups):
+        if group.num_columns != wanted:
+            raise InputError(f"{path} is damaged: its group {number} has {group.num_columns} columns, wanted {wanted}")
+    return groups
+
+
 def _bytes_of(group: Any, column: str) -> int:
     chunks = [group.column(number) for number in range(group.num_columns)]
     return sum(one.total_uncompressed_size for one in chunks if one.path_in_schema.partition(".")[0] == column)
 
 
-def _labels(file: pq.ParquetFile, path: Path, columns: Columns, names: dict[str, int]) -> np.ndarray:
-    """Return numbers of the classes of all rows as they come, int32; -1 for none."""
+def _labels(file: pq.ParquetFile, path: Path, columns: Columns, names: dict[str, int]) -> list[Int[np.ndarray, " _"]]:
+    """Return numbers of the classes of each group's rows as they come, int32; -1 for none. Raises InputError."""
     for name in columns.classes:
         names.setdefault(name, len(names))
-    found = np.full(file.metadata.num_rows, -1, dtype=np.int32)
-    start = 0
-    try:
-        for batch in file.iter_batches(columns=[columns.label]):
-            values = batch.column(0).to_pylist()
-            found[start : start + len(values)] = [_number(value, columns, path, names) for value in values]
-            start += len(values)
-    except InputError:
-        raise
-    except BAD_FILE as error:
-        raise InputError(f"{path} is damaged: {_said(error)}") from error
+    found = []
+    for group in range(file.num_row_groups):
+        batches = file.iter_batches(columns=[columns.label], row_groups=[group])
+        own = [_numbers(batch.column(0), columns, path, names) for batch in batches]
+        found.append(np.concatenate([np.zeros(0, dtype=np.int32), *own]))
+        said = file.metadata.row_group(group).num_rows
+        if len(found[-1]) != said:
+            raise InputError(f"{path} is damaged: its group {group} has {len(found[-1]):,} rows, and says {said:,}")
     return found
+
+
+def _numbers(values: Any, columns: Columns, path: Path, names: dict[str, int]) -> Int[np.ndarray, " N"]:
+    """Return numbers of classes; each text of a dictionary is looked at once, however many rows have it."""
+    if not hasattr(values, "dictionary"):
+        return np.array([_number(value, columns, path, names) for value in values.to_pylist()], dtype=np.int32)
+    places = values.indices.fill_null(-1).to_numpy()
+    texts = values.dictionary.to_pylist()
+    numbers = np.full(len(texts) + 1, -1, dtype=np.int32)
+    used, first = np.unique(places, return_index=True)
+    for place in used[np.argsort(first)].tolist():  # in the order of the rows, as classes are met
+        if place >= 0:
+            numbers[place] = _number(texts[place], columns, path, names)
+    return numbers[places]
 
 
 def _number(value: Any, columns: Columns, path: Path, names: dict[str, int]) -> int:

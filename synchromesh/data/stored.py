@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from synchromesh.data.images import EncodedImages, Preprocess, TwoSets
 from synchromesh.data.parts import Parts, said
 from synchromesh.data.runs import Runs
 from synchromesh.errors import InputError
+
+LONE = re.compile(r"[\ud800-\udfff]")
 
 
 class Store(ABC):
@@ -183,8 +186,17 @@ def in_order(names: Sequence[str]) -> list[str]:
     (['9', '10'], ['10', '9', 'b'])
     """
     if all(name.isascii() and name.isdigit() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
+        return sorted(names, key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name))  # of any length
     return sorted(names)
+
+
+def printable(name: str) -> str:
+    """Return a name from outside, with a sign for each character that UTF-8 has not: a lone half of a pair.
+
+    >>> printable("caf\\udce9") == "caf\\N{REPLACEMENT CHARACTER}"
+    True
+    """
+    return LONE.sub("\N{REPLACEMENT CHARACTER}", name)
 
 
 def numbered(names: Sequence[str], labels: Int[np.ndarray, " N"]) -> tuple[tuple[str, ...], Int[np.ndarray, " N"]]:

@@ -16,11 +16,15 @@ from jaxtyping import Int
 
 from synchromesh.data.class_folders import few
 from synchromesh.data.files import SUFFIXES, Encoded
-from synchromesh.data.stored import LabelledStore, Store, StoredFiles, as_numpy, numbered
+from synchromesh.data.stored import LabelledStore, Store, StoredFiles, as_numpy, numbered, printable
 from synchromesh.errors import InputError, UnreadableError
 
 MOST_OF_A_LABEL = 1 << 20  # bytes of a .cls or .json
 MOST_OF_A_PICTURE = (1 << 31) - 1  # bytes
+MOST_OF_A_NAME = 1 << 16  # bytes of a header that names the next one
+NAMING = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+# What tarfile raises on damaged or hostile files; RecursionError where headers name headers without end.
+BAD_TAR = (tarfile.TarError, ValueError, OverflowError, EOFError, IndexError, MemoryError, RecursionError)
 LABEL_NAMES = ("label", "cls", "class", "class_name")  # in a .json
 
 
@@ -158,22 +162,53 @@ def _samples(file: IO[bytes], path: Path) -> Iterator[tuple[str, dict[str, _Memb
         yield key, members
 
 
+@final
+class _Header(tarfile.TarInfo):
+    """A header of a tar file whose numbers can be true."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        """Parse a header. Raises ValueError where its size has a sign, or is that of a name without end."""
+        found = super().frombuf(buf, encoding, errors)
+        if found.size < 0 or (found.type in NAMING and found.size > MOST_OF_A_NAME):
+            raise ValueError(f"a header of kind {found.type!r} says {found.size:,} bytes")
+        return found
+
+
 def _members(file: IO[bytes], path: Path) -> Iterator[tarfile.TarInfo]:
     """Yield the plain files of a tar file that can be read by place. Raises InputError."""
     length = path.stat().st_size
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            while (info := archive.next()) is not None:
-                archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue] - else a list of millions
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as archive:
+            for info in _headers(archive):
                 if not info.isreg() or info.issparse():
                     continue
                 if not 0 <= info.size <= MOST_OF_A_PICTURE or info.offset_data + info.size > length:
                     raise InputError(f"{path} is cut off, or damaged, at its member {info.name!r}")
                 yield info
-    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-        if isinstance(error, InputError):
-            raise
+            _check_end(file, archive)
+    except InputError:
+        raise
+    except BAD_TAR as error:
         raise InputError(f"{path} is no whole, plain tar file (compressed ones are not read): {error}") from error
+
+
+def _headers(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield what each header says. Raises ValueError where one leads back: that would go on for ever."""
+    start = -1
+    while (info := archive.next()) is not None:
+        archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue] - else a list of millions
+        if info.offset_data <= start:
+            raise ValueError(f"its member {info.name!r} leads back to an earlier one")
+        start = info.offset_data
+        yield info
+
+
+def _check_end(file: IO[bytes], archive: tarfile.TarFile) -> None:
+    """Raise ValueError where something that is no header stands after the last member: tarfile takes it for the end."""
+    file.seek(archive.offset)
+    if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise ValueError(f"what begins at byte {archive.offset:,} is no header")
 
 
 def _label(file: IO[bytes], key: str, members: dict[str, _Member]) -> str | None:
@@ -188,8 +223,8 @@ def _label(file: IO[bytes], key: str, members: dict[str, _Member]) -> str | None
             return None
         values = [found[name] for name in LABEL_NAMES if name in found] if isinstance(found, dict) else []
         named = [str(value) for value in values if isinstance(value, (int, str)) and not isinstance(value, bool)]
-        return named[0] if named else None
-    return key.rpartition("/")[0].rpartition("/")[2] or None
+        return printable(named[0]) if named else None
+    return printable(key.rpartition("/")[0].rpartition("/")[2]) or None
 
 
 def _content(file: IO[bytes], member: _Member) -> str:

@@ -48,10 +48,12 @@ def parquet_of(path: Path, pictures: Sequence[tuple[str, bytes, int]], *, rows: 
     return write_parquet(path, {"image": images, "label": labels}, rows=rows)
 
 
-def write_tar(path: Path, members: Sequence[tuple[str, bytes]], *, mode: str = "w") -> Path:
+def write_tar(
+    path: Path, members: Sequence[tuple[str, bytes]], *, mode: str = "w", kind: int = tarfile.PAX_FORMAT
+) -> Path:
     """Write a tar file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as archive:  # pyright: ignore[reportCallIssue, reportArgumentType]
+    with tarfile.open(path, mode, format=kind) as archive:  # pyright: ignore[reportCallIssue, reportArgumentType]
         for name, content in members:
             info = tarfile.TarInfo(name)
             info.size = len(content)
