@@ -1,6 +1,6 @@
 """Throws broken and hostile files at every reader of what comes from outside.
 
-    python benchmarks/fuzz.py                               # 11,000 inputs over all readers, a line of results for each
+    python benchmarks/fuzz.py                               # 12,500 inputs over all readers, a line of results for each
     python benchmarks/fuzz.py --readers coco_json rle --inputs 50
     python benchmarks/fuzz.py --engine atheris              # led by what the readers' code does, where atheris installs
 
