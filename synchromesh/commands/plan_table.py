@@ -12,6 +12,11 @@ from synchromesh.planning.planner import Planned
 from synchromesh.planning.reasons import short
 from synchromesh.planning.shape import ModelShape
 
+ABOVE = (
+    "efficient: samples of a rank against one device that holds all experts; above 100% where reading and updating its "
+    "share of them saves a rank more than exchanges cost"
+)
+
 
 def show_plans(console: Console, title: str, model: ModelShape, planned: Sequence[Planned]) -> None:
     """Print the steps of a model on each number of ranks."""
@@ -20,6 +25,8 @@ def show_plans(console: Console, title: str, model: ModelShape, planned: Sequenc
     show_table(console, f"{title}: milliseconds of a step", [Column(name) for name in names], rows)
     for line in [*_plans(planned), *_remarks(planned)]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
+    if any(one.efficiency > 1 for one in planned):
+        console.print(ABOVE, style="dim", highlight=False, soft_wrap=True)
     if model.dense_products:
         console.print(f"the dense part: {model.calibrated_by}", style="dim", highlight=False, soft_wrap=True)
 
