@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wheel and sdist, without a network."""
     if any(importlib.util.find_spec(name) is None for name in ("build", "hatchling", "twine")):
-        pytest.skip("needs build, hatchling and twine")
+        pytest.skip("needs build, hatchling and twine")  # the extra dev has them
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--sdist", "--wheel", "--outdir", folder, ROOT]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

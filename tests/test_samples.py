@@ -223,7 +223,7 @@ def test_the_benchmark_of_trees_runs_and_names_what_it_lacks(folder, tmp_path):
     assert "got the settings ['shrubs'], wanted some of prototype" in done.stderr
 
 
-@pytest.mark.skipif(not (SAMPLES / "trees").is_dir(), reason="there are no samples: make samples")
+@pytest.mark.skipif(not (SAMPLES / "trees").is_dir(), reason="there are no samples: make samples")  # a download
 def test_real_samples_have_no_faults_and_all_their_objects():
     trees = {split: VocFolder(SAMPLES / "trees", split).load() for split in ("train", "test", "osbs", "soap")}
     assert not any(found.faults for found in trees.values())

@@ -81,7 +81,7 @@ def test_without_the_packages_of_recipes_published_sizes_are_shown(capsys: pytes
     def missing() -> None:
         raise InputError("no transformers: pip install 'synchromesh[vision]'")
 
-    assert cli.main(["models", "show", "swinv2_demo"], catalog=missing) == 0  # type: ignore[arg-type]
+    assert cli.main(["models", "show", "swinv2_demo"], catalog=missing) == 0  # type: ignore[arg-type]  # it only raises
     shown = capsys.readouterr()
     assert "549,370" in shown.out
     assert "without the models of the recipes: no transformers" in shown.err

@@ -52,7 +52,7 @@ def test_compiled_blocks_give_the_eager_logits_losses_and_gradients(backend: str
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="layers share a limit of graphs")
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="layers share a limit of graphs")  # a version, no text
 def test_more_blocks_than_torchs_limit_are_all_compiled() -> None:
     graphs: list[object] = []
 

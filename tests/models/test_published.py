@@ -55,7 +55,7 @@ def test_the_python_that_is_shown_builds_the_model(name: str) -> None:
         exec(PUBLISHED[name].python, made)
     shapes = {key: tensor.shape for key, tensor in wanted.state_dict().items()}
     assert {key: tensor.shape for key, tensor in made["model"].state_dict().items()} == shapes
-    assert made["model"].backbone.config == wanted.get_submodule("backbone").config  # type: ignore[attr-defined]
+    assert made["model"].backbone.config == wanted.get_submodule("backbone").config  # type: ignore[attr-defined]  # a Module to pyright
 
 
 def test_a_size_that_is_not_published_is_refused() -> None:

@@ -20,7 +20,7 @@ def shapes(config: SwinV2Config) -> dict[str, tuple[int, ...]]:
 
 
 def build(**changes: object) -> None:
-    config = dataclasses.replace(SMALL, **changes)  # type: ignore[arg-type]
+    config = dataclasses.replace(SMALL, **changes)  # type: ignore[arg-type]  # fields of any kind
     check_affordable(lambda: Classifier(config.build(), 3), shapes(SMALL))
 
 
