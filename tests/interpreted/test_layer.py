@@ -71,7 +71,7 @@ def test_a_layer_gives_the_same_as_on_the_cpus_kernels_and_compiles_to_one_graph
             assert_close(part, got, wanted[part])
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="no such setting")  # newer torch
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="older torch")  # no such setting
 def test_products_run_where_tf32_was_allowed_by_torchs_newer_setting():
     """Beside a generic setting that says otherwise, as two libraries in one program leave them."""
     layer, x = LAYERS["dropless"](), torch.randn(20, D)
