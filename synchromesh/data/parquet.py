@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 PICTURE_NAMES, LABEL_NAMES = ("image", "img", "picture"), ("label", "labels", "class", "cls", "target", "fine_label")
 HELD = 1 << 28  # bytes of pictures that are held, about
-# What pyarrow raises on damaged or hostile files, by built-in bases: what it cannot read is NotImplementedError, a count
-# of 2^53 rows MemoryError.
+# What pyarrow raises on damaged or hostile files, by built-in bases: what it cannot read is NotImplementedError,
+# a count of 2^53 rows MemoryError.
 BAD_FILE = (OSError, ValueError, KeyError, IndexError, TypeError, NotImplementedError, MemoryError)  # as said above
 MOST_GROUPS = 16  # whose rows are mixed with one another
 
