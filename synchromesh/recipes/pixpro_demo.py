@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from synchromesh.models.heads.dense_twins import TwinSettings
+from synchromesh.models.heads.dense_twins import Siamese
 from synchromesh.models.swin_v2_moe import DEMO
 from synchromesh.models.twin import Momentum
 from synchromesh.recipes.demo import experts
@@ -21,7 +21,7 @@ def pixpro_demo() -> TrainConfig:
     steps = EPOCHS * CROPS // BATCH
     return TrainConfig(
         name="pixpro_demo",
-        task=ViewTwins(twin=TwinSettings(width=64, hidden=256, momentum=Momentum(0.97, 1.0, steps))),
+        task=ViewTwins(siamese=Siamese(width=64, hidden=256, momentum=Momentum(0.97, 1.0, steps))),
         model=dataclasses.replace(swin, experts=experts()),
         twin=swin,
         optim=Optim(

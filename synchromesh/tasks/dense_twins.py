@@ -26,7 +26,7 @@ from synchromesh.data.scores.cells import found_again, raw_cells
 from synchromesh.data.view_pairs import ViewData, ViewPair, ViewPairs
 from synchromesh.models.features import Backbone, BackboneConfig
 from synchromesh.models.heads.dense_agreement import AgreementConfig, Propagation
-from synchromesh.models.heads.dense_twins import DenseTwins, TwinSettings
+from synchromesh.models.heads.dense_twins import DenseTwins, Siamese
 from synchromesh.training.mean_scorer import MeanScorer
 from synchromesh.training.task import Answer, Ask, Batch, Facts, Number, Run, Scorer, Split, Splits, Task, Term
 
@@ -57,13 +57,13 @@ class ViewTwins(Task):
 
     Attributes:
         data: which pictures, and how they are cut.
-        twin: projector, and how the twin moves.
+        siamese: projector, and how the twin moves.
         agreement: how cells are to agree.
         radius: between cells that show the same, in diagonals of the larger cell.
     """
 
     data: ViewData = field(default_factory=ViewData)
-    twin: TwinSettings = field(default_factory=TwinSettings)
+    siamese: Siamese = field(default_factory=Siamese)
     agreement: AgreementConfig = field(default_factory=Propagation)
     radius: float = 0.7
 
@@ -97,7 +97,7 @@ class ViewTwins(Task):
         return backbone.sized(image_size=size.image_size, channels=size.channels)
 
     def build(self, backbone: BackboneConfig, facts: Facts) -> nn.Module:
-        return DenseTwins(backbone.build(), self.twin, self.agreement)
+        return DenseTwins(backbone.build(), self.siamese, self.agreement)
 
     def prepare(
         self, samples: Sequence[Any], facts: Facts, device: torch.device, rng: np.random.Generator | None

@@ -17,7 +17,7 @@ from synchromesh.parallel.grid_module import BatchNorm
 
 
 @dataclass(frozen=True)
-class TwinSettings:
+class Siamese:
     """How a student and its twin compare what they see.
 
     Attributes:
@@ -42,7 +42,7 @@ class Projector(nn.Module):
         super().__init__()
         self.first, self.norm, self.second = nn.Linear(width, hidden), BatchNorm(hidden), nn.Linear(hidden, out)
 
-    def forward(self, cells: Cells) -> Cells:
+    def forward(self, cells: Cells) -> Float[Tensor, "B L _"]:
         rows = self.norm(self.first(cells.flatten(0, 1))).relu()
         return self.second(rows).unflatten(0, cells.shape[:2])
 
@@ -67,7 +67,7 @@ class DenseTwins(nn.Module):
         agreement: how cells are to agree.
     """
 
-    def __init__(self, backbone: Backbone, settings: TwinSettings, agreement: AgreementConfig) -> None:
+    def __init__(self, backbone: Backbone, settings: Siamese, agreement: AgreementConfig) -> None:
         super().__init__()
         self.settings, self.backbone = settings, backbone
         self.projector = Projector(backbone.widths[-1], settings.hidden, settings.width)
