@@ -101,3 +101,15 @@ def matching(
     far = torch.cdist(centres(one, rows, columns).double(), centres(other, rows, columns).double())
     largest = torch.maximum(diagonals(one, rows, columns), diagonals(other, rows, columns)).double()
     return far < radius * largest[:, None, None]
+
+
+def places_in(first: CropView, second: CropView, size: int) -> Float[Tensor, "2 S S"]:
+    """Return where the pixels of a crop lie in another crop of the same picture: x and y in pixels of the other.
+
+    Both are squares of `size` pixels; centres of pixels lie at halves. A place may lie outside of the other crop.
+    """
+    numbers = torch.tensor([first.numbers], dtype=torch.float64)
+    x, y = centres(numbers, size, size)[0].view(size, size, 2).unbind(2)
+    across = (x - second.left) / second.width * size
+    down = (y - second.top) / second.height * size
+    return torch.stack([size - across if second.flipped else across, down]).float()

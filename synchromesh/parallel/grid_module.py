@@ -78,10 +78,11 @@ class BatchNorm(GridModule):
     def _statistics(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         # The mean first, then squares around it: a difference of large sums would lose the digits of a small variance.
         count = float(self.summed(rows.new_full((1,), len(rows), dtype=torch.float64)))
+        if count == 0:
+            return self.running_mean, self.running_var
         if count < 2:
             raise ValueError(
-                f"a batch normalisation got {count:.0f} rows over all ranks in training, wanted 2 at least: take a "
-                "larger batch"
+                "a batch normalisation got 1 row over all ranks in training, wanted 2 at least: take a larger batch"
             )
         mean = self.summed(rows.sum(0)) / count
         variance = self.summed((rows - mean).square().sum(0)) / count

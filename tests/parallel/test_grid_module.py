@@ -95,6 +95,13 @@ def test_evaluation_uses_the_running_statistics():
     assert_close("y", norm(rows()[:1]), oracle(rows()[:1]))
 
 
+def test_no_rows_at_all_have_no_statistics_and_no_gradient():
+    norm, rows = BatchNorm(WIDTH), torch.zeros(0, WIDTH, requires_grad=True)
+    norm(rows).sum().backward()
+    assert norm.weight.grad.tolist() == [0.0] * WIDTH
+    assert norm.running_var.tolist() == [1.0] * WIDTH
+
+
 def test_a_batch_of_one_row_is_refused():
     with pytest.raises(ValueError, match="2 at least"):
         BatchNorm(WIDTH)(torch.randn(1, WIDTH))
