@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
+import textwrap
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +19,7 @@ from rich.console import Console
 from synchromesh import seeds
 from synchromesh.commands.context import Context
 from synchromesh.commands.device import pick_device
+from synchromesh.commands.help_page import WIDTH
 from synchromesh.commands.options import parse, read_file
 from synchromesh.commands.progress import RunProgress
 from synchromesh.commands.report import report_if_possible
@@ -147,13 +149,15 @@ def read_request(given: list[str], catalog: Catalog) -> Request:
 
 def recipes_page(catalog: Catalog) -> str:
     """Return what there is to train."""
-    lines = ["usage: synchromesh train RECIPE [--run DIR] [--data DIR] [--resume] [any setting of the recipe]"]
-    lines += ["       synchromesh train --config FILE [the same]"]
-    lines += ["       synchromesh train --data FILE|DIR [--images DIR] [the same] the task is found from the data", ""]
+    lines = ["usage: synchromesh train RECIPE [--run DIR] [--data DIR] [--resume] [SETTINGS]"]
+    lines += ["       synchromesh train --data FILE|DIR [--images DIR] [the same]"]
+    lines += ["       synchromesh train --config FILE [the same]", ""]
+    lines += ["Without a recipe, the task is found from the data. The recipes:", ""]
     for name, recipe in catalog.recipes.items():
         about = (sys.modules[recipe.__module__].__doc__ or "").partition("\n")[0].partition(": ")[2]
-        lines.append(f"  {name:18}  {about}")
-    lines += ["", "synchromesh train RECIPE --help lists every setting with its default.", ""]
+        lines += textwrap.wrap(f"  {name:18}  {about}", WIDTH, subsequent_indent=" " * 22)
+    lines += ["", "synchromesh train RECIPE --help lists every setting with its default, and"]
+    lines += ["synchromesh train --data DIR --help those of what is found there.", ""]
     return "\n".join(lines)
 
 
