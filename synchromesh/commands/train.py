@@ -81,7 +81,7 @@ class Request:
         images: folder of the pictures of a json file, where they do not lie beside it.
         resume: continue what was begun in the run folder; a crash loses nothing that was saved.
         on_bad_image: stop at an unreadable image, or skip it; those are counted, and listed in left_out.jsonl of the
-            run.
+            run. If not given, recipes stop (but for loading.skip-bad-images), and data without a recipe are skipped.
         tensorboard: also write TensorBoard events.
         nproc: ranks to train with on this machine; the recipe's number (its keep.ranks) if not given. Under torchrun
             or SLURM, the job's ranks are taken.
@@ -96,7 +96,7 @@ class Request:
     data: Annotated[Path | None, tyro.conf.arg(name="data")] = None
     images: Path | None = None
     resume: bool = False
-    on_bad_image: Literal["stop", "skip"] = "stop"
+    on_bad_image: Literal["stop", "skip"] | None = None
     tensorboard: bool = False
     nproc: int | None = None
     restarts: int = 0
@@ -111,8 +111,8 @@ class Request:
             config = dataclasses.replace(config, task=task)
         elif self.images is not None:
             raise InputError("--images says where the pictures of --data are: give --data too")
-        if self.on_bad_image == "skip":
-            loading = dataclasses.replace(config.loading, skip_bad_images=True)
+        if self.on_bad_image is not None:
+            loading = dataclasses.replace(config.loading, skip_bad_images=self.on_bad_image == "skip")
             config = dataclasses.replace(config, loading=loading)
         if self.tensorboard:
             config = dataclasses.replace(config, keep=dataclasses.replace(config.keep, tensorboard=True))

@@ -18,7 +18,7 @@ from synchromesh.training.fold_summary import FoldSummary, fold_summaries
 from synchromesh.training.metrics import METRICS_FILE, read_metrics
 from synchromesh.training.page.axes import Axis
 from synchromesh.training.page.elements import card, document, grid, section, table, tag
-from synchromesh.training.run_folder import read_config, read_summary
+from synchromesh.training.run_folder import TWIN, read_config, read_summary
 from synchromesh.training.task import Number
 
 COMPARISON = "comparison.html"
@@ -99,7 +99,15 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 def _read(folder: Path, name: str, catalog: Catalog) -> Compared:
     config = read_config(folder, catalog)
     lines = tuple(read_metrics(folder / METRICS_FILE))
-    return Compared(name, config, read_summary(folder) or {}, figures.Series(name, lines))
+    return Compared(name, config, read_summary(folder) or _of_twin(folder), figures.Series(name, lines))
+
+
+def _of_twin(folder: Path) -> Mapping[str, Any]:
+    """Return the summary of a dense twin, whose numbers stand in that of the run that it lies in."""
+    whole = (read_summary(folder.resolve().parent) or {}) if folder.resolve().name == TWIN else {}
+    prefix = f"{TWIN}_"
+    own = {name.removeprefix(prefix): value for name, value in whole.items() if name.startswith(prefix)}
+    return {**own, **{name: whole[name] for name in ("epochs", "device")}} if own else {}
 
 
 def _numbers(runs: Sequence[Compared]) -> list[Number]:
