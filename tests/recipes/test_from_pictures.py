@@ -109,14 +109,17 @@ def test_a_picture_that_cannot_be_read_is_no_reason_to_look_no_further(tmp_path:
     [
         (["cat/1.png"], "one class folder only, cat, so there is nothing to tell apart"),
         (["train/cat/1.png", "train/dog/1.png", "val/emu/1.png"], "val has classes that"),
-        (["1.png"], "is of no layout that is known; it has 1.png"),
+        (["1.png"], "it has 1.png, 1 pictures without a class: give each class a folder of its own. Looked for"),
+        (["cat/1.txt", "dog/1.txt"], "it has cat, dog, folders without one picture. Looked for"),
+        (["cat/1.png", "dog/1.png"], "class cat has 1 image, too few to learn from and to score on: add some, leave"),
     ],
 )
 def test_what_cannot_be_learnt_is_refused_with_the_reason(
     tmp_path: Path, photo: Callable[..., Path], names: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in names:
-        photo(tmp_path / "data" / name)
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        photo(tmp_path / "data" / name) if name.endswith("png") else (tmp_path / "data" / name).write_text("no picture")
     assert cli.main(["train", "--data", str(tmp_path / "data"), f"--run={tmp_path / 'run'}"]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
