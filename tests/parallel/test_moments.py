@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from synchromesh import Grid, MLPExperts, ModuleExperts, MoE, Sharded, TopKRouter, parallelize, whole_state
+from synchromesh.errors import InputError
 from synchromesh.testing.compare import assert_close
 from synchromesh.testing.distributed import run_ranks
 
