@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,14 @@ import pytest
 from PIL import Image
 
 from synchromesh import cli
+from synchromesh.data import stored
+from synchromesh.data.sources import stored_at
+from synchromesh.data.stored import StoredFiles
 from synchromesh.recipes.from_pictures import of_data
 from synchromesh.tasks.classification import Classification
 from synchromesh.testing.packed import encoded, index_of, parquet_of, tar_of
 
+ENDING = {"parquet": ".parquet", "tar": ".tar", "list": ".tsv"}
 KINDS = ("jpg", "png", "gif", "bmp", "tif", "webp")
 TINY = [
     "--model.embed-dim=8", "--model.depths", "1", "1", "--model.num-heads", "1", "2", "--model.experts.blocks.1", "0",
@@ -190,6 +194,28 @@ def test_packed_pictures_are_trained_on_by_the_same_command(
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_images"] == 2
     assert cli.main(["eval", str(tmp_path / "run"), "--data", str(data), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 24
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar", "list"])
+def test_packed_pictures_are_listed_once_for_recipe_and_training(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = {"parquet": parquet_of, "tar": tar_of, "list": index_of}[kind]
+    write(tmp_path / "data" / f"some{ENDING[kind]}", encoded(48))
+    source = stored_at(tmp_path / "data" / f"some{ENDING[kind]}")
+    assert source is not None
+    monkeypatch.setattr(stored, "LOOKED_AT", 15)
+    listed: list[tuple[bool, int]] = []
+    read: Callable[..., stored.LabelledStore] = type(source).read
+
+    def counted(self: StoredFiles, files: Sequence[Path], most: int | None = None) -> stored.LabelledStore:
+        found = read(self, files, most)
+        listed.append((most is None, len(found.labels)))
+        return found
+
+    monkeypatch.setattr(type(source), "read", counted)
+    assert cli.main(["train", "--data", str(source.path), *TINY, f"--run={tmp_path / 'run'}"]) == 0
+    assert listed == [(False, 15), (True, 48)]
 
 
 @pytest.mark.parametrize("given", [["--data", "a.tar", "b.tar"], ["--data=a.tar", "--data=b.tar"]])
