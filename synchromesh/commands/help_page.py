@@ -9,7 +9,6 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
-from typing import TextIO
 
 WIDTH = 80
 _ROOM = r"( (?=[ │|]))?"  # inside a table
@@ -19,8 +18,8 @@ HERE = "@about@"  # stands in the parser's page where the text about the command
 class _Kept(io.TextIOWrapper):
     """Text that is kept, with the frames that a stream's encoding can show."""
 
-    def __init__(self, out: TextIO) -> None:
-        super().__init__(io.BytesIO(), encoding=out.encoding or "utf-8", errors="replace", newline="")
+    def __init__(self, encoding: str) -> None:
+        super().__init__(io.BytesIO(), encoding=encoding, errors="replace", newline="")
 
     def text(self) -> str:
         """Return all that was written."""
@@ -32,7 +31,7 @@ class _Kept(io.TextIOWrapper):
 def help_pages(about: str) -> Iterator[None]:
     """Let a parser, told to say HERE about its command, print this text there, in WIDTH columns at most."""
     out = sys.stdout
-    kept = _Kept(out)
+    kept = _Kept(out.encoding or "utf-8")
     try:
         with contextlib.redirect_stdout(kept):
             yield

@@ -9,12 +9,13 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from synchromesh.training.codec import encode
 from synchromesh.training.config import TrainConfig
 
 
+@runtime_checkable
 class FoldRun(Protocol):
     """A run: its configuration, and its summary, which is empty while it is not finished."""
 
