@@ -26,6 +26,7 @@ FACTS: Mapping[str, Facts] = MappingProxyType(
         "depth_demo": {},
         "simmim_demo": {},
         "pixpro_demo": {},
+        "cotap_demo": {},
         "swinv2_moe_s_22k": IMAGENET_22K,
         "swinv2_moe_b_22k": IMAGENET_22K,
         "finetune_1k": IMAGENET_1K,
