@@ -44,6 +44,7 @@ from synchromesh.recipes.panoptic_demo import panoptic_demo
 from synchromesh.recipes.pixpro_demo import pixpro_demo
 from synchromesh.recipes.segment_demo import segment_demo
 from synchromesh.recipes.simmim_demo import simmim_demo
+from synchromesh.recipes.simmim_sizes import simmim_b, simmim_g, simmim_h, simmim_l
 from synchromesh.recipes.swinv2_moe_b_22k import swinv2_moe_b_22k
 from synchromesh.recipes.swinv2_moe_s_22k import swinv2_moe_s_22k
 from synchromesh.tasks.classification import Classification
@@ -68,6 +69,10 @@ RECIPES = MappingProxyType(
         "panoptic_demo": panoptic_demo,
         "depth_demo": depth_demo,
         "simmim_demo": simmim_demo,
+        "simmim_b": simmim_b,
+        "simmim_l": simmim_l,
+        "simmim_h": simmim_h,
+        "simmim_g": simmim_g,
         "pixpro_demo": pixpro_demo,
         "cotap_demo": cotap_demo,
         "swinv2_moe_s_22k": swinv2_moe_s_22k,
