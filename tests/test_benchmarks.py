@@ -45,6 +45,16 @@ def test_the_benchmark_of_heads_runs(tmp_path):
     assert "got the heads ['Yolo'], wanted some of Detr, " in wrong.stderr
 
 
+def test_the_table_of_matches_runs_and_knows_an_untrained_model(tmp_path):
+    out = tmp_path / "figures.jsonl"
+    done = run_program(BENCHMARKS / "matching.py", "--tiny", "--seeds", 0, "--models", "cotap", "--out", out)
+    assert done.returncode == 0, done.stderr
+    (record,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert record["pair"] == "motorcycle"
+    assert 0.4 < record["by_raw_pixels"] < 0.7  # both pictures are of one scene in one light
+    assert 0.02 < record["by_chance"] < 0.08 < record["untrained"] != record["found_again"]
+
+
 def test_the_experiment_with_frozen_experts_runs(tmp_path):
     out = tmp_path / "figures.jsonl"
     done = run_program(

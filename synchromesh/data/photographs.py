@@ -87,11 +87,26 @@ class Photographs:
 
 @dataclass(frozen=True)
 class PackagePhotographs:
-    """18 photographs that scikit-image and scikit-learn carry: 12 to learn from, 6 other ones to score on."""
+    """18 photographs that scikit-image and scikit-learn carry: 12 to learn from, 6 other ones to score on.
+
+    Attributes:
+        without: names of files that are left out, such as "motorcycle_left", to be scored on in another way.
+    """
+
+    without: tuple[str, ...] = ()
 
     def load(self, channels: int) -> tuple[Photographs, Photographs]:
-        """Return those to learn from and those to score on. Raises InputError where a package is missing."""
-        return _in_packages(LEARNT_FROM, channels), _in_packages(HELD_OUT, channels)
+        """Return those to learn from and those to score on.
+
+        Raises:
+            InputError: a package is missing, or there is no photograph of a name that is to be left out.
+        """
+        known = {Path(name).stem for name in (*LEARNT_FROM, *HELD_OUT)}
+        if unknown := set(self.without) - known:
+            raise InputError(f"there is no photograph {', '.join(sorted(unknown))}: wanted {', '.join(sorted(known))}")
+        kept = ([name for name in names if Path(name).stem not in self.without] for names in (LEARNT_FROM, HELD_OUT))
+        learnt, held = (_in_packages(names, channels) for names in kept)
+        return learnt, held
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from synchromesh.models.heads.centre_boxes import CentreBoxes
 from synchromesh.models.heads.centre_panoptic import CentrePanoptic
 from synchromesh.models.heads.dense_agreement import AgreementConfig, PixelContrast, Propagation
 from synchromesh.models.heads.depth import DepthFPN, DepthHead
+from synchromesh.models.heads.graded_ranking import GradedRanking
 from synchromesh.models.heads.objects import ObjectHead
 from synchromesh.models.heads.panoptic import PanopticHead
 from synchromesh.models.heads.semantic import SemanticFPN, SemanticHead
@@ -29,6 +30,7 @@ from synchromesh.moe.capacity import (
 from synchromesh.moe.losses import ImportanceLoad, LoadBalance, Loss, OverRanks, ZLoss
 from synchromesh.recipes.cascade_coco_b import cascade_coco_b
 from synchromesh.recipes.cascade_coco_s import cascade_coco_s
+from synchromesh.recipes.cotap_demo import cotap_demo
 from synchromesh.recipes.demo import demo
 from synchromesh.recipes.depth_demo import depth_demo
 from synchromesh.recipes.detect_demo import detect_demo
@@ -42,6 +44,7 @@ from synchromesh.recipes.panoptic_demo import panoptic_demo
 from synchromesh.recipes.pixpro_demo import pixpro_demo
 from synchromesh.recipes.segment_demo import segment_demo
 from synchromesh.recipes.simmim_demo import simmim_demo
+from synchromesh.recipes.simmim_sizes import simmim_b, simmim_g, simmim_h, simmim_l
 from synchromesh.recipes.swinv2_moe_b_22k import swinv2_moe_b_22k
 from synchromesh.recipes.swinv2_moe_s_22k import swinv2_moe_s_22k
 from synchromesh.tasks.classification import Classification
@@ -66,7 +69,12 @@ RECIPES = MappingProxyType(
         "panoptic_demo": panoptic_demo,
         "depth_demo": depth_demo,
         "simmim_demo": simmim_demo,
+        "simmim_b": simmim_b,
+        "simmim_l": simmim_l,
+        "simmim_h": simmim_h,
+        "simmim_g": simmim_g,
         "pixpro_demo": pixpro_demo,
+        "cotap_demo": cotap_demo,
         "swinv2_moe_s_22k": swinv2_moe_s_22k,
         "swinv2_moe_b_22k": swinv2_moe_b_22k,
         "finetune_1k": finetune_1k,
@@ -86,7 +94,7 @@ CATALOG = Catalog(
             SemanticHead: (SemanticFPN, hf.UperNet, hf.SemanticMasks),
             DepthHead: (DepthFPN,),
             PanopticHead: (CentrePanoptic, hf.PanopticMasks),
-            AgreementConfig: (Propagation, PixelContrast),
+            AgreementConfig: (Propagation, PixelContrast, GradedRanking),
             Gate: (LinearGate, CosineGate),
             Capacity: (Dropless, FixedCapacity, FixedRows, NeededCapacity),
             Priority: (TokenOrder, BatchPrioritized),

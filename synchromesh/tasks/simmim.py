@@ -22,6 +22,7 @@ from synchromesh.data.augment import denormalized, normalize
 from synchromesh.data.colors import RandomColors
 from synchromesh.data.hiding import filled_bilinearly, filled_with_mean, random_cells
 from synchromesh.data.images import Preprocess, decode_image
+from synchromesh.data.local_norm import surroundings
 from synchromesh.data.photographs import PackagePhotographs, PhotographFolder, Photographs, PhotographSource
 from synchromesh.data.pictures import captioned, enlarged, png, side_by_side
 from synchromesh.errors import at_least
@@ -111,22 +112,28 @@ class SimMIM(Task):
         data: which pictures.
         cell: side of the squares that are hidden, pixels; a multiple of the backbone's patches.
         ratio: share of them that is hidden.
+        window: side of the square around a pixel by whose mean and deviation it is normalised before it is drawn, odd;
+            0 draws colours as they are.
     """
 
     data: CropData = field(default_factory=CropData)
     cell: int = 32
     ratio: float = 0.6
+    window: int = 0
 
     unit = "crops"
     numbers = (
         Number("masked_l1", "L1 of hidden pixels", "{:.4f}", more_is_better=False),
         Number("mean_colour_l1", "of the mean colour", "{:.4f}", more_is_better=False),
         Number("bilinear_l1", "of bilinear filling", "{:.4f}", more_is_better=False),
+        Number("routing_gap", "experts of hidden and visible tokens apart", "{:.1%}", more_is_better=False),
     )
 
     def __post_init__(self) -> None:
         if self.cell < 1 or not 0 < self.ratio <= 1:
             raise ValueError(f"cell is {self.cell} and ratio {self.ratio}, wanted cell >= 1 and 0 < ratio <= 1")
+        if self.window < 0 or (self.window and self.window % 2 == 0) or self.window == 1:
+            raise ValueError(f"window is {self.window}, wanted 0, or an odd number of pixels from 3 on")
 
     def splits(self, *, seed: int) -> Splits:
         train, test = self.data.source.load(self.data.preprocess.channels)
@@ -172,7 +179,15 @@ class SimMIM(Task):
     def loss(self, run: Run, batch: Batch) -> Mapping[str, Term]:
         """Return the sum of |drawn - true| over hidden pixels and channels."""
         assert isinstance(batch, Hidden)
-        return {"masked_l1": Term(masked_l1(run(batch.images, batch.hidden), batch.images, batch.hidden))}
+        return {"masked_l1": Term(masked_l1(run(batch.images, batch.hidden), self.target(batch.images), batch.hidden))}
+
+    def target(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """Return what is to be drawn of normalised pictures."""
+        return surroundings(images, self.window).leave(images) if self.window else images
+
+    def seen_as(self, drawn: Float[Tensor, "B C H W"], images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """Return what was drawn as pixels; where targets are normalised, by the true surroundings of each pixel."""
+        return surroundings(images, self.window).enter(drawn) if self.window else drawn
 
     def scorer(self, facts: Facts) -> Scorer:
         return _Scorer(self)
@@ -185,11 +200,11 @@ class SimMIM(Task):
     def predict(self, run: Run, batch: Batch, facts: Facts, ask: Ask) -> list[Answer]:
         assert isinstance(batch, Hidden)
         drawn = run(batch.images, batch.hidden).float()
-        errors = (drawn - batch.images).abs() * batch.hidden[:, None]
+        errors = (drawn - self.target(batch.images)).abs() * batch.hidden[:, None]
         counts = batch.hidden.flatten(1).sum(1).clamp(min=1) * batch.images.shape[1]
         mean = errors.flatten(1).sum(1) / counts
         share = batch.hidden.flatten(1).float().mean(1)
-        pixels = denormalized(drawn, self.data.preprocess).cpu()
+        pixels = denormalized(self.seen_as(drawn, batch.images), self.data.preprocess).cpu()
         return [
             Answer({"masked_l1": round(error, 5), "hidden": round(hidden, 4)}, seen)
             for error, hidden, seen in zip(mean.tolist(), share.tolist(), pixels, strict=True)
@@ -264,24 +279,33 @@ class _Scorer(Scorer):
         with loads_apart(run.model, batch.hidden, self._loads):
             drawn = run(batch.images, batch.hidden).float()
         own = []
+        targets = self._task.target(batch.images.float()).cpu().numpy()
         hidden_BHW, images = batch.hidden.cpu().numpy(), batch.images.float().cpu().numpy()
-        for image, got, hidden in zip(images, drawn.cpu().numpy(), hidden_BHW, strict=True):
-            guesses = (got, filled_with_mean(image, hidden), filled_bilinearly(image, hidden))
-            errors = [float(np.abs(guess - image)[:, hidden].sum()) for guess in guesses]
+        for image, target, got, hidden in zip(images, targets, drawn.cpu().numpy(), hidden_BHW, strict=True):
+            guesses = (got, *(self._targeted(image, filled) for filled in _fillings(image, hidden)))
+            errors = [float(np.abs(guess - target)[:, hidden].sum()) for guess in guesses]
             count = int(hidden.sum()) * len(image)
             self._sums += [*errors, count]
             own.append(-errors[0] / max(1, count))
         return own
+
+    def _targeted(self, image: np.ndarray, filled: np.ndarray) -> np.ndarray:
+        """Return a filling in the units of what is drawn: those of the true picture's surroundings."""
+        if not self._task.window:
+            return filled
+        own = surroundings(torch.from_numpy(image)[None], self._task.window)
+        return own.leave(torch.from_numpy(filled)[None])[0].numpy()
 
     def state(self) -> tuple[np.ndarray, dict[str, Tensor]]:
         return self._sums, self._loads
 
     def scores(self, states: Sequence[tuple[np.ndarray, dict[str, Tensor]]]) -> Scores:
         *errors, count = sum((sums for sums, _ in states), np.zeros(4))
-        names = [number.name for number in self._task.numbers]
+        names = [number.name for number in self._task.numbers[:3]]
         numbers = {name: float(error) / max(1, count) for name, error in zip(names, errors, strict=True)}
         loads = {name: sum(own[name] for _, own in states if name in own) for _, own in states for name in own}
         shares = {name: _shares(load) for name, load in loads.items() if isinstance(load, Tensor)}
+        numbers["routing_gap"] = _gap(shares)
         return Scores(numbers, {"load_of_hidden_and_visible": shares})
 
 
@@ -326,6 +350,19 @@ def _flags_of(hidden: Bool[Tensor, "B H W"], tokens: int, strides: Sequence[int]
         if len(flags) == tokens:
             return flags
     raise ValueError(f"a layer of experts got {tokens} tokens, wanted one for each position of a map of the backbone")
+
+
+def _fillings(image: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return filled_with_mean(image, hidden), filled_bilinearly(image, hidden)
+
+
+def _gap(shares: Mapping[str, Sequence[Sequence[float]]]) -> float:
+    """Return how far apart the loads of hidden and of visible tokens are, mean over layers.
+
+    It is half the sum of their differences: 0 where both kinds go to the same experts, 1 where they share none.
+    """
+    gaps = [sum(abs(one - other) for one, other in zip(*own, strict=True)) / 2 for own in shares.values()]
+    return sum(gaps) / max(1, len(gaps))
 
 
 def _shares(counts: Tensor) -> list[list[float]]:

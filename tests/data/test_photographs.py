@@ -15,6 +15,14 @@ def test_photographs_to_score_on_are_never_learnt_from() -> None:
     assert all(len(pixels) == 3 and max(pixels.shape) <= 640 for pixels in (*train.pixels, *test.pixels))
 
 
+def test_a_photograph_that_is_scored_on_elsewhere_is_left_out_by_its_name() -> None:
+    every, less = (source.load(3) for source in (PackagePhotographs(), PackagePhotographs(("motorcycle_left",))))
+    assert {path.stem for path in every[0].paths} - {path.stem for path in less[0].paths} == {"motorcycle_left"}
+    assert every[1].paths == less[1].paths
+    with pytest.raises(InputError, match="no photograph moton"):
+        PackagePhotographs(("moton",)).load(3)
+
+
 def test_a_folder_is_split_by_the_names_of_its_files_alone(photo, tmp_path) -> None:
     for number in range(10):
         photo(tmp_path / f"deep/{number}.png", seed=number)

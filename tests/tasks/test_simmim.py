@@ -9,7 +9,9 @@ from transformers import Swinv2Config as TheirConfig
 from transformers import Swinv2ForMaskedImageModeling
 
 from synchromesh.compat.huggingface.swin.weights import from_transformers
+from synchromesh.data.hiding import filled_bilinearly
 from synchromesh.data.images import Preprocess
+from synchromesh.data.local_norm import surroundings
 from synchromesh.data.photographs import PhotographFolder
 from synchromesh.models.mixtures import ExpertsConfig
 from synchromesh.models.swin_v2 import SwinV2Config
@@ -131,6 +133,30 @@ def test_a_model_that_draws_what_is_there_scores_zero() -> None:
     assert scorer.scores([scorer.state()]).numbers["masked_l1"] == 0
 
 
+def test_normalised_targets_are_learnt_drawn_back_and_scored_beside_normalised_fillings() -> None:
+    own, batch = dataclasses.replace(TASK, window=5), batch_of(3)
+    target = own.target(batch.images)
+    run = Run(built(own).model, lambda images, hidden: own.target(images))
+    assert float(own.loss(run, batch)["masked_l1"].total) == 0
+    assert float(TASK.loss(run, batch)["masked_l1"].total) > 0
+    torch.testing.assert_close(own.seen_as(target, batch.images), batch.images, rtol=0, atol=1e-4)
+    scorer = own.scorer({})
+    scorer.add(run, batch)
+    numbers = scorer.scores([scorer.state()]).numbers
+    assert numbers["masked_l1"] == 0
+    filled = [filled_bilinearly(i.numpy(), h.numpy()) for i, h in zip(batch.images, batch.hidden, strict=True)]
+    units = surroundings(batch.images, 5)
+    wrong = (units.leave(torch.from_numpy(np.stack(filled))) - target).abs() * batch.hidden[:, None]
+    assert numbers["bilinear_l1"] == pytest.approx(float(wrong.sum() / batch.hidden.sum() / 3), rel=1e-5)
+
+
+def test_the_gap_is_one_where_hidden_and_visible_tokens_share_no_expert_and_zero_where_they_go_alike() -> None:
+    apart = _scores_with({"a": torch.tensor([[4, 4, 0, 0], [0, 0, 3, 1]])})
+    alike = _scores_with({"a": torch.tensor([[4, 4, 0, 0], [2, 2, 0, 0]])})
+    half = _scores_with({"a": torch.tensor([[1, 0], [0, 1]]), "b": torch.tensor([[1, 1], [1, 1]])})
+    assert [one.numbers["routing_gap"] for one in (apart, alike, half)] == [1.0, 0.0, 0.5]
+
+
 def test_experts_loads_of_hidden_and_visible_tokens_are_told_apart() -> None:
     run, batch, loads = built(TASK, MIXED), batch_of(3), {}
     seen = []
@@ -182,7 +208,8 @@ def test_a_picture_of_a_file_is_drawn_and_said(photo, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"), [({"cell": 0}, "cell is 0"), ({"ratio": 0.0}, "ratio 0.0"), ({"ratio": 1.5}, "ratio 1.5")]
+    ("changes", "says"),
+    [({"cell": 0}, "cell is 0"), ({"ratio": 0.0}, "ratio 0.0"), ({"ratio": 1.5}, "ratio 1.5"), ({"window": 4}, "is 4")],
 )
 def test_settings_out_of_range_are_refused(changes, says) -> None:
     with pytest.raises(ValueError, match=says):
