@@ -15,6 +15,7 @@ from synchromesh.models.heads.panoptic import PanopticHead
 from synchromesh.models.heads.semantic import SemanticFPN, SemanticHead
 from synchromesh.models.mixtures import CosineGate, Gate, LinearGate
 from synchromesh.models.swin_v2 import SwinV2Config
+from synchromesh.models.vit import ViTConfig
 from synchromesh.moe.capacity import (
     BatchPrioritized,
     Capacity,
@@ -77,7 +78,7 @@ CATALOG = Catalog(
     kinds=MappingProxyType(
         {
             Task: (Classification, Detection, Segmentation, Panoptic, Depth, SimMIM),
-            BackboneConfig: (SwinV2Config,),
+            BackboneConfig: (SwinV2Config, ViTConfig),
             ObjectHead: (CentreBoxes, CascadeMaskRCNN, *hf.BOXES, *hf.MASKS),
             SemanticHead: (SemanticFPN, hf.UperNet, hf.SemanticMasks),
             DepthHead: (DepthFPN,),

@@ -1,0 +1,233 @@
+"""Pyramid: what staged backbones share: residual blocks around a mixer and a feed-forward, stages, and their walk.
+
+A backbone is an embedding, stages of blocks, a merge after each stage but the last, and a final norm. A block mixes
+positions (window attention, focal modulation, a spectrum, ...) and then computes a feed-forward, each in a residual
+branch. How a branch is normalised is a function, the feed-forward comes from a factory, the mixer from a subclass.
+
+Shape letters: B images, C D channels, H W rows and columns.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from synchromesh.models.mixtures import multiply_adds_per_token
+from synchromesh.moe.layer import MoE
+
+# residual branches
+
+
+class DropPath(nn.Module):
+    """Drops a residual branch for whole images and scales up the rest (stochastic depth, arXiv 1603.09382)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
+        if not self.training or self.rate == 0.0:
+            return x
+        kept = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.rate
+        return x * (kept.to(x.dtype) / (1.0 - self.rate))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+def drop_path_rate(largest: float, depths: Sequence[int], stage: int, block: int) -> float:
+    """Return the stochastic depth of one block: it rises linearly from 0 over the blocks of all stages."""
+    return largest * (sum(depths[:stage]) + block) / max(1, sum(depths) - 1)
+
+
+class LayerScale(nn.Module):
+    """Multiplies each channel of a branch by a learned number that starts small (arXiv 2103.17239)."""
+
+    undecayed = frozenset({"weight"})
+
+    def __init__(self, width: int, first: float) -> None:
+        super().__init__()
+        self.first = first
+        self.weight = nn.Parameter(torch.full((width,), first))
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, self.first)
+
+    def initialize(self, std: float) -> None:
+        self.reset_parameters()
+
+    def forward(self, x: Float[Tensor, "*T C"]) -> Float[Tensor, "*T C"]:
+        return x * self.weight
+
+
+Branch = Callable[[Tensor], Tensor]
+Residual = Callable[[Tensor, Branch, nn.Module, Branch], Tensor]
+"""(x, branch, norm, end) -> x; ends or begins the branch with the norm; `end` scales and drops what it returns."""
+
+
+def post_norm(x: Tensor, branch: Branch, norm: nn.Module, end: Branch) -> Tensor:
+    """Residual step of SwinV2: x + end(norm(branch(x)))."""
+    return x + end(norm(branch(x)))
+
+
+def pre_norm(x: Tensor, branch: Branch, norm: nn.Module, end: Branch) -> Tensor:
+    """Residual step of Swin and ViT: x + end(branch(norm(x)))."""
+    return x + end(branch(norm(x)))
+
+
+# block
+
+
+class Block(nn.Module, ABC):
+    """Mixes positions, then computes a feed-forward, each in a residual branch. A subclass adds its mixer first.
+
+    Attributes:
+        residual: how a branch is normalised and added.
+        norm1, norm2: of the branches.
+        ffn: the feed-forward.
+        drop_path: of both branches.
+        layer_depth: from 1 at the first block, for rates that fall from layer to layer.
+    """
+
+    residual: Residual
+    norm1: nn.Module
+    ffn: nn.Module
+    norm2: nn.Module
+    drop_path: DropPath
+    layer_depth: int
+
+    def forward(
+        self, x: Float[Tensor, "B ... C"], mask: Bool[Tensor, "B ..."] | None = None
+    ) -> Float[Tensor, "B ... C"]:
+        """Run the block; where mask is False there is no picture: mixers see zeros there, experts nothing."""
+        ffn = self.ffn
+        if mask is not None:
+            x = x.where(mask[..., None], 0)
+            ffn = partial(ffn, mask=mask) if isinstance(ffn, MoE) else ffn
+        first, second = self.ends()
+        x = self.residual(x, self.mix, self.norm1, first)
+        return self.residual(x, ffn, self.norm2, second)
+
+    @abstractmethod
+    def mix(self, x: Float[Tensor, "B ... C"]) -> Float[Tensor, "B ... C"]:
+        """Return what each position takes from the others."""
+
+    def ends(self) -> tuple[Branch, Branch]:
+        """Return what scales and drops the two branches."""
+        return self.drop_path, self.drop_path
+
+    @abstractmethod
+    def mixing(self, height: int, width: int, channels: int) -> float:
+        """Return the multiply-adds of `mix` for one map of this size."""
+
+    def multiply_adds(self, height: int, width: int, channels: int) -> float:
+        """Return those of one map of this size: mixer, two norms, feed-forward."""
+        positions = height * width
+        own = 2 * positions * channels + positions * multiply_adds_per_token(self.ffn)
+        return self.mixing(height, width, channels) + own
+
+
+class Mixer(nn.Module, ABC):
+    """Mixes the positions of a map, [B, H, W, C] -> [B, H, W, C]."""
+
+    @abstractmethod
+    def multiply_adds(self, height: int, width: int, channels: int) -> float:
+        """Return those of one map of this size."""
+
+
+class MixerBlock(Block):
+    """A block around any mixer, with or without learned scales of its branches.
+
+    Args:
+        mixer: mixes positions.
+        width: C.
+        ffn: the feed-forward.
+        residual: `pre_norm` or `post_norm`.
+        drop_path: its rate.
+        layer_depth: of the block.
+        norm_eps: of the norms.
+        layer_scale: first value of the scales; None for none.
+    """
+
+    def __init__(
+        self,
+        mixer: Mixer,
+        width: int,
+        *,
+        ffn: nn.Module,
+        residual: Residual = pre_norm,
+        drop_path: float = 0.0,
+        layer_depth: int = 1,
+        norm_eps: float = 1e-5,
+        layer_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.residual, self.layer_depth = residual, layer_depth
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
+        self.ffn = ffn
+        self.drop_path = DropPath(drop_path)
+        self.scale1 = None if layer_scale is None else LayerScale(width, layer_scale)
+        self.scale2 = None if layer_scale is None else LayerScale(width, layer_scale)
+
+    def mix(self, x: Float[Tensor, "B ... C"]) -> Float[Tensor, "B ... C"]:
+        return self.mixer(x)
+
+    def ends(self) -> tuple[Branch, Branch]:
+        return self._end(self.scale1), self._end(self.scale2)
+
+    def mixing(self, height: int, width: int, channels: int) -> float:
+        assert isinstance(self.mixer, Mixer)
+        scaled = 0 if self.scale1 is None else 2 * height * width * channels
+        return self.mixer.multiply_adds(height, width, channels) + scaled
+
+    def _end(self, scale: nn.Module | None) -> Branch:
+        return self.drop_path if scale is None else lambda x: self.drop_path(scale(x))
+
+
+# stage
+
+
+class Stage(nn.Module):
+    """Blocks of one width, then what turns their map into the next stage's input.
+
+    Args:
+        blocks: of the stage.
+        merge: of the map after them; `nn.Identity` in the last stage.
+        checkpointed: whether training recomputes blocks in backward instead of keeping their insides.
+        layer_depth: of the merge.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], merge: nn.Module, *, checkpointed: bool, layer_depth: int) -> None:
+        super().__init__()
+        self.checkpointed = checkpointed
+        self.blocks = nn.ModuleList(blocks)
+        self.merge = merge
+        self.layer_depth = layer_depth
+
+    def forward(
+        self, x: Float[Tensor, "B H W C"], mask: Bool[Tensor, "B H W"] | None = None
+    ) -> tuple[Float[Tensor, "B H W C"], Float[Tensor, "B H2 W2 D"]]:
+        """Return the map after the blocks, and what goes into the next stage."""
+        x = run_blocks(self.blocks, x, mask, checkpointed=self.checkpointed and self.training)
+        x = x if mask is None else x.where(mask[..., None], 0)
+        return x, self.merge(x)
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module], x: Tensor, *more: Tensor | None, checkpointed: bool
+) -> Float[Tensor, "B ... C"]:
+    """Run blocks one after the other, each with the same further inputs; recomputed in backward if asked."""
+    for block in blocks:
+        if checkpointed and torch.is_grad_enabled():
+            x = checkpoint(block, x, *more, use_reentrant=False)
+        else:
+            x = block(x, *more)
+    return x
