@@ -10,14 +10,16 @@ Shape letters: B images, C D channels, H W rows and columns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from synchromesh.models.features import Backbone, Features, Place
 from synchromesh.models.mixtures import multiply_adds_per_token
 from synchromesh.moe.layer import MoE
 
@@ -84,6 +86,14 @@ def pre_norm(x: Tensor, branch: Branch, norm: nn.Module, end: Branch) -> Tensor:
 # block
 
 
+class Counted(nn.Module, ABC):
+    """A module that says what it costs: an embedding, or a merge."""
+
+    @abstractmethod
+    def multiply_adds(self, height: int, width: int) -> float:
+        """Return those of one map that it returns, of this size."""
+
+
 class Block(nn.Module, ABC):
     """Mixes positions, then computes a feed-forward, each in a residual branch. A subclass adds its mixer first.
 
@@ -96,9 +106,9 @@ class Block(nn.Module, ABC):
     """
 
     residual: Residual
-    norm1: nn.Module
+    norm1: nn.LayerNorm
     ffn: nn.Module
-    norm2: nn.Module
+    norm2: nn.LayerNorm
     drop_path: DropPath
     layer_depth: int
 
@@ -231,3 +241,100 @@ def run_blocks(
         else:
             x = block(x, *more)
     return x
+
+
+# model
+
+
+class Pyramid(Backbone):
+    """A backbone of stages, each of which has a map.
+
+    Attributes:
+        embed: images, and which patches are hidden, to the first map, channels last.
+        stages: `Stage`s.
+        norm: of the last map.
+    """
+
+    embed: Counted
+    stages: nn.ModuleList
+    norm: nn.Module
+
+    @abstractmethod
+    def map_size(self, stage: int) -> tuple[int, int]:
+        """Return height and width of a stage's map for an image of the configured size."""
+
+    def multiply_adds(self) -> float:
+        sizes = [self.map_size(stage) for stage in range(len(self.widths))]
+        work = self.embed.multiply_adds(*sizes[0]) + sizes[-1][0] * sizes[-1][1] * self.widths[-1]
+        for number, (stage, size, width) in enumerate(zip(self.stages, sizes, self.widths, strict=True)):
+            assert isinstance(stage, Stage)
+            work += sum(block.multiply_adds(*size, width) for block in stage.blocks if isinstance(block, Block))
+            if isinstance(stage.merge, Counted):
+                work += stage.merge.multiply_adds(*sizes[number + 1])
+        return work
+
+    def feed_forwards(self) -> Iterator[Place]:
+        for number, stage in enumerate(self.stages):
+            height, width = self.map_size(number)
+            for block in stage.get_submodule("blocks").children():
+                yield Place(number, block.get_submodule("ffn"), height * width, self.widths[number])
+
+    def forward(
+        self,
+        images: Float[Tensor, "B C H W"],
+        hidden: Bool[Tensor, "B L"] | None = None,
+        mask: Bool[Tensor, ...] | None = None,
+    ) -> Features:
+        """Return the features of images of any size.
+
+        Args:
+            images: normalised pixels.
+            hidden: patches that the mask token replaces, row by row.
+            mask: [B, H, W], True for pixels of a picture, False for what fills a batch of pictures of several sizes up.
+                A position with no pixel of a picture is 0 in every map; no expert sees it, no loss or load counts it.
+
+        Raises:
+            ValueError: wrong channels; hidden patches without a mask token, or not one flag per patch; a mask of
+                another size, or a picture without a pixel.
+        """
+        x = self.embed(images, hidden)
+        here = None if mask is None else _positions(_checked_mask(mask, images), self.strides[0])
+        maps: list[Tensor] = []
+        for number, stage in enumerate(self.stages):
+            here = here if here is None or number == 0 else _positions(here, 2)
+            before, x = stage(x, here)
+            maps.append(before.permute(0, 3, 1, 2))
+        last = self.norm(x)
+        if here is None:
+            return Features(pooled=last.mean((1, 2)), last=last, maps=tuple(maps))
+        last = last.where(here[..., None], 0)
+        pooled = last.sum((1, 2)) / here.sum((1, 2))[:, None].to(last.dtype)
+        return Features(pooled=pooled, last=last, maps=tuple(maps))
+
+
+def with_hidden(
+    x: Float[Tensor, "B H W C"], hidden: Bool[Tensor, "B L"], mask_token: Float[Tensor, " C"] | None
+) -> Float[Tensor, "B H W C"]:
+    """Put the mask token in place of hidden patches. Raises ValueError without one, or for another number of flags."""
+    if mask_token is None:
+        raise ValueError("patches are hidden but the model has no mask token: build it with mask_token=True")
+    if hidden.shape != (x.shape[0], x.shape[1] * x.shape[2]):
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}, wanted {(x.shape[0], x.shape[1] * x.shape[2])}")
+    return torch.where(hidden.view(*x.shape[:3], 1), mask_token.to(x.dtype), x)
+
+
+def _positions(mask: Bool[Tensor, "B H W"], side: int) -> Bool[Tensor, "B H2 W2"]:
+    """Return which squares of `side` have any True in them, the map being padded with False."""
+    mask = F.pad(mask, (0, -mask.shape[2] % side, 0, -mask.shape[1] % side))
+    return mask.unflatten(2, (-1, side)).unflatten(1, (-1, side)).any(4).any(2)
+
+
+def _checked_mask(mask: Tensor, images: Tensor) -> Tensor:
+    if mask.dtype != torch.bool or mask.shape != (len(images), *images.shape[2:]):
+        raise ValueError(
+            f"got a mask of {mask.dtype} {tuple(mask.shape)} for images {tuple(images.shape)}, wanted torch.bool "
+            "[B, H, W], True for pixels of a picture"
+        )
+    if not mask.flatten(1).any(1).all():
+        raise ValueError("got a mask that leaves a picture without a pixel, wanted one in each at least: drop others")
+    return mask

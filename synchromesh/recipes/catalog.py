@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from synchromesh.compat.huggingface import heads as hf
 from synchromesh.models.features import BackboneConfig
+from synchromesh.models.focalnet import FocalNetConfig
 from synchromesh.models.heads.cascade.cascade_mask_rcnn import CascadeMaskRCNN
 from synchromesh.models.heads.centre_boxes import CentreBoxes
 from synchromesh.models.heads.centre_panoptic import CentrePanoptic
@@ -78,7 +79,7 @@ CATALOG = Catalog(
     kinds=MappingProxyType(
         {
             Task: (Classification, Detection, Segmentation, Panoptic, Depth, SimMIM),
-            BackboneConfig: (SwinV2Config, ViTConfig),
+            BackboneConfig: (SwinV2Config, ViTConfig, FocalNetConfig),
             ObjectHead: (CentreBoxes, CascadeMaskRCNN, *hf.BOXES, *hf.MASKS),
             SemanticHead: (SemanticFPN, hf.UperNet, hf.SemanticMasks),
             DepthHead: (DepthFPN,),
