@@ -16,9 +16,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, final
 
-import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from synchromesh.models.features import BackboneConfig, FromData
@@ -27,15 +26,15 @@ from synchromesh.models.initialize import initialize
 from synchromesh.models.linear import apply
 from synchromesh.models.mixtures import FeedForwardFactory, feed_forwards
 from synchromesh.models.pyramid import (
-    Counted,
     Mixer,
     MixerBlock,
+    PatchEmbedding,
+    PatchProjection,
     Pyramid,
     Stage,
     drop_path_rate,
     post_norm,
     pre_norm,
-    with_hidden,
 )
 
 
@@ -130,61 +129,6 @@ class FocalNetConfig(BackboneConfig):
         return self.embed_dim * 2**stage
 
 
-class PatchProjection(Counted):
-    """Cuts a map into patches that may overlap, and projects and normalises them; a stage's merge, too.
-
-    Args:
-        in_channels: of the map.
-        width: of the patches.
-        side: of a patch, which is its stride.
-        overlapping: 7 x 7 for a stride of 4, 3 x 3 for one of 2, padded by 2 and 1.
-    """
-
-    def __init__(self, in_channels: int, width: int, side: int, *, overlapping: bool) -> None:
-        super().__init__()
-        self.side = side
-        kernel, padding = ((7, 2) if side == 4 else (3, 1)) if overlapping else (side, 0)
-        self.proj = nn.Conv2d(in_channels, width, kernel, stride=side, padding=padding)
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H2 W2 D"]:
-        return self.patches(x.permute(0, 3, 1, 2))
-
-    def patches(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B H2 W2 D"]:
-        """Return the patches of a map whose channels come first."""
-        bottom, right = -x.shape[2] % self.side, -x.shape[3] % self.side
-        x = F.pad(x, (0, right, 0, bottom)) if bottom or right else x
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
-
-    def multiply_adds(self, height: int, width: int) -> float:
-        return float(height * width * (self.proj.weight.numel() + self.proj.out_channels))
-
-
-class FocalEmbedding(PatchProjection):
-    """Patches of images; hidden ones become the mask token."""
-
-    layer_depth = 0
-    undecayed = frozenset({"mask_token"})
-
-    def __init__(self, config: FocalNetConfig) -> None:
-        super().__init__(config.in_channels, config.embed_dim, config.patch_size, overlapping=config.conv_embed)
-        self.in_channels = config.in_channels
-        self.mask_token = nn.Parameter(torch.zeros(config.embed_dim)) if config.mask_token else None
-        self.dropout = nn.Dropout(config.dropout)
-
-    def initialize(self, std: float) -> None:
-        if self.mask_token is not None:
-            nn.init.trunc_normal_(self.mask_token, std=std)
-
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # of images, channels first
-        self, images: Float[Tensor, "B C H W"], hidden: Bool[Tensor, "B L"] | None = None
-    ) -> Float[Tensor, "B H2 W2 D"]:
-        if images.shape[1] != self.in_channels:
-            raise ValueError(f"images have {images.shape[1]} channels, wanted {self.in_channels}: [B, C, H, W]")
-        x = self.patches(images)
-        return self.dropout(x if hidden is None else with_hidden(x, hidden, self.mask_token))
-
-
 class FocalModulation(Mixer):
     """Multiplies each position's query by a gated sum of what ever larger surroundings hold.
 
@@ -249,7 +193,15 @@ class FocalNet(Pyramid):
         stages = range(len(config.depths))
         self.widths = tuple(config.width(stage) for stage in stages)
         self.strides = tuple(config.patch_size << stage for stage in stages)
-        self.embed = FocalEmbedding(config)
+        shape = {"kernel": 7, "padding": 2} if config.conv_embed else {}
+        self.embed = PatchEmbedding(
+            config.in_channels,
+            config.embed_dim,
+            config.patch_size,
+            mask_token=config.mask_token,
+            dropout=config.dropout,
+            **shape,
+        )
         self.stages = nn.ModuleList(_stage(config, stage, ffn) for stage in stages)
         self.norm = nn.LayerNorm(self.widths[-1])
         initialize(self, config.init_std)
@@ -273,7 +225,8 @@ def _stage(config: FocalNetConfig, stage: int, ffn: FeedForwardFactory) -> Stage
         for block in range(config.depths[stage])
     ]
     last = stage == len(config.depths) - 1
-    merge = nn.Identity() if last else PatchProjection(width, 2 * width, 2, overlapping=config.conv_embed)
+    shape = {"kernel": 3, "padding": 1} if config.conv_embed else {}
+    merge = nn.Identity() if last else PatchProjection(width, 2 * width, 2, **shape)
     return Stage(blocks, merge, checkpointed=config.checkpointed, layer_depth=before + config.depths[stage])
 
 
@@ -292,7 +245,7 @@ def _modulation(config: FocalNetConfig, stage: int) -> FocalModulation:
 
 
 def focalnet_tiny(num_classes: int = 1000, *, levels: int = 2) -> Classifier:
-    """Build FocalNet-T: width 96, depths 2-2-6-2; 2 levels are its small receptive field (srf), 3 the large one (lrf)."""
+    """Build FocalNet-T: width 96, depths 2-2-6-2; 2 levels are its small receptive field (srf), 3 its large one."""
     return _classifier(96, (2, 2, 6, 2), levels, num_classes)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,7 @@ def pre_norm(x: Tensor, branch: Branch, norm: nn.Module, end: Branch) -> Tensor:
     return x + end(branch(norm(x)))
 
 
-# block
+# embedding and merge
 
 
 class Counted(nn.Module, ABC):
@@ -92,6 +93,82 @@ class Counted(nn.Module, ABC):
     @abstractmethod
     def multiply_adds(self, height: int, width: int) -> float:
         """Return those of one map that it returns, of this size."""
+
+
+class PatchProjection(Counted):
+    """Cuts a map into patches that may overlap, and projects and normalises them; a stage's merge, too.
+
+    Args:
+        in_channels: of the map.
+        width: of the patches.
+        side: of a patch, if they do not overlap, and their stride.
+        kernel: side of an overlapping patch; None for `side`.
+        padding: on all four sides. Beyond it zeros fill up the right and the bottom to whole strides.
+        norm_eps: of the norm.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        side: int,
+        *,
+        kernel: int | None = None,
+        padding: int = 0,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.side = side
+        self.proj = nn.Conv2d(in_channels, width, kernel or side, stride=side, padding=padding)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H2 W2 D"]:
+        return self.patches(x.permute(0, 3, 1, 2))
+
+    def patches(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B H2 W2 D"]:
+        """Return the patches of a map whose channels come first."""
+        bottom, right = -x.shape[2] % self.side, -x.shape[3] % self.side
+        x = F.pad(x, (0, right, 0, bottom)) if bottom or right else x
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+    def multiply_adds(self, height: int, width: int) -> float:
+        return float(height * width * (self.proj.weight.numel() + self.proj.out_channels))
+
+
+class PatchEmbedding(PatchProjection):
+    """Patches of images; hidden ones become the mask token.
+
+    Args:
+        in_channels, width, side, **shape: as those of `PatchProjection`.
+        mask_token: whether there is one.
+        dropout: on what it returns.
+    """
+
+    layer_depth = 0
+    undecayed = frozenset({"mask_token"})
+
+    def __init__(
+        self, in_channels: int, width: int, side: int, *, mask_token: bool, dropout: float = 0.0, **shape: Any
+    ) -> None:
+        super().__init__(in_channels, width, side, **shape)
+        self.in_channels = in_channels
+        self.mask_token = nn.Parameter(torch.zeros(width)) if mask_token else None
+        self.dropout = nn.Dropout(dropout)
+
+    def initialize(self, std: float) -> None:
+        if self.mask_token is not None:
+            nn.init.trunc_normal_(self.mask_token, std=std)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # of images, channels first
+        self, images: Float[Tensor, "B C H W"], hidden: Bool[Tensor, "B L"] | None = None
+    ) -> Float[Tensor, "B H2 W2 D"]:
+        if images.shape[1] != self.in_channels:
+            raise ValueError(f"images have {images.shape[1]} channels, wanted {self.in_channels}: [B, C, H, W]")
+        x = self.patches(images)
+        return self.dropout(x if hidden is None else with_hidden(x, hidden, self.mask_token))
+
+
+# block
 
 
 class Block(nn.Module, ABC):
@@ -263,19 +340,23 @@ class Pyramid(Backbone):
     def map_size(self, stage: int) -> tuple[int, int]:
         """Return height and width of a stage's map for an image of the configured size."""
 
+    def block_size(self, stage: int) -> tuple[int, int]:
+        """Return height and width of what the blocks of a stage see: its map, if they see no more."""
+        return self.map_size(stage)
+
     def multiply_adds(self) -> float:
         sizes = [self.map_size(stage) for stage in range(len(self.widths))]
         work = self.embed.multiply_adds(*sizes[0]) + sizes[-1][0] * sizes[-1][1] * self.widths[-1]
-        for number, (stage, size, width) in enumerate(zip(self.stages, sizes, self.widths, strict=True)):
+        for number, (stage, width) in enumerate(zip(self.stages, self.widths, strict=True)):
             assert isinstance(stage, Stage)
-            work += sum(block.multiply_adds(*size, width) for block in stage.blocks if isinstance(block, Block))
+            work += sum(b.multiply_adds(*self.block_size(number), width) for b in stage.blocks if isinstance(b, Block))
             if isinstance(stage.merge, Counted):
                 work += stage.merge.multiply_adds(*sizes[number + 1])
         return work
 
     def feed_forwards(self) -> Iterator[Place]:
         for number, stage in enumerate(self.stages):
-            height, width = self.map_size(number)
+            height, width = self.block_size(number)
             for block in stage.get_submodule("blocks").children():
                 yield Place(number, block.get_submodule("ffn"), height * width, self.widths[number])
 
@@ -304,12 +385,17 @@ class Pyramid(Backbone):
             here = here if here is None or number == 0 else _positions(here, 2)
             before, x = stage(x, here)
             maps.append(before.permute(0, 3, 1, 2))
-        last = self.norm(x)
+        return self.features(self.norm(x), tuple(maps), here)
+
+    def features(
+        self, last: Float[Tensor, "B ... C"], maps: tuple[Tensor, ...], here: Bool[Tensor, "B H W"] | None
+    ) -> Features:
+        """Return what stands for the image beside its maps: the mean over the positions that hold a picture."""
         if here is None:
-            return Features(pooled=last.mean((1, 2)), last=last, maps=tuple(maps))
+            return Features(pooled=last.mean((1, 2)), last=last, maps=maps)
         last = last.where(here[..., None], 0)
         pooled = last.sum((1, 2)) / here.sum((1, 2))[:, None].to(last.dtype)
-        return Features(pooled=pooled, last=last, maps=tuple(maps))
+        return Features(pooled=pooled, last=last, maps=maps)
 
 
 def with_hidden(

@@ -15,6 +15,8 @@ from synchromesh.models.heads.objects import ObjectHead
 from synchromesh.models.heads.panoptic import PanopticHead
 from synchromesh.models.heads.semantic import SemanticFPN, SemanticHead
 from synchromesh.models.mixtures import CosineGate, Gate, LinearGate
+from synchromesh.models.pvt import PVTConfig
+from synchromesh.models.spectrum import SpectrumNetConfig
 from synchromesh.models.swin_v2 import SwinV2Config
 from synchromesh.models.vit import ViTConfig
 from synchromesh.moe.capacity import (
@@ -79,7 +81,7 @@ CATALOG = Catalog(
     kinds=MappingProxyType(
         {
             Task: (Classification, Detection, Segmentation, Panoptic, Depth, SimMIM),
-            BackboneConfig: (SwinV2Config, ViTConfig, FocalNetConfig),
+            BackboneConfig: (SwinV2Config, ViTConfig, FocalNetConfig, PVTConfig, SpectrumNetConfig),
             ObjectHead: (CentreBoxes, CascadeMaskRCNN, *hf.BOXES, *hf.MASKS),
             SemanticHead: (SemanticFPN, hf.UperNet, hf.SemanticMasks),
             DepthHead: (DepthFPN,),
