@@ -270,7 +270,7 @@ class ViT(Backbone):
     def __init__(self, config: ViTConfig, *, ffn: FeedForwardFactory | None = None) -> None:
         super().__init__()
         self.config, self.init_std, ffn = config, config.init_std, ffn or config.ffn()
-        self.widths, self.strides = (config.width,), (config.patch_size,)
+        self.widths, self.strides, self.checkpointed = (config.width,), (config.patch_size,), config.checkpointed
         self.embed = TokenEmbedding(config)
         self.blocks = nn.ModuleList(
             ViTBlock(config, block, ffn=ffn(0, block, config.width)) for block in range(config.depth)
@@ -312,7 +312,7 @@ class ViT(Backbone):
         return Tokens(self.norm(self._run(x, self._rotation(grid, places, x))), places, grid, extra)
 
     def _run(self, x: Tensor, rotation: Tensor | None) -> Tensor:
-        return run_blocks(self.blocks, x, rotation, checkpointed=self.config.checkpointed and self.training)
+        return run_blocks(self.blocks, x, rotation, checkpointed=self.checkpointed and self.training)
 
     def _rotation(self, grid: tuple[int, int], places: Tensor | None, like: Tensor) -> Tensor | None:
         config = self.config
