@@ -16,6 +16,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, final
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -151,7 +152,7 @@ class FocalModulation(Mixer):
             nn.Conv2d(width, width, window + 2 * level, padding=(window + 2 * level) // 2, groups=width, bias=False)
             for level in range(levels)
         )
-        self.context = nn.Conv2d(width, width, 1)
+        self.context = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width) if norm else None
         self.proj = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
@@ -159,13 +160,13 @@ class FocalModulation(Mixer):
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
         query, context, gates = apply(self.enter, x).split((self.width, self.width, self.levels + 1), -1)
         context, gates = context.permute(0, 3, 1, 2), gates.permute(0, 3, 1, 2)
-        total: Tensor | float = 0.0
+        total = torch.zeros_like(context[:, :, :1, :1])
         for level, convolution in enumerate(self.focal):
             context = F.gelu(convolution(context))
             total = total + context * gates[:, level : level + 1]
         total = total + F.gelu(context.mean((2, 3), keepdim=True)) * gates[:, self.levels :]
         total = total / (self.levels + 1) if self.mean else total
-        y = query * self.context(total).permute(0, 2, 3, 1)
+        y = query * apply(self.context, total.permute(0, 2, 3, 1))
         return self.dropout(apply(self.proj, y if self.norm is None else self.norm(y)))
 
     def multiply_adds(self, height: int, width: int, channels: int) -> float:

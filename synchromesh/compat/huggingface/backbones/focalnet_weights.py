@@ -44,7 +44,8 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = rename(key, _RENAMED)
         stem, found, rest = name.rpartition(".mixer.focal.")
         name = f"{stem}{found}{rest.replace('.0.', '.')}" if found else name  # a convolution and its activation there
-        ours[name] = tensor.view(-1) if name.endswith("mask_token") else tensor
+        shaped = tensor.flatten(1) if name.endswith(".mixer.context.weight") else tensor  # a convolution of 1 x 1 there
+        ours[name] = shaped.view(-1) if name.endswith("mask_token") else shaped
     return ours
 
 
@@ -61,5 +62,6 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"transformers' FocalNet has no place for {key}: only a dense FocalNet maps to it")
         stem, found, rest = key.rpartition(".mixer.focal.")
         name = rename(f"{stem}{found}{rest.replace('.weight', '.0.weight')}" if found else key, back)
-        theirs[name] = tensor.view(1, 1, -1) if key.endswith("mask_token") else tensor
+        shaped = tensor[:, :, None, None] if key.endswith(".mixer.context.weight") else tensor
+        theirs[name] = shaped.view(1, 1, -1) if key.endswith("mask_token") else shaped
     return theirs
