@@ -15,26 +15,27 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  synchromesh train demo                          a SwinV2-MoE learns digits, on a CPU, in minutes
+  synchromesh train demo                    a SwinV2-MoE learns digits, on a CPU
+  synchromesh train --data photos/          a folder for each class, no more
+  synchromesh train --data 'shards-{000..009}.tar'     or parquet files, a list
+  synchromesh train --data instances_train.json --images photos/
   synchromesh train demo --optim.lr 1e-3 --epochs 5 --run runs/quick
   synchromesh train demo --run runs/quick --resume
-  synchromesh train demo --augment.mixing.mixup 0.8                       what is off is switched on
-  synchromesh train --config runs/quick/recipe.json --run runs/again      from a file, .json or .toml
-  synchromesh train finetune_1k --data photos/ --start.weights runs/big --start.freeze moe
-  synchromesh train --data photos/                a folder for each class, and nothing else
-  synchromesh train --data 'shards-{000..009}.tar'                         or tar shards, parquet files, a list
-  synchromesh train --data instances_train.json --images photos/           the task is found from the data
-  synchromesh train demo --ema.decay 0.999 --optim.rule muon              averaged weights, another optimizer
+  synchromesh train demo --augment.mixing.mixup 0.8   what is off is switched on
+  synchromesh train demo --ema.decay 0.999 --optim.rule muon
+  synchromesh train --config runs/quick/recipe.json --run runs/again
+  synchromesh train finetune_1k --data photos/ --start.weights runs/big
   synchromesh eval runs/demo
-  synchromesh report runs/a runs/b                several runs on one page
-  synchromesh eval runs/photos --tta.flip                                 probabilities averaged over views
+  synchromesh eval runs/photos --tta.flip   probabilities averaged over views
   synchromesh predict digit.png another.png --run runs/demo --json
-  synchromesh models show swinv2_moe_b_e32        what a model is made of and costs; `models` lists all
-  synchromesh push runs/demo published/demo       weights, config and a model card in the hub's format; `pull` reads it
+  synchromesh report runs/a runs/b          several runs on one page
+  synchromesh models show swinv2_moe_b_e32  what a model is made of and costs
+  synchromesh push runs/demo published/demo        and `pull` reads it
   synchromesh plan --model swinv2_moe_b --cluster a100_hdr --world 8..2048
-  synchromesh verify --world 4                    the same on your cluster: torchrun ... -m -- synchromesh verify
+  synchromesh verify --world 4              or by torchrun, see its --help
 
-synchromesh COMMAND --help says more; synchromesh --version says which version this is.
+synchromesh COMMAND --help says more, synchromesh train the recipes, and
+synchromesh --version which version this is.
 """
 
 
@@ -55,16 +56,16 @@ class Command:
 
 COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
-        "train": Command("train", "RECIPE", "train a model from a recipe, its settings changed as you like"),
+        "train": Command("train", "RECIPE", "train a model from a recipe, or on data of your own"),
         "eval": Command("evaluate", "RUN", "score a trained model"),
         "predict": Command("predict", "IMAGE ...", "say what a trained model sees in image files"),
         "report": Command("report", "RUN ...", "write a page about a run, or one that compares several"),
         "convert": Command("convert", "RUN FILE", "write the weights of a run as one safetensors file"),
-        "verify": Command("verify", "", "prove on these ranks that every parallel plan computes the same"),
+        "verify": Command("verify", "", "prove that every parallel plan computes the same"),
         "profile": Command("profile", "FILE", "measure this cluster: links, products, memory"),
-        "plan": Command("plan", "", "what a model costs on a cluster, and how it should run there"),
-        "models": Command("models", "", "every architecture by name, with what it costs; `models show NAME`"),
-        "push": Command("push", "RUN TARGET", "a trained model in the hub's format: a folder, or hf://OWNER/NAME"),
+        "plan": Command("plan", "", "what a model costs on a cluster, and how to run it there"),
+        "models": Command("models", "", "every architecture by name, with what it costs"),
+        "push": Command("push", "RUN TARGET", "a trained model in the hub's format, in a folder or hf://"),
         "pull": Command("pull", "SOURCE RUN", "a run folder of such a model"),
         "plans": Command("plans", "RUN ...", "what the layers of a run found out about their plans"),
     }

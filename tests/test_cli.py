@@ -69,6 +69,22 @@ def test_every_option_says_what_it_is(command: str, capsys: pytest.CaptureFixtur
         assert re.search(r"[a-z]{2,} [a-z]{2,}|[a-z]{4,}", told), f"{name} has no help: {text.strip()!r}"
 
 
+PAGES = ["--help", "train --help", "train demo --help", *(f"{name} --help" for name in cli.COMMANDS if name != "train")]
+
+
+@pytest.mark.parametrize("command", PAGES)
+def test_no_page_of_help_is_wider_than_80_columns_or_has_a_word_that_is_no_ones(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(cli.main(command.split()))
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert [line for line in said.splitlines() if len(line) > 80] == []
+    assert not re.search(r"\{None\}|\[\[|default: \)|@about@|\n\n\n", said)
+
+
 @pytest.mark.parametrize("command", ["train demo", "eval", "predict", "report", "plan"])
 def test_help_gives_every_option_a_line_and_no_more_than_80_columns(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -265,7 +281,8 @@ def test_a_gif_of_garbage_is_named_or_skipped(
 ) -> None:
     garbage = tmp_path / "garbage.gif"
     garbage.write_bytes(b"GIF89a" + bytes(range(200)))
-    assert "garbage.gif" in failed(["predict", garbage, digit, "--run", run], capsys)
+    said = failed(["predict", garbage, digit, "--run", run], capsys)
+    assert re.search(r"garbage.gif.*; --on-bad-image skip leaves such files out", said)
     arguments = ["predict", str(garbage), str(digit), "--run", str(run), "--on-bad-image", "skip", "--json"]
     assert cli.main(arguments) == 2
     shown = capsys.readouterr()

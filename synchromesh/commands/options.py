@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import tyro
 
 from synchromesh.commands.exits import heard_once
+from synchromesh.commands.help_page import HERE, help_pages
 from synchromesh.errors import InputError, parsed_json
 from synchromesh.training.catalog import Catalog
 from synchromesh.training.codec import Kinds, decode, options_of
@@ -46,12 +47,12 @@ def parse(
     """
     try:
         if default is None:
-            with heard_once():
-                return tyro.cli(kind, args=list(given), prog=prog, description=about, config=SETTINGS)
+            with heard_once(), help_pages(about):
+                return tyro.cli(kind, args=list(given), prog=prog, description=HERE, config=SETTINGS)
         default, rest = _switched(default, list(given), kinds)
         about = "\n\n".join([about, *_switches(default, kinds)])
-        with heard_once():
-            return tyro.cli(kind, args=rest, prog=prog, description=about, config=SETTINGS, default=default)  # pyright: ignore[reportReturnType]
+        with heard_once(), help_pages(about):
+            return tyro.cli(kind, args=rest, prog=prog, description=HERE, config=SETTINGS, default=default)  # pyright: ignore[reportReturnType]
     except ValueError as error:  # a configuration refuses its values
         raise InputError(str(error)) from error
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from synchromesh.compat.hf_config import auto_class
 from synchromesh.models.shapes import IMPORTS, in_python
 from synchromesh.planning.lattice import Ranks
 from synchromesh.planning.planner import Planned
@@ -108,7 +109,7 @@ def _script(one: Planned, asked: Asked) -> Iterator[str]:
     yield f'    mesh = init_device_mesh(device, ({nesting.copies}, {nesting.size}), mesh_dim_names=("data", "expert"))'
     yield f'    grid = Grid.from_mesh(mesh["expert"], ranks_per_node={nesting.grid.per_node})'
     if plan is None:
-        yield f'    council, profile = Council(grid), load_profile("{asked.cluster}")'
+        yield f"    council, profile = Council(grid), load_profile({asked.cluster!r})"
         strategy = "lambda: Adaptive(grid, council=council, profile=profile)"
     else:
         strategy = f"lambda: Sharded(grid, plan={_constructor(plan)})"
@@ -141,7 +142,7 @@ def _constructor(plan: Plan) -> str:
 
 def _imports(asked: Asked) -> Iterator[str]:
     if isinstance(asked.model, Path):
-        yield "from transformers import AutoModelForCausalLM"
+        yield f"from transformers import {auto_class(asked.model)}"
         yield "from synchromesh.compat.huggingface import parallelize_experts"
     elif isinstance(asked.model, Workload):
         fixed = [] if asked.capacity is None else ["FixedCapacity"]
@@ -153,7 +154,7 @@ def _imports(asked: Asked) -> Iterator[str]:
 def _model(one: Planned, asked: Asked) -> Iterator[str]:
     recomputed = one.arrangement.recomputed
     if isinstance(asked.model, Path):
-        yield f'model = AutoModelForCausalLM.from_pretrained("{asked.model}", dtype="auto")'
+        yield f'model = {auto_class(asked.model)}.from_pretrained({str(asked.model)!r}, dtype="auto")'
         yield from ["model.gradient_checkpointing_enable()"] if recomputed else []
     elif isinstance(asked.model, Workload):
         work = asked.model

@@ -37,9 +37,9 @@ Predict a model's step on a described cluster, choose the plan of each kind of i
 fit where it does not, and what to paste to run it. Any number of ranks: copies of
 a grid where experts do not divide it.
 
-  synchromesh plan --model swinv2_moe_b --cluster a100_hdr --world 8..2048 --batch 128
+  synchromesh plan --model swinv2_moe_b --cluster a100_hdr --world 8..2048
   synchromesh plan --layer 16384 2048 2048 64 2 --cluster h100_ndr --world 512
-  synchromesh plan --model qwen3/config.json --length 4096 --batch 1 --world 8..65536 --fsdp
+  synchromesh plan --model qwen3/config.json --batch 1 --world 8..65536 --fsdp
 """
 
 

@@ -222,7 +222,7 @@ def _read(
                 samples.append((path, trained.task.open(path)))
             except InputError as error:
                 if not skip:
-                    raise
+                    raise InputError(f"{error}; --on-bad-image skip leaves such files out") from error
                 bad.append(str(error))
         return bad
 

@@ -26,7 +26,7 @@ ABOUT = """\
 Measure these ranks in under a minute: products by shape, memory, links by message size, overlap.
 
   synchromesh profile here.json --world 2
-  torchrun --nnodes 2 --nproc-per-node 8 ... -m -- synchromesh profile cluster.json
+  torchrun --nnodes 2 --nproc-per-node 8 ... -m -- synchromesh profile all.json
 """
 
 

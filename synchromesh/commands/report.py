@@ -18,6 +18,7 @@ Write a page that opens offline: report.html into the folder of a run, or compar
   synchromesh report runs/demo                     curves, mistakes with their pictures, expert load, plans
   synchromesh report runs/a runs/b runs/c          their numbers, curves and settings on one page
   synchromesh report runs/* --out compared.html
+  synchromesh report runs/fold*                    and the mean over folds
 """
 
 
@@ -49,7 +50,9 @@ def run(request: Request, context: Context) -> int:
         path = write_report(runs[0], catalog)
     else:
         path = request.out or runs[0].resolve().parent / COMPARISON
-        write_comparison(runs, path, catalog)
+        for summary in write_comparison(runs, path, catalog):
+            said = [f"{score.heading} {score}" for score in summary.scores]
+            context.console.print(" · ".join([*said, summary.about]), highlight=False, soft_wrap=True)
     said = f"{path} · {path.stat().st_size / 1e3:,.0f} kB, opens offline"
     context.console.print(said, highlight=False, soft_wrap=True)
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
+import textwrap
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,11 +19,12 @@ from rich.console import Console
 from synchromesh import seeds
 from synchromesh.commands.context import Context
 from synchromesh.commands.device import pick_device
+from synchromesh.commands.help_page import WIDTH
 from synchromesh.commands.options import parse, read_file
 from synchromesh.commands.progress import RunProgress
 from synchromesh.commands.report import report_if_possible
 from synchromesh.commands.train_words import say_loaded, show_closing
-from synchromesh.errors import InputError, NonFiniteError, StoppedError
+from synchromesh.errors import CollapsedError, InputError, NonFiniteError, StoppedError
 from synchromesh.models.features import BackboneConfig
 from synchromesh.parallel.comm.environment import job_name, restarted
 from synchromesh.parallel.comm.grid import Grid
@@ -79,7 +81,7 @@ class Request:
         images: folder of the pictures of a json file, where they do not lie beside it.
         resume: continue what was begun in the run folder; a crash loses nothing that was saved.
         on_bad_image: stop at an unreadable image, or skip it; those are counted, and listed in left_out.jsonl of the
-            run.
+            run. If not given, recipes stop (but for loading.skip-bad-images), and data without a recipe are skipped.
         tensorboard: also write TensorBoard events.
         nproc: ranks to train with on this machine; the recipe's number (its keep.ranks) if not given. Under torchrun
             or SLURM, the job's ranks are taken.
@@ -94,7 +96,7 @@ class Request:
     data: Annotated[Path | None, tyro.conf.arg(name="data")] = None
     images: Path | None = None
     resume: bool = False
-    on_bad_image: Literal["stop", "skip"] = "stop"
+    on_bad_image: Literal["stop", "skip"] | None = None
     tensorboard: bool = False
     nproc: int | None = None
     restarts: int = 0
@@ -109,8 +111,8 @@ class Request:
             config = dataclasses.replace(config, task=task)
         elif self.images is not None:
             raise InputError("--images says where the pictures of --data are: give --data too")
-        if self.on_bad_image == "skip":
-            loading = dataclasses.replace(config.loading, skip_bad_images=True)
+        if self.on_bad_image is not None:
+            loading = dataclasses.replace(config.loading, skip_bad_images=self.on_bad_image == "skip")
             config = dataclasses.replace(config, loading=loading)
         if self.tensorboard:
             config = dataclasses.replace(config, keep=dataclasses.replace(config.keep, tensorboard=True))
@@ -147,13 +149,15 @@ def read_request(given: list[str], catalog: Catalog) -> Request:
 
 def recipes_page(catalog: Catalog) -> str:
     """Return what there is to train."""
-    lines = ["usage: synchromesh train RECIPE [--run DIR] [--data DIR] [--resume] [any setting of the recipe]"]
-    lines += ["       synchromesh train --config FILE [the same]"]
-    lines += ["       synchromesh train --data FILE|DIR [--images DIR] [the same] the task is found from the data", ""]
+    lines = ["usage: synchromesh train RECIPE [--run DIR] [--data DIR] [--resume] [SETTINGS]"]
+    lines += ["       synchromesh train --data FILE|DIR [--images DIR] [the same]"]
+    lines += ["       synchromesh train --config FILE [the same]", ""]
+    lines += ["Without a recipe, the task is found from the data. The recipes:", ""]
     for name, recipe in catalog.recipes.items():
         about = (sys.modules[recipe.__module__].__doc__ or "").partition("\n")[0].partition(": ")[2]
-        lines.append(f"  {name:18}  {about}")
-    lines += ["", "synchromesh train RECIPE --help lists every setting with its default.", ""]
+        lines += textwrap.wrap(f"  {name:18}  {about}", WIDTH, subsequent_indent=" " * 22)
+    lines += ["", "synchromesh train RECIPE --help lists every setting with its default, and"]
+    lines += ["synchromesh train --data DIR --help those of what is found there.", ""]
     return "\n".join(lines)
 
 
@@ -242,7 +246,7 @@ def train(
                 f"{name}: saved after step {stopped.step}. The same command with --resume continues.", soft_wrap=True
             )
             return 128 + stopped.signal
-        except NonFiniteError as error:
+        except (NonFiniteError, CollapsedError) as error:
             kept = folder / CHECKPOINTS
             console.print(f"error: {error}; the last good checkpoint is in {kept}", style="red", soft_wrap=True)
             return NON_FINITE

@@ -34,7 +34,8 @@ def show_closing(console: Console, config: TrainConfig, summary: dict[str, Any],
     for row in rows:
         table.add_row(*row)
     if summary["test_load"]:
-        table.add_row("dead experts", str(summary["dead_experts"]), *[""] * (len(columns) - 2))
+        experts = sum(map(len, summary["test_load"].values()))
+        table.add_row("dead experts", f"{summary['dead_experts']:,} of {experts:,}", *[""] * (len(columns) - 2))
     for layer, plans in summary["plans"].items():
         often = sorted(plans.items(), key=lambda item: -item[1])
         table.add_row(f"plans of {layer}", "\n".join(f"{plan}: {count:,}" for plan, count in often))
@@ -42,9 +43,9 @@ def show_closing(console: Console, config: TrainConfig, summary: dict[str, Any],
     unit = config.task.unit
     bad, test_bad = summary[f"bad_{unit}"], summary[f"test_bad_{unit}"]
     if bad or test_bad:
-        epochs = summary["epochs"]
+        epochs = f"{summary['epochs']} epoch{'s' * (summary['epochs'] != 1)}"
         console.print(
-            f"left out as unreadable: {bad:,} times in {epochs} epochs, and {test_bad:,} test {unit}; "
+            f"left out as unreadable: {bad:,} times in {epochs}, and {test_bad:,} test {unit}; "
             f"{folder / LEFT_OUT_FILE} lists them",
             style="yellow",
             soft_wrap=True,

@@ -29,7 +29,7 @@ Run every legal parallel plan of a layer on these ranks and devices, and compare
 definition, computed in one process.
 
   synchromesh verify --world 4 --ranks-per-node 2
-  torchrun --nnodes 2 --nproc-per-node 8 ... -m -- synchromesh verify --dtype bfloat16
+  torchrun --nnodes 2 --nproc-per-node 8 ... -m -- synchromesh verify
 """
 
 

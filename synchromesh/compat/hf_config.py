@@ -56,6 +56,26 @@ def read_hf_config(path: Path, *, length: int, dtype: torch.dtype = torch.bfloat
         raise ValueError(f"{file} holds a field that is no number, or one that cannot be: {error}") from error
 
 
+def auto_class(path: Path) -> str:
+    """Return which of transformers' Auto classes loads a model, by the config.json in its folder.
+
+    Raises:
+        ValueError: that is no configuration.
+    """
+    file = path / "config.json"
+    found = parsed_json(file.read_bytes(), file) if file.is_file() else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds no configuration")
+    if found.get("is_encoder_decoder") is True:
+        return "AutoModelForSeq2SeqLM"
+    names = found.get("architectures")
+    said = str(names[0]) if isinstance(names, list) and names else ""
+    if said.endswith("ForTokenClassification"):
+        return "AutoModelForTokenClassification"
+    pictures = said.endswith("ForConditionalGeneration") or (not said and "vision_config" in found)
+    return "AutoModelForImageTextToText" if pictures else "AutoModelForCausalLM"
+
+
 def _text_of(found: dict[str, Any]) -> dict[str, Any]:
     """Return the part that has the experts, with what Dbrx keeps in parts of its own."""
     for name in PARTS:

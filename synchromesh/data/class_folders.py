@@ -123,7 +123,11 @@ def held_out(names: Sequence[str], share: float, *, salt: int, what: str) -> fro
     """
     count = max(1, round(share * len(names)))
     if count >= len(names):
-        raise InputError(f"class {what} has {len(names)} images: too few to keep some for scoring")
+        images = "1 image" if len(names) == 1 else f"{len(names)} images"
+        raise InputError(
+            f"class {what} has {images}, too few to learn from and to score on: add some, leave the class out, or "
+            "give train/ and val/ folders"
+        )
     return frozenset(sorted(range(len(names)), key=lambda place: (_hash(f"{salt}/{names[place]}"), place))[:count])
 
 

@@ -96,7 +96,13 @@ def read_picture(file: Picture, channels: int, *, draft: int | None = None, upri
             image = _in_8_bits(image, white)
         return _to_mode(image, "L" if channels == 1 else "RGB")
     except BAD_IMAGE as error:
-        raise UnreadableError(place_of(file), str(error) or type(error).__name__) from error
+        raise UnreadableError(place_of(file), reason_of(error)) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return why a file could not be read, in words: without the number that the system has for it."""
+    strerror = getattr(error, "strerror", None)
+    return strerror[0].lower() + strerror[1:] if strerror else str(error) or type(error).__name__
 
 
 def place_of(file: Picture) -> Path:
@@ -120,7 +126,7 @@ def header(file: Picture) -> tuple[tuple[int, int], tuple[int, int]]:
     except UnidentifiedImageError as error:
         raise UnreadableError(place_of(file), UNKNOWN) from error
     except (*BAD_IMAGE, *BAD_HEADER) as error:
-        raise UnreadableError(place_of(file), str(error) or type(error).__name__) from error
+        raise UnreadableError(place_of(file), reason_of(error)) from error
     return (lying[::-1] if turned else lying), lying
 
 

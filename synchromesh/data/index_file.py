@@ -33,19 +33,25 @@ class IndexFile(StoredFiles):
 
     suffix: ClassVar[str] = ".*"
 
-    def read(self, files: Sequence[Path]) -> LabelledStore:
+    def read(self, files: Sequence[Path], most: int | None = None) -> LabelledStore:
         """Read where the lines begin, and the classes. Raises InputError, with the number of a line."""
         names: dict[str, int] = {}
-        starts, labels, of_file = array("q"), array("i"), []
+        starts, labels, of_file, seen = array("q"), array("i"), [], 0
         for path in files:
             before = len(starts)
+            end = path.stat().st_size
             for start, name in _lines(path):
+                if most is not None and len(starts) - before >= most:
+                    end = start
+                    break
                 starts.append(start)
                 labels.append(names.setdefault(name, len(names)))
             of_file.append(len(starts) - before)
+            seen += end
         classes, own = numbered(list(names), as_numpy(labels))
         ends = np.cumsum(of_file)
-        return LabelledStore(LineStore(tuple(files), ends, as_numpy(starts)), own, classes)
+        share = seen / max(1, sum(path.stat().st_size for path in files))
+        return LabelledStore(LineStore(tuple(files), ends, as_numpy(starts)), own, classes, share=share)
 
 
 @final

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int, Shaped, UInt8
 from PIL import Image
 
-from synchromesh.data.files import BAD_HEADER, BAD_IMAGE
+from synchromesh.data.files import BAD_HEADER, BAD_IMAGE, reason_of
 from synchromesh.errors import UnreadableError
 
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")  # of kinds that keep every value
@@ -76,4 +76,4 @@ def _opened(path: Path) -> Image.Image:
             opened.load()
             return opened.copy()
     except (*BAD_IMAGE, *BAD_HEADER) as error:
-        raise UnreadableError(path, str(error) or type(error).__name__) from error
+        raise UnreadableError(path, reason_of(error)) from error

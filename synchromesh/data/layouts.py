@@ -304,4 +304,10 @@ def _check_class_folders(path: Path) -> None:
     inner = [each for each in path.iterdir() if each.is_dir() and not each.name.startswith(".")]
     if not any(one.suffix.lower() in SUFFIXES for folder in inner for one in folder.rglob("*")):
         there = few(sorted(each.name for each in path.iterdir())) or "nothing"
-        raise InputError(f"{path} is of no layout that is known; it has {there}. Looked for: {_LOOKED_FOR}")
+        pictures = sum(each.suffix.lower() in SUFFIXES for each in path.iterdir())
+        why = ""
+        if pictures:
+            why = f", {pictures} pictures without a class: give each class a folder of its own"
+        elif inner:
+            why = ", folders without one picture"
+        raise InputError(f"{path} is of no layout that is known; it has {there}{why}. Looked for: {_LOOKED_FOR}")

@@ -52,10 +52,15 @@ class ParquetFiles(StoredFiles):
 
     suffix: ClassVar[str] = ".parquet"
 
-    def read(self, files: Sequence[Path]) -> LabelledStore:
-        """Read the classes of all rows. Raises InputError where a file is damaged, or has no such columns."""
+    def read(self, files: Sequence[Path], most: int | None = None) -> LabelledStore:
+        """Read the classes of all rows, or of the first groups of rows.
+
+        Raises:
+            InputError: a file is damaged, or has no such columns.
+        """
         names: dict[str, int] = {}
         labels, sizes, largest, columns = [np.zeros(0, dtype=np.int32)], [], 1, None  # a file may have no rows
+        rows = 0
         for path in files:
             with _named(path), _opened(path) as opened:
                 own = Columns.of(opened, path, self.picture, self.label)
@@ -65,14 +70,17 @@ class ParquetFiles(StoredFiles):
                 groups = _row_groups(opened, path)
                 leaves = [opened.schema.column(number).path for number in range(len(opened.schema.names))]
                 with _opened(path, *({own.label} & {*leaves})) as texts:
-                    found = _labels(texts, path, own, names)
+                    found = _labels(texts, path, own, names, most)
                 labels += found
                 sizes.append(np.array([len(group) for group in found], dtype=np.int64))
                 largest = max([largest, *(_bytes_of(group, own.picture) for group in groups)])
+                rows += sum(group.num_rows for group in groups)
         assert columns is not None
         classes, own_labels = numbered(list(names), np.concatenate(labels))
         held = max(1, min(MOST_GROUPS, HELD // largest))
-        return LabelledStore(RowStore(tuple(files), tuple(sizes), columns.picture, held), own_labels, classes)
+        share = len(own_labels) / max(1, rows)
+        store = RowStore(tuple(files), tuple(sizes), columns.picture, held)
+        return LabelledStore(store, own_labels, classes, share=share)
 
 
 @dataclass(frozen=True)
@@ -298,12 +306,19 @@ def _bytes_of(group: Any, column: str) -> int:
     return sum(one.total_uncompressed_size for one in chunks if one.path_in_schema.partition(".")[0] == column)
 
 
-def _labels(file: pq.ParquetFile, path: Path, columns: Columns, names: dict[str, int]) -> list[Int[np.ndarray, " _"]]:
-    """Return numbers of the classes of each group's rows as they come, int32; -1 for none. Raises InputError."""
+def _labels(
+    file: pq.ParquetFile, path: Path, columns: Columns, names: dict[str, int], most: int | None
+) -> list[Int[np.ndarray, " _"]]:
+    """Return numbers of the classes of each group's rows as they come, int32; -1 for none. Raises InputError.
+
+    Groups after those that have `most` rows are left out.
+    """
     for name in columns.classes:
         names.setdefault(name, len(names))
     found = []
     for group in range(file.num_row_groups):
+        if most is not None and sum(map(len, found)) >= most:
+            break
         batches = file.iter_batches(columns=[columns.label], row_groups=[group])
         own = [_numbers(batch.column(0), columns, path, names) for batch in batches]
         found.append(np.concatenate([np.zeros(0, dtype=np.int32), *own]))

@@ -57,6 +57,10 @@ class Parts:
         known = {*train, *val}
         return cls(tuple(train), tuple(val), tuple(path for path in files if path not in known))
 
+    def beneath(self, folder: Path) -> Parts:
+        """Return them inside a folder."""
+        return Parts(*(tuple(folder / path for path in own) for own in (self.train, self.val, self.others)))
+
 
 def words(stem: str) -> list[str]:
     """Return the words of a name, numbers apart.

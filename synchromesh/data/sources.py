@@ -17,6 +17,7 @@ from synchromesh.data.files import SUFFIXES
 from synchromesh.data.images import Images, MemoryImages, Preprocess, TwoSets
 from synchromesh.data.index_file import INDEX_SUFFIXES, IndexFile
 from synchromesh.data.parquet import ParquetFiles
+from synchromesh.data.saved_dataset import SavedDataset, is_saved
 from synchromesh.data.tar_shards import TarShards
 from synchromesh.errors import InputError
 
@@ -119,13 +120,15 @@ class ImageFolder:
         return Listing.of(folder, classes).images(preprocess)
 
 
-OwnData = ImageFolder | TarShards | ParquetFiles | IndexFile
+OwnData = ImageFolder | TarShards | ParquetFiles | IndexFile | SavedDataset
 """Pictures of one's own and their classes."""
 Source = MnistDigits | ScikitDigits | OwnData
 
 
-def stored_at(path: Path) -> TarShards | ParquetFiles | IndexFile | None:
-    """Return what reads tar files, parquet files or an index that a path or a pattern means; None for other things."""
+def stored_at(path: Path) -> TarShards | ParquetFiles | IndexFile | SavedDataset | None:
+    """Return what reads the tar files, parquet files, index or saved dataset that a path means; None for others."""
+    if is_saved(path):
+        return SavedDataset(path)
     name = path.name.lower()
     if path.is_dir():
         inside = [one for one in (*path.iterdir(), *(path / "data").glob("*")) if one.is_file()]

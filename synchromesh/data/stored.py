@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from array import array
@@ -23,6 +24,7 @@ from synchromesh.data.runs import Runs
 from synchromesh.errors import InputError
 
 LONE = re.compile(r"[\ud800-\udfff]")
+LOOKED_AT, FILES_LOOKED_AT = 20_000, 10  # pictures that a glance lists, and the files that it lists them of
 
 
 class Store(ABC):
@@ -53,12 +55,14 @@ class LabelledStore:
         labels: the class of each, int32; -1 where it has none.
         classes: their names, in order.
         notes: what was found beside them.
+        share: of what lies in the files, about; 1 where all is listed.
     """
 
     store: Store
     labels: Int[np.ndarray, " N"]
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    share: float = 1.0
 
     def images(self, numbers: Int[np.ndarray, " K"], preprocess: Preprocess) -> StoredImages:
         """Return some of the pictures as a set."""
@@ -77,7 +81,7 @@ class LabelledStore:
         if extra:
             raise InputError(f"{origin} has classes that are not learnt: {few(extra)}; known are {few(classes)}")
         table = np.array([*(place.get(name, -1) for name in self.classes), -1], dtype=np.int32)
-        return LabelledStore(self.store, table[self.labels], classes, self.notes)
+        return LabelledStore(self.store, table[self.labels], classes, self.notes, self.share)
 
 
 @final
@@ -110,6 +114,19 @@ class StoredImages(EncodedImages):
 
 
 @dataclass(frozen=True)
+class Glance:
+    """What some of the pictures tell of all.
+
+    Attributes:
+        count: of all pictures to learn from; an estimate where not all are listed.
+        images: those that are listed.
+    """
+
+    count: int
+    images: StoredImages
+
+
+@dataclass(frozen=True)
 class StoredFiles(ABC):
     """Files that hold pictures and their classes, as `--data` names them.
 
@@ -129,8 +146,8 @@ class StoredFiles(ABC):
     suffix: ClassVar[str]
 
     @abstractmethod
-    def read(self, files: Sequence[Path]) -> LabelledStore:
-        """List the pictures of some files. Raises InputError."""
+    def read(self, files: Sequence[Path], most: int | None = None) -> LabelledStore:
+        """List the pictures of some files, of each not many more than `most`. Raises InputError."""
 
     def load(self, preprocess: Preprocess) -> TwoSets:
         """List the pictures; nothing is decoded yet.
@@ -152,6 +169,25 @@ class StoredFiles(ABC):
         notes = (found(train, test, said(parts.train)), *learnt.notes, how, *_unscored(train, test))
         left = (f"other parts are not read: {said(parts.others)}",) if parts.others else ()
         return TwoSets(train, test, (*notes, *left))
+
+    def glance(self, preprocess: Preprocess) -> Glance:
+        """List the first pictures of some files, spread over all: enough to choose a recipe by, and soon done.
+
+        Raises:
+            InputError: what is looked at cannot be read, or there is nothing to learn.
+        """
+        parts = self.parts()
+        files = parts.train[:: math.ceil(len(parts.train) / FILES_LOOKED_AT)]
+        seen = self.read(files, max(1, LOOKED_AT // len(files)))
+        known = seen.known()
+        counts = np.bincount(seen.labels[known])
+        kept = 0 if parts.val else sum(max(1, round(self.test_share * own)) for own in counts.tolist() if own)
+        if kept >= len(known):  # what is listed has no classes, or few pictures of each
+            train = self.load(preprocess).train
+            assert isinstance(train, StoredImages)
+            return Glance(len(train), train)
+        share = seen.share * _bytes(files) / max(1, _bytes(parts.train))
+        return Glance(round((len(known) - kept) / share), seen.images(known, preprocess))
 
     def load_all(self, preprocess: Preprocess, classes: tuple[str, ...]) -> StoredImages:
         """List every picture to score a model of these classes on: those of val, or else all.
@@ -210,6 +246,10 @@ def as_numpy(numbers: array) -> Int[np.ndarray, " N"]:
     """Return numbers that were collected one by one, where they lie."""
     kind = np.dtype(f"i{numbers.itemsize}")
     return np.frombuffer(numbers, dtype=kind) if numbers else np.zeros(0, dtype=kind)
+
+
+def _bytes(files: Sequence[Path]) -> int:
+    return sum(path.stat().st_size for path in files)
 
 
 def found(train: StoredImages, test: StoredImages, origin: str) -> str:

@@ -44,18 +44,18 @@ class TarShards(StoredFiles):
 
     suffix: ClassVar[str] = ".tar"
 
-    def read(self, files: Sequence[Path]) -> LabelledStore:
+    def read(self, files: Sequence[Path], most: int | None = None) -> LabelledStore:
         """List the members, by their headers and classes. Raises InputError where a file is none, or cut off."""
         found = _Found()
-        for number, path in enumerate(files):
-            found.add(number, path)
+        seen = sum(found.add(number, path, most) for number, path in enumerate(files))
         if not found.labels:
             others = few(sorted(found.others)) or "nothing"
             raise InputError(f"{few([str(path) for path in files])} hold no pictures, only {others}")
         classes, labels = numbered(list(found.classes), as_numpy(found.labels))
         left = ", ".join(f"{count:,} {name}" for name, count in sorted(found.others.items()))
         notes = (f"left alone in the tar files: {left}",) if left else ()
-        return LabelledStore(found.store(tuple(files)), labels, classes, notes)
+        share = seen / sum(path.stat().st_size for path in files)
+        return LabelledStore(found.store(tuple(files)), labels, classes, notes, share)
 
 
 @final
@@ -114,10 +114,15 @@ class _Found:
     name_ends: array = field(default_factory=lambda: array("q"))
     others: Counter[str] = field(default_factory=Counter)
 
-    def add(self, number: int, path: Path) -> None:
+    def add(self, number: int, path: Path, most: int | None) -> int:
+        """Add the samples of a file, or some; return how many of its bytes were looked at."""
+        before = len(self.labels)
         with path.open("rb") as file:
             for key, members in _samples(file, path):
+                if most is not None and len(self.labels) - before >= most:
+                    return min(member.start for member in members.values())
                 self._add_sample(number, file, key, members)
+        return path.stat().st_size
 
     def _add_sample(self, number: int, file: IO[bytes], key: str, members: dict[str, _Member]) -> None:
         pictures = [end for end in members if f".{end.rpartition('.')[2]}" in SUFFIXES]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from synchromesh.errors import InputError
 from synchromesh.moe.experts import Experts
 from synchromesh.parallel.state import Spread
 
@@ -81,15 +82,15 @@ class Watch:
 
 
 def _refuse_norms(optimizer: Optimizer, trained: list[nn.Parameter], spread: Spread) -> None:
-    """Raise ValueError where an optimizer's step asks for norms or products of whole tensors, of which it has parts."""
+    """Raise InputError where an optimizer's step asks for norms or products of whole tensors, of which it has parts."""
     kinds = {kind.__name__ for kind in type(optimizer).__mro__}
     if trained and getattr(optimizer, "needs_whole_experts", False) and spread.grid.size > spread.num_experts:
-        raise ValueError(
+        raise InputError(
             f"got {type(optimizer).__name__} to train {spread.num_experts} experts on {spread.grid.size} ranks, which "
             "hold parts of an expert, wanted whole experts: take as many ranks as experts at most, or AdamW"
         )
     if trained and kinds & _BY_NORMS:
-        raise ValueError(
+        raise InputError(
             f"got {type(optimizer).__name__} to train experts that are spread over ranks, whose step depends on norms "
             "of whole tensors, of which each rank has a part; wanted an optimizer that works number by number, such "
             "as AdamW, for `expert_parameters(model).values()`"

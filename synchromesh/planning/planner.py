@@ -81,6 +81,7 @@ class Planned:
         nested: what speaks for several grids; None where there is one.
         network_known: whether links between nodes were measured, or none are used.
         would_fit: where this cannot run, the same step in arrangements that can, the fastest first.
+        room: ranks that a node of the cluster has room for.
     """
 
     ranks: Ranks
@@ -99,6 +100,7 @@ class Planned:
     nested: Nested | None = None
     network_known: bool = True
     would_fit: tuple[Planned, ...] = ()
+    room: int = 0
 
     @property
     def seconds(self) -> float:
@@ -122,6 +124,12 @@ class Planned:
     def notes(self) -> list[str]:
         """Say what is worth saying besides the reasons of plans."""
         said = [] if self.nested is None else [str(self.nested)]
+        if self.ranks.nodes > 1 and self.ranks.per_node < self.room:
+            whole = self.ranks.size // self.room * self.room
+            said.append(
+                f"{self.ranks.nodes:,} nodes with {self.ranks.per_node} ranks each, as they fill no nodes of "
+                f"{self.room} evenly; {whole:,} or {whole + self.room:,} ranks do"
+            )
         if not self.network_known:
             said.append("links between nodes are unknown, planned as fast as those inside one: it will take longer")
         if self.refused is None:
@@ -171,7 +179,8 @@ def plan_model(
         if planner.least_seconds(nesting) < _to_undercut(best):
             other = planner.on(nesting)
             best = other if other.refused is None and other.seconds < _to_undercut(best) else best
-    return best if best.nesting.copies == 1 else dataclasses.replace(best, nested=_nested(best, whole))
+    nested = None if best.nesting.copies == 1 else _nested(best, whole)
+    return dataclasses.replace(best, nested=nested, room=profile.per_node)
 
 
 def _to_undercut(best: Planned) -> float:

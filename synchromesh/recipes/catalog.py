@@ -10,6 +10,7 @@ from synchromesh.models.focalnet import FocalNetConfig
 from synchromesh.models.heads.cascade.cascade_mask_rcnn import CascadeMaskRCNN
 from synchromesh.models.heads.centre_boxes import CentreBoxes
 from synchromesh.models.heads.centre_panoptic import CentrePanoptic
+from synchromesh.models.heads.dense_agreement import AgreementConfig, PixelContrast, Propagation
 from synchromesh.models.heads.depth import DepthFPN, DepthHead
 from synchromesh.models.heads.objects import ObjectHead
 from synchromesh.models.heads.panoptic import PanopticHead
@@ -42,11 +43,13 @@ from synchromesh.recipes.from_pictures import of_data
 from synchromesh.recipes.instance_demo import instance_demo
 from synchromesh.recipes.mask2former_ade20k import mask2former_ade20k
 from synchromesh.recipes.panoptic_demo import panoptic_demo
+from synchromesh.recipes.pixpro_demo import pixpro_demo
 from synchromesh.recipes.segment_demo import segment_demo
 from synchromesh.recipes.simmim_demo import simmim_demo
 from synchromesh.recipes.swinv2_moe_b_22k import swinv2_moe_b_22k
 from synchromesh.recipes.swinv2_moe_s_22k import swinv2_moe_s_22k
 from synchromesh.tasks.classification import Classification
+from synchromesh.tasks.dense_twins import ViewTwins
 from synchromesh.tasks.depth import Depth
 from synchromesh.tasks.detection import Detection
 from synchromesh.tasks.panoptic import Panoptic
@@ -67,6 +70,7 @@ RECIPES = MappingProxyType(
         "panoptic_demo": panoptic_demo,
         "depth_demo": depth_demo,
         "simmim_demo": simmim_demo,
+        "pixpro_demo": pixpro_demo,
         "swinv2_moe_s_22k": swinv2_moe_s_22k,
         "swinv2_moe_b_22k": swinv2_moe_b_22k,
         "finetune_1k": finetune_1k,
@@ -80,12 +84,13 @@ CATALOG = Catalog(
     recipes=RECIPES,
     kinds=MappingProxyType(
         {
-            Task: (Classification, Detection, Segmentation, Panoptic, Depth, SimMIM),
+            Task: (Classification, Detection, Segmentation, Panoptic, Depth, SimMIM, ViewTwins),
             BackboneConfig: (SwinV2Config, ViTConfig, FocalNetConfig, PVTConfig, SpectrumNetConfig),
             ObjectHead: (CentreBoxes, CascadeMaskRCNN, *hf.BOXES, *hf.MASKS),
             SemanticHead: (SemanticFPN, hf.UperNet, hf.SemanticMasks),
             DepthHead: (DepthFPN,),
             PanopticHead: (CentrePanoptic, hf.PanopticMasks),
+            AgreementConfig: (Propagation, PixelContrast),
             Gate: (LinearGate, CosineGate),
             Capacity: (Dropless, FixedCapacity, FixedRows, NeededCapacity),
             Priority: (TokenOrder, BatchPrioritized),

@@ -12,6 +12,7 @@ from synchromesh.data.files import header, is_grey
 from synchromesh.data.images import EncodedImages, Preprocess, RandomCrop
 from synchromesh.data.layouts import found_in, is_annotated
 from synchromesh.data.sources import ImageFolder, OwnData, stored_at
+from synchromesh.data.stored import StoredFiles
 from synchromesh.errors import UnreadableError
 from synchromesh.recipes import from_data
 from synchromesh.tasks.classification import Classification, Data
@@ -58,9 +59,8 @@ def classes(source: OwnData) -> TrainConfig:
     Raises:
         InputError: there is nothing to learn, or no picture can be read.
     """
-    found = source.load(COLOUR)
-    assert isinstance(found.train, EncodedImages)
-    seen, count = Seen.of(found.train), len(found.train)
+    images, count = _looked_at(source)
+    seen = Seen.of(images)
     epochs = min(EPOCHS[1], max(EPOCHS[0], round(IMAGES_SEEN / count)))
     return TrainConfig(
         name="classes",
@@ -74,6 +74,16 @@ def classes(source: OwnData) -> TrainConfig:
         loading=Loading(skip_bad_images=True),  # each is named where the run ends
         keep=Keep(evaluate_epochs=max(1, epochs // EVALUATIONS)),
     )
+
+
+def _looked_at(source: OwnData) -> tuple[EncodedImages, int]:
+    """Return pictures to look at, and how many there are to learn from, about; training alone lists all of a store."""
+    if isinstance(source, StoredFiles):
+        glance = source.glance(COLOUR)
+        return glance.images, glance.count
+    found = source.load(COLOUR).train
+    assert isinstance(found, EncodedImages)
+    return found, len(found)
 
 
 @dataclass(frozen=True)

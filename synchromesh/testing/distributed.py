@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -70,7 +71,7 @@ def _results(ends: list[Connection], folder: Path, deadline: float) -> list[Any]
             assert isinstance(end, Connection)
             rank = waiting[end]
             try:
-                results[rank] = end.recv()
+                results[rank] = pickle.loads(end.recv_bytes())
             except EOFError:
                 said = _errors_of(folder, rank).read_text()
                 raise RankError(f"rank {rank} of {len(ends)} failed or died\n{said}") from None
@@ -94,7 +95,8 @@ def _rank_main(
         torch.cuda.set_device(rank)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
     with poisoned_memory():
-        end.send(_load(*target)(*arguments))
+        # Plain bytes: a tensor sent as it is would be fetched later from this process, which may be gone by then.
+        end.send_bytes(pickle.dumps(_load(*target)(*arguments)))
     end.close()
     dist.barrier()  # a rank that leaves while others still connect a group would break their connection
     dist.destroy_process_group()

@@ -14,10 +14,11 @@ from synchromesh.training.catalog import Catalog
 from synchromesh.training.codec import encode
 from synchromesh.training.config import TrainConfig
 from synchromesh.training.durable import write_atomically
+from synchromesh.training.fold_summary import FoldSummary, fold_summaries
 from synchromesh.training.metrics import METRICS_FILE, read_metrics
 from synchromesh.training.page.axes import Axis
 from synchromesh.training.page.elements import card, document, grid, section, table, tag
-from synchromesh.training.run_folder import read_config, read_summary
+from synchromesh.training.run_folder import TWIN, read_config, read_summary
 from synchromesh.training.task import Number
 
 COMPARISON = "comparison.html"
@@ -45,8 +46,11 @@ class Compared:
         return "-" if value is None else form.format(value)
 
 
-def write_comparison(folders: Sequence[Path], path: Path, catalog: Catalog) -> None:
+def write_comparison(folders: Sequence[Path], path: Path, catalog: Catalog) -> list[FoldSummary]:
     """Write a page that compares runs, finished or not.
+
+    Returns:
+        what runs that differ in their fold alone say together, which is on the page too.
 
     Raises:
         InputError: a folder is not that of a run, or what it holds is damaged.
@@ -59,16 +63,18 @@ def write_comparison(folders: Sequence[Path], path: Path, catalog: Catalog) -> N
     units = list(dict.fromkeys(run.config.task.unit for run in runs))
     speeds = [figures.throughput_figure(series, unit) for unit in units]
     loads = [figures.busiest_figure(series), figures.drop_figure(series)]
+    summaries = fold_summaries(runs)
     page = document(
         f"{len(runs)} runs compared",
         tag("h1", f"{len(runs)} runs compared"),
         tag("p", ", ".join(run.name for run in runs), class_="lead"),
-        section("Scores and costs", _table(runs, numbers)),
+        section("Scores and costs", _table(runs, numbers), *map(_folds, summaries)),
         section("Learning", grid(over_epochs, over_time, figures.training_loss_figure(series))),
         section("Speed and load", grid(figures.rate_figure(series), speeds, loads)),
         section("Settings that differ", _differences(runs)),
     )
     write_atomically(path, page)
+    return summaries
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
@@ -93,7 +99,15 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 def _read(folder: Path, name: str, catalog: Catalog) -> Compared:
     config = read_config(folder, catalog)
     lines = tuple(read_metrics(folder / METRICS_FILE))
-    return Compared(name, config, read_summary(folder) or {}, figures.Series(name, lines))
+    return Compared(name, config, read_summary(folder) or _of_twin(folder), figures.Series(name, lines))
+
+
+def _of_twin(folder: Path) -> Mapping[str, Any]:
+    """Return the summary of a dense twin, whose numbers stand in that of the run that it lies in."""
+    whole = (read_summary(folder.resolve().parent) or {}) if folder.resolve().name == TWIN else {}
+    prefix = f"{TWIN}_"
+    own = {name.removeprefix(prefix): value for name, value in whole.items() if name.startswith(prefix)}
+    return {**own, **{name: whole[name] for name in ("epochs", "device")}} if own else {}
 
 
 def _numbers(runs: Sequence[Compared]) -> list[Number]:
@@ -125,6 +139,12 @@ def _table(runs: Sequence[Compared], numbers: Sequence[Number]) -> Element:
     speeds = [run.cell(f"{run.config.task.unit}_per_second", "{:,.0f} " + run.config.task.unit) for run in runs]
     rows.insert(len(numbers) + 2, ["trained in a second", *speeds])
     return card("Numbers", table(["", *(run.name for run in runs)], rows), about="bold is the best", room="wide")
+
+
+def _folds(summary: FoldSummary) -> Element:
+    rows = [[score.heading, score.form.format(score.mean), score.form.format(score.spread)] for score in summary.scores]
+    head = ["", "mean", "standard deviation"]
+    return card(f"Folds of {summary.recipe}", table(head, rows) if rows else None, about=summary.about, room="wide")
 
 
 def _differences(runs: Sequence[Compared]) -> Element | None:

@@ -8,6 +8,7 @@ recipe.json        the configuration of the run, where there is one: what `eval`
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -67,7 +68,7 @@ def write_hub_folder(folder: Path, model: Published, card: str) -> list[Path]:
     write_json(folder / CONFIG, _config(model.trained, model.settings))
     write_atomically(folder / CARD, card)
     if model.recipe is not None:
-        write_json(folder / RECIPE, encode(model.recipe))
+        write_json(folder / RECIPE, encode(without_folders(model.recipe)))
     return [path for name in FILES if (path := folder / name).exists()]
 
 
@@ -95,6 +96,21 @@ def read_hub_folder(folder: Path, catalog: Catalog) -> Published:
     return Published(Trained(model.eval(), task, facts, folder), settings, recipe)
 
 
+def without_folders(value: Any) -> Any:
+    """Return settings with only the name of each path in them: where files lie is nobody else's business."""
+    if isinstance(value, Path):
+        return Path(value.name)
+    if isinstance(value, tuple):
+        return tuple(map(without_folders, value))
+    if isinstance(value, Mapping):
+        return {name: without_folders(one) for name, one in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        own = {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if each.init}
+        changed = {name: without_folders(one) for name, one in own.items()}
+        return dataclasses.replace(value, **changed) if changed != own else value
+    return value
+
+
 def stored(file: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a safetensors file. Raises InputError where it is none."""
     try:
@@ -109,7 +125,7 @@ def _config(trained: Trained, settings: BackboneConfig) -> dict[str, Any]:
         "library_name": LIBRARY,
         "library_version": version("synchromesh"),
         "architectures": [type(trained.model).__name__],
-        "task": encode(trained.task),
+        "task": encode(without_folders(trained.task)),
         "model": encode(settings),
         "facts": dict(trained.facts),
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 from synchromesh.training.codec import encode
 from synchromesh.training.config import TrainConfig
+from synchromesh.training.hub_folder import without_folders
 from synchromesh.training.run_folder import Trained
 from synchromesh.training.summary import model_size
 
@@ -37,7 +38,7 @@ def model_card(
         "## Experts\n\n" + "\n".join([*_load(summary), "", *_plans(summary)]),
     ]
     if recipe is not None:
-        parts.append(f"## Recipe\n\n```json\n{json.dumps(encode(recipe), indent=2)}\n```")
+        parts.append(f"## Recipe\n\n```json\n{json.dumps(encode(without_folders(recipe)), indent=2)}\n```")
     return "\n\n".join(parts) + "\n"
 
 

@@ -20,7 +20,7 @@ from synchromesh.training.run_folder import load_trained
 BACKBONE = "backbone."
 
 LEAST_TAKEN = 0.5  # of the backbone's numbers, from weights of which only a part fits
-NAMED = 10  # tensors, in an error about many
+NAMED = 3  # tensors, in an error about many
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,21 @@ def test_the_card_is_filled_in_by_the_run(run: Path, pushed: Path) -> None:
     assert '"num_experts": 4' in card  # the recipe
 
 
+def test_no_file_that_is_published_tells_where_the_data_lie(tiny_options: list[str], photo, tmp_path: Path) -> None:
+    data = tmp_path / "home-of-somebody" / "pictures"
+    for part, count in (("train", 4), ("val", 2)):
+        for name in ("cat", "dog"):
+            for number in range(count):
+                photo(data / part / name / f"{number}.png", seed=number)
+    run, options = tmp_path / "run", [*tiny_options, "--epochs=1", "--nproc=1", "--twin=none"]
+    assert cli.main(["train", "--data", str(data), *options, f"--run={run}"]) == 0
+    assert cli.main(["push", str(run), str(tmp_path / "out")]) == 0
+    for file in ("config.json", "recipe.json", "README.md"):
+        said = (tmp_path / "out" / file).read_text()
+        assert "home-of-somebody" not in said, file
+    assert '"pictures"' in (tmp_path / "out" / "recipe.json").read_text()
+
+
 def test_hostile_names_stay_text_in_the_card(run: Path, tmp_path: Path) -> None:
     (checkpoint,) = (run / "checkpoints").glob("step-*")
     trained = load_trained(checkpoint, CATALOG)

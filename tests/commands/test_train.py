@@ -1,5 +1,6 @@
 """The command in processes of its own: killed, asked to stop, started again."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -10,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from synchromesh.commands.train import Request, read_request
+from synchromesh.recipes.catalog import CATALOG, RECIPES
 from synchromesh.testing.programs import run_program
+from synchromesh.training.loader import Loading
 
 Reader = Callable[[Path], dict[str, list[bytes]]]
 DIES = Path(__file__).parent / "dies.py"
@@ -80,3 +84,12 @@ def test_the_run_folder_holds_what_it_should(whole: Path) -> None:
     assert summary["dead_experts"] == sum(map(len, summary["dead_experts_by_layer"].values()))
     assert summary["active_parameters"] < summary["parameters"]
     assert summary["steps"] == 63
+
+
+def test_data_alone_may_stop_at_a_bad_image_and_a_recipe_keeps_its_own_way() -> None:
+    assert not read_request(["demo"], CATALOG).configured().loading.skip_bad_images
+    assert read_request(["demo", "--on-bad-image", "skip"], CATALOG).configured().loading.skip_bad_images
+    lenient = Request(dataclasses.replace(RECIPES["demo"](), loading=Loading(skip_bad_images=True)))
+    assert lenient.configured().loading.skip_bad_images
+    strict = dataclasses.replace(lenient, on_bad_image="stop")
+    assert not strict.configured().loading.skip_bad_images

@@ -2,8 +2,9 @@ import json
 
 import pytest
 import torch
+import transformers as hf
 
-from synchromesh.compat.hf_config import read_hf_config
+from synchromesh.compat.hf_config import auto_class, read_hf_config
 
 DEEPSEEK = {
     "model_type": "deepseek_v2",
@@ -63,3 +64,29 @@ def test_what_is_no_json_is_refused(tmp_path):
         read_hf_config(tmp_path, length=16)
     with pytest.raises(ValueError, match="cannot read"):
         read_hf_config(tmp_path / "none.json", length=16)
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        (hf.MixtralConfig(), hf.AutoModelForCausalLM),
+        (hf.SwitchTransformersConfig(), hf.AutoModelForSeq2SeqLM),
+        (hf.NllbMoeConfig(), hf.AutoModelForSeq2SeqLM),
+        (hf.Qwen3VLMoeConfig(), hf.AutoModelForImageTextToText),
+        (hf.OpenAIPrivacyFilterConfig(architectures=["XForTokenClassification"]), hf.AutoModelForTokenClassification),
+        (hf.Llama4Config(architectures=["Llama4ForConditionalGeneration"]), hf.AutoModelForImageTextToText),
+    ],
+    ids=lambda one: getattr(one, "__name__", type(one).__name__),
+)
+def test_the_class_that_loads_a_model_knows_its_configuration(config, wanted, tmp_path):
+    config.save_pretrained(tmp_path)
+    found = getattr(hf, auto_class(tmp_path))
+    assert found is wanted
+    assert type(config) in found._model_mapping
+
+
+def test_a_folder_without_a_configuration_is_taken_for_a_language_model(tmp_path):
+    assert auto_class(tmp_path) == "AutoModelForCausalLM"
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds no configuration"):
+        auto_class(tmp_path)

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from synchromesh.data import stored
+from synchromesh.data.files import Encoded
 from synchromesh.data.images import EncodedImages, Preprocess, decode_image
 from synchromesh.data.sources import OwnData, own_data
+from synchromesh.data.stored import StoredFiles
 from synchromesh.errors import InputError
 from synchromesh.tasks.classification import LabelledImages
 from synchromesh.testing.packed import CLASSES, encoded, index_of, parquet_of, tar_of, write_parquet
@@ -169,3 +172,50 @@ def test_numbers_of_classes_are_in_the_order_of_numbers(tmp_path: Path) -> None:
     labels = [int(n) for n in np.tile([10, 9, 2], 3)]
     path = write_parquet(tmp_path / "x.parquet", {"image": [c for _, c, _ in PICTURES[:9]], "label": labels})
     assert own_data(path).load(SIZE).train.classes == ("2", "9", "10")
+
+
+@kinds
+def test_a_glance_at_all_tells_what_loading_tells(source: OwnData) -> None:
+    assert isinstance(source, StoredFiles)
+    glance = source.glance(SIZE)
+    assert glance.count == len(source.load(SIZE).train) == 26
+    assert glance.images.labels.tolist() == whole(source).labels.tolist()
+
+
+@kinds
+def test_a_glance_lists_some_pictures_and_estimates_how_many_there_are(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "LOOKED_AT", 16)
+    source = own_data(WRITE[kind](tmp_path / "data", [PICTURES[number % 6] for number in range(60)]))
+    assert isinstance(source, StoredFiles)
+    glance = source.glance(SIZE)
+    assert 16 <= len(glance.images) <= 20
+    assert abs(glance.count - 54) <= 8
+    assert glance.images.read(len(glance.images) - 1).shape == (3, 16, 16)
+
+
+def test_a_glance_looks_at_some_of_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored, "FILES_LOOKED_AT", 2)
+    for number in range(6):
+        tar_of(tmp_path / f"{number}.tar", PICTURES[:12])
+    source = own_data(tmp_path)
+    assert isinstance(source, StoredFiles)
+    glance = source.glance(SIZE)
+    looked_at = [glance.images.file(index) for index in range(len(glance.images))]
+    assert {one.path.parent.name for one in looked_at if isinstance(one, Encoded)} == {"0.tar", "3.tar"}
+    assert (len(glance.images), glance.count) == (24, 66)
+
+
+@kinds
+def test_what_a_glance_cannot_tell_is_asked_of_all(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored, "LOOKED_AT", 2)
+    monkeypatch.setattr(stored, "FILES_LOOKED_AT", 1)
+    source = own_data(WRITE[kind](tmp_path / "data", PICTURES))
+    assert isinstance(source, StoredFiles)
+    known = source.glance(SIZE)
+    assert (known.count, len(known.images)) == (26, 26) if kind != "parquet" else known.count > 0
+    one = own_data(index_of(tmp_path / "one.tsv", [(ending, content, 0) for ending, content, _ in PICTURES[:1]]))
+    assert isinstance(one, StoredFiles)
+    with pytest.raises(InputError, match="one class only"):
+        one.glance(SIZE)

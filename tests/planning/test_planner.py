@@ -79,3 +79,12 @@ def test_pooled_weights_take_g_parts_and_none_where_they_are_gathered_again(expe
         assert layer_bytes(work, Plan(gather=gather), Ranks(16, 8)).gathered == gather * part
         assert layer_bytes(work, Plan(gather=gather, regather=True), Ranks(16, 8)).gathered == 0
     assert layer_bytes(work, Plan(gather=4), Ranks(16, 8)).weights == 2 * part
+
+
+def test_ranks_that_fill_no_nodes_are_said_with_numbers_that_do():
+    planned = plan_model(model(), A100, Ranks(100, 5), batch=1, training=True)
+    said = "20 nodes with 5 ranks each, as they fill no nodes of 8 evenly; 96 or 104 ranks do"
+    assert planned.remarks().count(said) == 1
+    for ranks in (Ranks(24, 8), Ranks(7, 7), Ranks(4, 4)):
+        other = plan_model(model(), A100, ranks, batch=1, training=True)
+        assert not any("fill no nodes" in remark for remark in other.remarks())

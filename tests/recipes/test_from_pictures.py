@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,14 @@ import pytest
 from PIL import Image
 
 from synchromesh import cli
+from synchromesh.data import stored
+from synchromesh.data.sources import stored_at
+from synchromesh.data.stored import StoredFiles
 from synchromesh.recipes.from_pictures import of_data
 from synchromesh.tasks.classification import Classification
 from synchromesh.testing.packed import encoded, index_of, parquet_of, tar_of
 
+ENDING = {"parquet": ".parquet", "tar": ".tar", "list": ".tsv"}
 KINDS = ("jpg", "png", "gif", "bmp", "tif", "webp")
 TINY = [
     "--model.embed-dim=8", "--model.depths", "1", "1", "--model.num-heads", "1", "2", "--model.experts.blocks.1", "0",
@@ -109,14 +113,17 @@ def test_a_picture_that_cannot_be_read_is_no_reason_to_look_no_further(tmp_path:
     [
         (["cat/1.png"], "one class folder only, cat, so there is nothing to tell apart"),
         (["train/cat/1.png", "train/dog/1.png", "val/emu/1.png"], "val has classes that"),
-        (["1.png"], "is of no layout that is known; it has 1.png"),
+        (["1.png"], "it has 1.png, 1 pictures without a class: give each class a folder of its own. Looked for"),
+        (["cat/1.txt", "dog/1.txt"], "it has cat, dog, folders without one picture. Looked for"),
+        (["cat/1.png", "dog/1.png"], "class cat has 1 image, too few to learn from and to score on: add some, leave"),
     ],
 )
 def test_what_cannot_be_learnt_is_refused_with_the_reason(
     tmp_path: Path, photo: Callable[..., Path], names: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in names:
-        photo(tmp_path / "data" / name)
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        photo(tmp_path / "data" / name) if name.endswith("png") else (tmp_path / "data" / name).write_text("no picture")
     assert cli.main(["train", "--data", str(tmp_path / "data"), f"--run={tmp_path / 'run'}"]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -187,6 +194,28 @@ def test_packed_pictures_are_trained_on_by_the_same_command(
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_images"] == 2
     assert cli.main(["eval", str(tmp_path / "run"), "--data", str(data), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 24
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar", "list"])
+def test_packed_pictures_are_listed_once_for_recipe_and_training(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = {"parquet": parquet_of, "tar": tar_of, "list": index_of}[kind]
+    write(tmp_path / "data" / f"some{ENDING[kind]}", encoded(48))
+    source = stored_at(tmp_path / "data" / f"some{ENDING[kind]}")
+    assert source is not None
+    monkeypatch.setattr(stored, "LOOKED_AT", 15)
+    listed: list[tuple[bool, int]] = []
+    read: Callable[..., stored.LabelledStore] = type(source).read
+
+    def counted(self: StoredFiles, files: Sequence[Path], most: int | None = None) -> stored.LabelledStore:
+        found = read(self, files, most)
+        listed.append((most is None, len(found.labels)))
+        return found
+
+    monkeypatch.setattr(type(source), "read", counted)
+    assert cli.main(["train", "--data", str(source.path), *TINY, f"--run={tmp_path / 'run'}"]) == 0
+    assert listed == [(False, 15), (True, 48)]
 
 
 @pytest.mark.parametrize("given", [["--data", "a.tar", "b.tar"], ["--data=a.tar", "--data=b.tar"]])

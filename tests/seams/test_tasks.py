@@ -82,6 +82,11 @@ TRIALS = {
         ("simmim_demo", *MODEL, "--data.train=24", "--data.test=7", "--batch-size=6", "--eval-batch-size=4"),
         "crops", "masked_l1", "L1 of hidden pixels", "masked_l1",
     ),
+    "pixpro": Trial(
+        ("pixpro_demo", *MODEL, "--data.train=24", "--data.test=7", "--batch-size=6", "--eval-batch-size=4",
+         "--siamese.width=8", "--siamese.hidden=16", "--siamese.momentum.steps=9"),
+        "pairs of crops", "found_again", "cells found again", "found_again",
+    ),
     "segmentation": Trial(
         ("segment_demo", *MODEL, "--data.source.train=24", "--data.source.test=7", "--data.preprocess.image-size=64",
          "--batch-size=6", "--eval-batch-size=4", "--head.width=8"),

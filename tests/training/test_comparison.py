@@ -95,3 +95,28 @@ def test_a_browser_shows_the_comparison_on_a_telephone(runs: list[Path], tmp_pat
     compared(runs, tmp_path / "page.html")
     seen = browser.laid_out(tmp_path / "page.html", width=420, dark=True)
     assert (seen["content"], seen["outside"], seen["lines"]["Accuracy"]) == (420, [], 3)
+
+
+def test_folds_have_their_mean_on_the_page_and_in_the_terminal(
+    tiny: TrainConfig, written: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [tmp_path / f"fold{fold}" for fold in range(2)]
+    for fold, folder in enumerate(folders):
+        written(folder, dataclasses.replace(tiny, folds=2, fold=fold), twin=False)
+        path = folder / "summary.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "test_accuracy": (0.5, 0.7)[fold]}))
+    assert cli.main(["report", *map(str, folders)]) == 0
+    page = parse_page((tmp_path / "comparison.html").read_text())
+    assert page.figure("Folds of tiny").cells()[1] == ["test accuracy", "60.00%", "14.14%"]
+    assert "test accuracy 60.00% ± 14.14% · test loss" in capsys.readouterr().out
+
+
+def test_a_twin_beside_its_run_has_its_own_numbers(tiny: TrainConfig, written: Written, tmp_path: Path) -> None:
+    written(tmp_path / "run", tiny, twin=True)
+    (tmp_path / "run" / "dense" / "recipe.json").write_text((tmp_path / "run" / "recipe.json").read_text())
+    whole = json.loads((tmp_path / "run" / "summary.json").read_text())
+    page = compared([tmp_path / "run", tmp_path / "run" / "dense"], tmp_path / "page.html")
+    rows = {first: rest for first, *rest in page.figure("Numbers").cells()}
+    both = [whole["test_accuracy"], whole["dense_test_accuracy"]]
+    assert rows["test accuracy"] == [f"{value:.2%}" for value in both]
+    assert rows["parameters"] == [f"{whole[name]:,}" for name in ("parameters", "dense_parameters")]

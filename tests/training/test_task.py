@@ -19,9 +19,11 @@ from synchromesh.data.pixel_sources import ReaderPair
 from synchromesh.data.scenes import ComposedScenes
 from synchromesh.data.sources import ScikitDigits
 from synchromesh.data.stereo_pair import StereoPair
+from synchromesh.data.view_pairs import ViewData
 from synchromesh.errors import InputError
 from synchromesh.models.heads.centre_boxes import CentreBoxes
 from synchromesh.models.heads.centre_panoptic import CentrePanoptic
+from synchromesh.models.heads.dense_twins import Siamese
 from synchromesh.models.heads.depth import DepthFPN
 from synchromesh.models.heads.semantic import SemanticFPN
 from synchromesh.models.swin_v2 import SwinV2Config
@@ -29,6 +31,7 @@ from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.parallelize import parallelize
 from synchromesh.recipes.catalog import CATALOG
 from synchromesh.tasks.classification import Classification, Data
+from synchromesh.tasks.dense_twins import ViewTwins
 from synchromesh.tasks.depth import Depth
 from synchromesh.tasks.detection import Detection
 from synchromesh.tasks.object_batch import SceneData
@@ -256,6 +259,7 @@ SHIPPED = {
         DepthFPN(width=8),
     ),
     "simmim": SimMIM(CropData(train=4, test=3), cell=16),
+    "view_twins": ViewTwins(ViewData(train=4, test=3), Siamese(width=8, hidden=16)),
 }
 OURS = pytest.mark.parametrize("task", SHIPPED.values(), ids=SHIPPED)
 
