@@ -39,7 +39,7 @@ def test_the_benchmark_of_backbones_runs_and_makes_its_tables(tmp_path):
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["backbone"] for r in records] == ["SwinV2-T", "ViT-S/16", "FocalNet-T", "PVT-Tiny", "PVTv2-B1"]
-    assert all(0 < r[f"{whose}_trained"] for r in records for whose in ("ours", "theirs", "limit"))
+    assert all(r[f"{whose}_trained"] > 0 for r in records for whose in ("ours", "theirs", "limit"))
     learnt = ["--tasks", "textures", "--backbones", "SpectrumNet", "--seeds", "1", "--epochs", "1"]
     done = run_program(script, "learn", *learnt, "--out", out)
     assert done.returncode == 0, done.stderr
