@@ -32,6 +32,27 @@ def test_the_benchmark_of_a_cascades_memory_runs_and_fits_its_formula(tmp_path):
     assert 0.7 < record["peak_over_formula"] < 1.4  # a small model: code pages and buffers of threads show
 
 
+def test_the_benchmark_of_backbones_runs_and_makes_its_tables(tmp_path):
+    out = tmp_path / "figures.jsonl"
+    script = BENCHMARKS / "backbones.py"
+    done = run_program(script, "speed", "--quick", "--batch", "1", "--out", out)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["backbone"] for r in records] == ["SwinV2-T", "ViT-S/16", "FocalNet-T", "PVT-Tiny", "PVTv2-B1"]
+    assert all(r[f"{whose}_trained"] > 0 for r in records for whose in ("ours", "theirs", "limit"))
+    learnt = ["--tasks", "textures", "--backbones", "SpectrumNet", "--seeds", "1", "--epochs", "1"]
+    done = run_program(script, "learn", *learnt, "--out", out)
+    assert done.returncode == 0, done.stderr
+    dense, experts = [json.loads(line) for line in out.read_text().splitlines()][5:]
+    assert (dense["kind"], experts["kind"]) == ("dense", "experts")
+    assert dense["multiply_adds"] == experts["multiply_adds"]
+    assert dense["parameters"] < experts["parameters"]
+    said = run_program(script, "table", "--file", out).stdout
+    assert (
+        f"| SpectrumNet | {dense['multiply_adds'] / 1e6:.2f} | {dense['score']:.3f} | {experts['score']:.3f} |" in said
+    )
+
+
 def test_the_benchmark_of_heads_runs(tmp_path):
     out = tmp_path / "figures.jsonl"
     heads = ["RTDetrV2", "MaskFormer", "UperNet", "CascadeMaskRCNN", "DepthFPN"]

@@ -89,6 +89,7 @@ def read_file(path: Path, base: TrainConfig | None, catalog: Catalog) -> TrainCo
 
 def changed(value: Any, changes: Mapping[str, Any], kinds: Kinds, path: str = "") -> Any:
     """Return a dataclass with changes to its fields, of plain values in nested mappings. Raises ValueError."""
+    together: dict[str, Any] = {}  # plain values of one object: one alone may contradict those that are not set yet
     for name, change in changes.items():
         if name == "kind":
             continue
@@ -97,8 +98,12 @@ def changed(value: Any, changes: Mapping[str, Any], kinds: Kinds, path: str = ""
             known = sorted({name for name, _ in _reachable(value)})
             near = difflib.get_close_matches(name.replace("-", "_"), known, n=3) or known[:3]
             raise ValueError(f"there is no setting {at}, wanted such as {', '.join(near)}: see --help for all of them")
-        value = _put(value, where, _as_changed(value, where, change, kinds, at))
-    return value
+        new = _as_changed(value, where, change, kinds, at)
+        if len(where) == 1 and not isinstance(value, tuple) and not isinstance(change, Mapping):
+            together[where[0]] = new
+        else:
+            value = _put(value, where, new)
+    return dataclasses.replace(value, **together) if together else value
 
 
 def _as_changed(value: Any, where: Sequence[str], change: Any, kinds: Kinds, path: str) -> Any:

@@ -28,7 +28,7 @@ class Features:
     """What a backbone sees in the images.
 
     Attributes:
-        pooled: mean of `last` over the positions.
+        pooled: mean of `last` over the positions, or the class token of a backbone that has one.
         last: the last stage's map after the final normalisation, channels last.
         maps: each stage's map before merging and without normalisation, channels first (views, for dense tasks).
     """

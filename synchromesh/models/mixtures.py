@@ -132,15 +132,21 @@ class FeedForward(nn.Module):
 
 
 def feed_forwards(
-    depths: tuple[int, ...], mlp_ratio: float, *, experts: ExpertsConfig | None = None, dropout: float = 0.0
+    depths: tuple[int, ...],
+    mlp_ratio: float | tuple[float, ...],
+    *,
+    experts: ExpertsConfig | None = None,
+    dropout: float = 0.0,
+    plain: Callable[..., nn.Module] = FeedForward,
 ) -> FeedForwardFactory:
     """Return the factory that puts experts into the chosen blocks and plain feed-forwards into the others.
 
     Args:
         depths: blocks of each stage.
-        mlp_ratio: hidden width over width.
+        mlp_ratio: hidden width over width, one for all stages or one for each.
         experts: None for none.
         dropout: after plain feed-forwards.
+        plain: (width, hidden, down_bias=, dropout=) -> a feed-forward without experts.
 
     Raises:
         ValueError: experts are wanted in a block that the model does not have.
@@ -149,9 +155,9 @@ def feed_forwards(
         _check_blocks(experts.blocks, depths)
 
     def make(stage: int, block: int, width: int) -> nn.Module:
-        hidden = int(mlp_ratio * width)
+        hidden = int((mlp_ratio[stage] if isinstance(mlp_ratio, tuple) else mlp_ratio) * width)
         if experts is None or block not in experts.blocks[stage]:
-            return FeedForward(width, hidden, down_bias=experts is None or experts.down_bias, dropout=dropout)
+            return plain(width, hidden, down_bias=experts is None or experts.down_bias, dropout=dropout)
         return mixture(experts, width, hidden)
 
     return make
@@ -173,7 +179,8 @@ def multiply_adds_per_token(ffn: nn.Module) -> float:
     Experts compute k f rows per token, with f the capacity factor where the capacity is fixed, else 1.
     """
     if not isinstance(ffn, MoE):
-        return float(sum(module.weight.numel() for module in ffn.modules() if isinstance(module, nn.Linear)))
+        layers = [module for module in ffn.modules() if isinstance(module, nn.Linear | nn.Conv2d)]  # of stride 1
+        return float(sum(layer.weight.numel() for layer in layers))
     capacity = ffn.options.capacity or ffn.capacity
     rows = choices_of(ffn) * capacity.rows_per_pair
     weights = sum(p.numel() for name, p in ffn.experts.named_parameters() if not name.endswith("bias"))

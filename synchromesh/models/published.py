@@ -12,8 +12,18 @@ from typing import Any
 
 from torch import nn
 
+from synchromesh.models.focalnet import (
+    focalnet_base,
+    focalnet_huge,
+    focalnet_large,
+    focalnet_small,
+    focalnet_tiny,
+    focalnet_xlarge,
+)
 from synchromesh.models.heads.classifier import Classifier
 from synchromesh.models.mixtures import ExpertsConfig
+from synchromesh.models.pvt import pvt_v1, pvt_v2, pvt_v2_b0
+from synchromesh.models.spectrum import spectrum_tiny
 from synchromesh.models.swin_v2 import swin_v2_base, swin_v2_large, swin_v2_small, swin_v2_tiny
 from synchromesh.models.swin_v2_moe import (
     config_b,
@@ -23,6 +33,7 @@ from synchromesh.models.swin_v2_moe import (
     swin_v2_moe_demo,
     swin_v2_moe_s,
 )
+from synchromesh.models.vit import vit_base, vit_large, vit_small, vit_tiny
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,30 @@ SWIN_MOE_FAMILY = Family(
     "arXiv 2206.03382, section 5.3",
     "none shipped; convert those of Microsoft's Swin-MoE with --from-swin",
     "MIT; Microsoft's weights: MIT",
+)
+VIT = Family(
+    "ViT",
+    "arXiv 2010.11929, 2012.12877",
+    "none shipped; convert those of transformers' ViT",
+    "MIT; others' weights: theirs",
+)
+FOCALNET = Family(
+    "FocalNet",
+    "arXiv 2203.11926",
+    "none shipped; convert those of transformers' FocalNet",
+    "MIT; Microsoft's weights: MIT",
+)
+PVTS = Family(
+    "PVT",
+    "arXiv 2102.12122, 2106.13797",
+    "none shipped; convert those of transformers' Pvt and PvtV2",
+    "MIT; others' weights: theirs",
+)
+SPECTRUM = Family(
+    "SpectrumNet",
+    "after arXiv 2309.06721 and 2608.18662; sizes ours",
+    "none shipped; the papers' are not public",
+    "MIT",
 )
 DEMOS = Family("demonstration sizes", "this library", "none shipped; `synchromesh train demo` makes them", "MIT")
 
@@ -131,6 +166,43 @@ PUBLISHED: Mapping[str, Architecture] = MappingProxyType(
         ),
         **_moe("s", swin_v2_moe_s, (8, 16, 32, 64, 128)),
         **_moe("b", swin_v2_moe_b, (8, 16, 32)),
+        **_of(
+            VIT,
+            vit_tiny_p16_224=called(vit_tiny),
+            vit_small_p16_224=called(vit_small),
+            vit_base_p16_224=called(vit_base),
+            vit_large_p16_224=called(vit_large),
+        ),
+        **_of(
+            FOCALNET,
+            focalnet_tiny_srf=called(focalnet_tiny),
+            focalnet_tiny_lrf=called(focalnet_tiny, levels=3),
+            focalnet_small_srf=called(focalnet_small),
+            focalnet_small_lrf=called(focalnet_small, levels=3),
+            focalnet_base_srf=called(focalnet_base),
+            focalnet_base_lrf=called(focalnet_base, levels=3),
+            focalnet_large_fl3=called(focalnet_large),
+            focalnet_large_fl4=called(focalnet_large, levels=4),
+            focalnet_xlarge_fl3=called(focalnet_xlarge),
+            focalnet_xlarge_fl4=called(focalnet_xlarge, levels=4),
+            focalnet_huge_fl3=called(focalnet_huge),
+            focalnet_huge_fl4=called(focalnet_huge, levels=4),
+        ),
+        **_of(
+            PVTS,
+            pvt_tiny=called(pvt_v1),
+            pvt_small=called(pvt_v1, depths=(3, 4, 6, 3)),
+            pvt_medium=called(pvt_v1, depths=(3, 4, 18, 3)),
+            pvt_large=called(pvt_v1, depths=(3, 8, 27, 3)),
+            pvt_v2_b0=called(pvt_v2_b0),
+            pvt_v2_b1=called(pvt_v2, depths=(2, 2, 2, 2)),
+            pvt_v2_b2=called(pvt_v2),
+            pvt_v2_b2_linear=called(pvt_v2, linear=True),
+            pvt_v2_b3=called(pvt_v2, depths=(3, 4, 18, 3)),
+            pvt_v2_b4=called(pvt_v2, depths=(3, 8, 27, 3)),
+            pvt_v2_b5=called(pvt_v2, depths=(3, 6, 40, 3), mlp_ratios=(4.0, 4.0, 4.0, 4.0)),
+        ),
+        **_of(SPECTRUM, spectrum_tiny=called(spectrum_tiny)),
         **_of(DEMOS, swinv2_demo=called(swin_v2_demo), swinv2_moe_demo=called(swin_v2_moe_demo)),
     }
 )

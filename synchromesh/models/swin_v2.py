@@ -13,22 +13,32 @@ Shape letters: B images, C D channels, H W rows and columns, G windows of a map,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from typing import Annotated, final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from synchromesh.models.features import Backbone, BackboneConfig, Features, FromData, Place
+from synchromesh.models.features import BackboneConfig, FromData
 from synchromesh.models.heads.classifier import Classifier
 from synchromesh.models.initialize import initialize
-from synchromesh.models.mixtures import FeedForwardFactory, feed_forwards, multiply_adds_per_token
+from synchromesh.models.mixtures import FeedForwardFactory, feed_forwards
+from synchromesh.models.pyramid import (
+    Block,
+    Counted,
+    DropPath,
+    Pyramid,
+    Residual,
+    Stage,
+    drop_path_rate,
+    post_norm,
+    pre_norm,
+    with_hidden,
+)
 from synchromesh.models.window_attention import (
     AttentionConfig,
     CosineAttention,
@@ -42,9 +52,8 @@ from synchromesh.models.window_attention import (
     to_windows,
     unbounded,
 )
-from synchromesh.moe.layer import MoE
 
-# helpers
+# settings
 
 
 class BlockStyle(Enum):
@@ -187,42 +196,13 @@ class SwinV2Config(BackboneConfig):
 
     def drop_path_rate(self, stage: int, block: int) -> float:
         """Stochastic depth of one block."""
-        return self.drop_path * (sum(self.depths[:stage]) + block) / max(1, sum(self.depths) - 1)
-
-
-class DropPath(nn.Module):
-    """Drops a residual branch for whole images and scales up the rest (stochastic depth, arXiv 1603.09382)."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
-        if not self.training or self.rate == 0.0:
-            return x
-        kept = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.rate
-        return x * (kept.to(x.dtype) / (1.0 - self.rate))
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate:.3f}"
+        return drop_path_rate(self.drop_path, self.depths, stage, block)
 
 
 # block
 
-Branch = Callable[[Tensor], Tensor]
 
-
-def post_norm(x: Tensor, branch: Branch, norm: nn.Module, drop: nn.Module) -> Tensor:
-    """Residual step of SwinV2: x + drop(norm(branch(x)))."""
-    return x + drop(norm(branch(x)))
-
-
-def pre_norm(x: Tensor, branch: Branch, norm: nn.Module, drop: nn.Module) -> Tensor:
-    """Residual step of Swin: x + drop(branch(norm(x)))."""
-    return x + drop(branch(norm(x)))
-
-
-class MergeThenNorm(nn.Module):
+class MergeThenNorm(Counted):
     """Halves a map: four neighbours side by side, projected to twice the width, then normalised (SwinV2)."""
 
     def __init__(self, width: int) -> None:
@@ -233,8 +213,11 @@ class MergeThenNorm(nn.Module):
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H2 W2 C2"]:
         return self.norm(self.reduction(neighbours(x)))
 
+    def multiply_adds(self, height: int, width: int) -> float:
+        return float(height * width * (self.reduction.weight.numel() + self.reduction.out_features))
 
-class NormThenMerge(nn.Module):
+
+class NormThenMerge(Counted):
     """Halves a map: four neighbours side by side, normalised, then projected to twice the width (Swin)."""
 
     def __init__(self, width: int) -> None:
@@ -244,6 +227,9 @@ class NormThenMerge(nn.Module):
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H2 W2 C2"]:
         return self.reduction(self.norm(neighbours(x)))
+
+    def multiply_adds(self, height: int, width: int) -> float:
+        return float(height * width * (self.reduction.weight.numel() + self.reduction.in_features))
 
 
 def neighbours(x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H2 W2 C4"]:
@@ -258,14 +244,14 @@ class BlockParts:
     """What the blocks of one style are made of.
 
     Attributes:
-        residual: (x, branch, norm, drop) -> x; ends or begins the branch with the norm.
+        residual: ends or begins a branch with its norm.
         kernel: (num_heads, head_width) -> attention module.
         squash: applied to the position bias.
         merge: width -> module that halves a map.
         key_bias: whether keys have a bias beside queries and values.
     """
 
-    residual: Callable[[Tensor, Branch, nn.Module, nn.Module], Tensor]
+    residual: Residual
     kernel: Callable[[int, int], nn.Module]
     squash: Callable[[Tensor], Tensor]
     merge: Callable[[int], nn.Module]
@@ -278,7 +264,7 @@ _PARTS = {
 }
 
 
-class SwinBlock(nn.Module):
+class SwinBlock(Block):
     """Window attention and feed-forward, each in a residual branch."""
 
     def __init__(self, config: SwinV2Config, stage: int, block: int, *, ffn: nn.Module) -> None:
@@ -303,25 +289,12 @@ class SwinBlock(nn.Module):
         if self.mask is not None:
             self.mask.copy_(shift_mask(*self.size, self.side, self.shift))
 
-    def forward(
-        self, x: Float[Tensor, "B H W C"], mask: Bool[Tensor, "B H W"] | None = None
-    ) -> Float[Tensor, "B H W C"]:
-        """Run the block; where mask is False there is no picture: attention sees zeros there, experts nothing."""
-        ffn = self.ffn
-        if mask is not None:
-            x = x.where(mask[..., None], 0)
-            ffn = partial(ffn, mask=mask) if isinstance(ffn, MoE) else ffn
-        x = self.residual(x, self._attend, self.norm1, self.drop_path)
-        return self.residual(x, ffn, self.norm2, self.drop_path)
-
-    def multiply_adds(self, positions: int, channels: int) -> float:
-        """Return those of one image, whose map has so many positions."""
+    def mixing(self, height: int, width: int, channels: int) -> float:
+        # Projections of q, k, v and output, and the two products of attention, over whole windows.
         padded = self.size[0] * self.size[1]
-        # Projections of q, k, v and output, the two products of attention; below the two norms and the feed-forward.
-        attention = padded * (4 * channels**2 + 2 * self.side**2 * channels)
-        return attention + 2 * positions * channels + positions * multiply_adds_per_token(self.ffn)
+        return float(padded * (4 * channels**2 + 2 * self.side**2 * channels))
 
-    def _attend(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+    def mix(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
         # Shifted windows: the map is rolled, attended in plain windows under the mask, and rolled back.
         height, width = x.shape[1:3]
         x = pad_map(x, self.side)
@@ -340,36 +313,23 @@ class SwinBlock(nn.Module):
 # stage
 
 
-class SwinStage(nn.Module):
+class SwinStage(Stage):
     """Blocks of one width, then (but in the last stage) a merge that halves the map."""
 
     def __init__(self, config: SwinV2Config, stage: int, *, ffn: FeedForwardFactory) -> None:
-        super().__init__()
         width = config.width(stage)
-        self.checkpointed = config.checkpointed
-        self.blocks = nn.ModuleList(
+        blocks = [
             SwinBlock(config, stage, block, ffn=ffn(stage, block, width)) for block in range(config.depths[stage])
-        )
-        self.merge = config.style.parts.merge(width) if stage < len(config.depths) - 1 else nn.Identity()
-        self.layer_depth = sum(config.depths[: stage + 1])  # of the merge
-
-    def forward(
-        self, x: Float[Tensor, "B H W C"], mask: Bool[Tensor, "B H W"] | None = None
-    ) -> tuple[Float[Tensor, "B H W C"], Float[Tensor, "B H2 W2 D"]]:
-        """Return the map after the blocks, and what goes into the next stage."""
-        for block in self.blocks:
-            if self.checkpointed and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, use_reentrant=False)
-            else:
-                x = block(x, mask)
-        x = x if mask is None else x.where(mask[..., None], 0)
-        return x, self.merge(x)
+        ]
+        merge = config.style.parts.merge(width) if stage < len(config.depths) - 1 else nn.Identity()
+        depth = sum(config.depths[: stage + 1])
+        super().__init__(blocks, merge, checkpointed=config.checkpointed, layer_depth=depth)
 
 
 # model
 
 
-class PatchEmbedding(nn.Module):
+class PatchEmbedding(Counted):
     """Cuts images into patches, projects and normalises them; hidden patches become the mask token."""
 
     layer_depth = 0
@@ -395,18 +355,14 @@ class PatchEmbedding(nn.Module):
         bottom, right = -images.shape[2] % self.patch_size, -images.shape[3] % self.patch_size
         images = F.pad(images, (0, right, 0, bottom)) if bottom or right else images
         x = self.norm(self.proj(images).permute(0, 2, 3, 1))
-        return self.dropout(x if hidden is None else self._hide(x, hidden))
+        return self.dropout(x if hidden is None else with_hidden(x, hidden, self.mask_token))
 
-    def _hide(self, x: Tensor, hidden: Tensor) -> Tensor:
-        if self.mask_token is None:
-            raise ValueError("patches are hidden but the model has no mask token: build it with mask_token=True")
-        if hidden.shape != (x.shape[0], x.shape[1] * x.shape[2]):
-            raise ValueError(f"hidden has shape {tuple(hidden.shape)}, wanted {(x.shape[0], x.shape[1] * x.shape[2])}")
-        return torch.where(hidden.view(*x.shape[:3], 1), self.mask_token.to(x.dtype), x)
+    def multiply_adds(self, height: int, width: int) -> float:
+        return float(height * width * (self.proj.weight.numel() + self.proj.out_channels))
 
 
 @final
-class SwinV2(Backbone):
+class SwinV2(Pyramid):
     """The backbone: images to features.
 
     Args:
@@ -444,76 +400,8 @@ class SwinV2(Backbone):
             if isinstance(module, PositionBias | SwinBlock):
                 module.reset_buffers()
 
-    def multiply_adds(self) -> float:
-        height, width = self.config.map_size(0)
-        work = height * width * self.config.embed_dim * (self.config.in_channels * self.config.patch_size**2 + 1)
-        height, width = self.config.map_size(len(self.config.depths) - 1)
-        return work + sum(map(self._of_stage, range(len(self.stages)))) + self.config.num_features * height * width
-
-    def feed_forwards(self) -> Iterator[Place]:
-        for stage, blocks in enumerate(self.stages):
-            height, width = self.config.map_size(stage)
-            for block in blocks.get_submodule("blocks").children():
-                yield Place(stage, block.get_submodule("ffn"), height * width, self.widths[stage])
-
-    def _of_stage(self, stage: int) -> float:
-        height, width = self.config.map_size(stage)
-        channels, blocks = self.widths[stage], [m for m in self.stages[stage].modules() if isinstance(m, SwinBlock)]
-        work = sum((block.multiply_adds(height * width, channels) for block in blocks), start=0.0)
-        if stage == len(self.stages) - 1:
-            return work
-        merged = -(-height // 2) * -(-width // 2)
-        normed = 4 * channels if self.config.style is SWIN_MOE else 2 * channels
-        return work + merged * (normed + 8 * channels**2)
-
-    def forward(
-        self,
-        images: Float[Tensor, "B C H W"],
-        hidden: Bool[Tensor, "B L"] | None = None,
-        mask: Bool[Tensor, ...] | None = None,
-    ) -> Features:
-        """Return the features of images of any size.
-
-        Args:
-            images: normalised pixels.
-            hidden: patches that the mask token replaces, row by row.
-            mask: [B, H, W], True for pixels of a picture, False for what fills a batch of pictures of several sizes up.
-                A position with no pixel of a picture is 0 in every map; no expert sees it, no loss or load counts it.
-
-        Raises:
-            ValueError: wrong channels; hidden patches without a mask token, or not one flag per patch; a mask of
-                another size, or a picture without a pixel.
-        """
-        x = self.embed(images, hidden)
-        here = None if mask is None else _positions(_checked_mask(mask, images), self.config.patch_size)
-        maps: list[Tensor] = []
-        for number, stage in enumerate(self.stages):
-            here = here if here is None or number == 0 else _positions(here, 2)
-            before, x = stage(x, here)
-            maps.append(before.permute(0, 3, 1, 2))
-        last = self.norm(x)
-        if here is None:
-            return Features(pooled=last.mean((1, 2)), last=last, maps=tuple(maps))
-        last = last.where(here[..., None], 0)
-        pooled = last.sum((1, 2)) / here.sum((1, 2))[:, None].to(last.dtype)
-        return Features(pooled=pooled, last=last, maps=tuple(maps))
-
-
-def _positions(mask: Bool[Tensor, "B H W"], side: int) -> Bool[Tensor, "B H2 W2"]:
-    """Return which squares of `side` have any True in them, the map being padded with False."""
-    mask = F.pad(mask, (0, -mask.shape[2] % side, 0, -mask.shape[1] % side))
-    return mask.unflatten(2, (-1, side)).unflatten(1, (-1, side)).any(4).any(2)
-
-
-def _checked_mask(mask: Tensor, images: Tensor) -> Tensor:
-    if mask.dtype != torch.bool or mask.shape != (len(images), *images.shape[2:]):
-        raise ValueError(
-            f"got a mask of {mask.dtype} {tuple(mask.shape)} for images {tuple(images.shape)}, wanted torch.bool "
-            "[B, H, W], True for pixels of a picture"
-        )
-    if not mask.flatten(1).any(1).all():
-        raise ValueError("got a mask that leaves a picture without a pixel, wanted one in each at least: drop others")
-    return mask
+    def map_size(self, stage: int) -> tuple[int, int]:
+        return self.config.map_size(stage)
 
 
 # published sizes

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from synchromesh.compat.huggingface import heads as hf
 from synchromesh.models.features import BackboneConfig
+from synchromesh.models.focalnet import FocalNetConfig
 from synchromesh.models.heads.cascade.cascade_mask_rcnn import CascadeMaskRCNN
 from synchromesh.models.heads.centre_boxes import CentreBoxes
 from synchromesh.models.heads.centre_panoptic import CentrePanoptic
@@ -16,7 +17,10 @@ from synchromesh.models.heads.objects import ObjectHead
 from synchromesh.models.heads.panoptic import PanopticHead
 from synchromesh.models.heads.semantic import SemanticFPN, SemanticHead
 from synchromesh.models.mixtures import CosineGate, Gate, LinearGate
+from synchromesh.models.pvt import PVTConfig
+from synchromesh.models.spectrum import SpectrumNetConfig
 from synchromesh.models.swin_v2 import SwinV2Config
+from synchromesh.models.vit import ViTConfig
 from synchromesh.moe.capacity import (
     BatchPrioritized,
     Capacity,
@@ -89,7 +93,7 @@ CATALOG = Catalog(
     kinds=MappingProxyType(
         {
             Task: (Classification, Detection, Segmentation, Panoptic, Depth, SimMIM, ViewTwins),
-            BackboneConfig: (SwinV2Config,),
+            BackboneConfig: (SwinV2Config, ViTConfig, FocalNetConfig, PVTConfig, SpectrumNetConfig),
             ObjectHead: (CentreBoxes, CascadeMaskRCNN, *hf.BOXES, *hf.MASKS),
             SemanticHead: (SemanticFPN, hf.UperNet, hf.SemanticMasks),
             DepthHead: (DepthFPN,),

@@ -344,11 +344,14 @@ def loads_apart(model: nn.Module, hidden: Bool[Tensor, "B H W"], into: dict[str,
 
 
 def _flags_of(hidden: Bool[Tensor, "B H W"], tokens: int, strides: Sequence[int]) -> Bool[Tensor, " T"]:
-    """Return which tokens of a map see a hidden pixel; its number of tokens tells which map it is."""
-    for stride in strides:
-        flags = hidden_positions(hidden, stride).flatten()
-        if len(flags) == tokens:
-            return flags
+    """Return which tokens of a map see a hidden pixel; its number of tokens tells which map it is.
+
+    A class token before those of each picture counts as visible.
+    """
+    found = [hidden_positions(hidden, stride) for stride in strides]
+    for flags in (*found, *(nn.functional.pad(flags, (1, 0)) for flags in found)):
+        if flags.numel() == tokens:
+            return flags.flatten()
     raise ValueError(f"a layer of experts got {tokens} tokens, wanted one for each position of a map of the backbone")
 
 

@@ -135,6 +135,12 @@ capacity = "needed-capacity"
     assert config.optim.betas == RECIPES["demo"]().optim.betas
 
 
+def test_settings_that_depend_on_each_other_change_together(tmp_path: Path) -> None:
+    (tmp_path / "wide.json").write_text('{"model": {"embed_dim": 20, "num_heads": [5, 10]}}')
+    config = train.read_request(["demo", "--config", str(tmp_path / "wide.json")], CATALOG).configured()
+    assert (config.model.embed_dim, config.model.num_heads) == (20, (5, 10))
+
+
 def test_a_file_may_change_a_recipe_that_the_command_line_names(tmp_path: Path) -> None:
     (tmp_path / "few.json").write_text('{"epochs": 2, "model": {"experts": {"router": {"noise": 0.25}}}}')
     config = train.read_request(["digits", "--config", str(tmp_path / "few.json")], CATALOG).configured()

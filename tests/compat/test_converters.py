@@ -31,6 +31,18 @@ def test_converters_fit_the_models_whose_weights_they_bring() -> None:
     assert fitting("swinv2_tiny_w8_256") == ["files of Microsoft", "transformers"]
     assert fitting("swinv2_moe_s_dense") == ["files of Microsoft"]
     assert fitting("swinv2_moe_demo") == ["files of Microsoft", "Tutel"]
+    assert fitting("spectrum_tiny") == []
+    with torch.device("meta"):
+        found = {
+            name: [one.reads.rpartition(".")[2] for one in CONVERTERS if one.fits(PUBLISHED[name].build())]
+            for name in ("vit_tiny_p16_224", "focalnet_tiny_srf", "pvt_tiny", "pvt_v2_b0")
+        }
+    assert found == {
+        "vit_tiny_p16_224": ["from_transformers"],
+        "focalnet_tiny_srf": ["from_transformers"],
+        "pvt_tiny": ["from_pvt"],
+        "pvt_v2_b0": ["from_pvt_v2"],
+    }
     assert not [one for one in CONVERTERS if one.fits(nn.Linear(1, 1))]
 
 

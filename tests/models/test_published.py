@@ -45,7 +45,8 @@ def test_the_count_is_what_torch_counts_as_the_model_runs() -> None:
     assert costs(model).multiply_adds == pytest.approx(counter.get_total_flops() / 2, rel=0.005)
 
 
-SHOWN = ["swinv2_small_w16_256", "swinv2_large_w24_384", "swinv2_moe_b_dense", "swinv2_moe_s_e8", "swinv2_moe_demo"]
+SHOWN = ["pvt_v2_b5", "focalnet_large_fl4", "vit_base_p16_224", "pvt_tiny", "spectrum_tiny"]
+SHOWN += ["swinv2_small_w16_256", "swinv2_large_w24_384", "swinv2_moe_b_dense", "swinv2_moe_s_e8", "swinv2_moe_demo"]
 
 
 @pytest.mark.parametrize("name", SHOWN)

@@ -13,8 +13,10 @@ from synchromesh.data.hiding import filled_bilinearly
 from synchromesh.data.images import Preprocess
 from synchromesh.data.local_norm import surroundings
 from synchromesh.data.photographs import PhotographFolder
+from synchromesh.models.heads.pixels import PixelDecoder
 from synchromesh.models.mixtures import ExpertsConfig
 from synchromesh.models.swin_v2 import SwinV2Config
+from synchromesh.models.vit import ViTConfig
 from synchromesh.moe.capacity import Dropless
 from synchromesh.tasks.simmim import Crop, CropData, Hidden, SimMIM, loads_apart
 from synchromesh.testing.compare import assert_close
@@ -170,6 +172,18 @@ def test_experts_loads_of_hidden_and_visible_tokens_are_told_apart() -> None:
     for row, of_hidden in enumerate((True, False)):
         assert found[row].tolist() == seen[0][flags == of_hidden].flatten().bincount(minlength=4).tolist()
     assert [bars.labels for bars in TASK.panels(_scores_with(loads))] == [("0", "1", "2", "3")]
+
+
+def test_a_class_token_counts_as_visible() -> None:
+    experts = ExpertsConfig(num_experts=4, blocks=((0,),), capacity=Dropless())
+    config = ViTConfig(image_size=32, patch_size=8, width=8, depth=1, num_heads=2, mask_token=True, experts=experts)
+    model, hidden = PixelDecoder(config.build(), 3), torch.zeros(2, 32, 32, dtype=torch.bool)
+    hidden[0, :8], hidden[1, :, :16] = True, True  # 4 and 8 patches of 16
+    loads: dict[str, torch.Tensor] = {}
+    with loads_apart(model, hidden, loads):
+        model(torch.randn(2, 3, 32, 32), hidden)
+    (found,) = loads.values()
+    assert found.sum(1).tolist() == [12, 2 * 17 - 12]
 
 
 def _scores_with(loads):

@@ -85,11 +85,10 @@ class SwinV2MoEConfig(BackboneConfigMixin, PreTrainedConfig):
         if not any(self.pretrained_window_sizes):
             self.pretrained_window_sizes = [0] * stages
         if self.moe_blocks is None:
-            later = [2 * stage >= stages for stage in range(stages)]
-            self.moe_blocks = [list(range(1, n, 2)) if late else [] for n, late in zip(self.depths, later, strict=True)]
-        for name, known in (("block_style", STYLES), ("router_aux_loss", LOSSES), ("router", GATES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, wanted one of {', '.join(known)}")
+            self.moe_blocks = default_blocks(self.depths)
+        if self.block_style not in STYLES:
+            raise ValueError(f"block_style is {self.block_style!r}, wanted one of {', '.join(STYLES)}")
+        check_choices(self)
         self.num_layers = stages
         self.hidden_size = self.embed_dim * 2 ** (stages - 1)
         self.stage_names = ["stem", *(f"stage{number}" for number in range(1, stages + 1))]
@@ -129,20 +128,34 @@ class SwinV2MoEConfig(BackboneConfigMixin, PreTrainedConfig):
             attention_dropout=float(self.attention_probs_dropout_prob),
             init_std=float(self.initializer_range),
             style=STYLES[self.block_style],
-            experts=self._experts(),
+            experts=experts_of(self),
         )
 
-    def _experts(self) -> ExpertsConfig:
-        assert self.moe_blocks is not None
-        order = batch_prioritized if self.batch_prioritized else token_order
-        factor = self.capacity_factor
-        return ExpertsConfig(
-            num_experts=self.num_experts,
-            k=self.num_experts_per_tok,
-            blocks=tuple(tuple(blocks) for blocks in self.moe_blocks),
-            router=GATES[self.router](noise=float(self.router_noise), norm_topk=bool(self.norm_topk_prob)),
-            capacity=Dropless() if factor is None else FixedCapacity(float(factor), priority=order),
-            losses=(LOSSES[self.router_aux_loss](float(self.router_aux_loss_coef)),),
-            dropout=float(self.expert_dropout),
-            down_bias=self.output_bias,
-        )
+
+def experts_of(config: Any) -> ExpertsConfig:
+    """Return the experts that the fields of a configuration describe."""
+    order = batch_prioritized if config.batch_prioritized else token_order
+    factor = config.capacity_factor
+    return ExpertsConfig(
+        num_experts=config.num_experts,
+        k=config.num_experts_per_tok,
+        blocks=tuple(tuple(blocks) for blocks in config.moe_blocks),
+        router=GATES[config.router](noise=float(config.router_noise), norm_topk=bool(config.norm_topk_prob)),
+        capacity=Dropless() if factor is None else FixedCapacity(float(factor), priority=order),
+        losses=(LOSSES[config.router_aux_loss](float(config.router_aux_loss_coef)),),
+        dropout=float(config.expert_dropout),
+        down_bias=config.output_bias,
+    )
+
+
+def default_blocks(depths: Sequence[int]) -> list[list[int]]:
+    """Return every second block of the later half of the stages."""
+    later = [2 * stage >= len(depths) for stage in range(len(depths))] if len(depths) > 1 else [True]
+    return [list(range(1, n, 2)) if late else [] for n, late in zip(depths, later, strict=True)]
+
+
+def check_choices(config: Any) -> None:
+    """Raise ValueError for a router or a loss that there is not."""
+    for name, known in (("router_aux_loss", LOSSES), ("router", GATES)):
+        if getattr(config, name) not in known:
+            raise ValueError(f"{name} is {getattr(config, name)!r}, wanted one of {', '.join(known)}")
