@@ -8,6 +8,11 @@ __version__ = "0.1.0"
 # Where each public name is defined: imported when it is asked for, so that nobody waits for what they do not use.
 # `__init__.pyi` says the same to type checkers.
 _HOMES = {
+    "adapt.adaptation": (
+        "Adaptation",
+        "Adapted",
+    ),
+    "adapt.quantize": ("quantize_experts",),
     "adapt.replace": ("replace_ffn",),
     "kernels": (
         "Float8Products",
@@ -40,10 +45,7 @@ _HOMES = {
         "OverRanks",
         "ZLoss",
     ),
-    "moe.quantized": (
-        "QuantizedExperts",
-        "quantize_experts",
-    ),
+    "moe.quantized": ("QuantizedExperts",),
     "moe.record": (
         "aux_loss",
         "load_stats",

@@ -1,3 +1,6 @@
+from synchromesh.adapt.adaptation import Adaptation as Adaptation
+from synchromesh.adapt.adaptation import Adapted as Adapted
+from synchromesh.adapt.quantize import quantize_experts as quantize_experts
 from synchromesh.adapt.replace import replace_ffn as replace_ffn
 from synchromesh.kernels import Float8Products as Float8Products
 from synchromesh.kernels import MXFloat8Products as MXFloat8Products
@@ -21,7 +24,6 @@ from synchromesh.moe.losses import Loss as Loss
 from synchromesh.moe.losses import OverRanks as OverRanks
 from synchromesh.moe.losses import ZLoss as ZLoss
 from synchromesh.moe.quantized import QuantizedExperts as QuantizedExperts
-from synchromesh.moe.quantized import quantize_experts as quantize_experts
 from synchromesh.moe.record import aux_loss as aux_loss
 from synchromesh.moe.record import load_stats as load_stats
 from synchromesh.moe.record import record_load as record_load
