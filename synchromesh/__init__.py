@@ -12,8 +12,14 @@ _HOMES = {
         "Adaptation",
         "Adapted",
     ),
+    "adapt.grouping": (
+        "BalancedKMeans",
+        "RandomGroups",
+    ),
     "adapt.quantize": ("quantize_experts",),
     "adapt.replace": ("replace_ffn",),
+    "adapt.split": ("SplitFFN",),
+    "adapt.upcycle": ("Upcycle",),
     "kernels": (
         "Float8Products",
         "MXFloat8Products",
@@ -57,6 +63,7 @@ _HOMES = {
         "CosineRouter",
         "ExpertChoiceRouter",
         "NodeLimit",
+        "Ones",
         "Router",
         "Sigmoid",
         "Softmax",

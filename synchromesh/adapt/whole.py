@@ -1,0 +1,20 @@
+"""The weights of experts as one tensor each, wherever their parts lie."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from synchromesh.moe.cut import WHOLE
+from synchromesh.moe.experts import StackedExperts
+from synchromesh.parallel.state import whole_state
+
+
+@torch.no_grad()
+def whole_weights(experts: StackedExperts) -> dict[str, Tensor]:
+    """Return the weights of all experts, [E F D] and [E F]; on ranks all of them call it together, and get the same."""
+    if experts.cut == WHOLE:
+        return {name: weight.detach() for name, weight in experts.weights().items()}
+    with whole_state(experts):
+        state = experts.state_dict()
+    return {name: state[name] for name in experts.weights()}
