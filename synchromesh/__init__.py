@@ -18,6 +18,11 @@ _HOMES = {
     ),
     "adapt.quantize": ("quantize_experts",),
     "adapt.replace": ("replace_ffn",),
+    "adapt.sparse": (
+        "StaticSparsity",
+        "count_entries",
+        "densify",
+    ),
     "adapt.split": ("SplitFFN",),
     "adapt.upcycle": ("Upcycle",),
     "kernels": (

@@ -4,6 +4,9 @@ from synchromesh.adapt.grouping import BalancedKMeans as BalancedKMeans
 from synchromesh.adapt.grouping import RandomGroups as RandomGroups
 from synchromesh.adapt.quantize import quantize_experts as quantize_experts
 from synchromesh.adapt.replace import replace_ffn as replace_ffn
+from synchromesh.adapt.sparse import StaticSparsity as StaticSparsity
+from synchromesh.adapt.sparse import count_entries as count_entries
+from synchromesh.adapt.sparse import densify as densify
 from synchromesh.adapt.split import SplitFFN as SplitFFN
 from synchromesh.adapt.upcycle import Upcycle as Upcycle
 from synchromesh.kernels import Float8Products as Float8Products

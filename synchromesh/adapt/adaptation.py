@@ -12,15 +12,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from synchromesh.torch_private import children_of
 
 Predicate = Callable[[str, nn.Module], bool]
 """(dotted name, module) -> whether it is chosen."""
 
-Select = type[nn.Module] | tuple[type[nn.Module], ...] | str | Predicate
-"""Which modules: by their type, by a pattern of their dotted name as of a shell (`encoder.*.mlp`), or by a function."""
+Select = type[nn.Module] | str | Predicate | tuple[type[nn.Module] | str, ...]
+"""Which modules: a type, a pattern of the dotted name as of a shell (`encoder.*.mlp`), any of several, a function."""
 
 Factory = Callable[[str, nn.Module], nn.Module | None]
 """(dotted name, module) -> the module in its place; None leaves it, and looks at what is inside."""
@@ -46,6 +47,17 @@ class Adapted(nn.Module, ABC):
         Raises:
             ValueError: there is none.
         """
+
+
+class AdaptedTensor(nn.Module, ABC):
+    """A parametrization (torch.nn.utils.parametrize) of one tensor of a module that otherwise stays what it is.
+
+    Its module is plain again with the tensor as it is computed with; `merge` sees to that.
+    """
+
+    @abstractmethod
+    def hold(self, cut: Callable[[Tensor], Tensor]) -> None:
+        """Keep its own tensors, of the shape of the tensor, for a part of it: experts that are spread over ranks."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,11 @@ class Adaptation:
         Raises:
             ValueError: a module has no plain form, or is no longer in the model. Nothing has changed then.
         """
-        plain = {change.new: _merged(change) for change in self.changes}
+        plain = {change.new: _merged(change) for change in self.changes if not _tensors_of(change.new)}
+        self._find(change.new for change in self.changes)
+        for change in self.changes:
+            if change.new not in plain:
+                plain[change.new] = merge_tensors(change.new, *_tensors_of(change.new))
         self._put(plain)
         return self.model
 
@@ -108,11 +124,17 @@ class Adaptation:
 
     def _put(self, instead: Mapping[nn.Module, nn.Module]) -> None:
         """Put modules into the places of others, wherever in the model these are now, such as inside an adapter."""
+        for parent, name, child in self._find(instead):
+            setattr(parent, name, instead[child].train(child.training))
+
+    def _find(self, modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
+        """Return all places, (parent, name, module), of these modules. Raises ValueError where one has none."""
+        wanted = set(modules)
         places = [
             (parent, name, child)
             for parent in self.model.modules()
             for name, child in children_of(parent).items()
-            if child is not None and child in instead
+            if child is not None and child in wanted
         ]
         there = {child for _, _, child in places}
         gone = [change.name for change in self.changes if change.new not in there]
@@ -121,8 +143,7 @@ class Adaptation:
                 f"the adapted modules {_some(gone)} are no longer in {type(self.model).__name__}: merge or undo an "
                 "adaptation once, and before others replace its modules"
             )
-        for parent, name, child in places:
-            setattr(parent, name, instead[child].train(child.training))
+        return places
 
 
 def adapt(model: nn.Module, select: Select, factory: Factory) -> Adaptation:
@@ -133,8 +154,9 @@ def adapt(model: nn.Module, select: Select, factory: Factory) -> Adaptation:
 
     Args:
         model: any model.
-        select: a type, several, a pattern of dotted names (`*` any characters, `?` one, `[...]` some), or a function of
-            name and module. The outermost modules are asked first; what is inside a replaced one is not looked at.
+        select: a type, a pattern of dotted names (`*` any characters, dots too, `?` one, `[...]` some), several of
+            these, or a function of name and module. The outermost modules are asked first; what is inside a replaced
+            one is not looked at.
         factory: called with each chosen module's name and itself; None leaves it. A module in two places stays one. It
             changes nothing of the old module, which `undo` puts back.
 
@@ -182,11 +204,20 @@ def after_step(model: nn.Module) -> None:
 
 def matching(select: Select) -> Predicate:
     """Return what chooses modules as a function of name and module."""
+    if isinstance(select, tuple):
+        return lambda name, module: any(matching(one)(name, module) for one in select)
     if isinstance(select, str):
         return lambda name, module: fnmatch.fnmatchcase(name, select) and name != ""
-    if isinstance(select, (type, tuple)):
+    if isinstance(select, type):
         return lambda name, module: isinstance(module, select)
     return select
+
+
+def merge_tensors(module: nn.Module, *names: str) -> nn.Module:
+    """Make parametrized tensors of a module plain, in place; the parameters stay the same objects."""
+    for name in names:
+        parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    return module
 
 
 class _Found:
@@ -217,6 +248,16 @@ class _Found:
             return False
         self.made[child] = new.train(child.training)
         return True
+
+
+def _tensors_of(module: nn.Module) -> list[str]:
+    """Return the tensors of a module that are parametrized by adapted ones alone."""
+    if not parametrize.is_parametrized(module):
+        return []
+    lists = module.parametrizations
+    assert isinstance(lists, nn.ModuleDict)
+    found = {name: list(parts.children()) for name, parts in lists.items()}
+    return [name for name, parts in found.items() if all(isinstance(part, AdaptedTensor) for part in parts)]
 
 
 def _trained(new: nn.Module) -> Iterable[nn.Parameter]:

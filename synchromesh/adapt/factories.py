@@ -27,11 +27,11 @@ class Change:
     """What becomes of a model.
 
     Attributes:
-        select: a pattern of the dotted names of modules, as of a shell: `backbone.stages.2.*.ffn`.
+        select: patterns of the dotted names of modules, as of a shell: `backbone.stages.2.*.ffn`.
         into: what they become.
     """
 
-    select: str
+    select: tuple[str, ...]
     into: ModuleFactory
 
     def __call__(self, model: nn.Module) -> Adaptation:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -17,4 +19,12 @@ def whole_weights(experts: StackedExperts) -> dict[str, Tensor]:
         return {name: weight.detach() for name, weight in experts.weights().items()}
     with whole_state(experts):
         state = experts.state_dict()
-    return {name: state[name] for name in experts.weights()}
+    return {name: _computed(state, name) for name in experts.weights()}
+
+
+def _computed(state: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return a weight as it is computed with, which a mask may lie over."""
+    if name in state:
+        return state[name]
+    below = f"parametrizations.{name}"
+    return torch.where(state[f"{below}.0.mask"], state[f"{below}.original"], 0.0)
