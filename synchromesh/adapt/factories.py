@@ -1,13 +1,10 @@
-"""Changes of a model as values: what a recipe keeps as JSON, and `adapt` takes as its factory."""
+"""Factories of `adapt` as values, which a recipe keeps as JSON."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
 from torch import nn
-
-from synchromesh.adapt.adaptation import Adaptation, adapt
 
 
 class ModuleFactory(ABC):
@@ -20,20 +17,3 @@ class ModuleFactory(ABC):
     def rebuilt(self) -> ModuleFactory:
         """Return what makes modules of the same shape where their numbers are read from a checkpoint afterwards."""
         return self
-
-
-@dataclass(frozen=True)
-class Change:
-    """What becomes of a model.
-
-    Attributes:
-        select: patterns of the dotted names of modules, as of a shell: `backbone.stages.2.*.ffn`.
-        into: what they become.
-    """
-
-    select: tuple[str, ...]
-    into: ModuleFactory
-
-    def __call__(self, model: nn.Module) -> Adaptation:
-        """Change the model in place. Raises ValueError."""
-        return adapt(model, self.select, self.into)

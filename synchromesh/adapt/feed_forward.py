@@ -169,9 +169,11 @@ def _trial(module: nn.Module) -> tuple[nn.Module, Tensor]:
     with torch.no_grad():
         for parameter in trial.parameters():
             spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.5
-            parameter.copy_(spread * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+            parameter.copy_(
+                spread * torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
+            )
     width = next(part for part in trial.modules() if isinstance(part, nn.Linear)).in_features
-    return trial, torch.randn(ROWS, width, generator=generator, dtype=torch.float64)
+    return trial, torch.randn(ROWS, width, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _tried(trial: nn.Module, x: Float[Tensor, "R D"], what: str) -> Tensor:

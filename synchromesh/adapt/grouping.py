@@ -37,7 +37,7 @@ class RandomGroups(Grouping):
     seed: int = 0
 
     def order(self, rows: Float[Tensor, "F D"], groups: int) -> Int[Tensor, " F"]:
-        drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
+        drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed), device="cpu")
         return _sorted(drawn.unflatten(0, (groups, -1)))
 
 
