@@ -214,3 +214,15 @@ def test_the_benchmark_of_a_long_list_reads_it_all_in_bounded_memory(tmp_path):
     (record,) = [json.loads(line) for line in out.read_text().splitlines()]
     assert (record["learnt"] + record["scored"], record["lines"]) == (3000, 3000)
     assert record["peak_mib"] < 100
+
+
+@pytest.mark.parametrize(
+    ("what", "rows"), [("emoe", 4), ("upcycle", 4), ("sparse", 6), ("bytes", 5), ("products", 10)], ids=lambda v: str(v)
+)
+def test_the_demonstrations_of_adapted_models_run(what, rows, tmp_path):
+    out = tmp_path / "figures.jsonl"
+    done = run_program(BENCHMARKS / "adapt.py", what, "--tiny", "--seeds=1", "--out", out)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(records) == rows
+    assert {(record["what"], record["seed"]) for record in records} == {(what, 0)}
