@@ -160,7 +160,6 @@ def emoe(seed: int, epochs: int) -> Iterator[dict[str, Any]]:
     arms: dict[str, SplitFFN | None] = {
         "dense": None,
         "k-means": SplitFFN(num_experts=16, k=4),
-        "k-means, half": SplitFFN(num_experts=16, k=8),
         "random": SplitFFN(num_experts=16, k=4, grouping=RandomGroups(seed)),
     }
     for arm, factory in arms.items():
@@ -277,7 +276,7 @@ def learn_bytes(model: nn.Module, text: Tensor, seed: int, steps: int, rate: flo
 
 def bytes_(seed: int, epochs: int) -> Iterator[dict[str, Any]]:
     """Pre-train on docstrings of numpy and torch, tune on half of scipy.stats', score on its other half."""
-    pre, tune = (30, 10) if epochs == 1 else (300, 80)
+    pre, tune = (30, 10) if epochs == 1 else (25 * epochs, 7 * epochs)
     text = torch.cat([docstrings("numpy", 400_000), docstrings("torch", 400_000)])
     task = docstrings("scipy.stats", 300_000)
     half = len(task) // 2
