@@ -202,6 +202,27 @@ def after_step(model: nn.Module) -> None:
             module.after_step()
 
 
+def merge_all(model: nn.Module) -> list[str]:
+    """Make every adapted module of a model plain, in place, whoever adapted it; return their names, perhaps none.
+
+    On ranks all of them call it together.
+
+    Raises:
+        ValueError: a module has no plain form, or the model itself is an adapted one.
+    """
+    if isinstance(model, Adapted):
+        raise ValueError(f"got a {type(model).__name__} itself, wanted a model around it: call its merged()")
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+    outer = {n: m for n, m in adapted.items() if not any(n.startswith(f"{other}.") for other in adapted)}
+    masked = {name: module for name, module in model.named_modules() if _tensors_of(module)}
+    for module in masked.values():  # first: experts inside of others may be masked
+        merge_tensors(module, *_tensors_of(module))
+    changes = tuple(Change(name, module, module) for name, module in outer.items())
+    if changes:
+        Adaptation(model, changes, tuple(outer)).merge()
+    return [*outer, *(name for name in masked if not any(name.startswith(f"{other}.") for other in outer))]
+
+
 def matching(select: Select) -> Predicate:
     """Return what chooses modules as a function of name and module."""
     if isinstance(select, tuple):

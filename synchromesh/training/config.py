@@ -38,8 +38,9 @@ class Start:
     """What training starts from.
 
     Attributes:
-        weights: a run folder, a checkpoint folder, a .safetensors file, or a file that torch.load reads with
-            weights_only=True; none for random weights. The whole backbone must be in it; heads may stay random.
+        weights: a run folder (of an adapted run: its model, made plain), a checkpoint folder, a .safetensors file, or a
+            file that torch.load reads with weights_only=True; none for random weights. The whole backbone must be in
+            it; heads may stay random.
         freeze: what stays as it was.
         partial: take what fits, also where a part of the backbone is missing and stays random: at most half of it, and
             nothing of what is frozen.

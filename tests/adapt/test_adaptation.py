@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from synchromesh import Adapted
-from synchromesh.adapt.adaptation import adapt, after_step
+from synchromesh.adapt.adaptation import adapt, after_step, merge_all
 
 
 class Scaled(Adapted):
@@ -196,3 +196,17 @@ def test_a_factory_that_fails_leaves_the_model_whole():
     with pytest.raises(ValueError, match="cannot be split"):
         adapt(model, nn.Linear, second_fails)
     assert [type(module) for module in model.modules()] == [type(module) for module in network().modules()]
+
+
+def test_a_model_is_made_plain_by_whoever_has_no_adaptation_of_it():
+    model, x = network(), torch.randn(3, 4)
+    adapt(model, nn.Linear, scaled)
+    with torch.no_grad():
+        model[0].scale.mul_(3)
+    wanted = model(x)
+    with pytest.raises(ValueError, match="got a Scaled itself, wanted a model around it"):
+        merge_all(model[0])
+    assert merge_all(model) == ["0", "1.0", "2"]
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model(x), wanted)
+    assert merge_all(model) == []

@@ -87,3 +87,21 @@ def test_a_broken_off_run_resumes_to_the_same_weights(dense: Path, tmp_path: Pat
     assert cli.main(["train", "digits", "--run", str(again), *options, "--resume"]) == 0
     wanted, got = (load_trained(folder, CATALOG).model.state_dict() for folder in (whole, again))
     assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
+
+
+def test_a_run_goes_on_plain_from_an_adapted_one_and_an_adapted_one_is_not_pushed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sparse pre-training, dense tuning, by two commands."""
+    sparse, tuned = tmp_path / "sparse", tmp_path / "tuned"
+    options = ["--epochs=2", *TINY]
+    assert cli.main(["train", "digits", "--run", str(sparse), *options, *WAYS["sparse"]]) == 0
+    assert cli.main(["train", "digits", "--run", str(tuned), *options, f"--start.weights={sparse}"]) == 0
+    said = capsys.readouterr().out
+    assert f"{sparse}: 45 tensors taken" in said.replace("\n", "")
+    before, after = (load_trained(folder, CATALOG).model for folder in (sparse, tuned))
+    name = "backbone.stages.1.blocks.0.ffn.up"
+    assert (before.get_submodule(name).weight == 0).double().mean() == 0.5
+    assert not (after.get_submodule(name).weight == 0).any()
+    assert cli.main(["push", str(sparse), str(tmp_path / "hub")]) != 0
+    assert "start.adapt had changed" in "".join(capsys.readouterr()).replace("\n", " ")
