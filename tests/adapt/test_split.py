@@ -105,6 +105,12 @@ def test_training_of_all_experts_is_training_of_the_block(block):
         torch.testing.assert_close(tensor, dense.state_dict()[name], rtol=1e-9, atol=1e-9)
 
 
+def test_a_split_has_no_new_parameters(block):
+    experts = split(block)
+    assert sum(p.numel() for p in experts.parameters()) == sum(p.numel() for p in block.parameters())
+    assert set(experts.parameters()) == set(experts.trained())
+
+
 def test_what_was_frozen_stays_so(block):
     block.requires_grad_(False)
     assert list(split(block).trained()) == []
