@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from synchromesh import MLPExperts, MoE, TopKRouter, replace_ffn
+from synchromesh import Upcycle, aux_loss
+from synchromesh.adapt.adaptation import adapt
 
 
 class FeedForward(nn.Sequential):
@@ -11,21 +12,19 @@ class FeedForward(nn.Sequential):
         super().__init__(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 
-def upcycled(old: FeedForward, num_experts: int = 4) -> MoE:
-    up, down = old[0], old[2]
-    experts = MLPExperts(num_experts, up.in_features, hidden=up.out_features)
-    with torch.no_grad():
-        experts.up.copy_(up.weight.expand_as(experts.up))
-        experts.up_bias.copy_(up.bias.expand_as(experts.up_bias))
-        experts.down.copy_(down.weight.T.expand_as(experts.down))
-        experts.down_bias.copy_(down.bias.expand_as(experts.down_bias))
-    return MoE(TopKRouter(up.in_features, num_experts, k=num_experts), experts)
-
-
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(16, 32), FeedForward(32), nn.LayerNorm(32), FeedForward(32))
-x = torch.randn(10, 16)
+x = torch.randn(40, 16)
 before = model(x)
-names = replace_ffn(model, lambda name, module: isinstance(module, FeedForward), upcycled)
+adaptation = adapt(model, FeedForward, Upcycle(num_experts=4, k=2))
 error = (model(x) - before).abs().max().item()
-print(f"replaced {names}; with all experts chosen the output moved by {error:.1e}")
+print(f"replaced {adaptation.names}; the output moved by {error:.1e}")
+assert error < 1e-5
+
+optimizer = torch.optim.AdamW(adaptation.trained().values(), lr=1e-3)  # experts and routers alone
+for _ in range(20):
+    loss = (model(x) - x.repeat(1, 2).sin()).square().mean() + aux_loss(model)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+print(f"loss {loss.item():.3f}; experts differ by {model[1].moe.experts.up.std(0).mean().item():.1e}")

@@ -8,7 +8,23 @@ __version__ = "0.1.0"
 # Where each public name is defined: imported when it is asked for, so that nobody waits for what they do not use.
 # `__init__.pyi` says the same to type checkers.
 _HOMES = {
+    "adapt.adaptation": (
+        "Adaptation",
+        "Adapted",
+    ),
+    "adapt.grouping": (
+        "BalancedKMeans",
+        "RandomGroups",
+    ),
+    "adapt.quantize": ("quantize_experts",),
     "adapt.replace": ("replace_ffn",),
+    "adapt.sparse": (
+        "StaticSparsity",
+        "count_entries",
+        "densify",
+    ),
+    "adapt.split": ("SplitFFN",),
+    "adapt.upcycle": ("Upcycle",),
     "kernels": (
         "Float8Products",
         "MXFloat8Products",
@@ -40,10 +56,7 @@ _HOMES = {
         "OverRanks",
         "ZLoss",
     ),
-    "moe.quantized": (
-        "QuantizedExperts",
-        "quantize_experts",
-    ),
+    "moe.quantized": ("QuantizedExperts",),
     "moe.record": (
         "aux_loss",
         "load_stats",
@@ -55,6 +68,7 @@ _HOMES = {
         "CosineRouter",
         "ExpertChoiceRouter",
         "NodeLimit",
+        "Ones",
         "Router",
         "Sigmoid",
         "Softmax",

@@ -1,4 +1,14 @@
+from synchromesh.adapt.adaptation import Adaptation as Adaptation
+from synchromesh.adapt.adaptation import Adapted as Adapted
+from synchromesh.adapt.grouping import BalancedKMeans as BalancedKMeans
+from synchromesh.adapt.grouping import RandomGroups as RandomGroups
+from synchromesh.adapt.quantize import quantize_experts as quantize_experts
 from synchromesh.adapt.replace import replace_ffn as replace_ffn
+from synchromesh.adapt.sparse import StaticSparsity as StaticSparsity
+from synchromesh.adapt.sparse import count_entries as count_entries
+from synchromesh.adapt.sparse import densify as densify
+from synchromesh.adapt.split import SplitFFN as SplitFFN
+from synchromesh.adapt.upcycle import Upcycle as Upcycle
 from synchromesh.kernels import Float8Products as Float8Products
 from synchromesh.kernels import MXFloat8Products as MXFloat8Products
 from synchromesh.moe.capacity import Capacity as Capacity
@@ -21,7 +31,6 @@ from synchromesh.moe.losses import Loss as Loss
 from synchromesh.moe.losses import OverRanks as OverRanks
 from synchromesh.moe.losses import ZLoss as ZLoss
 from synchromesh.moe.quantized import QuantizedExperts as QuantizedExperts
-from synchromesh.moe.quantized import quantize_experts as quantize_experts
 from synchromesh.moe.record import aux_loss as aux_loss
 from synchromesh.moe.record import load_stats as load_stats
 from synchromesh.moe.record import record_load as record_load
@@ -30,6 +39,7 @@ from synchromesh.moe.routing import BiasBalance as BiasBalance
 from synchromesh.moe.routing import CosineRouter as CosineRouter
 from synchromesh.moe.routing import ExpertChoiceRouter as ExpertChoiceRouter
 from synchromesh.moe.routing import NodeLimit as NodeLimit
+from synchromesh.moe.routing import Ones as Ones
 from synchromesh.moe.routing import Router as Router
 from synchromesh.moe.routing import Sigmoid as Sigmoid
 from synchromesh.moe.routing import Softmax as Softmax

@@ -5,6 +5,7 @@ A resumed run therefore draws what the unbroken run would have drawn, whatever h
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 # One stream per purpose, so that a purpose never sees another's numbers.
-ORDER, CROP, AUGMENT, FORWARD, INIT, SPLIT, SHAPE = range(7)
+ORDER, CROP, AUGMENT, FORWARD, INIT, SPLIT, SHAPE, ADAPT = range(8)
 
 
 def numpy_generator(seed: int, stream: int, *position: int) -> np.random.Generator:
@@ -22,6 +23,16 @@ def numpy_generator(seed: int, stream: int, *position: int) -> np.random.Generat
     True
     """
     return np.random.default_rng([seed, stream, *position])
+
+
+def named_generator(seed: int, stream: int, name: str) -> torch.Generator:
+    """Return torch's generator, for CPUs, of one purpose for what has a name, such as a module.
+
+    >>> int(named_generator(0, ADAPT, "fc").initial_seed()) == int(named_generator(0, ADAPT, "mlp").initial_seed())
+    False
+    """
+    drawn = np.random.SeedSequence([seed, stream, zlib.crc32(name.encode())]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(drawn) & (2**63 - 1))
 
 
 @contextmanager

@@ -245,3 +245,23 @@ def test_the_benchmark_of_a_long_list_reads_it_all_in_bounded_memory(tmp_path):
     (record,) = [json.loads(line) for line in out.read_text().splitlines()]
     assert (record["learnt"] + record["scored"], record["lines"]) == (3000, 3000)
     assert record["peak_mib"] < 100
+
+
+@pytest.mark.parametrize(
+    ("what", "rows"),
+    [
+        ("emoe", 3),
+        ("sparse", 6),
+        ("products", 10),
+        pytest.param("upcycle", 4, marks=pytest.mark.exhaustive),
+        pytest.param("bytes", 5, marks=pytest.mark.exhaustive),
+    ],
+    ids=str,
+)
+def test_the_demonstrations_of_adapted_models_run(what, rows, tmp_path):
+    out = tmp_path / "figures.jsonl"
+    done = run_program(BENCHMARKS / "adapt.py", what, "--tiny", "--seeds=1", "--out", out)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(records) == rows
+    assert {(record["what"], record["seed"]) for record in records} == {(what, 0)}

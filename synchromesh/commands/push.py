@@ -10,12 +10,14 @@ import tyro
 
 from synchromesh.commands.context import Context
 from synchromesh.commands.hub import Repository, repository
+from synchromesh.errors import InputError
 from synchromesh.training.checkpoint import read_checkpoint
 from synchromesh.training.hub_folder import Published, write_hub_folder
 from synchromesh.training.model_card import model_card
 from synchromesh.training.run_folder import (
     RECIPE,
     load_trained,
+    read_adapting,
     read_config,
     read_identity,
     read_summary,
@@ -70,7 +72,13 @@ def write(request: Request, folder: Path, context: Context) -> str:
     """Write the folder; return what was written, for people."""
     catalog = context.catalog()
     trained = load_trained(request.run, catalog, best=request.best)
-    _, settings, _ = read_identity(read_checkpoint(trained.checkpoint), catalog)
+    checkpoint = read_checkpoint(trained.checkpoint)
+    _, settings, _ = read_identity(checkpoint, catalog)
+    if read_adapting(checkpoint, catalog) is not None:
+        raise InputError(
+            f"{request.run} trained a model that start.adapt had changed, which the folder of a hub has no word for: "
+            f"train on from it, made plain, with --start.weights {request.run}, and push that run"
+        )
     recipe = read_config(request.run, catalog) if (request.run / RECIPE).is_file() else None
     summary = None if request.best else read_summary(request.run)  # its scores are those of the last epoch
     card = model_card(trained, recipe=recipe, summary=summary, licence=request.licence)

@@ -17,6 +17,7 @@ import tyro
 from rich.console import Console
 
 from synchromesh import seeds
+from synchromesh.adapt.adapting import Adapting
 from synchromesh.commands.context import Context
 from synchromesh.commands.device import pick_device
 from synchromesh.commands.help_page import WIDTH
@@ -44,6 +45,7 @@ from synchromesh.training.run_folder import (
     RECIPE,
     SUMMARY,
     TWIN,
+    adapt_model,
     build_model,
     claimed,
     identity,
@@ -189,11 +191,13 @@ class Stage:
         settings: of its backbone.
         folder: where it is kept.
         title: what it is called on the screen.
+        adapt: what of it becomes something else.
     """
 
     settings: BackboneConfig
     folder: Path
     title: str
+    adapt: Adapting | None = None
 
 
 @dataclass(frozen=True)
@@ -307,6 +311,8 @@ def _check(config: TrainConfig, facts: Facts, grid: Grid, catalog: Catalog) -> N
             check_plan(model, config.parallelism.plan(), grid)
             if start.weights is not None:
                 check_weights(model, start.weights, catalog, partial=start.partial, frozen=start.freeze)
+            if settings is config.model and start.adapt is not None:
+                adapt_model(model, start.adapt.rebuilt())
 
 
 def _train_all(run: _Run) -> dict[str, Any]:
@@ -317,7 +323,9 @@ def _train_all(run: _Run) -> dict[str, Any]:
     said = f"{config.name}: {len(run.splits.train):,} {task.unit} to learn from, {len(run.splits.test):,} to score on"
     said += f", {about}" if about else ""
     run.console.print(f"{said} · {device}{ranks} · {folder}", highlight=False, soft_wrap=True)
-    main = _fit_stage(Stage(config.model, folder, _title(config.model)), run)
+    adapting = config.start.adapt
+    title = _title(config.model) if adapting is None else f"{_title(config.model)}, {type(adapting.into).__name__}"
+    main = _fit_stage(Stage(config.model, folder, title, adapting), run)
     twin = None
     if config.twin is not None:
         recipe = encode(dataclasses.replace(config, model=config.twin, twin=None))
@@ -340,6 +348,7 @@ def _fit_stage(stage: Stage, run: _Run) -> Finished:
     if start.weights is not None:
         loaded = load_weights(model, start.weights, catalog, partial=start.partial, frozen=start.freeze)
         say_loaded(console, start.weights, loaded)
+    adapt_model(model, stage.adapt)
     freeze(model, start.freeze)
     size = model_size(model)
     console.print(f"{stage.title}: {_size(size)}", highlight=False)
@@ -351,7 +360,7 @@ def _fit_stage(stage: Stage, run: _Run) -> Finished:
                 model=model.to(device),
                 splits=run.splits,
                 folder=stage.folder,
-                identity=identity(config.task, stage.settings, facts),
+                identity=identity(config.task, stage.settings, facts, stage.adapt),
                 stop=run.stop,
                 tell=progress.tell,
                 grid=run.grid,

@@ -179,8 +179,9 @@ def multiply_adds_per_token(ffn: nn.Module) -> float:
     Experts compute k f rows per token, with f the capacity factor where the capacity is fixed, else 1.
     """
     if not isinstance(ffn, MoE):
+        inside = sum(multiply_adds_per_token(module) for module in ffn.modules() if isinstance(module, MoE))
         layers = [module for module in ffn.modules() if isinstance(module, nn.Linear | nn.Conv2d)]  # of stride 1
-        return float(sum(layer.weight.numel() for layer in layers))
+        return float(sum(layer.weight.numel() for layer in layers)) + inside
     capacity = ffn.options.capacity or ffn.capacity
     rows = choices_of(ffn) * capacity.rows_per_pair
     weights = sum(p.numel() for name, p in ffn.experts.named_parameters() if not name.endswith("bias"))

@@ -6,13 +6,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.parametrize import is_parametrized
 
 from synchromesh.kernels import Kernels, MLPWeights, Products
 from synchromesh.kernels.composed import members_of
@@ -155,16 +156,25 @@ class StackedExperts(Experts):
         if self.cut != WHOLE:
             raise ValueError(f"got {cut}, these experts hold {self.cut} already: build them again")
         self._check_cut(cut)
-        others = sorted(set(self.weights()) - {name for name, _ in self.named_parameters(recurse=False)})
+        lists = _parametrized(self)
+        others = sorted(set(self.weights()) - {name for name, _ in self.named_parameters(recurse=False)} - set(lists))
         if others:
             raise ValueError(
                 f"got {cut} of experts whose {', '.join(others)} are parametrized or pruned, wanted plain parameters: "
                 "distribute the layer first, then parametrize what each rank holds"
             )
+
+        def part(whole: Tensor) -> Tensor:
+            own = whole.detach().flatten(0, 1).chunk(cut.count)[cut.index]
+            return own.unflatten(0, (max(1, self.num_experts // cut.count), -1)).clone()
+
         for name, parameter in list(self.named_parameters(recurse=False)):
-            own = parameter.detach().flatten(0, 1).chunk(cut.count)[cut.index]
-            own = own.unflatten(0, (max(1, self.num_experts // cut.count), -1)).clone()
-            setattr(self, name, nn.Parameter(own, requires_grad=parameter.requires_grad))
+            setattr(self, name, nn.Parameter(part(parameter), requires_grad=parameter.requires_grad))
+        for parametrizations in lists.values():
+            learns = parametrizations.original.requires_grad
+            parametrizations.original = nn.Parameter(part(parametrizations.original), requires_grad=learns)
+            for each in parametrizations:
+                each.hold(part)
         self.cut = cut
 
     def reset_parameters(self) -> None:
@@ -205,6 +215,15 @@ class StackedExperts(Experts):
         for name, size in (("hidden", self.hidden), ("width", self.width if biased else shards)):
             if size is not None and size % shards:
                 raise ValueError(f"got {name} {size} to cut into {shards} shards of an expert, wanted a multiple")
+
+
+def _parametrized(experts: nn.Module) -> dict[str, Any]:
+    """Return what parametrizes tensors and can be cut with them, such as masks, by the tensors' names."""
+    if not is_parametrized(experts):
+        return {}
+    lists = experts.parametrizations
+    assert isinstance(lists, nn.ModuleDict)
+    return {name: parts for name, parts in lists.items() if all(hasattr(part, "hold") for part in parts.children())}
 
 
 class MLPExperts(StackedExperts):

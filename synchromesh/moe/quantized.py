@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from synchromesh.kernels import Kernels, MLPWeights, quantize
 from synchromesh.kernels.mlp import LARGEST
@@ -91,31 +91,3 @@ class QuantizedExperts(Experts):
             return new if new.dtype == part.dtype else part.to(new.device)
 
         return super()._apply(moved, recurse)
-
-
-def quantize_experts(model: nn.Module, dtype: torch.dtype = torch.int8) -> list[str]:
-    """Replace the experts of every MoE layer of a model by quantized ones, in place; return their names.
-
-    Args:
-        model: any model with `MLPExperts` or `GatedMLPExperts` in it.
-        dtype: torch.int8 or torch.float8_e4m3fn.
-
-    Raises:
-        ValueError: there are none; or as `QuantizedExperts`.
-
-    >>> from synchromesh import MLPExperts, MoE, TopKRouter
-    >>> moe = MoE(TopKRouter(8, 4), MLPExperts(4, 8, hidden=16))
-    >>> quantize_experts(moe)
-    ['experts']
-    """
-    found = [
-        (f"{path}.{name}".lstrip("."), parent, name, child)
-        for path, parent in model.named_modules()
-        for name, child in parent.named_children()
-        if isinstance(child, StackedExperts)
-    ]
-    if not found:
-        raise ValueError(f"quantize_experts found no MLPExperts or GatedMLPExperts in {type(model).__name__}")
-    for _, parent, name, child in found:
-        setattr(parent, name, QuantizedExperts(child, dtype).train(child.training))
-    return [path for path, *_ in found]

@@ -6,7 +6,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,25 @@ class Sigmoid:
     normalize: bool = True
     dtype: torch.dtype = torch.float32
     gate: ClassVar[str] = "sigmoid"
+
+
+@dataclass(frozen=True)
+class Ones:
+    """Probabilities over all experts choose, and each chosen expert has the weight 1 (EMoE, arXiv 2310.10908).
+
+    Of a feed-forward that was split into experts, all of them then add up to it. No gradient reaches the router but
+    that of its losses.
+
+    Attributes:
+        dtype: as that of `Softmax`.
+    """
+
+    dtype: torch.dtype = torch.float32
+    gate: ClassVar[str] = "softmax"
+    normalize: ClassVar[bool] = False
+
+
+Scores: TypeAlias = Softmax | Sigmoid | Ones
 
 
 @dataclass(frozen=True)
@@ -155,7 +174,7 @@ class TopKRouter(Router):
         width: D.
         num_experts: E.
         k: choices per token, 1 to E.
-        scores: `Softmax(...)` or `Sigmoid(...)`.
+        scores: `Softmax(...)`, `Sigmoid(...)` or `Ones()`.
         noise: standard deviation of the Gaussian noise on the logits while training, times E (V-MoE: 1).
         balance: `BiasBalance(num_experts)` to balance without a loss.
         limit: `NodeLimit(...)` to keep a token's experts on few nodes.
@@ -173,7 +192,7 @@ class TopKRouter(Router):
         num_experts: int,
         *,
         k: int = 1,
-        scores: Softmax | Sigmoid = Softmax(),
+        scores: Scores = Softmax(),
         noise: float = 0.0,
         balance: BiasBalance | None = None,
         limit: NodeLimit | None = None,
@@ -233,7 +252,7 @@ class CosineRouter(Router):
         dim: int = 256,
         temperature: float = 0.5,
         noise: float = 0.0,
-        scores: Softmax | Sigmoid = Softmax(),
+        scores: Scores = Softmax(),
     ) -> None:
         super().__init__()
         _check_gate(width, num_experts, noise)
@@ -338,9 +357,7 @@ class Selecting:
     sums: bool = False
 
 
-def _selected(
-    logits: Float[Tensor, "T E"], k: int, kind: Softmax | Sigmoid, by: Selecting, kernels: Kernels | None
-) -> Routing:
+def _selected(logits: Float[Tensor, "T E"], k: int, kind: Scores, by: Selecting, kernels: Kernels | None) -> Routing:
     std = by.noise / logits.shape[1] if by.noise > 0 else None
     noisy = None if std is None else logits + std * torch.randn_like(logits)
     used, bias, limit = logits if noisy is None else noisy, by.bias, by.limit
@@ -348,8 +365,12 @@ def _selected(
         select = (kernels or kernels_for(logits.device)).select
         made = select(used, k, gate=kind.gate, normalize=kind.normalize, bias=bias, sums=by.sums)
         scores, ids, weights, score_sums, choice_counts = made
-        return Routing(ids, weights, scores, logits, noisy, std).with_sums(score_sums, choice_counts)
+        return Routing(ids, _weighed(weights, kind), scores, logits, noisy, std).with_sums(score_sums, choice_counts)
     scores = scores_of(used, kind.gate)
     ids = limit.mask(scores if bias is None else scores + bias).topk(k, dim=1).indices
     weights = weights_of(used, scores, ids, gate=kind.gate, normalize=kind.normalize)
-    return Routing(ids, weights, scores, logits, noisy, std)
+    return Routing(ids, _weighed(weights, kind), scores, logits, noisy, std)
+
+
+def _weighed(weights: Float[Tensor, "T K"], kind: Scores) -> Float[Tensor, "T K"]:
+    return weights.detach() * 0 + 1 if isinstance(kind, Ones) else weights  # NaN, of a broken gate, stays

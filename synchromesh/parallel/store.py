@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
 from synchromesh.moe.experts import Experts
@@ -48,7 +49,8 @@ def model_tensors(
     """
     experts = _parts_of_experts(model)
     kept = dict(model.state_dict())
-    spread = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in experts}
+    named = (*model.named_parameters(), *model.named_buffers())
+    spread = {name: tensor for name, tensor in named if id(tensor) in experts}
     plain = {name: take(tensor) for name, tensor in kept.items() if name not in spread}
     own = {name: _spread(take(parameter), grid) for name, parameter in spread.items()}
     return {name: own[name] if name in own else plain[name] for name in kept}
@@ -179,9 +181,20 @@ def _of_all_ranks(names: list[str], grid: Grid) -> list[str]:
 
 
 def _parts_of_experts(model: nn.Module) -> set[int]:
-    """Return the parameters that are kept as [E * F, ...]; experts without parts move whole, under their own names."""
+    """Return the tensors that are kept as [E * F, ...]: parameters, and masks that lie over them.
+
+    Experts without parts move whole, under their own names.
+    """
     experts = [module for module in model.modules() if isinstance(module, Experts) and module.parts()]
-    return {id(parameter) for module in experts for parameter in module.parameters()}
+    masks = [
+        buffer
+        for module in experts
+        for part in module.modules()
+        if isinstance(part, ParametrizationList)
+        for buffer in part.buffers()
+        if buffer.shape == part.original.shape
+    ]
+    return {id(tensor) for tensor in (*masks, *(own for module in experts for own in module.parameters()))}
 
 
 def _spread(own: Tensor, grid: Grid) -> Tensor:

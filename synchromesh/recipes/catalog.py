@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from synchromesh.adapt.factories import ModuleFactory
+from synchromesh.adapt.grouping import BalancedKMeans, Grouping, RandomGroups
+from synchromesh.adapt.sparse import StaticSparsity
+from synchromesh.adapt.split import SplitFFN
+from synchromesh.adapt.upcycle import Upcycle
 from synchromesh.compat.huggingface import heads as hf
 from synchromesh.models.features import BackboneConfig
 from synchromesh.models.focalnet import FocalNetConfig
@@ -103,6 +108,8 @@ CATALOG = Catalog(
             Capacity: (Dropless, FixedCapacity, FixedRows, NeededCapacity),
             Priority: (TokenOrder, BatchPrioritized),
             UpdateRule: RULES,
+            ModuleFactory: (SplitFFN, Upcycle, StaticSparsity),
+            Grouping: (BalancedKMeans, RandomGroups),
             Loss: (LoadBalance, ImportanceLoad, ZLoss, OverRanks),
         }
     ),

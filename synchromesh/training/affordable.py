@@ -29,14 +29,19 @@ def check_affordable(build: Callable[[], nn.Module], shapes: Mapping[str, tuple[
     """
     with torch.device("meta"), _at_most(len(shapes)), refused():
         model = build()
-    held = sum(prod(shape) for shape in shapes.values())
-    wanted = sum(parameter.numel() for parameter in model.parameters())
-    if wanted > held:
-        raise InputError(f"the model has {wanted:,} parameters, its file holds {held:,} numbers: wanted all of them")
+    check_held(model, shapes)
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     if buffers > MOST_BUFFERS:
         raise InputError(f"the model has {buffers:,} bytes of masks and tables, wanted at most {MOST_BUFFERS:,}")
     return model
+
+
+def check_held(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise InputError where a model has more parameters than the stored shapes have numbers."""
+    held = sum(prod(shape) for shape in shapes.values())
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    if wanted > held:
+        raise InputError(f"the model has {wanted:,} parameters, its file holds {held:,} numbers: wanted all of them")
 
 
 def check_facts(facts: Any) -> Facts:

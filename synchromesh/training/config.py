@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 import tyro
 
+from synchromesh.adapt.adapting import Adapting
 from synchromesh.errors import at_least
 from synchromesh.models.features import BackboneConfig
 from synchromesh.training.average import Averaging
@@ -37,16 +38,20 @@ class Start:
     """What training starts from.
 
     Attributes:
-        weights: a run folder, a checkpoint folder, a .safetensors file, or a file that torch.load reads with
-            weights_only=True; none for random weights. The whole backbone must be in it; heads may stay random.
+        weights: a run folder (of an adapted run: its model, made plain), a checkpoint folder, a .safetensors file, or a
+            file that torch.load reads with weights_only=True; none for random weights. The whole backbone must be in
+            it; heads may stay random.
         freeze: what stays as it was.
         partial: take what fits, also where a part of the backbone is missing and stays random: at most half of it, and
             nothing of what is frozen.
+        adapt: what of the model becomes something else once the weights are there, and trains as that (docs/adapt.md);
+            the twin stays as it is. None for nothing.
     """
 
     weights: Path | None = None
     freeze: Freeze = Freeze.NOTHING
     partial: bool = False
+    adapt: Adapting | None = None
 
 
 @dataclass(frozen=True)

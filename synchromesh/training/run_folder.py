@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from synchromesh.adapt.adapting import Adapting
 from synchromesh.errors import InputError, parsed_json
 from synchromesh.models.features import BackboneConfig
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.parallelize import distribute
 from synchromesh.parallel.sharded import Sharded
 from synchromesh.parallel.store import StoreError, stored_shapes
-from synchromesh.training.affordable import check_affordable, check_facts
+from synchromesh.training.affordable import check_affordable, check_facts, check_held
 from synchromesh.training.agree import ALONE, on_first
 from synchromesh.training.catalog import Catalog
 from synchromesh.training.checkpoint import (
@@ -147,9 +148,10 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def identity(task: Task, settings: BackboneConfig, facts: Facts) -> dict[str, Any]:
+def identity(task: Task, settings: BackboneConfig, facts: Facts, adapting: Adapting | None = None) -> dict[str, Any]:
     """Return what a checkpoint must say of itself, so that its weights can be used without the run."""
-    return {"task": encode(task), "model": encode(settings), "facts": dict(facts)}
+    adapted = {} if adapting is None else {"adapt": encode(adapting)}
+    return {"task": encode(task), "model": encode(settings), "facts": dict(facts), **adapted}
 
 
 def build_model(task: Task, settings: BackboneConfig, facts: Facts) -> nn.Module:
@@ -158,6 +160,16 @@ def build_model(task: Task, settings: BackboneConfig, facts: Facts) -> nn.Module
         return task.build(settings, facts)
     except ValueError as error:
         raise InputError(f"the model cannot be built: {error}") from error
+
+
+def adapt_model(model: nn.Module, adapting: Adapting | None) -> nn.Module:
+    """Change a model in place as its run asks; return it. Raises InputError where it cannot be."""
+    if adapting is not None:
+        try:
+            adapting(model)
+        except (ValueError, ImportError) as error:
+            raise InputError(f"start.adapt: {error}") from error
+    return model
 
 
 def load_trained(
@@ -180,8 +192,9 @@ def load_trained(
     """
     found = on_first(grid, lambda: _checkpoint(path, best=best))
     task, settings, facts = read_identity(found, catalog)
-    _check_affordable(found.folder, lambda: task.build(settings, facts))
-    model = build_model(task, settings, facts)
+    adapting = read_adapting(found, catalog)
+    _check_affordable(found.folder, lambda: task.build(settings, facts), adapting)
+    model = adapt_model(build_model(task, settings, facts), adapting)
     check_plan(model, plan, grid)
     distribute(model, grid, strategy=lambda: Sharded(grid, plan=plan))
     restore_model(found.folder, model, grid)
@@ -205,9 +218,25 @@ def read_identity(found: Checkpoint, catalog: Catalog) -> tuple[Task, BackboneCo
         raise InputError(f"{found.folder} was written by another version or program: {said}") from error
 
 
-def _check_affordable(folder: Path, build: Callable[[], nn.Module]) -> None:
+def read_adapting(found: Checkpoint, catalog: Catalog) -> Adapting | None:
+    """Return how a checkpoint says that its model was adapted, without the work that only first numbers take.
+
+    Raises:
+        InputError: another version or program wrote it.
+    """
+    if "adapt" not in found.state:
+        return None
     try:
-        check_affordable(build, stored_shapes(folder))
+        return catalog.decode(Adapting, found.state["adapt"]).rebuilt()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{found.folder} was written by another version or program: {error}") from error
+
+
+def _check_affordable(folder: Path, build: Callable[[], nn.Module], adapting: Adapting | None) -> None:
+    try:
+        shapes = stored_shapes(folder)
+        model = adapt_model(check_affordable(build, shapes), adapting)
+        check_held(model, shapes)
     except StoreError as error:
         raise InputError(str(error)) from error
 

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from synchromesh.adapt.adaptation import merge_all
 from synchromesh.compat.unpickle import BROKEN, load_plain
 from synchromesh.errors import InputError
 from synchromesh.moe.layer import MoE
@@ -153,7 +154,9 @@ def frozen_modules(model: nn.Module, what: Freeze) -> list[nn.Module]:
 def _read(path: Path, catalog: Catalog) -> dict[str, Tensor]:
     if path.is_dir():
         if (path / STATE).is_file() or (path / "checkpoints").is_dir():
-            return load_trained(path, catalog).model.state_dict()
+            model = load_trained(path, catalog).model
+            merge_all(model)  # of an adapted run, the plain model
+            return model.state_dict()
         raise InputError(f"{path} is neither the folder of a run nor a checkpoint")
     if not path.is_file():
         raise InputError(f"the file of weights {path} does not exist")

@@ -14,6 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from synchromesh import seeds
+from synchromesh.adapt.adaptation import after_step
 from synchromesh.errors import NonFiniteError
 from synchromesh.moe.record import aux_loss
 from synchromesh.moe.routing import update_balance
@@ -134,6 +135,7 @@ def train_step(
         scaler.step(optimizer)
     scaler.update()
     update_balance(model)
+    after_step(model)
     config.task.after_step(model)
     own = dict(zip(names, sums, strict=True))
     return StepNumbers(task + aux, task, aux, own, counts.terms, frozenset(watched), norm_value, counts.samples)

@@ -14,6 +14,7 @@ from synchromesh import (
     MLPExperts,
     MoE,
     NodeLimit,
+    Ones,
     Sigmoid,
     Softmax,
     TokenRounding,
@@ -290,3 +291,14 @@ def test_a_token_whose_gate_is_broken_is_not_rounded_away(scores):
 def test_a_tile_of_nothing_is_refused():
     with pytest.raises(ValueError, match="tile is 0"):
         TokenRounding(TopKRouter(D, E), tile=0)
+
+
+def test_weights_of_one_leave_the_choice_to_the_scores_and_the_router_without_a_gradient():
+    x, router = torch.randn(7, 6), TopKRouter(6, 4, k=2, scores=Ones())
+    x[3] = torch.nan
+    routing, wanted = router(x), Softmax()
+    router.scores = wanted
+    assert torch.equal(routing.expert_ids, router(x).expert_ids)
+    assert routing.weights.nan_to_num(7).tolist() == [[1, 1]] * 3 + [[7, 7]] + [[1, 1]] * 3
+    assert not routing.weights.requires_grad
+    assert routing.scores.requires_grad
