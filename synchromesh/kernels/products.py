@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from synchromesh.kernels.product_costs import costs_here
+
 Batched = Callable[[int], bool]  # of the rows of each: whether neighbours are multiplied in one call
 
 
@@ -68,8 +70,8 @@ class Matrices(NamedTuple):
     each: tuple[Tensor, ...]
 
     @staticmethod
-    def of(all: Tensor) -> Matrices:
-        return Matrices(all, all.unbind(0))
+    def of(tensor: Tensor) -> Matrices:
+        return Matrices(tensor, tensor.unbind(0))
 
 
 def pieces(counts: Sequence[int], most: int, batched: Batched, *, cut: bool) -> Iterator[Piece]:
@@ -91,6 +93,12 @@ def pieces(counts: Sequence[int], most: int, batched: Batched, *, cut: bool) -> 
         row += count
     if members:
         yield Piece(start, row, list(_batches(members, batched)))
+
+
+def batched_here(dtype: torch.dtype, numbers: int) -> Batched:
+    """Return which way costs this machine less, for matrices of so many numbers."""
+    costs = costs_here(torch.get_num_threads(), dtype)
+    return lambda rows: costs.batches(rows=rows, numbers=numbers)
 
 
 def _batches(members: Sequence[tuple[int, int]], batched: Batched) -> Iterator[Batch]:
@@ -158,8 +166,3 @@ def clear_unused(counts: Sequence[int], out: Matrices) -> None:
     for expert, count in enumerate(counts):
         if count == 0:
             out.each[expert].zero_()
-
-
-def batched_for(dtype: torch.dtype) -> Batched:
-    """Return when to multiply neighbours in one call, in a dtype."""
-    return lambda rows: True

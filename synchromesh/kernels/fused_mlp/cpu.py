@@ -24,7 +24,7 @@ from synchromesh.kernels.products import (
     Matrices,
     Piece,
     add_product,
-    batched_for,
+    batched_here,
     clear_unused,
     multiply,
     multiply_rows,
@@ -69,7 +69,7 @@ def _forward(
     opened = [] if save else [(net.up.shape[1], x.dtype), *([wide] if gate is not None else [])]
     # Reused by every block: rows, output rows, their products with the weights, hidden rows, pre-activations.
     space = scratch(min(BLOCK_ROWS, len(tokens)), narrow, narrow, (x.shape[1], total.y.dtype), wide, *opened)
-    for piece in pieces(counts, BLOCK_ROWS, batched_for(x.dtype), cut=True):
+    for piece in pieces(counts, BLOCK_ROWS, batched_here(x.dtype, net.down[0].numel()), cut=True):
         own = slice(piece.start, piece.stop)
         rows, out, scaled, hidden, *hs = (part[: piece.stop - piece.start] for part in space)
         h_up, h_gate = (pre_up[own], pre_gate[own]) if save else (hs[0], hs[-1])
@@ -126,7 +126,8 @@ def _backward(
         if d is not None:
             clear_unused(counts, d)
     # No expert is cut: its weight gradients are single products that are written once, not added up.
-    own_pieces = list(pieces(counts, BLOCK_ROWS, batched_for(x.dtype), cut=False))
+    batched = batched_here(x.dtype, x.shape[1] * pre_up.shape[1])
+    own_pieces = list(pieces(counts, BLOCK_ROWS, batched, cut=False))
     most = max((piece.stop - piece.start for piece in own_pieces), default=0)
     space = _space(most, x, total, Net(*mlp).down.shape[1], gated=pre_gate.shape[0] > 0, joint=joint)
     for piece in own_pieces:
