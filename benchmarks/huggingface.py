@@ -89,6 +89,7 @@ def problem_of(shape: Sequence[int], dtype: torch.dtype, routing: str, device: s
 def run(p: Problem, backend: str, *, training: bool) -> Tensor:
     """Run once; gradients are those of this run alone."""
     p.experts.config._experts_implementation = backend
+    p.experts.train(training)  # as models are that decode
     for leaf in p.leaves().values():
         leaf.grad = None
     with torch.set_grad_enabled(training):

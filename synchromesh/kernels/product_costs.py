@@ -63,14 +63,26 @@ class ProductCosts:
     alone: Cost
     batched: Cost
 
-    def of(self, experts: int) -> Cost:
-        """Return the cost of a product of so many experts."""
-        return self.alone if experts == 1 else self.batched
-
     def batches(self, *, rows: int, numbers: int) -> bool:
         """Tell whether one call for two experts costs no more than two calls, or hardly more than can be measured."""
         alone = 2 * self.alone.seconds(experts=1, rows=rows, numbers=numbers)
         return self.batched.seconds(experts=2, rows=rows, numbers=numbers) <= NOISE * alone
+
+    def joins(self, *, experts: int, rows: int, skipped: int, count: int, numbers: int) -> bool:
+        """Tell whether a batch takes in a further expert: the call that it saves costs more than what it adds.
+
+        Args:
+            experts: of the batch.
+            rows: of each.
+            skipped: experts without rows between the batch and the further one, which it would read.
+            count: rows of the further one; all get places for the most.
+            numbers: of an expert's matrix.
+        """
+        most, cost = max(rows, count), self.alone
+        places = (experts + skipped + 1) * most - experts * rows - count
+        added = numbers * (skipped * cost.number + places * cost.row)
+        saved = 2 * cost.call - self.batched.call if experts == 1 else cost.call
+        return added <= saved and self.batches(rows=most, numbers=numbers)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from synchromesh.kernels.product_costs import Cost, Machine, ProductCosts, cpu_model
 
-EXPERTS = 16  # whose matrices are more than a core's own cache holds
+EXPERTS = 128  # whose matrices are more than caches hold, as those of a layer are when its turn comes again
 SMALL = (8, 64)  # rows, and the width of matrices, of products that cost little more than their call
 WIDTH = 512
 ROWS = (2, 34)

@@ -63,11 +63,11 @@ class Matrices(NamedTuple):
 
     Attributes:
         all: with dim 0 = E.
-        each: the same, one view an expert.
+        each: the same, one view an expert; or the tensor itself, where few experts are asked for.
     """
 
     all: Tensor
-    each: tuple[Tensor, ...]
+    each: tuple[Tensor, ...] | Tensor
 
     @staticmethod
     def of(tensor: Tensor) -> Matrices:

@@ -51,10 +51,11 @@ def _forward(
 
 
 def _run(x: Tensor, weights: Tensor, expert_ids: Tensor, activation: str, net: Net, *, joint: bool) -> Tensor:
-    check_range(expert_ids, len(net.up))
-    layout = laid_out(expert_ids.reshape(-1).numpy(), _joins(x.dtype, net))
-    tokens = torch.from_numpy(layout.pairs) // expert_ids.shape[1]
-    rows = x.index_select(0, torch.from_numpy(layout.pair_of_slot) // expert_ids.shape[1])
+    ids, choices = expert_ids.reshape(-1).numpy(), expert_ids.shape[1]
+    if len(ids) and not -1 <= ids.min() <= ids.max() < len(net.up):
+        check_range(expert_ids, len(net.up))
+    layout = laid_out(ids, _joins(x.dtype, net))
+    rows = x.index_select(0, torch.from_numpy(layout.pair_of_slot // choices))
     piece = Piece(0, len(rows), layout.batches)
     opened = up = _product(rows, net.up.mT, net.up_scale, net.up_bias, piece)
     if net.gate is not None:
@@ -70,9 +71,11 @@ def _run(x: Tensor, weights: Tensor, expert_ids: Tensor, activation: str, net: N
     out = _product(hidden, net.down, net.down_scale, net.down_bias, piece)
     if layout.padded:
         out = out.index_select(0, torch.from_numpy(layout.slots))
-    scale = weights.reshape(-1).index_select(0, torch.from_numpy(layout.pairs))[:, None].to(sum_dtype(x.dtype))
-    y = torch.zeros(x.shape, dtype=scale.dtype)
-    return y.index_add_(0, tokens, out * scale).to(x.dtype)
+    scale = weights.reshape(-1).index_select(0, torch.from_numpy(layout.pairs)).to(sum_dtype(x.dtype))
+    if len(x) == 1:
+        return torch.mv(out.t().to(scale.dtype), scale)[None].to(x.dtype)
+    y, tokens = torch.zeros(x.shape, dtype=scale.dtype), torch.from_numpy(layout.pairs // choices)
+    return y.index_add_(0, tokens, out * scale[:, None]).to(x.dtype)
 
 
 class Layout(NamedTuple):
@@ -106,7 +109,9 @@ def laid_out(ids: NDArray[np.int64], joins: Joins) -> Layout:
     """
     order = ids.argsort(kind="stable")
     pairs = order[np.count_nonzero(ids < 0) :]
-    experts, counts = np.unique(ids[pairs], return_counts=True)
+    per_expert = np.bincount(ids[pairs])
+    experts = per_expert.nonzero()[0]
+    counts = per_expert[experts]
     batches: list[Batch] = []
     for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
         if batches:
@@ -128,19 +133,13 @@ def laid_out(ids: NDArray[np.int64], joins: Joins) -> Layout:
 
 
 def _joins(dtype: torch.dtype, net: Net) -> Joins:
-    """Return whether one batch of more experts, with more rows each, costs less than two; never with 8-bit weights."""
+    """Return whether one batch of more experts, with more rows each, costs no more than two; never with 8-bit weights."""
     if net.up_scale is not None:
         return lambda *_: False
     costs, numbers = costs_here(torch.get_num_threads(), dtype), net.down.shape[1] * net.down.shape[2]
 
-    def seconds(experts: int, rows: int) -> float:
-        return costs.of(experts).seconds(experts=experts, rows=rows, numbers=numbers)
-
     def joins(experts: int, rows: int, skipped: int, count: int) -> bool:
-        more = experts + skipped + 1
-        return seconds(more, max(rows, count)) <= seconds(experts, rows) + costs.alone.seconds(
-            experts=1, rows=count, numbers=numbers
-        )
+        return costs.joins(experts=experts, rows=rows, skipped=skipped, count=count, numbers=numbers)
 
     return joins
 
@@ -149,7 +148,8 @@ def _product(rows: Tensor, matrix: Tensor, scale: Tensor | None, bias: Tensor | 
     """Return the rows of each expert times its matrix [E, I, O], times its scale [E, O], plus its bias [E, O]."""
     out = rows.new_empty(len(rows), matrix.shape[2])
     if scale is None:
-        multiply(rows, Matrices.of(matrix), piece, out, None if bias is None else Matrices.of(bias))
+        # A view of each expert in use, of many experts perhaps.
+        multiply(rows, Matrices(matrix, matrix), piece, out, None if bias is None else Matrices(bias, bias))
         return out
     for (expert, _, _), own, to in zip(piece.batches, rows.split(piece.sizes), out.split(piece.sizes), strict=True):
         torch.mm(own, matrix[expert].to(rows.dtype), out=to).mul_(scale[expert].to(out.dtype))
