@@ -89,7 +89,6 @@ def problem_of(shape: Sequence[int], dtype: torch.dtype, routing: str, device: s
 def run(p: Problem, backend: str, *, training: bool) -> Tensor:
     """Run once; gradients are those of this run alone."""
     p.experts.config._experts_implementation = backend
-    p.experts.train(training)  # as models are that decode
     for leaf in p.leaves().values():
         leaf.grad = None
     with torch.set_grad_enabled(training):
@@ -113,6 +112,7 @@ def check_equal(p: Problem, backends: Sequence[str], *, training: bool) -> None:
 
 def measure(shape: Sequence[int], dtype: torch.dtype, routing: str, args: Args, *, training: bool) -> dict[str, Any]:
     p = problem_of(shape, dtype, routing, args.device)
+    p.experts.train(training)
     copied = p.ids.numel() * 3 * p.experts.down_proj[0].numel() * dtype.itemsize
     backends = [name for name in BACKENDS if name != "batched_mm" or copied <= MOST_COPIED]
     check_equal(p, backends, training=training)

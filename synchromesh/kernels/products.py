@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,9 +53,12 @@ class Piece(NamedTuple):
     stop: int
     batches: list[Batch]
 
-    @property
-    def sizes(self) -> list[int]:
-        return [batch.size for batch in self.batches]
+    def each(self, a: Tensor, b: Tensor) -> Iterable[tuple[Batch, Tensor, Tensor]]:
+        """Return every batch with its rows of two tensors."""
+        if len(self.batches) == 1:
+            return [(self.batches[0], a, b)]
+        sizes = [batch.size for batch in self.batches]
+        return zip(self.batches, a.split(sizes), b.split(sizes), strict=True)
 
 
 class Matrices(NamedTuple):
@@ -115,7 +118,7 @@ def _batches(members: Sequence[tuple[int, int]], batched: Batched) -> Iterator[B
 
 def multiply(a: Tensor, by: Matrices, piece: Piece, out: Tensor, bias: Matrices | None = None) -> None:
     """Write the rows [R, I] of each expert times its matrix [I, O], plus its bias [O], into out [R, O]."""
-    for batch, own, to in zip(piece.batches, a.split(piece.sizes), out.split(piece.sizes), strict=True):
+    for batch, own, to in piece.each(a, out):
         if batch.stop - batch.first > 1:
             if bias is None:
                 torch.bmm(batch.of(own), by.all[batch.experts], out=batch.of(to))
@@ -130,7 +133,7 @@ def multiply(a: Tensor, by: Matrices, piece: Piece, out: Tensor, bias: Matrices 
 
 def add_product(a: Tensor, by: Matrices, piece: Piece, out: Tensor) -> None:
     """Add the rows [R, I] of each expert times its matrix [I, O] to out [R, O]."""
-    for batch, own, to in zip(piece.batches, a.split(piece.sizes), out.split(piece.sizes), strict=True):
+    for batch, own, to in piece.each(a, out):
         if batch.stop - batch.first > 1:
             batch.of(to).baddbmm_(batch.of(own), by.all[batch.experts])
         else:
@@ -142,7 +145,7 @@ def multiply_rows(a: Tensor, b: Tensor, piece: Piece, out: Matrices) -> None:
     if not out.all.is_contiguous() and out.all.mT.is_contiguous():
         # outᵀ = bᵀ·a is the same product, with a result that is contiguous.
         a, b, out = b, a, Matrices.of(out.all.mT)
-    for batch, left, right in zip(piece.batches, a.split(piece.sizes), b.split(piece.sizes), strict=True):
+    for batch, left, right in piece.each(a, b):
         if batch.stop - batch.first > 1:
             torch.bmm(batch.of(left).mT, batch.of(right), out=out.all[batch.experts])
         else:
@@ -151,13 +154,13 @@ def multiply_rows(a: Tensor, b: Tensor, piece: Piece, out: Matrices) -> None:
 
 def sum_rows(a: Tensor, piece: Piece, out: Matrices) -> None:
     """Write the sum of each expert's rows [R, O] into out [E, O]."""
-    for batch, own in zip(piece.batches, a.split(piece.sizes), strict=True):
+    for batch, own, _ in piece.each(a, a):
         torch.sum(batch.of(own), 1, out=out.all[batch.experts])
 
 
 def scale_columns(a: Tensor, by: Matrices, piece: Piece, out: Tensor) -> None:
     """Write each expert's rows [R, O] times its vector [O], number by number, into out [R, O]."""
-    for batch, own, to in zip(piece.batches, a.split(piece.sizes), out.split(piece.sizes), strict=True):
+    for batch, own, to in piece.each(a, out):
         torch.mul(batch.of(own), by.all[batch.experts, None], out=batch.of(to))
 
 

@@ -151,7 +151,7 @@ def _product(rows: Tensor, matrix: Tensor, scale: Tensor | None, bias: Tensor | 
         # A view of each expert in use, of many experts perhaps.
         multiply(rows, Matrices(matrix, matrix), piece, out, None if bias is None else Matrices(bias, bias))
         return out
-    for (expert, _, _), own, to in zip(piece.batches, rows.split(piece.sizes), out.split(piece.sizes), strict=True):
+    for (expert, _, _), own, to in piece.each(rows, out):
         torch.mm(own, matrix[expert].to(rows.dtype), out=to).mul_(scale[expert].to(out.dtype))
         if bias is not None:
             to += bias[expert]
