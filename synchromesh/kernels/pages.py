@@ -38,10 +38,9 @@ class Pages:
         # Large pages begin at multiples of their size.
         whole = np.frombuffer(block, np.uint8)
         start = -whole.ctypes.data % HUGE_PAGE
-        lent = whole[start : start + nbytes]
-        # Not `whole` but the view that is given away: torch holds what it was made from.
-        weakref.finalize(lent, self._give_back, size, block).atexit = False
-        return lent
+        # The base of all views of it, of which none has another one.
+        weakref.finalize(whole, self._give_back, size, block).atexit = False
+        return whole[start : start + nbytes]
 
     def kept_bytes(self) -> int:
         """Return how much is free."""

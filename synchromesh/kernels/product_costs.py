@@ -217,5 +217,5 @@ def _machine(found: Any) -> Machine:
 
 def _costs(found: Any) -> ProductCosts:
     ways = _fields(found, dict.fromkeys(("alone", "batched"), dict))
-    kinds = dict.fromkeys(("call", "number", "row"), float)
+    kinds: dict[str, type] = dict.fromkeys(("call", "number", "row"), float)
     return ProductCosts(**{way: Cost(**_fields(costs, kinds)) for way, costs in ways.items()})

@@ -32,7 +32,8 @@ def fitted(small: float, few: float, many: float, *, calls: int) -> Cost:
     """Return the cost of which three timings of `EXPERTS` experts tell, in so many calls."""
     (least, width), (low, high), numbers = SMALL, ROWS, WIDTH**2
     row = max(0.0, (many - few) / (EXPERTS * numbers * (high - low)))
-    number = max(0.0, (few - small) / (EXPERTS * (numbers - width**2)) - row * low)
+    of_rows = row * (numbers * low - width**2 * least)
+    number = max(0.0, ((few - small) / EXPERTS - of_rows) / (numbers - width**2))
     call = max(0.0, (small - EXPERTS * width**2 * (number + least * row)) / calls)
     return Cost(call, number, row)
 

@@ -133,7 +133,7 @@ def laid_out(ids: NDArray[np.int64], joins: Joins) -> Layout:
 
 
 def _joins(dtype: torch.dtype, net: Net) -> Joins:
-    """Return whether one batch of more experts, with more rows each, costs no more than two; never with 8-bit weights."""
+    """Return whether a batch of more experts, with more rows each, costs no more than two; never of 8-bit weights."""
     if net.up_scale is not None:
         return lambda *_: False
     costs, numbers = costs_here(torch.get_num_threads(), dtype), net.down.shape[1] * net.down.shape[2]
