@@ -69,6 +69,8 @@ def measure_ranks(request: Request, grid: Grid, console: Console) -> int:
             grid = Grid(grid.group, ranks_per_node=request.ranks_per_node)
         except ValueError as error:
             raise InputError(str(error)) from error
+    if grid.rank == 0 and request.products:
+        keep_products(own_file(), product_meter.measure())
     nccl = grid.group is not None and dist.get_backend(grid.group) == "nccl"
     device = torch.device("cuda" if nccl or (grid.group is None and torch.cuda.is_available()) else "cpu")
     with Progress(console=console, transient=True, disable=grid.rank > 0 or request.json) as progress:
@@ -78,8 +80,6 @@ def measure_ranks(request: Request, grid: Grid, console: Console) -> int:
             progress.update(task, description=stage, completed=STAGES.index(stage))
 
         found = measure(grid, request.file.stem, device=device, begins=begins)
-    if grid.rank == 0 and request.products:
-        keep_products(own_file(), product_meter.measure())
     if grid.rank == 0:
         write_atomically(request.file, found.to_json())
         if request.json:
