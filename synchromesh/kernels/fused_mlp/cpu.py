@@ -34,7 +34,8 @@ from synchromesh.kernels.products import (
 )
 from synchromesh.types import RowMap
 
-BLOCK_ROWS = 512  # that go forward at a time: enough for a full-speed product, few enough for the last-level cache
+BLOCK_ROWS = 512  # at least, that go forward at a time: enough for a full-speed product
+BLOCK_BYTES = 4 * 2**20  # of hidden rows: as many narrow ones as stay in the last-level cache, with few calls
 
 
 def fuses(activation: Activation) -> bool:
@@ -55,6 +56,11 @@ def fused_mlp(
     return run(_fused_mlp, x, weights, rowmap, name, mlp)
 
 
+def block_rows(hidden: int, dtype: torch.dtype) -> int:
+    """Return how many rows of a hidden width are computed at a time."""
+    return max(BLOCK_ROWS, BLOCK_BYTES // max(1, hidden * dtype.itemsize))
+
+
 def _forward(
     x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, activation: str, save: bool,
     joint: bool, *mlp: Tensor | None,
@@ -68,8 +74,9 @@ def _forward(
     # Pre-activations that backward needs are written where they stay; others are overwritten by the next block's.
     opened = [] if save else [(net.up.shape[1], x.dtype), *([wide] if gate is not None else [])]
     # Reused by every block: rows, output rows, their products with the weights, hidden rows, pre-activations.
-    space = scratch(min(BLOCK_ROWS, len(tokens)), narrow, narrow, (x.shape[1], total.y.dtype), wide, *opened)
-    for piece in pieces(counts, BLOCK_ROWS, batched_here(x.dtype, net.down[0].numel()), cut=True):
+    most = block_rows(net.down.shape[1], x.dtype)
+    space = scratch(min(most, len(tokens)), narrow, narrow, (x.shape[1], total.y.dtype), wide, *opened)
+    for piece in pieces(counts, most, batched_here(x.dtype, net.down[0].numel()), cut=True):
         own = slice(piece.start, piece.stop)
         rows, out, scaled, hidden, *hs = (part[: piece.stop - piece.start] for part in space)
         h_up, h_gate = (pre_up[own], pre_gate[own]) if save else (hs[0], hs[-1])
@@ -127,7 +134,7 @@ def _backward(
             clear_unused(counts, d)
     # No expert is cut: its weight gradients are single products that are written once, not added up.
     batched = batched_here(x.dtype, x.shape[1] * pre_up.shape[1])
-    own_pieces = list(pieces(counts, BLOCK_ROWS, batched, cut=False))
+    own_pieces = list(pieces(counts, block_rows(Net(*mlp).down.shape[1], x.dtype), batched, cut=False))
     most = max((piece.stop - piece.start for piece in own_pieces), default=0)
     space = _space(most, x, total, Net(*mlp).down.shape[1], gated=pre_gate.shape[0] > 0, joint=joint)
     for piece in own_pieces:
