@@ -35,6 +35,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from synchromesh import MLPExperts, MoE, TopKRouter
 from synchromesh.kernels import CPU
+from synchromesh.kernels.pages import pages
 from synchromesh.testing.cases import balanced, routing_of, zipf
 from synchromesh.testing.compare import assert_close
 
@@ -246,6 +247,7 @@ def peak_bytes(run: Callable[[], object]) -> int | None:
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
+    pages().clear()
     ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed is held no longer
     reset.write_text("5")
     before = _resident("VmRSS")
