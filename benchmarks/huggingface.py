@@ -33,6 +33,8 @@ OURS = "synchromesh"
 BACKENDS = ("eager", "batched_mm", "grouped_mm", OURS)
 STEPS = [(2048, 512, 1024, 8, 2), (2048, 512, 512, 32, 4), (2048, 512, 256, 128, 8)]  # T D F E K
 DECODES = [(1, 512, 1024, 8, 2), (16, 512, 512, 32, 4), (64, 512, 256, 128, 8)]
+OTHER_STEPS = [(1024, 384, 768, 12, 2), (1024, 640, 320, 48, 6)]
+OTHER_DECODES = [(1, 384, 768, 12, 2), (8, 768, 512, 16, 4), (32, 640, 320, 48, 6)]
 TINY = [(16, 16, 8, 4, 2)]
 MOST_COPIED = 4 * 2**30
 RESULTS = Path(__file__).parent / "results" / "huggingface.jsonl"
@@ -40,12 +42,17 @@ RESULTS = Path(__file__).parent / "results" / "huggingface.jsonl"
 
 @dataclass(frozen=True)
 class Args:
-    """What to measure. seconds: of timing per backend and figure. tiny: one small shape, one round."""
+    """What to measure. seconds: of timing per backend and figure.
+
+    tiny: one small shape, one round. quick: five rounds. kept_back: other shapes.
+    """
 
     dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
     routings: list[str] = field(default_factory=lambda: list(ROUTINGS))
     seconds: float = 2.0
     tiny: bool = False
+    quick: bool = False
+    kept_back: bool = False
     threads: int = 0
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     out: Path = RESULTS
@@ -112,13 +119,21 @@ def check_equal(p: Problem, backends: Sequence[str], *, training: bool) -> None:
 
 def measure(shape: Sequence[int], dtype: torch.dtype, routing: str, args: Args, *, training: bool) -> dict[str, Any]:
     p = problem_of(shape, dtype, routing, args.device)
+    p.experts.train(training)
     copied = p.ids.numel() * 3 * p.experts.down_proj[0].numel() * dtype.itemsize
     backends = [name for name in BACKENDS if name != "batched_mm" or copied <= MOST_COPIED]
+    if args.quick and shape[3] > 8:  # whose loops take many times as long
+        backends = [
+            name for name in backends if name == "grouped_mm" or name == OURS or (name == "eager" and not training)
+        ]
     check_equal(p, backends, training=training)
     runs: dict[str, Callable[[], float]] = {
         name: partial(seconds_of, partial(run, p, name, training=training)) for name in backends
     }
-    seconds = timed(runs, seconds=0.001 if args.tiny else args.seconds, least=1 if args.tiny else 4)
+    seconds, spread = timed(
+        runs, seconds=0.001 if args.tiny else 0.0 if args.quick else args.seconds, least=1 if args.tiny else 5,
+        most=5 if args.quick and training else 50,
+    )  # fmt: skip
     best = min((name for name in backends if name != OURS), key=seconds.__getitem__)
     return {
         "shape": list(shape),
@@ -127,6 +142,7 @@ def measure(shape: Sequence[int], dtype: torch.dtype, routing: str, args: Args, 
         "pass": "step" if training else "decode",
         "device": args.device,
         "seconds": seconds,
+        "spread": spread,
         "best": best,
         "over_best": seconds[OURS] / seconds[best],
     }
@@ -150,8 +166,8 @@ def main(args: Args) -> None:
         torch.set_num_threads(args.threads)
     register()
     about, records = machine(), []
-    shapes = [(shape, True) for shape in (TINY if args.tiny else STEPS)]
-    shapes += [(shape, False) for shape in (TINY if args.tiny else DECODES)]
+    steps, decodes = (TINY, TINY) if args.tiny else (OTHER_STEPS, OTHER_DECODES) if args.kept_back else (STEPS, DECODES)
+    shapes = [(shape, True) for shape in steps] + [(shape, False) for shape in decodes]
     for shape, training in shapes:
         for dtype in args.dtypes:
             for routing in args.routings:

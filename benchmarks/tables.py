@@ -24,7 +24,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def layer_row(found: dict[str, Any]) -> list[str]:
     seconds, peak = found["seconds"], found["peak_bytes"]
-    others = [seconds[name] for name in ("padded", "hf_grouped_mm", "hf_eager")]
+    others = [seconds.get(name) for name in ("padded", "hf_grouped_mm", "hf_eager")]
     missed = [name for name, met in found["met"].items() if not met]
     return [
         " ".join(map(str, found["shape"])),
@@ -33,9 +33,11 @@ def layer_row(found: dict[str, Any]) -> list[str]:
         found["pass"],
         f"{1e3 * seconds['limit']:.1f}",
         f"{1e3 * seconds['ours']:.1f}",
-        *(f"{1e3 * other:.1f}" for other in others),
+        *("–" if other is None else f"{1e3 * other:.1f}" for other in others),
         f"{found['over_limit']:.2f}",
-        f"{peak['ours'] / 2**20:.0f} / {peak['padded'] / 2**20:.0f} / {peak['hf_grouped_mm'] / 2**20:.0f}",
+        " / ".join(
+            f"{peak[name] / 2**20:.0f}" if name in peak else "–" for name in ("ours", "padded", "hf_grouped_mm")
+        ),
         "; ".join(missed) or "-",
     ]
 

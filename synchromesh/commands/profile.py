@@ -15,6 +15,8 @@ from rich.progress import Progress
 from synchromesh.commands.context import Context
 from synchromesh.commands.profiling import STAGES, measure
 from synchromesh.errors import InputError
+from synchromesh.kernels import product_meter
+from synchromesh.kernels.product_costs import Machine, Machines, own_file
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.planning.cluster import UNMEASURED, ClusterProfile, Link
 from synchromesh.training.durable import write_atomically
@@ -27,6 +29,8 @@ Measure these ranks in under a minute: products by shape, memory, links by messa
 
   synchromesh profile here.json --world 2
   torchrun --nnodes 2 --nproc-per-node 8 ... -m -- synchromesh profile all.json
+  synchromesh profile here.json --products
+      also tune the products of this CPU's kernels
 """
 
 
@@ -39,12 +43,15 @@ class Request:
         world: ranks to start on this machine; under torchrun or SLURM, the job's ranks are taken.
         ranks_per_node: pretend that so many neighbours share a machine; the true number if not given.
         json: print the profile instead of a table.
+        products: also measure the ways of multiplying many experts on this CPU, for its kernels, with as many threads
+            as they get. They choose by what is kept in ~/.cache/synchromesh, in place of what the package brings.
     """
 
     file: tyro.conf.Positional[Path]
     world: int = 1
     ranks_per_node: int | None = None
     json: bool = False
+    products: bool = False
 
 
 def run(request: Request, context: Context) -> int:
@@ -63,6 +70,8 @@ def measure_ranks(request: Request, grid: Grid, console: Console) -> int:
             grid = Grid(grid.group, ranks_per_node=request.ranks_per_node)
         except ValueError as error:
             raise InputError(str(error)) from error
+    if grid.rank == 0 and request.products:
+        keep_products(own_file(), product_meter.measure())
     nccl = grid.group is not None and dist.get_backend(grid.group) == "nccl"
     device = torch.device("cuda" if nccl or (grid.group is None and torch.cuda.is_available()) else "cpu")
     with Progress(console=console, transient=True, disable=grid.rank > 0 or request.json) as progress:
@@ -84,6 +93,16 @@ def measure_ranks(request: Request, grid: Grid, console: Console) -> int:
                 soft_wrap=True,
             )
     return 0
+
+
+def keep_products(file: Path, machine: Machine) -> None:
+    """Add the costs of a machine's products to a file; one that holds something else is replaced."""
+    try:
+        kept = Machines.from_json(file.read_text("utf-8", "replace")) if file.is_file() else Machines(())
+    except InputError:
+        kept = Machines(())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, kept.with_machines([machine]).to_json())
 
 
 def _show(console: Console, found: ClusterProfile) -> None:

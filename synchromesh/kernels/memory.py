@@ -5,27 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-import numpy as np
 import torch
 from torch import Tensor
 
-HUGE_FROM = 4 * 2**20  # bytes; where numpy begins to ask for huge pages
+from synchromesh.kernels.pages import pages
+
+HUGE_FROM = 4 * 2**20  # bytes; smaller buffers are torch's
 ALIGNED_TO = 64
 
 
 def room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return uninitialised CPU memory, on huge pages where it is large.
+    """Return uninitialised CPU memory; where it is large, on huge pages that were used before if there are any.
 
     Fresh memory costs one page fault per 4 KiB when it is first written: for the weight gradients of many small
-    experts more than the matrix products. numpy asks the kernel for pages of 2 MiB; torch does so only if the user's
-    environment says so. The memory is the tensor's own in either case.
+    experts more than the matrix products. torch asks for pages of 2 MiB only if the user's environment says so, and
+    gives large memory back to the kernel at once. The memory is the tensor's own in either case.
     """
     nbytes = prod(shape) * dtype.itemsize
     if nbytes < HUGE_FROM:
         return torch.empty(shape, dtype=dtype)
-    raw = np.empty(nbytes + ALIGNED_TO, np.uint8)
-    start = -raw.ctypes.data % ALIGNED_TO  # numpy aligns to 16 bytes only; torch expects cache lines
-    return torch.from_numpy(raw[start : start + nbytes]).view(dtype).view(*shape)
+    return torch.from_numpy(pages().take(nbytes)).view(dtype).view(*shape)
 
 
 def room_like(tensor: Tensor) -> Tensor:

@@ -3,9 +3,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from synchromesh import cli
+from synchromesh.commands.profile import keep_products
 from synchromesh.commands.profiling import fitted
+from synchromesh.kernels import product_meter
+from synchromesh.kernels.product_costs import Cost, Machine, ProductCosts, known, own_file
 from synchromesh.planning.cluster import Matmul, load_profile
 from synchromesh.testing.programs import run_job
 
@@ -50,3 +54,17 @@ def test_the_law_of_products_is_found_again() -> None:
 def test_senseless_numbers_of_ranks_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["profile", str(tmp_path / "x.json"), "--world=0"]) == 2
     assert "got 0 for the number of ranks" in capsys.readouterr().err
+
+
+def test_costs_of_products_are_kept_for_the_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cost = ProductCosts(Cost(1.0, 2.0, 3.0), Cost(4.0, 5.0, 6.0))
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(product_meter, "measure", lambda: Machine("this", 1, "2.13", {"float32": cost}))
+    own_file().parent.mkdir(parents=True)
+    own_file().write_text("of no use")
+    assert cli.main(["profile", str(tmp_path / "one.json"), "--products"]) == 0
+    assert known(own_file()).costs("this", 1, torch.float32) == cost
+    keep_products(own_file(), Machine("other", 1, "2.13", {"float32": cost}))
+    assert [machine.cpu for machine in known(own_file()).measured[-2:]] == ["this", "other"]

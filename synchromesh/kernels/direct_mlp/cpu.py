@@ -1,11 +1,14 @@
-"""direct_mlp on a CPU: pairs are sorted by numpy, and the products of all experts are one call where torch has it."""
+"""direct_mlp on a CPU: pairs are sorted by numpy, and experts share products where that costs less than calls."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from synchromesh.kernels.activations import KNOWN, known_name
@@ -13,9 +16,10 @@ from synchromesh.kernels.direct_mlp.op import define, run
 from synchromesh.kernels.mlp import Activation, MLPWeights, Net
 from synchromesh.kernels.permute.cpu import sum_dtype
 from synchromesh.kernels.positions.cpu import check_range
+from synchromesh.kernels.product_costs import costs_here
+from synchromesh.kernels.products import Batch, Matrices, Piece, multiply
 
 MOST_PAIRS = 512  # for more of them the fused way is faster
-ALIGNED_BYTES = 16  # what torch's grouped_mm wants of every address and stride
 
 
 def prefers_direct(num_pairs: int, num_experts: int, activation: Activation) -> bool:
@@ -47,12 +51,15 @@ def _forward(
 
 
 def _run(x: Tensor, weights: Tensor, expert_ids: Tensor, activation: str, net: Net, *, joint: bool) -> Tensor:
-    pairs, experts, ends = _sorted(expert_ids, len(net.up))
-    rows = x.index_select(0, pairs // expert_ids.shape[1])
-    scale = weights.reshape(-1).index_select(0, pairs)[:, None].to(sum_dtype(x.dtype))
-    opened = up = _product(rows, net.up.mT, net.up_scale, net.up_bias, experts, ends)
+    ids, choices = expert_ids.reshape(-1).numpy(), expert_ids.shape[1]
+    if len(ids) and not -1 <= ids.min() <= ids.max() < len(net.up):
+        check_range(expert_ids, len(net.up))
+    layout = laid_out(ids, _joins(x.dtype, net))
+    rows = x.index_select(0, torch.from_numpy(layout.pair_of_slot // choices))
+    piece = Piece(0, len(rows), layout.batches)
+    opened = up = _product(rows, net.up.mT, net.up_scale, net.up_bias, piece)
     if net.gate is not None:
-        opened = _product(rows, net.gate.mT, net.gate_scale, net.gate_bias, experts, ends)
+        opened = _product(rows, net.gate.mT, net.gate_scale, net.gate_bias, piece)
     elif joint:
         opened, up = up.chunk(2, 1)
     # opened is up itself where there is no gate, and both are strided halves where weights are joint: neither can
@@ -61,49 +68,94 @@ def _run(x: Tensor, weights: Tensor, expert_ids: Tensor, activation: str, net: N
     KNOWN[activation].value(opened, hidden)
     if opened is not up:
         hidden.mul_(up)
-    out = _product(hidden, net.down, net.down_scale, net.down_bias, experts, ends)
-    y = torch.zeros(x.shape, dtype=scale.dtype)
-    return y.index_add_(0, pairs // expert_ids.shape[1], out * scale).to(x.dtype)
+    out = _product(hidden, net.down, net.down_scale, net.down_bias, piece)
+    if layout.padded:
+        out = out.index_select(0, torch.from_numpy(layout.slots))
+    scale = weights.reshape(-1).index_select(0, torch.from_numpy(layout.pairs)).to(sum_dtype(x.dtype))
+    if len(x) == 1:
+        return torch.mv(out.t().to(scale.dtype), scale)[None].to(x.dtype)
+    y, tokens = torch.zeros(x.shape, dtype=scale.dtype), torch.from_numpy(layout.pairs // choices)
+    return y.index_add_(0, tokens, out * scale[:, None]).to(x.dtype)
 
 
-def _sorted(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the present pairs by expert, the expert of each, and where each expert's pairs end."""
-    check_range(expert_ids, num_experts)
-    ids = expert_ids.reshape(-1).numpy()
+class Layout(NamedTuple):
+    """Where the rows of the present pairs lie: by expert, and in batches of experts with places for the most rows.
+
+    Attributes:
+        pairs: the present pairs, by expert.
+        slots: the row of each.
+        pair_of_slot: the pair whose token each row holds; any where no pair has its place.
+        batches: of the rows.
+        padded: whether some rows are of no pair.
+    """
+
+    pairs: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    pair_of_slot: NDArray[np.int64]
+    batches: list[Batch]
+    padded: bool
+
+
+Joins = Callable[[int, int, int, int], bool]
+
+
+def laid_out(ids: NDArray[np.int64], joins: Joins) -> Layout:
+    """Return the layout of pairs whose experts are given, -1 where absent.
+
+    Args:
+        ids: of each pair.
+        joins: (experts, rows, skipped, count) -> whether a batch of so many experts and rows of each takes in the
+            next expert in use, which has `count` rows and stands behind `skipped` others.
+    """
     order = ids.argsort(kind="stable")
-    ids = ids[order]
-    # ids are sorted: start is the first that is not absent (-1), each end the first id above its expert's.
-    start, *ends = ids.searchsorted(np.arange(num_experts + 1), side="left")
-    own = slice(start, ends[-1])
-    where = torch.tensor(ends, dtype=torch.int32) - int(start)
-    return torch.from_numpy(order[own]), torch.from_numpy(ids[own]), where
+    pairs = order[np.count_nonzero(ids < 0) :]
+    per_expert = np.bincount(ids[pairs])
+    experts = per_expert.nonzero()[0]
+    counts = per_expert[experts]
+    batches: list[Batch] = []
+    for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
+        if batches:
+            first, stop, rows = batches[-1]
+            if joins(stop - first, rows, expert - stop, count):
+                batches[-1] = Batch(first, expert + 1, max(rows, count))
+                continue
+        batches.append(Batch(expert, expert + 1, count))
+    size = sum(batch.size for batch in batches)
+    if size == len(pairs):
+        return Layout(pairs, np.arange(size), pairs, batches, padded=False)
+    firsts, sizes, rows = (np.array(part) for part in zip(*((b.first, b.size, b.rows) for b in batches), strict=True))
+    own = firsts.searchsorted(experts, side="right") - 1  # the batch of each expert
+    begins = (sizes.cumsum() - sizes)[own] + (experts - firsts[own]) * rows[own]
+    slots = np.repeat(begins - (counts.cumsum() - counts), counts) + np.arange(len(pairs))
+    pair_of_slot = np.zeros(size, np.int64)
+    pair_of_slot[slots] = pairs
+    return Layout(pairs, slots, pair_of_slot, batches, padded=True)
 
 
-def _product(
-    rows: Tensor, matrix: Tensor, scale: Tensor | None, bias: Tensor | None, experts: Tensor, ends: Tensor
-) -> Tensor:
+def _joins(dtype: torch.dtype, net: Net) -> Joins:
+    """Return whether a batch of more experts, with more rows each, costs no more than two; never of 8-bit weights."""
+    if net.up_scale is not None:
+        return lambda *_: False
+    costs, numbers = costs_here(torch.get_num_threads(), dtype), net.down.shape[1] * net.down.shape[2]
+
+    def joins(experts: int, rows: int, skipped: int, count: int) -> bool:
+        return costs.joins(experts=experts, rows=rows, skipped=skipped, count=count, numbers=numbers)
+
+    return joins
+
+
+def _product(rows: Tensor, matrix: Tensor, scale: Tensor | None, bias: Tensor | None, piece: Piece) -> Tensor:
     """Return the rows of each expert times its matrix [E, I, O], times its scale [E, O], plus its bias [E, O]."""
-    if scale is None and _aligned(rows, matrix):
-        out = F.grouped_mm(rows, matrix, offs=ends)
-    else:
-        out = rows.new_empty(len(rows), matrix.shape[2])
-        # experts is sorted, so equal ids are consecutive.
-        used, counts = experts.unique_consecutive(return_counts=True)
-        for expert, own, to in zip(used.tolist(), rows.split(counts.tolist()), out.split(counts.tolist()), strict=True):
-            torch.mm(own, matrix[expert].to(rows.dtype), out=to)
-    if scale is not None:
-        out *= scale[experts].to(out.dtype)
-    return out if bias is None else out.add_(bias[experts])
-
-
-def _aligned(rows: Tensor, matrix: Tensor) -> bool:
-    """Tell whether torch's grouped_mm takes these tensors."""
-    step = ALIGNED_BYTES // rows.dtype.itemsize
-    # One of a matrix's last two dims is contiguous; the other one's stride is the larger.
-    strides = [matrix.stride(0), max(matrix.stride()[1:]), rows.stride(0)]
-    places = [tensor.data_ptr() % ALIGNED_BYTES for tensor in (rows, matrix)]
-    whole = 1 in matrix.stride()[1:] and not any(places) and not any(stride % step for stride in strides)
-    return whole and len(rows) > 0 and rows.dtype in (torch.float32, torch.bfloat16)
+    out = rows.new_empty(len(rows), matrix.shape[2])
+    if scale is None:
+        # A view of each expert in use, of many experts perhaps.
+        multiply(rows, Matrices(matrix, matrix), piece, out, None if bias is None else Matrices(bias, bias))
+        return out
+    for (expert, _, _), own, to in piece.each(rows, out):
+        torch.mm(own, matrix[expert].to(rows.dtype), out=to).mul_(scale[expert].to(out.dtype))
+        if bias is not None:
+            to += bias[expert]
+    return out
 
 
 _direct_mlp = define("cpu", _forward, device="cpu")

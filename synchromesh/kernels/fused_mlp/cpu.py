@@ -7,7 +7,6 @@ through hidden ones: d_down = Aᵀ·(s dy), d_up = dpre'ᵀ·(s x), dx = s (dpre
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +16,26 @@ from torch import Tensor
 from synchromesh.kernels.activations import KNOWN, KnownActivation, known_name
 from synchromesh.kernels.fused_mlp.op import define, pre_activations, run, wanted
 from synchromesh.kernels.fused_mlp.reference import compose_mlp
-from synchromesh.kernels.grouped_mm.cpu import grouped_mm, multiply, row_ranges
+from synchromesh.kernels.grouped_mm.cpu import grouped_mm, row_counts
 from synchromesh.kernels.memory import room, room_like, scratch
 from synchromesh.kernels.mlp import Activation, MLPWeights, Net
-from synchromesh.kernels.permute.cpu import combine, gather, kept_pairs, sum_dtype
+from synchromesh.kernels.permute.cpu import combine, gather, kept_pairs
+from synchromesh.kernels.products import (
+    Matrices,
+    Piece,
+    add_product,
+    batched_here,
+    clear_unused,
+    multiply,
+    multiply_rows,
+    pieces,
+    scale_columns,
+    sum_rows,
+)
 from synchromesh.types import RowMap
 
-BLOCK_ROWS = 512  # that go forward at a time: enough for a full-speed product, few enough for the last-level cache
+BLOCK_ROWS = 512  # at least, that go forward at a time: enough for a full-speed product
+BLOCK_BYTES = 4 * 2**20  # of hidden rows: as many narrow ones as stay in the last-level cache, with few calls
 
 
 def fuses(activation: Activation) -> bool:
@@ -44,35 +56,68 @@ def fused_mlp(
     return run(_fused_mlp, x, weights, rowmap, name, mlp)
 
 
+def block_rows(hidden: int, dtype: torch.dtype) -> int:
+    """Return how many rows of a hidden width are computed at a time."""
+    return max(BLOCK_ROWS, BLOCK_BYTES // max(1, hidden * dtype.itemsize))
+
+
 def _forward(
     x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, activation: str, save: bool,
     joint: bool, *mlp: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x, (tokens, scale) = x.contiguous(), kept_pairs(weights, pairs, ends, x.dtype)
-    y, net, nets = room(x.shape, scale.dtype).zero_(), Net(*mlp), Net(*mlp).of_each(len(ends))
+    total, net, counts = Total.of(x, weights, scale), Net(*mlp), row_counts(ends)
+    up, down, gate = Matrices.of(net.up.mT), Matrices.of(net.down), _matrices(net.gate, turned=True)
+    up_bias, down_bias, gate_bias = map(_matrices, (net.up_bias, net.down_bias, net.gate_bias))
     pre_up, pre_gate = (room(shape, x.dtype) for shape in pre_activations(pairs, mlp, save=save))
     narrow, wide = (x.shape[1], x.dtype), (net.down.shape[1], x.dtype)
     # Pre-activations that backward needs are written where they stay; others are overwritten by the next block's.
-    opened = [] if save else [(net.up.shape[1], x.dtype), *([wide] if net.gate is not None else [])]
+    opened = [] if save else [(net.up.shape[1], x.dtype), *([wide] if gate is not None else [])]
     # Reused by every block: rows, output rows, their products with the weights, hidden rows, pre-activations.
-    space = scratch(min(BLOCK_ROWS, len(tokens)), narrow, narrow, (x.shape[1], scale.dtype), wide, *opened)
-    for piece, members in _pieces(ends):
-        at = tokens[piece]
-        rows, out, scaled, hidden, *hs = (part[: len(at)] for part in space)
-        h_up, h_gate = (pre_up[piece], pre_gate[piece]) if save else (hs[0], hs[-1])
-        torch.index_select(x, 0, at, out=rows)
+    most = block_rows(net.down.shape[1], x.dtype)
+    space = scratch(min(most, len(tokens)), narrow, narrow, (x.shape[1], total.y.dtype), wide, *opened)
+    for piece in pieces(counts, most, batched_here(x.dtype, net.down[0].numel()), cut=True):
+        own = slice(piece.start, piece.stop)
+        rows, out, scaled, hidden, *hs = (part[: piece.stop - piece.start] for part in space)
+        h_up, h_gate = (pre_up[own], pre_gate[own]) if save else (hs[0], hs[-1])
+        torch.index_select(x, 0, tokens[own], out=rows)
         # Products are per expert, everything between them runs on the whole block at once.
-        for expert, own in members:
-            net = nets[expert]
-            _product(rows[own], net.up.t(), net.up_bias, h_up[own])
-            if net.gate is not None:
-                _product(rows[own], net.gate.t(), net.gate_bias, h_gate[own])
-        h = _separate(h_up, None if mlp[2] is None else h_gate, joint=joint)
+        multiply(rows, up, piece, h_up, up_bias)
+        if gate is not None:
+            multiply(rows, gate, piece, h_gate, gate_bias)
+        h = _separate(h_up, None if gate is None else h_gate, joint=joint)
         _activate(KNOWN[activation], *h, (hidden, hidden))
-        for expert, own in members:
-            _product(hidden[own], nets[expert].down, nets[expert].down_bias, out[own])
-        y.index_add_(0, at, torch.mul(out, scale[piece], out=scaled))
-    return _narrowed(y, x.dtype), pre_up, pre_gate
+        multiply(hidden, down, piece, out, down_bias)
+        total.add(tokens[own], torch.mul(out, scale[own], out=scaled))
+    return total.narrowed(x.dtype), pre_up, pre_gate
+
+
+class Total(NamedTuple):
+    """The sum of each token's rows.
+
+    Attributes:
+        y: [T, D], in what sums are taken in; in x's dtype where no token has two rows.
+        single: whether none has.
+    """
+
+    y: Tensor
+    single: bool
+
+    @staticmethod
+    def of(x: Tensor, weights: Tensor, scale: Tensor) -> Total:
+        """Return zeros, or memory without numbers where each token has a row that will be written there."""
+        single = weights.shape[1] == 1
+        y = room(x.shape, x.dtype if single else scale.dtype)
+        return Total(y if single and len(scale) == len(x) else y.zero_(), single)
+
+    def add(self, tokens: Tensor, rows: Tensor) -> None:
+        if self.single:
+            self.y.index_copy_(0, tokens, rows)
+        else:
+            self.y.index_add_(0, tokens, rows)
+
+    def narrowed(self, dtype: torch.dtype) -> Tensor:
+        return self.y if self.y.dtype == dtype else room(self.y.shape, dtype).copy_(self.y)
 
 
 def _backward(
@@ -80,37 +125,57 @@ def _backward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     x, weights, pairs, _, ends, pre_up, pre_gate = saved
     x, grad, (tokens, scale) = x.contiguous(), grad.contiguous(), kept_pairs(weights, pairs, ends, x.dtype)
-    d_x, d_scale = room(x.shape if needs[0] else (0,), scale.dtype).zero_(), torch.zeros_like(scale)
-    d_mlp = wanted(mlp, needs, room_like)
-    into = Net(*(d if need else None for d, need in zip(d_mlp, needs[2:], strict=True))).of_each(len(ends))
-    nets = Net(*mlp).of_each(len(ends))
-    # One expert at a time, in full: its weight gradients are single products that are written once, not added up.
-    most = max((stop - start for start, stop in row_ranges(ends)), default=0)
-    space = _space(most, x, Net(*mlp).down.shape[1], gated=pre_gate.shape[0] > 0, joint=joint)
-    for expert, (start, stop) in enumerate(row_ranges(ends)):
-        own, net, own_space = slice(start, stop), nets[expert], _Space(*(part[: stop - start] for part in space))
+    total = Total.of(x, weights, scale) if needs[0] else None
+    d_scale, d_mlp, counts = torch.zeros_like(scale), wanted(mlp, needs, room_like), row_counts(ends)
+    learned = (_matrices(d) if need else None for d, need in zip(d_mlp, needs[2:], strict=True))
+    nets = _Nets(Net(*map(_matrices, mlp)), Net(*learned), _matrices(mlp[1], turned=True))
+    for d in nets.learned:
+        if d is not None:
+            clear_unused(counts, d)
+    # No expert is cut: its weight gradients are single products that are written once, not added up.
+    batched = batched_here(x.dtype, x.shape[1] * pre_up.shape[1])
+    own_pieces = list(pieces(counts, block_rows(Net(*mlp).down.shape[1], x.dtype), batched, cut=False))
+    most = max((piece.stop - piece.start for piece in own_pieces), default=0)
+    space = _space(most, x, total, Net(*mlp).down.shape[1], gated=pre_gate.shape[0] > 0, joint=joint)
+    for piece in own_pieces:
+        own, own_space = slice(piece.start, piece.stop), _Space(*(part[: piece.stop - piece.start] for part in space))
         at, s = tokens[own], scale[own]
-        pre = _separate(pre_up[own], None if net.gate is None else pre_gate[own], joint=joint)
+        pre = _separate(pre_up[own], None if nets.own.gate is None else pre_gate[own], joint=joint)
         torch.index_select(x, 0, at, out=own_space.rows)
         torch.index_select(grad, 0, at, out=own_space.d_out)
-        d_pre, d_s = _expert_backward(net, into[expert], KNOWN[activation], pre, s, own_space, learns=needs[1])
-        d_scale[own] = d_s
-        if needs[0]:
-            d_rows = _rows_gradient(net, *d_pre, own_space.d_rows)
-            d_x.index_add_(0, at, torch.mul(d_rows, s, out=own_space.scaled))
+        d_pre, d_s = _piece_backward(nets, piece, KNOWN[activation], pre, s, own_space, learns=needs[1])
+        if needs[1]:
+            d_scale[own] = d_s
+        if total is not None:
+            d_rows = _rows_gradient(nets.own, piece, *d_pre, own_space.d_rows)
+            total.add(at, torch.mul(d_rows, s, out=own_space.scaled))
     d_weights = weights.new_zeros(weights.shape)
     d_weights.view(-1)[pairs[: len(scale)]] = d_scale[:, 0].to(weights.dtype)
-    return _narrowed(d_x, x.dtype), d_weights, d_mlp
+    return x.new_empty(0) if total is None else total.narrowed(x.dtype), d_weights, d_mlp
+
+
+class _Nets(NamedTuple):
+    """The matrices of all experts.
+
+    Attributes:
+        own: `Matrices` of each parameter, or None.
+        learned: `Matrices` of each gradient that is wanted, or None.
+        down_turned: down, [E, D, F].
+    """
+
+    own: Net
+    learned: Net
+    down_turned: Any
 
 
 class _Space(NamedTuple):
-    """The scratch memory of an expert's backward; hidden is the same memory as opened where nothing is gated.
+    """The scratch memory of a piece's backward; hidden is the same memory as opened where nothing is gated.
 
     Attributes:
         rows: [n, D], x of each row, later times s.
         d_out: [n, D], the gradient of the output of each row, later times s.
         d_rows: [n, D], the gradient of rows, before s.
-        scaled: [n, D], d_rows times s, in the dtype of sums.
+        scaled: [n, D], d_rows times s, in the dtype of sums; nothing where x wants no gradient.
         opened: [n, F], act of gate, or of up where nothing is gated.
         d_hidden: [n, F], the gradient of hidden; it becomes that of up's pre-activations.
         spare: [n, F], it becomes the gradient of gate's pre-activations.
@@ -129,20 +194,21 @@ class _Space(NamedTuple):
     both: Tensor
 
 
-def _space(num_rows: int, x: Tensor, hidden: int, *, gated: bool, joint: bool) -> _Space:
+def _space(num_rows: int, x: Tensor, total: Total | None, hidden: int, *, gated: bool, joint: bool) -> _Space:
     narrow, wide, none = (x.shape[1], x.dtype), (hidden, x.dtype), (0, x.dtype)
     pair = [(2 * hidden, x.dtype), none, none] if joint else [none, wide, wide]
     second = wide if gated or joint else none
-    parts = scratch(num_rows, narrow, narrow, narrow, (x.shape[1], sum_dtype(x.dtype)), wide, second, *pair)
+    scaled = none if total is None else (x.shape[1], total.y.dtype)
+    parts = scratch(num_rows, narrow, narrow, narrow, scaled, wide, second, *pair)
     rows, d_out, d_rows, scaled, opened, other, both, d_hidden, spare = parts
     if joint:
         spare, d_hidden = both.chunk(2, 1)
     return _Space(rows, d_out, d_rows, scaled, opened, d_hidden, spare, other if gated or joint else opened, both)
 
 
-def _expert_backward(
-    net: Net,
-    d_net: Net,
+def _piece_backward(
+    nets: _Nets,
+    piece: Piece,
     act: KnownActivation,
     pre: tuple[Tensor, Tensor | None],
     s: Tensor,
@@ -150,48 +216,29 @@ def _expert_backward(
     *,
     learns: bool,
 ) -> tuple[tuple[Tensor, Any], Tensor]:
-    """Write an expert's gradients; return those of its pre-activations and, if it learns, of s.
+    """Write the gradients of a piece's experts; return those of its pre-activations and, if it learns, of s.
 
     space holds rows and d_out already.
     """
     # The order of steps matters, because memory is reused: spare serves d_s before it becomes d_gate, and d_out and
     # rows are multiplied by s in place once nothing reads them without s.
     _activate(act, *pre, (space.opened, space.hidden))
-    d_hidden = torch.mm(space.d_out, net.down.t(), out=space.d_hidden)
-    d_s = torch.zeros_like(s)
+    multiply(space.d_out, nets.down_turned, piece, space.d_hidden)
+    d_s = s
     if learns:
-        d_s = torch.mul(d_hidden, space.hidden, out=space.spare).sum(1, keepdim=True)  # sum(dtype=) would copy it all
-    if learns and net.down_bias is not None:
-        d_s = d_s + torch.mul(space.d_out, net.down_bias, out=space.d_rows).sum(1, keepdim=True)
-    _down_gradients(d_net, space.hidden, space.d_out, s)
+        d_s = torch.mul(space.d_hidden, space.hidden, out=space.spare).sum(1, keepdim=True)  # sum(dtype=) copies all
+    if learns and nets.own.down_bias is not None:
+        scale_columns(space.d_out, nets.own.down_bias, piece, space.d_rows)
+        d_s = d_s + space.d_rows.sum(1, keepdim=True)
+    _down_gradients(nets.learned, piece, space.hidden, space.d_out, s)
     d_pre = _activate_backward(act, space, *pre)
     if space.both.shape[1]:  # joint weights take both gradients in one product
         d_pre = (space.both, None)
-    _up_gradients(d_net, *d_pre, space.rows, s)
+    _up_gradients(nets.learned, piece, *d_pre, space.rows, s)
     return d_pre, d_s
 
 
 _fused_mlp = define("cpu", _forward, _backward, device="cpu")
-
-
-def _pieces(ends: Tensor) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
-    """Yield ranges of BLOCK_ROWS rows at most, and the experts they belong to, each with its rows among them.
-
-    Experts of few rows share a piece; no expert is cut that fits into one.
-    """
-    # members: the experts from row `first` on that await a common piece.
-    first, members = 0, []
-    for expert, (start, stop) in enumerate(row_ranges(ends)):
-        if members and stop - first > BLOCK_ROWS:
-            yield slice(first, start), members
-            first, members = start, []
-        while stop - first > BLOCK_ROWS:
-            yield slice(first, first + BLOCK_ROWS), [(expert, slice(0, BLOCK_ROWS))]
-            start = first = first + BLOCK_ROWS
-        if start < stop:
-            members.append((expert, slice(start - first, stop - first)))
-    if members:
-        yield slice(first, first + members[-1][1].stop), members
 
 
 def _separate(up: Tensor, gate: Tensor | None, *, joint: bool) -> tuple[Tensor, Tensor | None]:
@@ -200,17 +247,6 @@ def _separate(up: Tensor, gate: Tensor | None, *, joint: bool) -> tuple[Tensor, 
         return up, gate
     gate, up = up.chunk(2, 1)
     return up, gate
-
-
-def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(a, b, out=out)
-    else:
-        torch.addmm(bias, a, b, out=out)
-
-
-def _narrowed(total: Tensor, dtype: torch.dtype) -> Tensor:
-    return total if total.dtype == dtype else room(total.shape, dtype).copy_(total)
 
 
 def _activate(act: KnownActivation, up: Tensor, gate: Tensor | None, out: tuple[Tensor, Tensor]) -> None:
@@ -231,26 +267,33 @@ def _activate_backward(act: KnownActivation, space: _Space, up: Tensor, gate: Te
     return space.d_hidden.mul_(space.opened), space.spare
 
 
-def _down_gradients(d_net: Net, hidden: Tensor, d_out: Tensor, s: Tensor) -> None:
+def _down_gradients(learned: Net, piece: Piece, hidden: Tensor, d_out: Tensor, s: Tensor) -> None:
     """Write the gradients of down and its bias; d_out is overwritten."""
     d_out.mul_(s.to(d_out.dtype))  # one pass; of mixed dtypes torch would make float32 copies
-    if d_net.down is not None:
-        multiply(hidden.t(), d_out, d_net.down)
-    if d_net.down_bias is not None:
-        torch.sum(d_out, 0, out=d_net.down_bias)
+    if learned.down is not None:
+        multiply_rows(hidden, d_out, piece, learned.down)
+    if learned.down_bias is not None:
+        sum_rows(d_out, piece, learned.down_bias)
 
 
-def _rows_gradient(net: Net, d_up: Tensor, d_gate: Any, out: Tensor) -> Tensor:
-    d_rows = torch.mm(d_up, net.up, out=out)
-    return d_rows if d_gate is None else d_rows.addmm_(d_gate, net.gate)
+def _rows_gradient(net: Net, piece: Piece, d_up: Tensor, d_gate: Any, out: Tensor) -> Tensor:
+    multiply(d_up, net.up, piece, out)
+    if d_gate is not None:
+        add_product(d_gate, net.gate, piece, out)
+    return out
 
 
-def _up_gradients(d_net: Net, d_up: Tensor, d_gate: Any, rows: Tensor, s: Tensor) -> None:
+def _up_gradients(learned: Net, piece: Piece, d_up: Tensor, d_gate: Any, rows: Tensor, s: Tensor) -> None:
     """Write the gradients of up, gate and their biases; rows are overwritten."""
     s = s.to(rows.dtype)
     rows.mul_(s)
-    for d_pre, d_weight, d_bias in ((d_up, d_net.up, d_net.up_bias), (d_gate, d_net.gate, d_net.gate_bias)):
+    both = ((d_up, learned.up, learned.up_bias), (d_gate, learned.gate, learned.gate_bias))
+    for d_pre, d_weight, d_bias in both:
         if d_weight is not None:
-            torch.mm(d_pre.t(), rows, out=d_weight)
-        if d_bias is not None:
-            torch.mm(s.t(), d_pre, out=d_bias[None])  # the sum over rows of s dpre: d_pre does not hold s
+            multiply_rows(d_pre, rows, piece, d_weight)
+        if d_bias is not None:  # the sum over rows of s dpre: d_pre does not hold s
+            multiply_rows(s, d_pre, piece, Matrices.of(d_bias.all[:, None]))
+
+
+def _matrices(part: Tensor | None, *, turned: bool = False) -> Matrices | None:
+    return None if part is None else Matrices.of(part.mT if turned else part)

@@ -36,6 +36,11 @@ def row_ranges(ends: Tensor) -> list[tuple[int, int]]:
     return list(pairwise([0, *ends.tolist()]))
 
 
+def row_counts(ends: Tensor) -> list[int]:
+    """Return the number of rows of each expert."""
+    return [stop - start for start, stop in row_ranges(ends)]
+
+
 def multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
     """Write a·b + bias into out, which may be a transposed view."""
     # outᵀ = bᵀ·aᵀ is the same product, with a result that is contiguous.

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from synchromesh.kernels import CPU, REFERENCE, MLPWeights
+from synchromesh.kernels.direct_mlp import cpu
 from synchromesh.testing.cases import NETWORKS, Case, evil_cases, network_parts, row_map_of, zipf
 from synchromesh.testing.compare import assert_close
 
@@ -39,3 +40,28 @@ def test_it_is_for_few_pairs_and_known_activations():
     assert not CPU.prefers_direct(513, 8, F.silu)
     assert not CPU.prefers_direct(2, 8, torch.sin)
     assert not REFERENCE.prefers_direct(2, 8, F.silu)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("joins", [lambda *_: True, lambda *_: False, lambda *sizes: sum(sizes) % 2 == 0], ids=str)
+def test_padding_changes_no_result(monkeypatch, joins, kind, dtype):
+    monkeypatch.setattr(cpu, "_joins", lambda *_: joins)
+    mlp = mlp_of(kind, 9, dtype)
+    for ids in (zipf(30, 9, 3), torch.tensor([[8, 2]]), torch.tensor([[0, -1], [-1, -1], [5, 3], [0, 5]])):
+        x, weights = torch.randn(len(ids), 10).to(dtype), torch.rand(ids.shape).to(dtype)
+        wanted = REFERENCE.direct_mlp(x, weights, ids, mlp, F.silu)
+        assert_close("y", CPU.direct_mlp(x, weights, ids, mlp, F.silu), wanted)
+
+
+@pytest.mark.parametrize("joins", [lambda *_: True, lambda *_: False, lambda *sizes: sum(sizes) % 2 == 0], ids=str)
+def test_every_pair_has_a_place_of_its_own_among_its_experts(joins):
+    ids = zipf(50, 12, 3).reshape(-1).numpy().copy()
+    ids[::7] = -1
+    layout = cpu.laid_out(ids, joins)
+    assert sorted(layout.pairs.tolist()) == [pair for pair, expert in enumerate(ids) if expert >= 0]
+    assert len(set(layout.slots.tolist())) == len(layout.slots)
+    assert (layout.pair_of_slot[layout.slots] == layout.pairs).all()
+    expert_of_slot = [e for batch in layout.batches for e in range(batch.first, batch.stop) for _ in range(batch.rows)]
+    assert [expert_of_slot[slot] for slot in layout.slots] == ids[layout.pairs].tolist()
+    assert layout.padded == (len(expert_of_slot) > len(layout.pairs))

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from synchromesh.kernels import CPU, REFERENCE, MLPWeights
+from synchromesh.kernels.fused_mlp import cpu
 from synchromesh.testing.cases import NETWORKS, network_parts, row_map_of, zipf
 from synchromesh.testing.compare import assert_close
 
@@ -35,7 +36,7 @@ def test_gradcheck(kind):
 
 
 def test_inference_never_holds_all_hidden_rows():
-    num_rows, hidden = 8192, 64
+    num_rows, hidden = 65536, 64
     rowmap = row_map_of(torch.zeros(num_rows, 1, dtype=torch.int64), 2)
     parts = parts_of("plain", 2, torch.float32, width=2, hidden=hidden)
     x, weights = torch.randn(num_rows, 2), torch.rand(num_rows, 1)
@@ -70,5 +71,22 @@ def test_autocast_reaches_the_kernel(kind, activation):
         assert y.dtype == torch.bfloat16
         y.sum().backward()
         results.append({"y": y, **{name: tensor.grad.bfloat16() for name, tensor in own.items()}})
+    for name in results[0]:
+        assert_close(name, results[0][name], results[1][name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@KINDS
+def test_blocks_that_cut_experts_change_no_result(monkeypatch, kind, dtype):
+    monkeypatch.setattr(cpu, "block_rows", lambda *_: 7)
+    ids = torch.cat([torch.arange(4).repeat_interleave(3), torch.full((20,), 5), torch.tensor([7])])[:, None]
+    rowmap, parts = row_map_of(ids, 9), parts_of(kind, 9, dtype)
+    inputs = {"x": torch.randn(len(ids), WIDTH).to(dtype), "weights": torch.rand(len(ids), 1).to(dtype), **parts}
+    results = []
+    for kernels in (CPU, REFERENCE):
+        own = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+        y = run(kernels, rowmap, F.gelu, kind)(**own)
+        y.backward(torch.ones_like(y))
+        results.append({"y": y, **{name: tensor.grad for name, tensor in own.items()}})
     for name in results[0]:
         assert_close(name, results[0][name], results[1][name])

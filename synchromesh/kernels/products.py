@@ -1,0 +1,171 @@
+"""Products of many experts on a CPU: neighbours with equally many rows in one batched call, others one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from synchromesh.kernels.product_costs import costs_here
+
+Batched = Callable[[int], bool]  # of the rows of each: whether neighbours are multiplied in one call
+
+
+class Batch(NamedTuple):
+    """Experts that follow one another with equally many rows each.
+
+    Attributes:
+        first: the first expert.
+        stop: the one after the last.
+        rows: of each.
+    """
+
+    first: int
+    stop: int
+    rows: int
+
+    @property
+    def experts(self) -> slice:
+        return slice(self.first, self.stop)
+
+    @property
+    def size(self) -> int:
+        """Rows of all of them."""
+        return (self.stop - self.first) * self.rows
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Return its rows [size, D], seen as [experts, rows, D]."""
+        return rows.view(self.stop - self.first, self.rows, rows.shape[1])
+
+
+class Piece(NamedTuple):
+    """Rows that are computed together.
+
+    Attributes:
+        start: the first row.
+        stop: the one after the last.
+        batches: the experts that they belong to, in order.
+    """
+
+    start: int
+    stop: int
+    batches: list[Batch]
+
+    def each(self, a: Tensor, b: Tensor) -> Iterable[tuple[Batch, Tensor, Tensor]]:
+        """Return every batch with its rows of two tensors."""
+        if len(self.batches) == 1:
+            return [(self.batches[0], a, b)]
+        sizes = [batch.size for batch in self.batches]
+        return zip(self.batches, a.split(sizes), b.split(sizes), strict=True)
+
+
+class Matrices(NamedTuple):
+    """Matrices, or vectors, of all experts.
+
+    Attributes:
+        all: with dim 0 = E.
+        each: the same, one view an expert; or the tensor itself, where few experts are asked for.
+    """
+
+    all: Tensor
+    each: tuple[Tensor, ...] | Tensor
+
+    @staticmethod
+    def of(tensor: Tensor) -> Matrices:
+        return Matrices(tensor, tensor.unbind(0))
+
+
+def pieces(counts: Sequence[int], most: int, batched: Batched, *, cut: bool) -> Iterator[Piece]:
+    """Yield all rows in pieces of at most `most` of them; experts without rows are in none.
+
+    Experts of few rows share a piece; no expert is cut that fits into one, and unless `cut` none is at all.
+    """
+    row = start = 0
+    members: list[tuple[int, int]] = []  # experts from row `start` on that await a common piece, with their rows
+    for expert, count in enumerate(counts):
+        if members and row + count - start > most:
+            yield Piece(start, row, list(_batches(members, batched)))
+            start, members = row, []
+        while cut and count > most:
+            yield Piece(start, start + most, [Batch(expert, expert + 1, most)])
+            row, start, count = row + most, start + most, count - most
+        if count:
+            members.append((expert, count))
+        row += count
+    if members:
+        yield Piece(start, row, list(_batches(members, batched)))
+
+
+def batched_here(dtype: torch.dtype, numbers: int) -> Batched:
+    """Return which way costs this machine less, for matrices of so many numbers."""
+    costs = costs_here(torch.get_num_threads(), dtype)
+    return lambda rows: costs.batches(rows=rows, numbers=numbers)
+
+
+def _batches(members: Sequence[tuple[int, int]], batched: Batched) -> Iterator[Batch]:
+    first, stop, rows = 0, 0, -1
+    for expert, count in members:
+        if (stop, rows) == (expert, count) and batched(count):
+            stop += 1
+            continue
+        if rows > 0:
+            yield Batch(first, stop, rows)
+        first, stop, rows = expert, expert + 1, count
+    yield Batch(first, stop, rows)
+
+
+def multiply(a: Tensor, by: Matrices, piece: Piece, out: Tensor, bias: Matrices | None = None) -> None:
+    """Write the rows [R, I] of each expert times its matrix [I, O], plus its bias [O], into out [R, O]."""
+    for batch, own, to in piece.each(a, out):
+        if batch.stop - batch.first > 1:
+            if bias is None:
+                torch.bmm(batch.of(own), by.all[batch.experts], out=batch.of(to))
+            else:
+                added = bias.all[batch.experts, None]
+                torch.baddbmm(added, batch.of(own), by.all[batch.experts], out=batch.of(to))
+        elif bias is None:
+            torch.mm(own, by.each[batch.first], out=to)
+        else:
+            torch.addmm(bias.each[batch.first], own, by.each[batch.first], out=to)
+
+
+def add_product(a: Tensor, by: Matrices, piece: Piece, out: Tensor) -> None:
+    """Add the rows [R, I] of each expert times its matrix [I, O] to out [R, O]."""
+    for batch, own, to in piece.each(a, out):
+        if batch.stop - batch.first > 1:
+            batch.of(to).baddbmm_(batch.of(own), by.all[batch.experts])
+        else:
+            to.addmm_(own, by.each[batch.first])
+
+
+def multiply_rows(a: Tensor, b: Tensor, piece: Piece, out: Matrices) -> None:
+    """Write aᵀ·b of each expert's rows [R, I] and [R, O] into out [E, I, O], which may be transposed."""
+    if not out.all.is_contiguous() and out.all.mT.is_contiguous():
+        # outᵀ = bᵀ·a is the same product, with a result that is contiguous.
+        a, b, out = b, a, Matrices.of(out.all.mT)
+    for batch, left, right in piece.each(a, b):
+        if batch.stop - batch.first > 1:
+            torch.bmm(batch.of(left).mT, batch.of(right), out=out.all[batch.experts])
+        else:
+            torch.mm(left.t(), right, out=out.each[batch.first])
+
+
+def sum_rows(a: Tensor, piece: Piece, out: Matrices) -> None:
+    """Write the sum of each expert's rows [R, O] into out [E, O]."""
+    for batch, own, _ in piece.each(a, a):
+        torch.sum(batch.of(own), 1, out=out.all[batch.experts])
+
+
+def scale_columns(a: Tensor, by: Matrices, piece: Piece, out: Tensor) -> None:
+    """Write each expert's rows [R, O] times its vector [O], number by number, into out [R, O]."""
+    for batch, own, to in piece.each(a, out):
+        torch.mul(batch.of(own), by.all[batch.experts, None], out=batch.of(to))
+
+
+def clear_unused(counts: Sequence[int], out: Matrices) -> None:
+    """Write zeros for the experts without rows."""
+    for expert, count in enumerate(counts):
+        if count == 0:
+            out.each[expert].zero_()

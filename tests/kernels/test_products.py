@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from synchromesh.kernels.products import (
+    Batch,
+    Matrices,
+    add_product,
+    clear_unused,
+    multiply,
+    multiply_rows,
+    pieces,
+    scale_columns,
+    sum_rows,
+)
+from synchromesh.testing.compare import assert_close
+
+COUNTS = [0, 3, 3, 3, 1, 0, 0, 2, 2, 9, 0]
+WAYS = pytest.mark.parametrize("batched", [lambda rows: True, lambda rows: False, lambda rows: rows > 2], ids=str)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+
+
+def own_rows():
+    start = 0
+    for expert, count in enumerate(COUNTS):
+        yield expert, slice(start, start + count)
+        start += count
+
+
+@pytest.mark.parametrize("most", [1, 4, 7, 100])
+@pytest.mark.parametrize("cut", [True, False])
+@WAYS
+def test_pieces_hold_every_row_of_every_expert_once(batched, cut, most):
+    found = []
+    for piece in pieces(COUNTS, most, batched, cut=cut):
+        assert sum(batch.size for batch in piece.batches) == piece.stop - piece.start
+        assert piece.stop - piece.start <= most or (not cut and len(piece.batches) == 1)
+        assert all(batch.stop == batch.first + 1 or batched(batch.rows) for batch in piece.batches)
+        row = piece.start
+        for batch in piece.batches:
+            for expert in range(batch.first, batch.stop):
+                found += [(expert, row + place) for place in range(batch.rows)]
+                row += batch.rows
+    assert found == [(expert, row) for expert, own in own_rows() for row in range(own.start, own.stop)]
+    if not cut:  # an expert's gradients are single products
+        experts = [
+            e for piece in pieces(COUNTS, most, batched, cut=False) for b in piece.batches for e in range(*b[:2])
+        ]
+        assert len(experts) == len(set(experts))
+
+
+def test_neighbours_of_equal_loads_are_one_batch():
+    (piece,) = pieces(COUNTS, 100, lambda rows: True, cut=False)
+    assert piece.batches == [Batch(1, 4, 3), Batch(4, 5, 1), Batch(7, 9, 2), Batch(9, 10, 9)]
+
+
+@DTYPES
+@WAYS
+def test_products_are_those_of_a_loop(batched, dtype):
+    rows, experts = sum(COUNTS), len(COUNTS)
+    a, b, gradient = (torch.randn(rows, width).to(dtype) for width in (4, 5, 5))
+    matrices, bias = torch.randn(experts, 4, 5).to(dtype), torch.randn(experts, 5).to(dtype)
+    out, more, scaled = (torch.full((rows, 5), torch.nan, dtype=dtype) for _ in range(3))
+    d_matrices = torch.full((experts, 4, 5), torch.nan, dtype=dtype)
+    d_turned = torch.full((experts, 5, 4), torch.nan, dtype=dtype).mT
+    d_bias = torch.full((experts, 5), torch.nan, dtype=dtype)
+    for d in (d_matrices, d_turned, d_bias):
+        clear_unused(COUNTS, Matrices.of(d))
+    for piece in pieces(COUNTS, 8, batched, cut=False):
+        own = slice(piece.start, piece.stop)
+        multiply(a[own], Matrices.of(matrices), piece, out[own], Matrices.of(bias))
+        multiply(a[own], Matrices(matrices, matrices), piece, more[own])
+        add_product(a[own], Matrices.of(matrices), piece, more[own])
+        scale_columns(b[own], Matrices.of(bias), piece, scaled[own])
+        multiply_rows(a[own], gradient[own], piece, Matrices.of(d_matrices))
+        multiply_rows(a[own], gradient[own], piece, Matrices.of(d_turned))
+        sum_rows(gradient[own], piece, Matrices.of(d_bias))
+    for expert, own in own_rows():
+        assert_close("out", out[own], a[own] @ matrices[expert] + bias[expert])
+        assert_close("more", more[own], 2 * (a[own] @ matrices[expert]))
+        assert_close("scaled", scaled[own], b[own] * bias[expert])
+        for d in (d_matrices, d_turned):
+            assert_close("matrices", d[expert], a[own].t() @ gradient[own])
+        assert_close("bias", d_bias[expert], gradient[own].sum(0))
