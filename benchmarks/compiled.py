@@ -15,7 +15,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 import tyro
 
 from synchromesh import GatedMLPExperts, LoadBalance, Local, MLPExperts, MoE, TopKRouter, aux_loss
@@ -43,7 +42,7 @@ SHAPES = {
     "deepseek-v3": Shape(8192, 7168, 2048, 256, 8),
     "swin, one choice": Shape(8192, 384, 1536, 8, 1, gated=False),
 }
-PRODUCTS = ("_open_rows", "_product", "_close_rows_backward", "_weight_gradient")
+PRODUCTS = ("open_rows", "_product", "close_rows_backward", "_weight_gradient")
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,14 @@ from synchromesh.kernels.permute import reference as permute_reference
 from synchromesh.kernels.positions import cpu as positions_cpu
 from synchromesh.kernels.positions import reference as positions_reference
 from synchromesh.kernels.quantized_mlp import cpu as quantized_mlp_cpu
+from synchromesh.kernels.row_map import reference as row_map_reference
 from synchromesh.kernels.scaled_mm import cpu as scaled_mm_cpu
 from synchromesh.kernels.scaled_mm import reference as scaled_mm_reference
 from synchromesh.kernels.scaled_mm.reference import Float8Products, MXFloat8Products, Products
 from synchromesh.kernels.select import reference as select_reference
 from synchromesh.kernels.select.reference import Selection
 from synchromesh.torch_private import transformed, vmapped
+from synchromesh.types import RowMap
 
 __all__ = [
     "CPU",
@@ -51,6 +53,7 @@ class Kernels:
     Attributes:
         select: (logits, k, gate=, normalize=, bias=, sums=) -> scores, expert_ids, weights, score_sums, choice_counts.
         positions: (expert_ids, num_experts, priority=None) -> places, counts.
+        row_map: (expert_ids, places, counts, num_rows=, capacity=) -> the RowMap.
         gather: (x, rowmap) -> rows.
         combine: (buffer, weights, rowmap) -> y.
         grouped_mm: (rows, weight, ends, bias=None) -> rows.
@@ -63,6 +66,7 @@ class Kernels:
 
     select: Callable[..., Selection]
     positions: Callable[..., tuple[Tensor, Tensor]]
+    row_map: Callable[..., RowMap]
     gather: Callable[..., Tensor]
     combine: Callable[..., Tensor]
     grouped_mm: Callable[..., Tensor]
@@ -87,6 +91,7 @@ def _never(num_pairs: int, num_experts: int, activation: Activation) -> bool:
 REFERENCE = Kernels(
     select=select_reference.select,
     positions=positions_reference.positions,
+    row_map=row_map_reference.row_map,
     gather=permute_reference.gather,
     combine=permute_reference.combine,
     grouped_mm=grouped_mm_reference.grouped_mm,
@@ -99,6 +104,7 @@ REFERENCE = Kernels(
 CPU = Kernels(
     select=select_reference.select,
     positions=positions_cpu.positions,
+    row_map=row_map_reference.row_map,
     gather=permute_cpu.gather,
     combine=permute_cpu.combine,
     grouped_mm=grouped_mm_cpu.grouped_mm,

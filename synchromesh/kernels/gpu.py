@@ -9,12 +9,14 @@ from synchromesh.kernels.grouped_mm import triton as grouped_mm
 from synchromesh.kernels.permute import triton as permute
 from synchromesh.kernels.positions import triton as positions
 from synchromesh.kernels.quantized_mlp import triton as quantized_mlp
+from synchromesh.kernels.row_map import triton as row_map
 from synchromesh.kernels.scaled_mm import triton as scaled_mm
 from synchromesh.kernels.select import triton as select
 
 TRITON = Kernels(
     select=select.select,
     positions=positions.positions,
+    row_map=row_map.row_map,
     gather=permute.gather,
     combine=permute.combine,
     grouped_mm=grouped_mm.grouped_mm,

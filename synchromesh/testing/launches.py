@@ -37,8 +37,10 @@ NAMES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv",
     torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
-FREE = re.compile(r"aten::(_?view|_reshape_alias|_?unsafe_view|as_strided|t$|transpose|permute|expand|slice|select|split"
-                  r"|unsqueeze|squeeze|alias|detach|unbind|chunk|diagonal|unfold|empty|new_empty|_to_copy_none)")
+FREE = re.compile(
+    r"aten::(_?view|_reshape_alias|_?unsafe_view|as_strided|t$|transpose|permute|expand|slice|select|split"
+    r"|unsqueeze|squeeze|alias|detach|unbind|chunk|diagonal|unfold|empty|new_empty|_to_copy_none)"
+)
 """Operations of torch that launch nothing."""
 
 

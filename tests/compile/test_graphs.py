@@ -134,7 +134,7 @@ def test_inference_of_few_tokens_leaves_nothing_to_the_host(graphs, launched, na
         step()
     assert reads.found == []
     assert {"_open_few", "_close_few"} <= launched
-    assert "_open_rows" not in launched
+    assert "open_rows" not in launched
 
 
 def test_what_does_read_is_found_out(graphs, launched):

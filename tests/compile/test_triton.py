@@ -33,7 +33,7 @@ SHARED = {
     "sm_120": 99,
     "gfx942": 64,
 }  # KiB that a program may have
-PRODUCTS = {"_product", "_open_rows", "_close_rows_backward", "_weight_gradient"}
+PRODUCTS = {"_product", "open_rows", "close_rows_backward", "_weight_gradient"}
 
 
 def recorded(arch, dtype, *, gated, width=512, hidden=1024, tokens=512):
@@ -105,8 +105,8 @@ def check(arch, recorder, folder, *, narrow, only=None):
 TILED = [arch for arch in TARGETS if arch != "sm_89"]  # it takes sm_80's tilings, and has 8-bit products besides
 ARCHITECTURES = pytest.mark.parametrize("arch", TILED)
 EVERY = {
-    "_map_tiles", "_count_block", "_place_block", "_copy_rows", "_sum_rows", "_spread_rows", "_column_sums",
-    "_sum_parts", "_open_few", "_close_few", "_select", "_add_programs", "_select_backward",
+    "_map_tiles", "_map_rows", "_add_blocks", "_count_block", "_place_block", "_copy_rows", "_sum_rows", "_spread_rows", "_column_sums",
+    "sum_parts", "_open_few", "_close_few", "_select", "_add_programs", "_select_backward",
 } | PRODUCTS  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_every_kernel_compiles_to_matrix_instructions_without_spills(arch, gated
 @pytest.mark.parametrize("tokens", [16, 48, 112], ids=["16_rows", "32_rows", "64_rows"])
 def test_tilings_for_few_rows(arch, tokens, tmp_path):
     recorder = recorded(arch, torch.bfloat16, gated=True, tokens=tokens)
-    heights = {dict(one.constants)["BM"] for one in recorder.launches if one.kernel == "_open_rows"}
+    heights = {dict(one.constants)["BM"] for one in recorder.launches if one.kernel == "open_rows"}
     assert heights == {{16: 16, 48: 32, 112: 64}[tokens]}
     check(arch, recorder, tmp_path, narrow=True, only=PRODUCTS - {"_weight_gradient"})
 

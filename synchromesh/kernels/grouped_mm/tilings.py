@@ -49,7 +49,7 @@ def _lowered(tiling: Tiling, rows: int) -> Tiling:
 
 
 _HOPPER = Tilings(
-    Tiling(128, 256, 64, 8, 3), Tiling(128, 128, 64, 8, 3), Tiling(128, 64, 64, 8, 3), Tiling(128, 256, 64, 8, 3)
+    Tiling(128, 256, 64, 8, 3), Tiling(128, 256, 64, 8, 3), Tiling(128, 128, 64, 8, 3), Tiling(128, 256, 64, 8, 3)
 )
 _AMPERE = Tilings(
     Tiling(128, 128, 32, 8, 3), Tiling(128, 128, 32, 8, 3), Tiling(128, 64, 32, 8, 3), Tiling(128, 128, 32, 8, 3)
