@@ -60,7 +60,7 @@ def recorded(arch, dtype, *, gated, width=512, hidden=1024, tokens=512):
             out = TRITON.grouped_mm(rows, mlp.up.mT, rowmap.ends, mlp.up_bias)
             TRITON.combine(TRITON.grouped_mm(out, mlp.down, rowmap.ends), weights, rowmap).sum().backward()
             with torch.no_grad():
-                TRITON.fused_mlp(x[:8], weights[:8], row_map_of(ids[:8], 4), mlp, F.silu)
+                TRITON.fused_mlp(x[:3], weights[:3], row_map_of(ids[:3], 4), mlp, F.silu)
                 TRITON.direct_mlp(x[:8], weights[:8], ids[:8], mlp, F.silu)
                 TRITON.select(torch.ones(8, 128), 8, gate="softmax", normalize=True, sums=False)
             turns = [(gate, number) for gate in GATES for number in (tokens, 16 * MOST_PROGRAMS)]  # one, and more
@@ -69,7 +69,10 @@ def recorded(arch, dtype, *, gated, width=512, hidden=1024, tokens=512):
                 scores, _, chosen, sums, _ = TRITON.select(logits, 8, gate=gate, normalize=True, bias=torch.ones(128))
                 (scores.sum() + chosen.sum() + sums.sum()).backward()
             for priority in (None, torch.ones(tokens)):
-                TRITON.positions(ids, 4, priority)
+                places, counts = TRITON.positions(ids, 4, priority)
+            for capacity in (None, 7, counts.max()):
+                TRITON.row_map(ids, places, counts, num_rows=ids.numel(), capacity=capacity)
+            TRITON.fused_mlp(x, weights[:, :1], row_map_of(ids[:, :1], 4), mlp, F.silu).sum().backward()
         finally:
             patch.stopall()
     return recorder
@@ -105,8 +108,9 @@ def check(arch, recorder, folder, *, narrow, only=None):
 TILED = [arch for arch in TARGETS if arch != "sm_89"]  # it takes sm_80's tilings, and has 8-bit products besides
 ARCHITECTURES = pytest.mark.parametrize("arch", TILED)
 EVERY = {
-    "_map_tiles", "_map_rows", "_add_blocks", "_count_block", "_place_block", "_copy_rows", "_sum_rows", "_spread_rows", "_column_sums",
-    "sum_parts", "_open_few", "_close_few", "_select", "_add_programs", "_select_backward",
+    "_map_tiles", "_map_rows", "_add_blocks", "_count_block", "_place_block", "_copy_rows", "_fill_absent", "_sum_rows",
+    "_spread_rows", "_column_sums", "_zero_tail", "sum_parts", "_open_few", "_close_few", "_select", "_add_programs",
+    "_select_backward",
 } | PRODUCTS  # fmt: skip
 
 

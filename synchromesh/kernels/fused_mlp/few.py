@@ -16,7 +16,7 @@ from synchromesh.kernels.launch import given_or
 from synchromesh.kernels.mlp import Net
 
 MOST_ROWS = 512
-MOST_ROWS_PER_EXPERT = 4  # on average: with more, tiles that read a matrix once for all of them are faster
+MOST_ROWS_PER_EXPERT = 1.5  # on average: with more, tiles that read a matrix once for all of them move fewer bytes
 
 
 def is_few(num_rows: int, num_experts: int) -> bool:

@@ -141,7 +141,7 @@ def _close_parts(
     """Do `_close_part` for PART columns at a time: what it needs for a whole tile would not fit into registers."""
     if BN <= PART:
         return _close_part(d, s, row, own, col, width, to, ACTIVATION, GATED, BN)
-    else:  # noqa: RET505: Triton compiles what follows a return, too
+    else:  # noqa: RET505  (Triton compiles what follows a return, too)
         left, right = halves(d, BM, BN)
         dots = _close_parts(left, s, row, own, col, width, to, ACTIVATION, GATED, BM, BN // 2, PART)
         return dots + _close_parts(right, s, row, own, col + BN // 2, width, to, ACTIVATION, GATED, BM, BN // 2, PART)

@@ -41,7 +41,7 @@ from synchromesh.kernels.permute.triton import combine, fill_absent, gather, sum
 from synchromesh.kernels.tiles import Tiles, Tiling, programs_of, tiles_of
 from synchromesh.types import RowMap
 
-PART_COLUMNS = 64  # of a tile's columns that an epilogue works on at a time
+PART_COLUMNS = 64  # of a tile that an epilogue works on at a time; half of them in tiles of few rows
 
 
 def fuses(activation: Activation) -> bool:
@@ -110,6 +110,10 @@ def _pre(pre_up: Tensor, pre_gate: Tensor, *, joint: bool) -> tuple[Tensor, Tens
     return up, gate
 
 
+def _part(tiling: Tiling) -> int:
+    return PART_COLUMNS if tiling.rows >= 128 else PART_COLUMNS // 2
+
+
 def _tilings(x: Tensor, pairs: Tensor, ends: Tensor) -> Tilings:
     return tilings_of(x.dtype, x.device, rows_per_expert=len(pairs) // max(1, len(ends)))
 
@@ -129,7 +133,7 @@ def _open(
         x, net.up, gate, given_or(net.up_bias, x), given_or(net.gate_bias, x), tokens, *(pre or (x, x)), hidden,
         tiles.expert, tiles.first, tiles.stop, tiles.count, tiles.turn, x.shape[1], width, *net.up.stride(),
         *gate.stride(), ACTIVATION=activation, GATED=net.gate is not None, SAVE=pre is not None,
-        UP_BIAS=net.up_bias is not None, GATE_BIAS=net.gate_bias is not None, PART=PART_COLUMNS,
+        UP_BIAS=net.up_bias is not None, GATE_BIAS=net.gate_bias is not None, PART=_part(tiling),
         WHOLE=x.shape[1] % tiling.depth == 0 and width % tiling.cols == 0, **options(x, tiling),
     )  # fmt: skip
 
@@ -190,7 +194,7 @@ def _close_backward(
     programs.close_rows_backward[(programs_of(grad.device, len(tiles.expert) * across),)](
         grad, down, weights, pairs, tokens, pre_up, pre_gate, hidden, d_up, d_gate, partial,
         tiles.expert, tiles.first, tiles.stop, tiles.count, tiles.turn, depth, width, len(pairs), *down.stride(),
-        ACTIVATION=activation, GATED=net.gate is not None, PART=PART_COLUMNS,
+        ACTIVATION=activation, GATED=net.gate is not None, PART=_part(tiling),
         WHOLE=depth % tiling.depth == 0 and width % tiling.cols == 0, **options(grad, tiling),
     )  # fmt: skip
     return hidden, d_up, d_gate, partial

@@ -4,7 +4,7 @@
 # Kernels are typed as Triton sees them, not as they are launched.
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ from synchromesh.kernels.tiles import (
     tiles_of,
     turn_of,
 )
+
+MOST_STAGES = 4  # of the largest tile that fit into 227 KiB
 
 
 def grouped_mm(
@@ -113,6 +115,8 @@ def weight_gradient(
     """
     experts, high, wide = out.shape
     tiling = tiling.fitted(cols=wide, depth=tiling.depth)
+    if tokens is None:  # with them, loads that wait for tokens take the last stage
+        tiling = replace(tiling, stages=min(tiling.stages, MOST_STAGES))
     down, across = triton.cdiv(high, tiling.rows), triton.cdiv(wide, tiling.cols)
     whole = high % tiling.rows == 0 and wide % tiling.cols == 0
     _weight_gradient[(programs_of(out.device, max(1, experts * down * across)),)](
@@ -121,6 +125,14 @@ def weight_gradient(
         GATHER=tokens is not None, WHOLE=whole, **options(left, tiling),
     )  # fmt: skip
     return out
+
+
+def zero_tail(out: Tensor, ends: Tensor) -> None:
+    """Write 0 to the rows of out [R, N] past the last expert's: nothing flows into them."""
+    if out.numel():
+        rows, width = out.shape
+        grid = (triton.cdiv(rows, 32), triton.cdiv(width, 256))
+        _zero_tail[grid](out, ends, rows, width, len(ends), BM=32, BN=256)
 
 
 def column_sums(
@@ -230,6 +242,16 @@ def _weight_gradient(
 
 
 @triton.jit
+def _zero_tail(out, ends, rows, width, experts, BM: tl.constexpr, BN: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    first = tl.load(ends + experts - 1, mask=experts > 0, other=0)
+    if (tl.program_id(0) + 1) * BM > first:  # rows before the tail are left to the product
+        col = tl.program_id(1) * BN + tl.arange(0, BN)
+        mask = ((row >= first) & (row < rows))[:, None] & (col < width)[None, :]
+        tl.store(out + row[:, None] * width + col[None, :], tl.zeros((BM, BN), out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _column_sums(
     rows, tokens, pairs, scale, ends, out, wide,
     GATHER: tl.constexpr, SCALED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -294,7 +316,8 @@ def backward(
         d_rows = native.rows_gradient(grad, weight, ends)
     elif needs[0]:
         tiling = tilings_of(grad.dtype, grad.device, rows_per_expert=len(grad) // max(1, len(ends))).product
-        d_rows = grad.new_zeros(grad.shape[0], width)  # nothing flows into the tail
+        d_rows = grad.new_empty(grad.shape[0], width)
+        zero_tail(d_rows, ends)
         product(grad, weight.mT, tiles_of(ends, len(grad), tiling.rows), tiling, out=d_rows)
     if rows is not None:
         torchs = native.is_faster(Kind.WEIGHTS, grad, weight.shape)

@@ -279,7 +279,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_rows, d_weight, d_bias = grouped.backward(grad, rows, weight, ends, [False, *needs[1:]])
     if needs[0]:
-        d_rows = grad.new_zeros(grad.shape[0], weight.shape[1])  # nothing flows into the tail
+        d_rows = grad.new_empty(grad.shape[0], weight.shape[1])
+        grouped.zero_tail(d_rows, ends)
         a, w = _narrow_rows(grad, ends, products), _narrow_weight(weight.mT, products)
         scaled_product(a, w, ends, products, out=d_rows)
     return d_rows, d_weight, d_bias
