@@ -15,6 +15,7 @@ from synchromesh.kernels.direct_mlp import cpu as direct_mlp_cpu
 from synchromesh.kernels.direct_mlp import reference as direct_mlp_reference
 from synchromesh.kernels.fused_mlp import cpu as fused_mlp_cpu
 from synchromesh.kernels.fused_mlp import reference as fused_mlp_reference
+from synchromesh.kernels.gate import reference as gate_reference
 from synchromesh.kernels.grouped_mm import cpu as grouped_mm_cpu
 from synchromesh.kernels.grouped_mm import reference as grouped_mm_reference
 from synchromesh.kernels.mlp import Activation, MLPWeights, quantize
@@ -51,6 +52,7 @@ class Kernels:
     """One implementation of every kernel family; two of them make an A/B test.
 
     Attributes:
+        gate: (x, weight, dtype=) -> logits, a router's product.
         select: (logits, k, gate=, normalize=, bias=, sums=) -> scores, expert_ids, weights, score_sums, choice_counts.
         positions: (expert_ids, num_experts, priority=None) -> places, counts.
         row_map: (expert_ids, places, counts, num_rows=, capacity=) -> the RowMap.
@@ -64,6 +66,7 @@ class Kernels:
         prefers_direct: (pairs, experts, activation) -> whether direct_mlp is faster, where no gradient is wanted.
     """
 
+    gate: Callable[..., Tensor]
     select: Callable[..., Selection]
     positions: Callable[..., tuple[Tensor, Tensor]]
     row_map: Callable[..., RowMap]
@@ -89,6 +92,7 @@ def _never(num_pairs: int, num_experts: int, activation: Activation) -> bool:
 
 
 REFERENCE = Kernels(
+    gate=gate_reference.gate,
     select=select_reference.select,
     positions=positions_reference.positions,
     row_map=row_map_reference.row_map,
@@ -102,6 +106,7 @@ REFERENCE = Kernels(
     prefers_direct=_never,
 )
 CPU = Kernels(
+    gate=gate_reference.gate,
     select=select_reference.select,
     positions=positions_cpu.positions,
     row_map=row_map_reference.row_map,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from synchromesh.kernels import Kernels
 from synchromesh.kernels.direct_mlp import triton as direct_mlp
 from synchromesh.kernels.fused_mlp import triton as fused_mlp
+from synchromesh.kernels.gate import tensor_cores as gate
 from synchromesh.kernels.grouped_mm import triton as grouped_mm
 from synchromesh.kernels.permute import triton as permute
 from synchromesh.kernels.positions import triton as positions
@@ -14,6 +15,7 @@ from synchromesh.kernels.scaled_mm import triton as scaled_mm
 from synchromesh.kernels.select import triton as select
 
 TRITON = Kernels(
+    gate=gate.gate,
     select=select.select,
     positions=positions.positions,
     row_map=row_map.row_map,

@@ -18,6 +18,7 @@ from synchromesh.kernels.launch import given_or, on_its_device
 from synchromesh.types import RowMap
 
 BLOCK_PAIRS = 128  # of a program
+MOST = 2**31 - 1  # rows: their numbers are int32 here
 BLOCK_EXPERTS = 32  # that are compared with all pairs of a program at a time
 
 
@@ -50,7 +51,7 @@ def _row_map(
     grid = (triton.cdiv(max(1, rows.numel(), num_rows, len(counts)), BLOCK_PAIRS),)
     _map_rows[grid](
         expert_ids, places, counts, given_or(measured, counts), rows, pairs, tokens, ends,
-        rows.numel(), max(1, rows.shape[1]), len(counts), num_rows, 0 if fixed is None else fixed,
+        rows.numel(), max(1, rows.shape[1]), len(counts), num_rows, MOST if fixed is None else min(fixed, MOST),
         FIXED=fixed is not None, MEASURED=measured is not None, BLOCK=BLOCK_PAIRS, CHUNK=BLOCK_EXPERTS,
     )  # fmt: skip
     return rows, pairs, tokens, ends
@@ -79,7 +80,7 @@ def _map_rows(
     place = tl.load(places + own, mask=own < number, other=-1).to(tl.int32)
     most = fixed
     if MEASURED:
-        most = tl.load(measured).to(tl.int32)
+        most = tl.minimum(tl.load(measured), 2147483647).to(tl.int32)
     start, end = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
     total = tl.program_id(0) * 0
     for first in range(0, experts, CHUNK):
