@@ -18,6 +18,7 @@ from synchromesh.kernels.fused_mlp import reference as fused_mlp_reference
 from synchromesh.kernels.gate import reference as gate_reference
 from synchromesh.kernels.grouped_mm import cpu as grouped_mm_cpu
 from synchromesh.kernels.grouped_mm import reference as grouped_mm_reference
+from synchromesh.kernels.mark import reference as mark_reference
 from synchromesh.kernels.mlp import Activation, MLPWeights, quantize
 from synchromesh.kernels.permute import cpu as permute_cpu
 from synchromesh.kernels.permute import reference as permute_reference
@@ -62,6 +63,7 @@ class Kernels:
         scaled_mm: as grouped_mm, with products=, which 8-bit numbers are multiplied.
         fused_mlp: (x, weights, rowmap, mlp, activation) -> y, for any activation, and for 8-bit weights too.
         fuses: tells whether fused_mlp runs an activation inside its fused kernel; others it composes from the pieces.
+        mark: (y, weights, expert_ids) -> y with NaN where a weight is no number; y may be written to.
         direct_mlp: (x, weights, expert_ids, mlp, activation) -> y, without gradient.
         prefers_direct: (pairs, experts, activation) -> whether direct_mlp is faster, where no gradient is wanted.
     """
@@ -76,6 +78,7 @@ class Kernels:
     scaled_mm: Callable[..., Tensor]
     fused_mlp: Callable[..., Tensor]
     fuses: Callable[[Activation], bool]
+    mark: Callable[..., Tensor]
     direct_mlp: Callable[..., Tensor]
     prefers_direct: Callable[[int, int, Activation], bool]
 
@@ -102,6 +105,7 @@ REFERENCE = Kernels(
     scaled_mm=scaled_mm_reference.scaled_mm,
     fused_mlp=fused_mlp_reference.fused_mlp,
     fuses=_fuses_nothing,
+    mark=mark_reference.mark,
     direct_mlp=direct_mlp_reference.direct_mlp,
     prefers_direct=_never,
 )
@@ -116,6 +120,7 @@ CPU = Kernels(
     scaled_mm=scaled_mm_cpu.scaled_mm,
     fused_mlp=quantized_mlp_cpu.fused_mlp,
     fuses=fused_mlp_cpu.fuses,
+    mark=mark_reference.mark,
     direct_mlp=direct_mlp_cpu.direct_mlp,
     prefers_direct=direct_mlp_cpu.prefers_direct,
 )

@@ -7,6 +7,7 @@ from synchromesh.kernels.direct_mlp import triton as direct_mlp
 from synchromesh.kernels.fused_mlp import triton as fused_mlp
 from synchromesh.kernels.gate import tensor_cores as gate
 from synchromesh.kernels.grouped_mm import triton as grouped_mm
+from synchromesh.kernels.mark import triton as mark
 from synchromesh.kernels.permute import triton as permute
 from synchromesh.kernels.positions import triton as positions
 from synchromesh.kernels.quantized_mlp import triton as quantized_mlp
@@ -25,6 +26,7 @@ TRITON = Kernels(
     scaled_mm=scaled_mm.scaled_mm,
     fused_mlp=quantized_mlp.fused_mlp,
     fuses=fused_mlp.fuses,
+    mark=mark.mark,
     direct_mlp=direct_mlp.direct_mlp,
     prefers_direct=direct_mlp.prefers_direct,
 )
