@@ -83,6 +83,30 @@ def recorded(target: str, shape: Shape) -> tuple[Recorder, Recorder]:
     return forward, backward
 
 
+def intensity(constants: dict[str, int]) -> int:
+    """Return operations of a tile for each byte that it reads, bfloat16; a gate's columns stand beside those of up."""
+    rows, cols = constants["BM"], constants["BN"] * (1 + constants.get("GATED", 0) * ("SAVE" in constants))
+    return rows * cols // (rows + cols)
+
+
+def table(lines: list[dict[str, object]]) -> str:
+    """Return the states of each kernel beside each other, as Markdown."""
+    names = ("tile", "stages", "flop_per_byte", "registers", "spilled", "shared", "loop", "lines", "triton", "torch")
+    rows: dict[tuple[object, ...], dict[object, dict[str, object]]] = {}
+    for line in lines:
+        place = tuple(line[name] for name in ("target", "shape", "pass", "kernel"))
+        rows.setdefault(place, {})[line["state"]] = line
+    states = list(dict.fromkeys(line["state"] for line in lines))
+    said = ["| target, shape, pass, kernel | " + " | ".join(names) + " |", "|-" * (len(names) + 1) + "|"]
+    for place, found in rows.items():
+        cells = []
+        for name in names:
+            values = [str(found[state].get(name, "")) if state in found else "" for state in states]
+            cells.append(values[0] if len(set(values)) == 1 else " → ".join(values))
+        said.append(f"| {', '.join(map(str, place))} | " + " | ".join(cells) + " |")
+    return "\n".join(said)
+
+
 def lines_of(options: Options, target: str, name: str) -> list[dict[str, object]]:
     """Return one line a product, and one of what is launched."""
     passes = dict(zip(("forward", "backward"), recorded(target, SHAPES[name]), strict=True))
@@ -98,6 +122,7 @@ def lines_of(options: Options, target: str, name: str) -> list[dict[str, object]
             tile = "x".join(str(constants[side]) for side in ("BM", "BN", "BK"))
             made = figures(recorder.compiled(launch, TARGETS[target]))
             how = {"tile": tile, "warps": chosen["num_warps"], "stages": chosen["num_stages"]}
+            how["flop_per_byte"] = intensity(constants)
             lines.append({**about, "pass": way, "kernel": launch.kernel, **how, **asdict(made)})
     return lines
 
@@ -105,12 +130,11 @@ def lines_of(options: Options, target: str, name: str) -> list[dict[str, object]
 def main(options: Options) -> None:
     """Compile, write and print."""
     lines = [line for target in options.targets for name in options.shapes for line in lines_of(options, target, name)]
-    for line in lines:
-        print(json.dumps(line))
     if options.out is not None:
         others = options.out.read_text().splitlines() if options.out.exists() else []
-        kept = [line for line in others if json.loads(line)["state"] != options.name]
-        options.out.write_text("".join(f"{line}\n" for line in [*kept, *map(json.dumps, lines)]))
+        lines = [*[line for line in map(json.loads, others) if line["state"] != options.name], *lines]
+        options.out.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    print(table(lines))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ def gradients(gate, x, weight, dy):
     x, weight = (one.clone().requires_grad_() for one in (x, weight))
     y = gate(x, weight, dtype=torch.float32)
     y.backward(dy)
+    assert x.grad is not None
+    assert weight.grad is not None
     return y.detach(), x.grad, weight.grad
 
 

@@ -56,9 +56,9 @@ def _cut(a, parts, number, experts, BLOCK: tl.constexpr):
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Return a · b in float32, of bfloat16 factors."""
-    if a.is_cuda and torch.version.hip is None:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()  # other devices have no such product
+    if a.device.type == "cpu" or torch.version.hip is not None:  # these have no such product
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
 
 
 @torch.library.custom_op(

@@ -7,7 +7,7 @@ for every target. None of them is tuned by measurement yet.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -34,7 +34,7 @@ class Tilings:
     opening: Tiling
     closing: Tiling
     weights: Tiling
-    few_stages: int = 0
+    few_stages: int = field(default=0, kw_only=True)
 
     def lowered(self, rows_per_expert: int) -> Tilings:
         """Return tilings whose tiles have fewer rows where an expert has few: the rest of a tile would be wasted."""
@@ -47,7 +47,7 @@ class Tilings:
         if rows == self.product.rows:
             return self
         product, opening, closing = (_lowered(one, rows) for one in (self.product, self.opening, self.closing))
-        return Tilings(product, opening, closing, self.weights, self.few_stages)
+        return Tilings(product, opening, closing, self.weights, few_stages=self.few_stages)
 
 
 def _lowered(tiling: Tiling, rows: int) -> Tiling:
@@ -55,7 +55,11 @@ def _lowered(tiling: Tiling, rows: int) -> Tiling:
 
 
 _HOPPER = Tilings(
-    Tiling(128, 256, 64, 8, 3), Tiling(128, 256, 64, 8, 3), Tiling(128, 128, 64, 8, 3), Tiling(128, 256, 64, 8, 3), 5
+    Tiling(128, 256, 64, 8, 3),
+    Tiling(128, 256, 64, 8, 3),
+    Tiling(128, 128, 64, 8, 3),
+    Tiling(128, 256, 64, 8, 3),
+    few_stages=5,
 )
 _AMPERE = Tilings(
     Tiling(128, 128, 32, 8, 3), Tiling(128, 128, 32, 8, 3), Tiling(128, 64, 32, 8, 3), Tiling(128, 128, 32, 8, 3)

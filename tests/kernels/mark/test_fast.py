@@ -22,6 +22,7 @@ def test_a_token_with_a_nan_weight_of_a_present_pair_is_nan_and_gives_no_gradien
     if graded:
         assert torch.equal(y.detach(), before)
         got[1:].sum().backward()
+        assert y.grad is not None
         assert y.grad.float().sum(1).tolist() == [0, 1100, 1100]
 
 
