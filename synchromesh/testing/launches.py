@@ -38,8 +38,8 @@ NAMES = {
     torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
 FREE = re.compile(
-    r"aten::(_?view|_reshape_alias|_?unsafe_view|as_strided|t$|transpose|permute|expand|slice|select|split"
-    r"|unsqueeze|squeeze|alias|detach|unbind|chunk|diagonal|unfold|empty|new_empty|_to_copy_none)"
+    r"aten::(_?view|mT$|_reshape_alias|_?unsafe_view|as_strided|t$|transpose|permute|expand|slice|select|split"
+    r"|unsqueeze|squeeze|alias|detach|unbind|chunk|diagonal|unfold|empty|new_empty)"
 )
 """Operations of torch that launch nothing."""
 
