@@ -24,7 +24,7 @@ from synchromesh.kernels.grouped_mm.tilings import Tilings, tilings_of
 from synchromesh.kernels.grouped_mm.triton import product, weight_gradient
 from synchromesh.kernels.grouped_mm.tuned import FILE, Tuned, Tuning, shipped
 from synchromesh.kernels.mlp import Net
-from synchromesh.kernels.tiles import Tiling, tiles_of
+from synchromesh.kernels.tiles import Tiling, tiles_of, turn_of
 from synchromesh.testing.compare import TOLERANCE, relative_rms
 
 # Rows, columns, depth, warps, stages. Few, so that all are timed in minutes: what shared memory and registers of sm_90
@@ -57,10 +57,11 @@ def candidates(kind: str, *, tiny: bool) -> list[Tiling]:
 
 def launches(p: Problem) -> dict[str, Callable[[Tiling], Tensor]]:
     """Return the launch of each kind of tiling on a gated layer; tilings change their results in rounding only."""
-    net, tokens = Net(p.mlp.up, p.mlp.down, p.mlp.gate), (p.rowmap.pairs, p.shape.choices)
+    net, tokens = Net(p.mlp.up, p.mlp.down, p.mlp.gate), p.rowmap.token_of_rows()
     up, gate, hidden, opened = torch.randn(4, p.shape.rows, p.shape.hidden, device=p.x.device).bfloat16()
     out, d_down, weights = p.x.new_empty(p.shape.rows, p.shape.width), torch.empty_like(p.mlp.down), p.routing.weights
     tiles = cache(partial(tiles_of, p.rowmap.ends, p.shape.rows))
+    by, turn = (p.rowmap.pairs, tokens), turn_of(p.x.device)
 
     def opening(tiling: Tiling) -> Tensor:
         pre = torch.empty_like(up), torch.empty_like(gate)
@@ -70,8 +71,8 @@ def launches(p: Problem) -> dict[str, Callable[[Tiling], Tensor]]:
     return {
         "product": lambda t: product(hidden, net.down, tiles(t.rows), t, out=out),
         "opening": opening,
-        "closing": lambda t: _close_backward(p.dy, weights, net, tiles(t.rows), t, tokens, "silu", [up, gate])[1],
-        "weights": lambda t: weight_gradient(hidden, p.dy, p.rowmap.ends, t, out=d_down, tokens=tokens),
+        "closing": lambda t: _close_backward(p.dy, weights, net, tiles(t.rows), t, by, "silu", (up, gate))[1],
+        "weights": lambda t: weight_gradient(hidden, p.dy, p.rowmap.ends, t, out=d_down, tokens=tokens, turn=turn),
     }
 
 

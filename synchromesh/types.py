@@ -99,12 +99,31 @@ class RowMap:
         pairs: int64, the pair t * K + k in each row; -1 in the tail. Its length R is static.
         ends: int32, running sum of the kept rows.
         capacity: most rows of an expert: an int fixed beforehand, a 0-d tensor if measured, None if unlimited.
+        tokens: int32, what `with_tokens` was given, else None; read it through `token_of_rows`.
     """
 
     rows: Int[Tensor, "T K"]
     pairs: Int[Tensor, " R"]
     ends: Int[Tensor, " E"]
     capacity: int | Int[Tensor, ""] | None
+    # Not an argument of __init__, so that dataclasses.replace drops it: its result may hold other pairs.
+    tokens: Int[Tensor, " R"] | None = field(default=None, init=False)
+
+    def with_tokens(self, tokens: Int[Tensor, " R"]) -> RowMap:
+        """Return this map with the token of each row, int32, which a kernel has written already."""
+        known = dataclasses.replace(self)  # a frozen copy: what __init__ does not take has to be set past it
+        object.__setattr__(known, "tokens", tokens)
+        return known
+
+    def token_of_rows(self) -> Int[Tensor, " R"]:
+        """Return the token of each row, int32; -1 in the tail.
+
+        >>> RowMap(torch.tensor([[1, 0]]), torch.tensor([1, 0, -1]), torch.tensor([2]), None).token_of_rows()
+        tensor([ 0,  0, -1], dtype=torch.int32)
+        """
+        if self.tokens is not None:
+            return self.tokens
+        return self.pairs.div(max(1, self.rows.shape[1]), rounding_mode="floor").to(torch.int32)
 
     @staticmethod
     def of_rows(num_rows: int, ends: Int[Tensor, " E"]) -> RowMap:
@@ -115,7 +134,7 @@ class RowMap:
         """
         number = torch.arange(num_rows, device=ends.device)
         kept = torch.where(number < ends[-1], number, -1)
-        return RowMap(kept[:, None], kept, ends, None)
+        return RowMap(kept[:, None], kept, ends, None).with_tokens(kept.to(torch.int32))
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,19 @@ def test_every_value_shows_its_tensors_to_wrappers():
     assert len([x for x in pytree.tree_leaves(stats) if isinstance(x, torch.Tensor)]) == 2
 
 
+def test_tokens_of_rows_are_forgotten_by_every_copy_that_may_hold_other_pairs():
+    rowmap = RowMap(torch.tensor([[1, 0], [-1, 2]]), torch.tensor([1, 0, 3, -1]), torch.tensor([3]).int(), None)
+    tokens = rowmap.token_of_rows()
+    assert (tokens.tolist(), tokens.dtype) == ([0, 0, 1, -1], torch.int32)
+    known = rowmap.with_tokens(tokens)
+    assert known.token_of_rows() is tokens
+    leaves, tree = pytree.tree_flatten(known)
+    for one in (rowmap, dataclasses.replace(known, pairs=rowmap.pairs), pytree.tree_unflatten(leaves, tree)):
+        assert one.tokens is None
+        assert torch.equal(one.token_of_rows(), tokens)
+    assert RowMap.of_rows(3, torch.tensor([1, 2])).token_of_rows().tolist() == [0, 1, -1]
+
+
 def test_a_plan_is_a_key_and_survives_json():
     plan = Plan(gather=4, near=False, chunks=2, two_level=True, ragged=False, regather=True)
     assert {plan: 1}[copy.copy(plan)] == 1

@@ -15,20 +15,24 @@ from synchromesh.kernels.direct_mlp import cpu as direct_mlp_cpu
 from synchromesh.kernels.direct_mlp import reference as direct_mlp_reference
 from synchromesh.kernels.fused_mlp import cpu as fused_mlp_cpu
 from synchromesh.kernels.fused_mlp import reference as fused_mlp_reference
+from synchromesh.kernels.gate import reference as gate_reference
 from synchromesh.kernels.grouped_mm import cpu as grouped_mm_cpu
 from synchromesh.kernels.grouped_mm import reference as grouped_mm_reference
+from synchromesh.kernels.mark import reference as mark_reference
 from synchromesh.kernels.mlp import Activation, MLPWeights, quantize
 from synchromesh.kernels.permute import cpu as permute_cpu
 from synchromesh.kernels.permute import reference as permute_reference
 from synchromesh.kernels.positions import cpu as positions_cpu
 from synchromesh.kernels.positions import reference as positions_reference
 from synchromesh.kernels.quantized_mlp import cpu as quantized_mlp_cpu
+from synchromesh.kernels.row_map import reference as row_map_reference
 from synchromesh.kernels.scaled_mm import cpu as scaled_mm_cpu
 from synchromesh.kernels.scaled_mm import reference as scaled_mm_reference
 from synchromesh.kernels.scaled_mm.reference import Float8Products, MXFloat8Products, Products
 from synchromesh.kernels.select import reference as select_reference
 from synchromesh.kernels.select.reference import Selection
 from synchromesh.torch_private import transformed, vmapped
+from synchromesh.types import RowMap
 
 __all__ = [
     "CPU",
@@ -49,26 +53,32 @@ class Kernels:
     """One implementation of every kernel family; two of them make an A/B test.
 
     Attributes:
+        gate: (x, weight, dtype=) -> logits, a router's product.
         select: (logits, k, gate=, normalize=, bias=, sums=) -> scores, expert_ids, weights, score_sums, choice_counts.
         positions: (expert_ids, num_experts, priority=None) -> places, counts.
+        row_map: (expert_ids, places, counts, num_rows=, capacity=) -> the RowMap.
         gather: (x, rowmap) -> rows.
         combine: (buffer, weights, rowmap) -> y.
         grouped_mm: (rows, weight, ends, bias=None) -> rows.
         scaled_mm: as grouped_mm, with products=, which 8-bit numbers are multiplied.
         fused_mlp: (x, weights, rowmap, mlp, activation) -> y, for any activation, and for 8-bit weights too.
         fuses: tells whether fused_mlp runs an activation inside its fused kernel; others it composes from the pieces.
+        mark: (y, weights, expert_ids) -> y with NaN where a weight is no number; y may be written to.
         direct_mlp: (x, weights, expert_ids, mlp, activation) -> y, without gradient.
         prefers_direct: (pairs, experts, activation) -> whether direct_mlp is faster, where no gradient is wanted.
     """
 
+    gate: Callable[..., Tensor]
     select: Callable[..., Selection]
     positions: Callable[..., tuple[Tensor, Tensor]]
+    row_map: Callable[..., RowMap]
     gather: Callable[..., Tensor]
     combine: Callable[..., Tensor]
     grouped_mm: Callable[..., Tensor]
     scaled_mm: Callable[..., Tensor]
     fused_mlp: Callable[..., Tensor]
     fuses: Callable[[Activation], bool]
+    mark: Callable[..., Tensor]
     direct_mlp: Callable[..., Tensor]
     prefers_direct: Callable[[int, int, Activation], bool]
 
@@ -85,26 +95,32 @@ def _never(num_pairs: int, num_experts: int, activation: Activation) -> bool:
 
 
 REFERENCE = Kernels(
+    gate=gate_reference.gate,
     select=select_reference.select,
     positions=positions_reference.positions,
+    row_map=row_map_reference.row_map,
     gather=permute_reference.gather,
     combine=permute_reference.combine,
     grouped_mm=grouped_mm_reference.grouped_mm,
     scaled_mm=scaled_mm_reference.scaled_mm,
     fused_mlp=fused_mlp_reference.fused_mlp,
     fuses=_fuses_nothing,
+    mark=mark_reference.mark,
     direct_mlp=direct_mlp_reference.direct_mlp,
     prefers_direct=_never,
 )
 CPU = Kernels(
+    gate=gate_reference.gate,
     select=select_reference.select,
     positions=positions_cpu.positions,
+    row_map=row_map_reference.row_map,
     gather=permute_cpu.gather,
     combine=permute_cpu.combine,
     grouped_mm=grouped_mm_cpu.grouped_mm,
     scaled_mm=scaled_mm_cpu.scaled_mm,
     fused_mlp=quantized_mlp_cpu.fused_mlp,
     fuses=fused_mlp_cpu.fuses,
+    mark=mark_reference.mark,
     direct_mlp=direct_mlp_cpu.direct_mlp,
     prefers_direct=direct_mlp_cpu.prefers_direct,
 )

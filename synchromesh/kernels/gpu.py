@@ -5,22 +5,28 @@ from __future__ import annotations
 from synchromesh.kernels import Kernels
 from synchromesh.kernels.direct_mlp import triton as direct_mlp
 from synchromesh.kernels.fused_mlp import triton as fused_mlp
+from synchromesh.kernels.gate import tensor_cores as gate
 from synchromesh.kernels.grouped_mm import triton as grouped_mm
+from synchromesh.kernels.mark import triton as mark
 from synchromesh.kernels.permute import triton as permute
 from synchromesh.kernels.positions import triton as positions
 from synchromesh.kernels.quantized_mlp import triton as quantized_mlp
+from synchromesh.kernels.row_map import triton as row_map
 from synchromesh.kernels.scaled_mm import triton as scaled_mm
 from synchromesh.kernels.select import triton as select
 
 TRITON = Kernels(
+    gate=gate.gate,
     select=select.select,
     positions=positions.positions,
+    row_map=row_map.row_map,
     gather=permute.gather,
     combine=permute.combine,
     grouped_mm=grouped_mm.grouped_mm,
     scaled_mm=scaled_mm.scaled_mm,
     fused_mlp=quantized_mlp.fused_mlp,
     fuses=fused_mlp.fuses,
+    mark=mark.mark,
     direct_mlp=direct_mlp.direct_mlp,
     prefers_direct=direct_mlp.prefers_direct,
 )

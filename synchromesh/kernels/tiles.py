@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED_PROGRAMS = 3  # of a persistent kernel, where there is no GPU: enough for each to take several tiles
+INTERPRETED_PROGRAMS = 3  # of a persistent kernel, where there is no GPU; the first takes all items, others find none
 LEAST_BLOCK = 32  # columns, or depth, of a block that is halved
 TILES_PER_PROGRAM = 64  # of the kernel that assigns tiles to experts
 
@@ -59,6 +59,7 @@ class Tiles:
         first: int32, each tile's first row in the buffer.
         stop: int32, one past each tile's last row.
         count: int32 [1], how many tiles are in use, on the device.
+        turn: what the kernels over these tiles take items by, as `turn_of` returns it.
         rows: of a tile, at most.
     """
 
@@ -66,6 +67,7 @@ class Tiles:
     first: Tensor
     stop: Tensor
     count: Tensor
+    turn: Tensor
     rows: int
 
 
@@ -87,10 +89,19 @@ def tiles_of(ends: Tensor, num_rows: int, rows: int) -> Tiles:
     bound = max(1, num_rows // rows + min(experts, num_rows))
     parts = torch.empty(3, bound, dtype=torch.int32, device=ends.device)
     count = torch.empty(1, dtype=torch.int32, device=ends.device)
+    turn = torch.empty(2, dtype=torch.int32, device=ends.device)
     padded = max(2, triton.next_power_of_2(experts))
     grid = (triton.cdiv(bound, TILES_PER_PROGRAM),)
-    _map_tiles[grid](ends, *parts, count, experts, bound, EXPERTS=padded, ROWS=rows, MAPPED=TILES_PER_PROGRAM)
-    return Tiles(*parts.unbind(), count, rows)
+    _map_tiles[grid](ends, *parts, count, turn, experts, bound, EXPERTS=padded, ROWS=rows, MAPPED=TILES_PER_PROGRAM)
+    return Tiles(*parts.unbind(), count, turn, rows)
+
+
+def turn_of(device: torch.device) -> Tensor:
+    """Return two zeros, int32: the items taken by programs of a running kernel, and the programs that have left it.
+
+    The last program to leave writes zeros again, so that one pair serves all kernels of a stream, one after another.
+    """
+    return torch.zeros(2, dtype=torch.int32, device=device)
 
 
 def programs_of(device: torch.device, bound: int) -> int:
@@ -117,7 +128,17 @@ def precision_of(dtype: torch.dtype) -> str:
 
 @triton.jit
 def _map_tiles(
-    ends, expert, first, stop, count, experts, bound, EXPERTS: tl.constexpr, ROWS: tl.constexpr, MAPPED: tl.constexpr
+    ends,
+    expert,
+    first,
+    stop,
+    count,
+    turn,
+    experts,
+    bound,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    MAPPED: tl.constexpr,
 ):
     e = tl.arange(0, EXPERTS)
     end = tl.load(ends + e, mask=e < experts, other=0)
@@ -137,6 +158,24 @@ def _map_tiles(
     tl.store(stop + tile, until, mask=tile < bound)
     if tl.program_id(0) == 0:
         tl.store(count, tl.sum(own, 0))
+        tl.store(turn + tl.arange(0, 2), tl.zeros((2,), tl.int32))
+
+
+@triton.jit
+def next_item(turn):
+    """Take an item, the first that no program has taken yet.
+
+    Programs that start late, because another kernel holds their multiprocessors, find less left to do or nothing; with
+    a fixed share each they would do theirs when all others are done. Results do not depend on who computes what.
+    """
+    return tl.atomic_add(turn, 1, sem="relaxed")
+
+
+@triton.jit
+def leave(turn):
+    """Leave a kernel; the last program to do so makes its turn that of the next kernel."""
+    if tl.atomic_add(turn + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(turn + tl.arange(0, 2), tl.zeros((2,), tl.int32))
 
 
 @triton.jit
@@ -159,6 +198,8 @@ def multiplied(
 
     WHOLE: no block of columns, nor of the summed dimension, is cut short.
     """
+    # One tl.dot per accumulator in this loop: two into one accumulator inside a loop are compiled to wrong sums on
+    # sm_100 and sm_103 without a word (Triton issue 10821; 3.6.0 and later). A second product is a loop of its own.
     k = tl.arange(0, BK)
     # Rows are widened because a may have 2^31 numbers or more; one expert's matrix has fewer.
     a_at = a + rows.to(tl.int64)[:, None] * depth + k[None, :]
@@ -184,7 +225,7 @@ def multiplied_pair(
     one, other, a, rows, w, v, cols, depth, width, w_k, w_n, v_k, v_n,
     WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Do `multiplied` for two matrices w and v of one shape, reading a once."""
+    """Do `multiplied` for two matrices w and v of one shape, reading a once. Two products, each its accumulator."""
     k = tl.arange(0, BK)
     a_at = a + rows.to(tl.int64)[:, None] * depth + k[None, :]
     w_at = w + (k[:, None] * w_k + cols[None, :] * w_n)
@@ -209,6 +250,12 @@ def multiplied_pair(
         w_at += BK * w_k
         v_at += BK * v_k
     return one, other
+
+
+@triton.jit
+def halves(tile, BM: tl.constexpr, BN: tl.constexpr):
+    """Cut a tile [BM, BN] into its left and its right columns."""
+    return tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))
 
 
 @triton.jit

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -87,7 +86,7 @@ class Dropless(Capacity):
     drops = False
 
     def __call__(self, routing: Routing, agree_max: AgreeMax, *, kernels: Kernels | None = None) -> RowMap:
-        return _map_rows(routing, *_places(routing, token_order, kernels), capacity=None, most=None)
+        return _map_rows(routing, *_places(routing, token_order, kernels), capacity=None, most=None, kernels=kernels)
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,9 @@ class FixedRows(Capacity):
             raise ValueError(f"FixedRows.rows is {self.rows}, wanted a number >= 0; Dropless() keeps every pair")
 
     def __call__(self, routing: Routing, agree_max: AgreeMax, *, kernels: Kernels | None = None) -> RowMap:
-        return _map_rows(routing, *_places(routing, self.priority, kernels), capacity=self.rows, most=self.rows)
+        return _map_rows(
+            routing, *_places(routing, self.priority, kernels), capacity=self.rows, most=self.rows, kernels=kernels
+        )
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,9 @@ class NeededCapacity(Capacity):
         positions, counts = _places(routing, self.priority, kernels)
         needed = agree_max(counts.max())
         if self.max_factor is None:
-            return _map_rows(routing, positions, counts, capacity=needed, most=None)
+            return _map_rows(routing, positions, counts, capacity=needed, most=None, kernels=kernels)
         most = _rows(self.max_factor, routing.expert_ids.shape[0], routing.choices, routing.num_experts)
-        return _map_rows(routing, positions, counts, capacity=needed.clamp(max=most), most=most)
+        return _map_rows(routing, positions, counts, capacity=needed.clamp(max=most), most=most, kernels=kernels)
 
 
 def mapped(capacity: Capacity, routing: Routing, agree_max: AgreeMax, kernels: Kernels | None) -> RowMap:
@@ -205,18 +206,11 @@ def _map_rows(
     *,
     capacity: int | Int[Tensor, ""] | None,
     most: int | None,
+    kernels: Kernels | None,
 ) -> RowMap:
     """Lay the kept pairs out by expert. `most` bounds the rows of an expert on the host, so that R is static."""
-    ids = routing.expert_ids
+    ids = routing.expert_ids.detach()
     pairs = ids.numel() if routing.max_pairs is None else min(ids.numel(), routing.max_pairs)
     num_rows = pairs if most is None else min(pairs, routing.num_experts * most)
-    # Kept pairs of an expert are those first in its queue, so their places are their rows from its start on: no sort.
-    kept_counts = counts if capacity is None else counts.clamp(max=capacity)
-    ends = kept_counts.cumsum(0)
-    starts = ends - kept_counts
-    kept = ids >= 0 if capacity is None else (ids >= 0) & (positions < capacity)
-    rows = torch.where(kept, starts[ids.clamp(min=0)] + positions, -1)
-    slots = torch.where(kept, rows, num_rows).flatten()  # one slot past the end takes the pairs without a row
-    buffer = torch.full((num_rows + 1,), -1, dtype=torch.int64, device=ids.device)
-    buffer = buffer.scatter(0, slots, torch.arange(ids.numel(), device=ids.device))
-    return RowMap(rows, buffer[:num_rows], ends.to(torch.int32), capacity)
+    mapper = (kernels or kernels_for(ids.device)).row_map
+    return mapper(ids, positions, counts, num_rows=num_rows, capacity=capacity)

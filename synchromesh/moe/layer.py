@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,7 +145,7 @@ class MoE(nn.Module):
         self.strategy.see(self.experts)
         y_TD = self.experts(x_TD, partial(self._compute, routing, choice))
         if choice.capacity.drops:  # a NaN weight of a pair that was dropped must show too
-            y_TD = y_TD.masked_fill(_broken(routing), math.nan)
+            y_TD = self.strategy.kernels_on(y_TD.device).mark(y_TD, routing.weights, routing.expert_ids)
         return y_TD if self.shared is None else y_TD + _checked_shared(self.shared(x_TD), x_TD)
 
     def _compute(self, routing: Routing, choice: Choice, x_TD: Tensor, experts: Experts) -> Tensor:
@@ -265,11 +264,6 @@ def routing_options(
 
 def _alone(value: Tensor) -> Tensor:
     return value
-
-
-def _broken(routing: Routing) -> Tensor:
-    """Return [T, 1]: tokens with a NaN weight, whose result is NaN whether or not a capacity dropped the pair."""
-    return (routing.weights.isnan() & (routing.expert_ids >= 0)).any(dim=1, keepdim=True)
 
 
 def _real_tokens(mask: Tensor | None, x: Tensor) -> Int[Tensor, " R"] | None:

@@ -224,7 +224,7 @@ class TopKRouter(Router):
     def forward(self, x: Float[Tensor, "T D"], k: int | None = None, *, kernels: Kernels | None = None) -> Routing:
         k = self.k if k is None else _checked_k(k, self.selectable)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(self.scores.dtype), self.weight.to(self.scores.dtype))
+            logits = (kernels or kernels_for(x.device)).gate(x, self.weight, dtype=self.scores.dtype)
             noise = self.noise if self.training else 0.0
             bias = None if self.balance is None else self.balance.bias
             made = Selecting(noise, bias, self.limit, sums=self.training)
@@ -284,7 +284,8 @@ class CosineRouter(Router):
         k = self.k if k is None else _checked_k(k, self.num_experts)
         dtype = self.scores.dtype
         with torch.autocast(x.device.type, enabled=False):
-            projected = F.linear(x.to(dtype), self.projector.weight.to(dtype), self.projector.bias.to(dtype))
+            projected = (kernels or kernels_for(x.device)).gate(x, self.projector.weight, dtype=dtype)
+            projected = projected + self.projector.bias.to(dtype)
             cosine = F.normalize(projected, dim=1) @ F.normalize(self.directions.to(dtype), dim=1).T
             logits = cosine * self.log_scale.to(dtype).clamp(max=-math.log(self.floor)).exp()
             noise = self.noise if self.training else 0.0
@@ -309,10 +310,10 @@ class ExpertChoiceRouter(Router):
     def reset_parameters(self) -> None:
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
-    def forward(self, x: Float[Tensor, "T D"], k: int | None = None) -> Routing:
+    def forward(self, x: Float[Tensor, "T D"], k: int | None = None, *, kernels: Kernels | None = None) -> Routing:
         k = self.k if k is None else _checked_k(k, self.num_experts)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(self.dtype), self.weight.to(self.dtype))
+            logits = (kernels or kernels_for(x.device)).gate(x, self.weight, dtype=self.dtype)
             scores = logits.softmax(dim=1)
             tokens, experts = scores.shape
             share = min(tokens, -(-k * tokens // experts))

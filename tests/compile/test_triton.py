@@ -3,8 +3,6 @@
 What is compiled is what the launchers launch: a run on the CPU with launches recorded instead of made.
 """
 
-import dataclasses
-import functools
 import re
 import subprocess
 from pathlib import Path
@@ -14,8 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from synchromesh.kernels import Float8Products, MLPWeights, MXFloat8Products, quantize
 from synchromesh.kernels.fused_mlp import triton as fused
@@ -26,15 +22,8 @@ from synchromesh.kernels.scaled_mm import triton as scaled
 from synchromesh.kernels.select.reference import GATES
 from synchromesh.kernels.select.triton import MOST_EXPERTS, MOST_PROGRAMS
 from synchromesh.testing.cases import row_map_of, zipf
+from synchromesh.testing.launches import TARGETS, Recorder
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_89": GPUTarget("cuda", 89, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 MATRIX_UNIT = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "sm_120": "mma.sync", "gfx942": "v_mfma"}
 SHARED = {
     "sm_80": 163,
@@ -44,47 +33,7 @@ SHARED = {
     "sm_120": 99,
     "gfx942": 64,
 }  # KiB that a program may have
-NAMES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv",
-    torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8",
-}  # fmt: skip
-PRODUCTS = {"_product", "_open_rows", "_close_rows_backward", "_weight_gradient"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """What a kernel is specialised for; options are warps and stages."""
-
-    kernel: str
-    signature: tuple
-    constants: tuple
-    divisible: tuple
-    options: tuple
-
-
-class Recorder:
-    """Notes launches instead of making them."""
-
-    def __init__(self):
-        self.launches, self.kernels = [], {}
-
-    def run(self, kernel, *args, grid, warmup, **kwargs):
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
-        values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        signature, constants, divisible = {}, {}, []
-        for index, name in enumerate(kernel.arg_names):
-            value, declared = values[name], kernel.params[index]
-            if declared.is_constexpr or (isinstance(value, int) and value == 1):
-                signature[name], constants[name] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                signature[name] = f"*{NAMES[value.dtype]}"
-                divisible.append(index)
-            else:
-                signature[name] = "i32"
-                divisible += [index] * (value % 16 == 0)
-        found = [tuple(each.items()) for each in (signature, constants)]
-        self.launches.append(Launch(kernel.__name__, *found, tuple(divisible), tuple(options.items())))
-        self.kernels[kernel.__name__] = kernel
+PRODUCTS = {"_product", "open_rows", "close_rows_backward", "_weight_gradient"}
 
 
 def recorded(arch, dtype, *, gated, width=512, hidden=1024, tokens=512):
@@ -102,8 +51,7 @@ def recorded(arch, dtype, *, gated, width=512, hidden=1024, tokens=512):
     rowmap = row_map_of(ids, 4)
     x = torch.ones(tokens, width, dtype=dtype, requires_grad=True)
     weights = torch.ones(tokens, 2, requires_grad=True)
-    launch = functools.partialmethod(lambda kernel, *args, **kwargs: recorder.run(kernel, *args, **kwargs))
-    with patch.object(triton.JITFunction, "run", launch):
+    with recorder.recording():
         for module in (grouped, fused):
             patch.object(module, "tilings_of", known).start()
         try:
@@ -112,7 +60,7 @@ def recorded(arch, dtype, *, gated, width=512, hidden=1024, tokens=512):
             out = TRITON.grouped_mm(rows, mlp.up.mT, rowmap.ends, mlp.up_bias)
             TRITON.combine(TRITON.grouped_mm(out, mlp.down, rowmap.ends), weights, rowmap).sum().backward()
             with torch.no_grad():
-                TRITON.fused_mlp(x[:8], weights[:8], row_map_of(ids[:8], 4), mlp, F.silu)
+                TRITON.fused_mlp(x[:3], weights[:3], row_map_of(ids[:3], 4), mlp, F.silu)
                 TRITON.direct_mlp(x[:8], weights[:8], ids[:8], mlp, F.silu)
                 TRITON.select(torch.ones(8, 128), 8, gate="softmax", normalize=True, sums=False)
             turns = [(gate, number) for gate in GATES for number in (tokens, 16 * MOST_PROGRAMS)]  # one, and more
@@ -121,18 +69,13 @@ def recorded(arch, dtype, *, gated, width=512, hidden=1024, tokens=512):
                 scores, _, chosen, sums, _ = TRITON.select(logits, 8, gate=gate, normalize=True, bias=torch.ones(128))
                 (scores.sum() + chosen.sum() + sums.sum()).backward()
             for priority in (None, torch.ones(tokens)):
-                TRITON.positions(ids, 4, priority)
+                places, counts = TRITON.positions(ids, 4, priority)
+            for capacity in (None, 7, counts.max()):
+                TRITON.row_map(ids, places, counts, num_rows=ids.numel(), capacity=capacity)
+            TRITON.fused_mlp(x, weights[:, :1], row_map_of(ids[:, :1], 4), mlp, F.silu).sum().backward()
         finally:
             patch.stopall()
     return recorder
-
-
-def compiled(recorder, launch, target):
-    source = ASTSource(
-        recorder.kernels[launch.kernel], dict(launch.signature), dict(launch.constants),
-        {(index,): [["tt.divisibility", 16]] for index in launch.divisible},
-    )  # fmt: skip
-    return triton.compile(source, target=target, options=dict(launch.options))
 
 
 def resources(arch, made, folder):
@@ -152,7 +95,7 @@ def check(arch, recorder, folder, *, narrow, only=None):
     launches = [one for one in dict.fromkeys(recorder.launches) if only is None or one.kernel in only]
     assert launches
     for launch in launches:
-        made = compiled(recorder, launch, TARGETS[arch])
+        made = recorder.compiled(launch, TARGETS[arch])
         assembly, spilled = resources(arch, made, folder)
         assert spilled == 0, f"{launch} spills {spilled} bytes"
         assert made.metadata.shared <= SHARED[arch] * 1024, launch
@@ -165,8 +108,9 @@ def check(arch, recorder, folder, *, narrow, only=None):
 TILED = [arch for arch in TARGETS if arch != "sm_89"]  # it takes sm_80's tilings, and has 8-bit products besides
 ARCHITECTURES = pytest.mark.parametrize("arch", TILED)
 EVERY = {
-    "_map_tiles", "_count_block", "_place_block", "_copy_rows", "_sum_rows", "_spread_rows", "_column_sums",
-    "_sum_parts", "_open_few", "_close_few", "_select", "_add_programs", "_select_backward",
+    "_map_tiles", "_map_rows", "_add_blocks", "_count_block", "_place_block", "_copy_rows", "_fill_absent", "_sum_rows",
+    "_spread_rows", "_column_sums", "_zero_tail", "sum_parts", "_open_few", "_close_few", "_select", "_add_programs",
+    "_select_backward",
 } | PRODUCTS  # fmt: skip
 
 
@@ -181,7 +125,7 @@ def test_every_kernel_compiles_to_matrix_instructions_without_spills(arch, gated
 @pytest.mark.parametrize("tokens", [16, 48, 112], ids=["16_rows", "32_rows", "64_rows"])
 def test_tilings_for_few_rows(arch, tokens, tmp_path):
     recorder = recorded(arch, torch.bfloat16, gated=True, tokens=tokens)
-    heights = {dict(one.constants)["BM"] for one in recorder.launches if one.kernel == "_open_rows"}
+    heights = {dict(one.constants)["BM"] for one in recorder.launches if one.kernel == "open_rows"}
     assert heights == {{16: 16, 48: 32, 112: 64}[tokens]}
     check(arch, recorder, tmp_path, narrow=True, only=PRODUCTS - {"_weight_gradient"})
 
@@ -189,8 +133,7 @@ def test_tilings_for_few_rows(arch, tokens, tmp_path):
 @ARCHITECTURES
 def test_choices_among_the_most_experts(arch, tmp_path):
     recorder, logits = Recorder(), torch.ones(MOST_PROGRAMS + 1, MOST_EXPERTS, requires_grad=True)
-    launch = functools.partialmethod(lambda kernel, *args, **kwargs: recorder.run(kernel, *args, **kwargs))
-    with patch.object(triton.JITFunction, "run", launch):
+    with recorder.recording():
         TRITON.select(logits, 8, gate="softmax", normalize=True)[2].sum().backward()
     assert {"_select", "_select_backward"} <= check(arch, recorder, tmp_path, narrow=True)
 
@@ -205,8 +148,7 @@ EIGHT_BITS = [(arch, torch.int8) for arch in TILED] + [
 def test_numbers_of_8_bits_for_few_tokens(arch, numbers, tmp_path):
     recorder = Recorder()
     mlp = MLPWeights(*(torch.ones(16, 1024, 512) for _ in range(3)), *(torch.ones(16, n) for n in (1024, 1024, 512)))
-    launch = functools.partialmethod(lambda kernel, *args, **kwargs: recorder.run(kernel, *args, **kwargs))
-    with patch.object(triton.JITFunction, "run", launch):
+    with recorder.recording():
         ids, x = zipf(8, 16, 2), torch.ones(8, 512, dtype=torch.bfloat16)
         narrow = quantize(mlp, numbers)
         TRITON.fused_mlp(x, torch.ones(8, 2), row_map_of(ids, 16), narrow, F.silu)
@@ -243,13 +185,12 @@ def recorded_scaled(arch, products, *, own, tokens=512, width=512, hidden=1024):
     def known(dtype, device, *, rows_per_expert):
         return tilings.tilings_for("sm_80" if arch == "sm_89" else arch, dtype, rows_per_expert)
 
-    launch = functools.partialmethod(lambda kernel, *args, **kwargs: recorder.run(kernel, *args, **kwargs))
     rows, weight, bias = (
         torch.ones(*shape, dtype=torch.bfloat16, requires_grad=True)
         for shape in ((2 * tokens, width), (4, hidden, width), (4, hidden))
     )
     with (
-        patch.object(triton.JITFunction, "run", launch),
+        recorder.recording(),
         patch.object(grouped, "tilings_of", known),
         patch.object(scaled, "tilings_of", known),
         patch.object(scaled, "multiplies", lambda products, device: own),
@@ -265,7 +206,7 @@ def test_8_bit_numbers_are_multiplied_as_such(arch, products, unit, tmp_path):
     only = {"_narrow", "_scaled_product"}
     assert check(arch, recorder, tmp_path, narrow=False, only=only) == only
     for launch in (one for one in recorder.launches if one.kernel == "_scaled_product"):
-        assert unit in compiled(recorder, launch, TARGETS[arch]).asm["ptx"]
+        assert unit in recorder.compiled(launch, TARGETS[arch]).asm["ptx"]
 
 
 @pytest.mark.parametrize(("arch", "products"), [("sm_90", FLOAT8), ("sm_100", MXFLOAT8)], ids=str)

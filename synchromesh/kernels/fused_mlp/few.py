@@ -16,7 +16,7 @@ from synchromesh.kernels.launch import given_or
 from synchromesh.kernels.mlp import Net
 
 MOST_ROWS = 512
-MOST_ROWS_PER_EXPERT = 4  # on average: with more, tiles that read a matrix once for all of them are faster
+MOST_ROWS_PER_EXPERT = 1.5  # on average: with more, tiles that read a matrix once for all of them move fewer bytes
 
 
 def is_few(num_rows: int, num_experts: int) -> bool:
@@ -85,12 +85,13 @@ def _open_few(
     if row >= 0:
         f = tl.program_id(1) * BF + tl.arange(0, BF)
         inside = f < hidden_width
+        source = (tl.program_id(0) // choices).to(tl.int64)
         # Products by hand: tl.dot wants 16 rows at least, and here is one.
         h = tl.zeros((BF,), tl.float32)
         g = tl.zeros((BF,), tl.float32)
         for start in range(0, width, BD):
             d = start + tl.arange(0, BD)
-            token = tl.load(x + (pair // choices) * width + d, mask=d < width, other=0.0).to(tl.float32)
+            token = tl.load(x + source * width + d, mask=d < width, other=0.0).to(tl.float32)
             mask = inside[:, None] & (d < width)[None, :]
             at = e * up_e + f[:, None] * up_f + d[None, :] * up_d
             h += tl.sum(tl.load(up + at, mask=mask, other=0.0).to(tl.float32) * token[None, :], 1)

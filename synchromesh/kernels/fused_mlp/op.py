@@ -5,6 +5,7 @@ Saved for backward: x, the combine weights, the map, the pre-activations and the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,18 +19,23 @@ from synchromesh.kernels.mlp import LEARNABLE, MLPWeights, Net
 from synchromesh.types import RowMap
 
 
-def run(op: Any, x: Tensor, weights: Tensor, rowmap: RowMap, activation: str, mlp: MLPWeights) -> Tensor:
-    """Run an op in autocast's dtype; where no gradient is wanted, nothing is kept.
+def run(
+    op: Any, x: Tensor, weights: Tensor, rowmap: RowMap, activation: str, mlp: MLPWeights, *, by_token: bool = False
+) -> Tensor:
+    """Run an op in autocast's dtype; where no gradient is wanted, nothing is kept. `by_token` is that of `define`.
 
     Raises ValueError where x and the expert weights are not of one dtype then.
     """
     x, parts = autocast_alike(x, mlp.tensors()[:LEARNABLE])
     learns = any(tensor is not None and tensor.requires_grad for tensor in (x, weights, *parts))
     save = torch.is_grad_enabled() and learns
-    return op(x, weights, rowmap.pairs, rowmap.rows, rowmap.ends, activation, save, mlp.joint, *parts)[0]
+    maps = [rowmap.pairs, rowmap.rows, rowmap.ends, *([rowmap.token_of_rows()] if by_token else [])]
+    return op(x, weights, *maps, activation, save, mlp.joint, *parts)[0]
 
 
-def define(name: str, forward: Callable[..., Any], backward: Callable[..., Any], *, device: str | None) -> Any:
+def define(
+    name: str, forward: Callable[..., Any], backward: Callable[..., Any], *, device: str | None, by_token: bool = False
+) -> Any:
     """Define `synchromesh::fused_mlp_<name>` and its backward; return the former.
 
     Args:
@@ -38,14 +44,17 @@ def define(name: str, forward: Callable[..., Any], backward: Callable[..., Any],
         backward: (grad, [x, weights, pairs, rows, ends, pre_up, pre_gate], net, activation, joint, needs) -> the
             gradients of x, of weights and of each parameter, without numbers where not needed.
         device: what tensors it is for; None means any.
+        by_token: whether both take the token of each row too, int32 [R], after ends.
     """
+    inputs = 6 if by_token else 5  # tensors before the activation's name
+    kept = inputs + 2  # and both pre-activations
     op = torch.library.custom_op(
         f"synchromesh::fused_mlp_{name}",
         forward,
         mutates_args=(),
         device_types=device,
         schema="(Tensor x, Tensor weights, Tensor pairs, Tensor rows, Tensor ends,"
-        " str activation, bool save, bool joint,"
+        f"{' Tensor tokens,' if by_token else ''} str activation, bool save, bool joint,"
         " Tensor up, Tensor down, Tensor? gate, Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias)"
         " -> (Tensor, Tensor, Tensor)",
     )
@@ -63,15 +72,20 @@ def define(name: str, forward: Callable[..., Any], backward: Callable[..., Any],
             return (None,) * len(ctx.needs_input_grad)
         tensors = list(ctx.saved_tensors)  # read once: activation checkpointing unpacks each a single time
         if torch.is_grad_enabled():  # this backward will be differentiated
-            grads = _composed(grad, tensors[:5], tensors[7:], ctx.activation, ctx.joint, ctx.needs)
-            return *grads[:2], None, None, None, None, None, None, *grads[2:]
-        d_x, d_weights, d_mlp = backward_op(grad, tensors[:7], tensors[7:], ctx.activation, ctx.joint, ctx.needs)
-        grads = [d if need else None for d, need in zip([d_x, d_weights, *d_mlp], ctx.needs, strict=True)]
-        return *grads[:2], None, None, None, None, None, None, *grads[2:]
+            grads = _composed(grad, tensors[:5], tensors[kept:], ctx.activation, ctx.joint, ctx.needs)
+        else:
+            made = backward_op(grad, tensors[:kept], tensors[kept:], ctx.activation, ctx.joint, ctx.needs)
+            grads = [d if need else None for d, need in zip([*made[:2], *made[2]], ctx.needs, strict=True)]
+        return *grads[:2], *[None] * (inputs + 1), *grads[2:]
 
-    op.register_fake(_fake)
+    def fake(x: Tensor, weights: Tensor, pairs: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+        save, mlp = others[inputs - 2], others[inputs:]
+        pre_up, pre_gate = pre_activations(pairs, mlp, save=save)
+        return x.new_empty(x.shape), x.new_empty(pre_up), x.new_empty(pre_gate)
+
+    op.register_fake(fake)
     backward_op.register_fake(_fake_backward)
-    op.register_autograd(gradients, setup_context=_setup)
+    op.register_autograd(gradients, setup_context=functools.partial(_setup, inputs))
     return op
 
 
@@ -106,22 +120,14 @@ def wanted(mlp: Sequence[Tensor | None], needs: list[bool], like: Callable[[Tens
     ]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weights, pairs, rows, ends, ctx.activation, _, ctx.joint, *mlp = inputs
-    needs_x, needs_weights, _, _, _, _, _, _, *needs_mlp = ctx.needs_input_grad[: len(inputs)]
-    ctx.needs = [needs_x, needs_weights, *needs_mlp]
+def _setup(tensors: int, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.activation, _, ctx.joint, *mlp = inputs[tensors:]
+    needs = ctx.needs_input_grad[: len(inputs)]
+    ctx.needs = [*needs[:2], *needs[tensors + 3 :]]
     # Pre-activations are outputs only so that autograd keeps them; no gradient flows through them.
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else zeros of the size of the pre-activations arrive with every backward
-    ctx.save_for_backward(x, weights, pairs, rows, ends, *output[1:], *mlp)
-
-
-def _fake(
-    x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, activation: str, save: bool,
-    joint: bool, *mlp: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    pre_up, pre_gate = pre_activations(pairs, mlp, save=save)
-    return x.new_empty(x.shape), x.new_empty(pre_up), x.new_empty(pre_gate)
+    ctx.save_for_backward(*inputs[:tensors], *output[1:], *mlp)
 
 
 def _fake_backward(

@@ -16,7 +16,11 @@ from synchromesh.kernels.tiles import Tiling
 GROUP = 8  # tiles of rows that run at about the same time, so that they share weights in the L2 cache
 
 _HOPPER = Tilings(
-    Tiling(128, 256, 64, 8, 3), Tiling(128, 128, 64, 8, 3), Tiling(128, 64, 64, 8, 3), Tiling(128, 256, 64, 8, 3)
+    Tiling(128, 256, 64, 8, 3),
+    Tiling(128, 256, 64, 8, 3),
+    Tiling(128, 128, 64, 8, 3),
+    Tiling(128, 256, 64, 8, 3),
+    few_stages=5,
 )
 _AMPERE = Tilings(
     Tiling(128, 128, 32, 8, 3), Tiling(128, 128, 32, 8, 3), Tiling(128, 64, 32, 8, 3), Tiling(128, 128, 32, 8, 3)

@@ -4,6 +4,7 @@
 # Kernels are typed as Triton sees them, not as they are launched.
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,18 +17,23 @@ from synchromesh.kernels.autocast import autocast_alike
 from synchromesh.kernels.grouped_mm import native, op, reference
 from synchromesh.kernels.grouped_mm.choice import Kind
 from synchromesh.kernels.grouped_mm.tilings import GROUP, tilings_of
-from synchromesh.kernels.launch import on_its_device
+from synchromesh.kernels.launch import given_or, on_its_device
 from synchromesh.kernels.tiles import (
     Tiles,
     Tiling,
     interpreted,
+    leave,
     multiplied,
+    next_item,
     precision_of,
     programs_of,
     swizzled,
     tile_rows,
     tiles_of,
+    turn_of,
 )
+
+MOST_STAGES = 4  # of the largest tile that fit into 227 KiB
 
 
 def grouped_mm(
@@ -47,9 +53,22 @@ def grouped_mm(
     return _grouped_mm(rows, weight_, ends, bias_)
 
 
+@dataclass(frozen=True)
+class Scatter:
+    """Where a product stores its rows, and what it multiplies them by.
+
+    Attributes:
+        tokens: int32 [R], the row of the result that each row is stored to; no two of one expert's or others' agree.
+        scale: [T], of each row of the result.
+    """
+
+    tokens: Tensor
+    scale: Tensor | None = None
+
+
 def product(
     a: Tensor, w: Tensor, tiles: Tiles, tiling: Tiling, *, out: Tensor, bias: Tensor | None = None,
-    tokens: tuple[Tensor, int] | None = None, second: tuple[Tensor, Tensor] | None = None,
+    tokens: Tensor | None = None, second: tuple[Tensor, Tensor] | None = None, scatter: Scatter | None = None,
 ) -> Tensor:  # fmt: skip
     """Write a[r] · w[e] + bias[e] to out[r] for the rows of each expert.
 
@@ -60,26 +79,29 @@ def product(
         tiling: of the kernel.
         out: [R, O].
         bias: [E, O].
-        tokens: pairs [R] and K, where a holds tokens: row r is a[pairs[r] // K].
+        tokens: int32 [R], where a holds tokens: row r is a[tokens[r]].
         second: another a and w whose product is added.
+        scatter: where rows are stored instead of at their own number.
     """
     _, depth, width = w.shape
-    pairs, choices = (out, 1) if tokens is None else tokens
+    to, scale = (out, None) if scatter is None else (scatter.tokens, scatter.scale)
     a2, w2 = (a, w) if second is None else second
     tiling = tiling.fitted(cols=width, depth=depth)
     across = triton.cdiv(width, tiling.cols)
     _product[(programs_of(out.device, len(tiles.expert) * across),)](
-        a, w, a2, w2, out if bias is None else bias.contiguous(), pairs, out,
-        tiles.expert, tiles.first, tiles.stop, tiles.count, depth, width, choices, *w.stride(), *w2.stride(),
-        GATHER=tokens is not None, BIAS=bias is not None, SECOND=second is not None,
+        a, w, a2, w2, out if bias is None else bias.contiguous(), given_or(tokens, out), to, given_or(scale, out), out,
+        tiles.expert, tiles.first, tiles.stop, tiles.count, tiles.turn, depth, width, *w.stride(), *w2.stride(),
+        GATHER=tokens is not None, SCATTER=scatter is not None, SCALED=scale is not None,
+        BIAS=bias is not None, SECOND=second is not None,
         WHOLE=depth % tiling.depth == 0 and width % tiling.cols == 0, **options(a, tiling),
     )  # fmt: skip
     return out
 
 
 def weight_gradient(
-    left: Tensor, right: Tensor, ends: Tensor, tiling: Tiling, *, out: Tensor, tokens: tuple[Tensor, int] | None = None
-) -> Tensor:
+    left: Tensor, right: Tensor, ends: Tensor, tiling: Tiling, *,
+    out: Tensor, tokens: Tensor | None = None, turn: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Write the sum over an expert's rows of left[r]ᵀ · right[r] to out[e]; zero where it has none.
 
     Args:
@@ -89,27 +111,39 @@ def weight_gradient(
         tiling: of the kernel.
         out: [E, M, N], any strides.
         tokens: as in `product`, for right.
+        turn: that of tiles, where kernels before and after run over some.
     """
     experts, high, wide = out.shape
-    pairs, choices = (left, 1) if tokens is None else tokens
     tiling = tiling.fitted(cols=wide, depth=tiling.depth)
+    if tokens is None:  # with them, loads that wait for tokens take the last stage
+        tiling = replace(tiling, stages=min(tiling.stages, MOST_STAGES))
     down, across = triton.cdiv(high, tiling.rows), triton.cdiv(wide, tiling.cols)
     whole = high % tiling.rows == 0 and wide % tiling.cols == 0
     _weight_gradient[(programs_of(out.device, max(1, experts * down * across)),)](
-        left, right, pairs, ends, out, experts, high, wide, choices, *out.stride(),
+        left, right, given_or(tokens, left), ends, turn_of(out.device) if turn is None else turn, out,
+        experts, high, wide, *out.stride(),
         GATHER=tokens is not None, WHOLE=whole, **options(left, tiling),
     )  # fmt: skip
     return out
 
 
+def zero_tail(out: Tensor, ends: Tensor) -> None:
+    """Write 0 to the rows of out [R, N] past the last expert's: nothing flows into them."""
+    if out.numel():
+        rows, width = out.shape
+        grid = (triton.cdiv(rows, 32), triton.cdiv(width, 256))
+        _zero_tail[grid](out, ends, rows, width, len(ends), BM=32, BN=256)
+
+
 def column_sums(
-    rows: Tensor, ends: Tensor, *, out: Tensor, tokens: tuple[Tensor, int] | None = None, scale: Tensor | None = None
-) -> Tensor:
-    """Write the sum of each expert's rows, times the weight of their pairs if scale [T K] is given, to out [E, N]."""
+    rows: Tensor, ends: Tensor, *,
+    out: Tensor, tokens: Tensor | None = None, scale: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """Write the sum of each expert's rows to out [E, N]; scale: weights [T, K] and pairs [R] that rows are times."""
     experts, wide = out.shape
-    pairs, choices = (rows, 1) if tokens is None else tokens
+    weights, pairs = (rows, rows) if scale is None else scale
     _column_sums[(experts, triton.cdiv(wide, 128))](
-        rows, pairs, rows if scale is None else scale, ends, out, wide, choices,
+        rows, given_or(tokens, rows), pairs, weights, ends, out, wide,
         GATHER=tokens is not None, SCALED=scale is not None, BN=128, BK=32,
     )  # fmt: skip
     return out
@@ -125,23 +159,25 @@ def options(a: Tensor, tiling: Tiling) -> dict[str, Any]:
 
 @triton.jit
 def _product(
-    a, w, a2, w2, bias, pairs, out, expert, first, stop, count,
-    depth, width, choices, w_e, w_k, w_n, w2_e, w2_k, w2_n,
-    GATHER: tl.constexpr, BIAS: tl.constexpr, SECOND: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
+    a, w, a2, w2, bias, tokens, to, scale, out, expert, first, stop, count, turn,
+    depth, width, w_e, w_k, w_n, w2_e, w2_k, w2_n,
+    GATHER: tl.constexpr, SCATTER: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, SECOND: tl.constexpr,
+    WHOLE: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     # A persistent kernel: the host cannot know how many tiles are in use, so a fixed number of programs takes items,
     # each a tile of rows and a block of columns, in turn.
     across = (width + BN - 1) // BN
     tiles = tl.load(count)
-    for item in range(tl.program_id(0), tiles * across, tl.num_programs(0)):
+    item = next_item(turn)
+    while item < tiles * across:
         tile, column = swizzled(item, tiles, across, GROUP)
         start, row, own = tile_rows(tile, first, stop, BM)
         e = tl.load(expert + tile).to(tl.int64)
         cols = column * BN + tl.arange(0, BN)
         source = start + row
         if GATHER:
-            source = tl.load(pairs + start + row) // choices
+            source = tl.load(tokens + start + row)
         total = tl.zeros((BM, BN), tl.float32)
         total = multiplied(total, a, source, w + e * w_e, cols, depth, width, w_k, w_n, WHOLE, UPCAST, PRECISION, BK)
         if SECOND:  # into the same registers: the sum of both products is stored once
@@ -150,14 +186,21 @@ def _product(
             )
         if BIAS:
             total += tl.load(bias + e * width + cols, mask=cols < width, other=0.0).to(tl.float32)[None, :]
-        # 64 bits for the tile's start only: offsets inside a tile fit into 32.
-        at = out + start.to(tl.int64) * width + (row[:, None] * width + cols[None, :])
+        if SCATTER:
+            target = tl.load(to + start + row)
+            if SCALED:
+                total *= tl.load(scale + target).to(tl.float32)[:, None]
+            at = out + target.to(tl.int64)[:, None] * width + cols[None, :]
+        else:  # 64 bits for the tile's start only: offsets inside a tile fit into 32
+            at = out + start.to(tl.int64) * width + (row[:, None] * width + cols[None, :])
         tl.store(at, total.to(out.dtype.element_ty), mask=own[:, None] & (cols[None, :] < width))
+        item = next_item(turn)
+    leave(turn)
 
 
 @triton.jit
 def _weight_gradient(
-    left, right, pairs, ends, out, experts, high, wide, choices, out_e, out_m, out_n,
+    left, right, tokens, ends, turn, out, experts, high, wide, out_e, out_m, out_n,
     GATHER: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -165,7 +208,8 @@ def _weight_gradient(
     across = (wide + BN - 1) // BN
     # An item is a tile of one expert's gradient and sums over all of that expert's rows: no partial sums pass between
     # programs, and an expert without rows stores the zero that it began with.
-    for item in range(tl.program_id(0), experts * down * across, tl.num_programs(0)):
+    item = next_item(turn)
+    while item < experts * down * across:
         e = item // (down * across)
         tile, column = swizzled(item % (down * across), down, across, GROUP)
         start = tl.load(ends + e - 1, mask=e > 0, other=0)
@@ -178,7 +222,7 @@ def _weight_gradient(
             own = row < end
             source = row
             if GATHER:
-                source = tl.load(pairs + row, mask=own, other=0) // choices
+                source = tl.load(tokens + row, mask=own, other=0)
             left_at = left + row.to(tl.int64)[:, None] * high + m[None, :]
             right_at = right + source.to(tl.int64)[:, None] * wide + n[None, :]
             if WHOLE:
@@ -193,11 +237,23 @@ def _weight_gradient(
             total = tl.dot(tl.trans(x), y, total, input_precision=PRECISION)
         at = out + e.to(tl.int64) * out_e + (m[:, None] * out_m + n[None, :] * out_n)
         tl.store(at, total.to(out.dtype.element_ty), mask=(m[:, None] < high) & (n[None, :] < wide))
+        item = next_item(turn)
+    leave(turn)
+
+
+@triton.jit
+def _zero_tail(out, ends, rows, width, experts, BM: tl.constexpr, BN: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    first = tl.load(ends + experts - 1, mask=experts > 0, other=0)
+    if (tl.program_id(0) + 1) * BM > first:  # rows before the tail are left to the product
+        col = tl.program_id(1) * BN + tl.arange(0, BN)
+        mask = ((row >= first) & (row < rows))[:, None] & (col < width)[None, :]
+        tl.store(out + row[:, None] * width + col[None, :], tl.zeros((BM, BN), out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _column_sums(
-    rows, pairs, scale, ends, out, wide, choices,
+    rows, tokens, pairs, scale, ends, out, wide,
     GATHER: tl.constexpr, SCALED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     e = tl.program_id(0)
@@ -210,7 +266,7 @@ def _column_sums(
         own = row < end
         source = row
         if GATHER:
-            source = tl.load(pairs + row, mask=own, other=0) // choices
+            source = tl.load(tokens + row, mask=own, other=0)
         at = rows + source.to(tl.int64)[:, None] * wide + n[None, :]
         x = tl.load(at, mask=own[:, None] & (n[None, :] < wide), other=0.0).to(tl.float32)
         if SCALED:
@@ -260,7 +316,8 @@ def backward(
         d_rows = native.rows_gradient(grad, weight, ends)
     elif needs[0]:
         tiling = tilings_of(grad.dtype, grad.device, rows_per_expert=len(grad) // max(1, len(ends))).product
-        d_rows = grad.new_zeros(grad.shape[0], width)  # nothing flows into the tail
+        d_rows = grad.new_empty(grad.shape[0], width)
+        zero_tail(d_rows, ends)
         product(grad, weight.mT, tiles_of(ends, len(grad), tiling.rows), tiling, out=d_rows)
     if rows is not None:
         torchs = native.is_faster(Kind.WEIGHTS, grad, weight.shape)

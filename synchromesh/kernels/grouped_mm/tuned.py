@@ -15,8 +15,9 @@ from synchromesh.kernels.grouped_mm.blocks import Tilings
 from synchromesh.kernels.tiles import Tiling
 
 FILE = "tuned.json"
+MOST_STAGES = 16
 _WORDS = ("architecture", "dtype", "device", "torch", "triton", "commit", "started")
-_KINDS = tuple(field.name for field in dataclasses.fields(Tilings))
+_KINDS = ("product", "opening", "closing", "weights")
 _SIZES = tuple(field.name for field in dataclasses.fields(Tiling))
 
 
@@ -104,8 +105,11 @@ def _tuning(found: Any) -> Tuning:
             raise ValueError(f"{name} in a table of tilings is {about[name]!r}, wanted text")
     if not isinstance(getattr(torch, about["dtype"], None), torch.dtype):
         raise ValueError(f"dtype in a table of tilings is {about['dtype']!r}, wanted a dtype of torch")
-    kinds = _fields(about["tilings"], _KINDS)
-    tilings = Tilings(**{kind: _tiling(kinds[kind]) for kind in _KINDS})
+    kinds = _fields(about["tilings"], (*_KINDS, "few_stages"))
+    few = kinds["few_stages"]
+    if type(few) is not int or not 0 <= few <= MOST_STAGES:
+        raise ValueError(f"few_stages in a table of tilings is {few!r}, wanted a number of at most {MOST_STAGES}")
+    tilings = Tilings(**{kind: _tiling(kinds[kind]) for kind in _KINDS}, few_stages=few)
     if len({tilings.product.rows, tilings.opening.rows, tilings.closing.rows}) > 1:
         raise ValueError(f"product, opening and closing cut rows alike, got {tilings}")
     return Tuning(**{**about, "tilings": tilings})

@@ -22,7 +22,7 @@ WIDEST_BLOCK = 1024  # numbers of a row at a time: 16 bytes for each thread of f
 
 def gather(x: Float[Tensor, "T D"], rowmap: RowMap) -> Float[Tensor, "R D"]:
     """Copy each token to the rows of its kept pairs; the tail is left as it is."""
-    return _gather(x, rowmap.pairs, rowmap.rows)
+    return _gather(x, rowmap.token_of_rows(), rowmap.pairs, rowmap.rows)
 
 
 def combine(buffer: Float[Tensor, "R D"], weights: Float[Tensor, "T K"], rowmap: RowMap) -> Float[Tensor, "T D"]:
@@ -49,24 +49,33 @@ def sum_rows(
     return y
 
 
+def fill_absent(y: Tensor, rows: Tensor) -> None:
+    """Write 0 to the tokens of y [T, D] whose one choice has no row; others are left as they are."""
+    if y.numel():
+        wide = _width(y)
+        _fill_absent[(len(y), triton.cdiv(y.shape[1], wide))](rows, y, y.shape[1], BD=wide)
+
+
 def _width(y: Tensor) -> int:
     return min(WIDEST_BLOCK, 1 << max(0, y.shape[1] - 1).bit_length())
 
 
 @torch.library.custom_op(
-    "synchromesh::gather_triton", mutates_args=(), schema="(Tensor x, Tensor pairs, Tensor rows) -> Tensor"
+    "synchromesh::gather_triton",
+    mutates_args=(),
+    schema="(Tensor x, Tensor tokens, Tensor pairs, Tensor rows) -> Tensor",
 )
 @on_its_device
-def _gather(x: Tensor, pairs: Tensor, rows: Tensor) -> Tensor:
+def _gather(x: Tensor, tokens: Tensor, pairs: Tensor, rows: Tensor) -> Tensor:
     x, out = x.contiguous(), x.new_empty(pairs.shape[0], x.shape[1])
     if out.numel():
         wide = _width(out)
-        _copy_rows[(len(out), triton.cdiv(out.shape[1], wide))](x, pairs, out, out.shape[1], rows.shape[1], BD=wide)
+        _copy_rows[(len(out), triton.cdiv(out.shape[1], wide))](x, tokens, out, out.shape[1], BD=wide)
     return out
 
 
 @_gather.register_fake
-def _(x: Tensor, pairs: Tensor, rows: Tensor) -> Tensor:
+def _(x: Tensor, tokens: Tensor, pairs: Tensor, rows: Tensor) -> Tensor:
     return x.new_empty(pairs.shape[0], x.shape[1])
 
 
@@ -84,14 +93,14 @@ def _(grad: Tensor, rows: Tensor) -> Tensor:
 
 
 def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
+    ctx.save_for_backward(*inputs[2:])
 
 
 def _gather_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     pairs, rows = ctx.saved_tensors
     if torch.is_grad_enabled():  # this backward will be differentiated
-        return composed.added(grad, pairs, tuple(rows.shape)), None, None
-    return _gather_backward(grad, rows), None, None
+        return composed.added(grad, pairs, tuple(rows.shape)), None, None, None
+    return _gather_backward(grad, rows), None, None, None
 
 
 _gather.register_autograd(_gather_grad, setup_context=_gather_setup)
@@ -148,13 +157,13 @@ _combine.register_autograd(_combine_grad, setup_context=_combine_setup)
 
 
 @triton.jit
-def _copy_rows(x, pairs, out, width, choices, BD: tl.constexpr):
+def _copy_rows(x, tokens, out, width, BD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    pair = tl.load(pairs + row)
-    if pair >= 0:  # the tail is left as it is
+    token = tl.load(tokens + row).to(tl.int64)
+    if token >= 0:  # the tail is left as it is
         d = tl.program_id(1) * BD + tl.arange(0, BD)
         own = d < width
-        tl.store(out + row * width + d, tl.load(x + (pair // choices) * width + d, mask=own), mask=own)
+        tl.store(out + row * width + d, tl.load(x + token * width + d, mask=own), mask=own)
 
 
 @triton.jit
@@ -175,6 +184,14 @@ def _sum_rows(
                 part *= tl.load(weights + token * choices + k).to(tl.float32)
             total += part
     tl.store(y + token * width + d, total.to(y.dtype.element_ty), mask=d < width)
+
+
+@triton.jit
+def _fill_absent(rows, y, width, BD: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    if tl.load(rows + token) < 0:
+        d = tl.program_id(1) * BD + tl.arange(0, BD)
+        tl.store(y + token * width + d, tl.zeros((BD,), y.dtype.element_ty), mask=d < width)
 
 
 @triton.jit

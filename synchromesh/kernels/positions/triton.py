@@ -16,6 +16,7 @@ from torch import Tensor
 from synchromesh.kernels.launch import on_its_device
 
 BLOCK_PAIRS = 128  # each is compared with all others of its block
+BLOCK_EXPERTS = 8  # whose counts a program adds up
 
 
 def positions(
@@ -46,11 +47,11 @@ def _positions(expert_ids: Tensor, num_experts: int, priority: Tensor | None) ->
     bins = max(2, triton.next_power_of_2(num_experts))
     sizes = {"BLOCK": BLOCK_PAIRS, "ORDERED": priority is not None}
     _count_block[(blocks,)](expert_ids, order, counts, tokens, choices, num_experts, BINS=bins, **sizes)
-    ends = counts.cumsum(0, dtype=torch.int64)
-    before = ends - counts  # [blocks, E]: the pairs of each expert in all earlier blocks
-    places = torch.empty_like(expert_ids)
-    _place_block[(blocks,)](expert_ids, order, before, places, tokens, choices, num_experts, **sizes)
-    return places, ends[-1].clone()  # a view would keep the counts of all blocks in memory
+    places, totals = torch.empty_like(expert_ids), expert_ids.new_empty(num_experts)
+    grid = (triton.cdiv(num_experts, BLOCK_EXPERTS),)
+    _add_blocks[grid](counts, totals, blocks, num_experts, ROWS=128, COLUMNS=BLOCK_EXPERTS)
+    _place_block[(blocks,)](expert_ids, order, counts, places, tokens, choices, num_experts, **sizes)
+    return places, totals
 
 
 @_positions.register_fake
@@ -80,6 +81,21 @@ def _count_block(
     e = tl.arange(0, BINS)
     found = tl.sum((expert[:, None] == e[None, :]).to(tl.int32), 0)
     tl.store(counts + tl.program_id(0).to(tl.int64) * experts + e, found, mask=e < experts)
+
+
+@triton.jit
+def _add_blocks(counts, totals, blocks, experts, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Turn the pairs of each expert in each block into those in all earlier blocks, and write their sum."""
+    e = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.int32)
+    for first in range(0, blocks, ROWS):
+        block = first + tl.arange(0, ROWS)
+        at = counts + block.to(tl.int64)[:, None] * experts + e[None, :]
+        mask = (block < blocks)[:, None] & (e < experts)[None, :]
+        n = tl.load(at, mask=mask, other=0)
+        tl.store(at, total[None, :] + tl.cumsum(n, 0) - n, mask=mask)
+        total += tl.sum(n, 0)
+    tl.store(totals + e, total, mask=e < experts)
 
 
 @triton.jit

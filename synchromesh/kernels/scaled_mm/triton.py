@@ -24,7 +24,7 @@ from synchromesh.kernels.grouped_mm.tilings import GROUP, tilings_of
 from synchromesh.kernels.launch import on_its_device
 from synchromesh.kernels.scaled_mm import reference
 from synchromesh.kernels.scaled_mm.reference import Float8Products, MXFloat8Products, Products
-from synchromesh.kernels.tiles import interpreted, programs_of, swizzled, tile_rows, tiles_of
+from synchromesh.kernels.tiles import interpreted, leave, next_item, programs_of, swizzled, tile_rows, tiles_of
 
 FIRST_CAPABLE = {Float8Products: (8, 9), MXFloat8Products: (10, 0)}  # compute capability that multiplies them
 DEPTH_MULTIPLE = 64  # that the summed dimension is padded to, so that no step of a product is cut short
@@ -105,7 +105,7 @@ def scaled_product(
     tiling = tiling.fitted(cols=tiling.cols, depth=depth)  # columns past the last cost no mask
     _scaled_product[(programs_of(out.device, len(tiles.expert) * triton.cdiv(width, tiling.cols)),)](
         left, left_scale, right, right_scale, out if bias is None else bias.contiguous(), out,
-        tiles.expert, tiles.first, tiles.stop, tiles.count, depth, width, BIAS=bias is not None,
+        tiles.expert, tiles.first, tiles.stop, tiles.count, tiles.turn, depth, width, BIAS=bias is not None,
         BLOCK=products.block or 0, UPCAST=interpreted(), BM=tiling.rows, BN=tiling.cols, BK=tiling.depth, GROUP=GROUP,
         num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
@@ -151,14 +151,15 @@ def _narrow(
 
 @triton.jit
 def _scaled_product(
-    a, a_scale, w, w_scale, bias, out, expert, first, stop, count, depth, width,
+    a, a_scale, w, w_scale, bias, out, expert, first, stop, count, turn, depth, width,
     BIAS: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     across = (width + BN - 1) // BN
     tiles = tl.load(count)
     k = tl.arange(0, BK)
-    for item in range(tl.program_id(0), tiles * across, tl.num_programs(0)):
+    item = next_item(turn)
+    while item < tiles * across:
         tile, column = swizzled(item, tiles, across, GROUP)
         start, row, own = tile_rows(tile, first, stop, BM)
         start = start.to(tl.int64)
@@ -192,6 +193,8 @@ def _scaled_product(
             total += tl.load(bias + e * width + col).to(tl.float32)[None, :]
         at = out + start * width + (row[:, None] * width + cols[None, :])
         tl.store(at, total.to(out.dtype.element_ty), mask=own[:, None] & (cols[None, :] < width))
+        item = next_item(turn)
+    leave(turn)
 
 
 @triton.jit
@@ -276,7 +279,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_rows, d_weight, d_bias = grouped.backward(grad, rows, weight, ends, [False, *needs[1:]])
     if needs[0]:
-        d_rows = grad.new_zeros(grad.shape[0], weight.shape[1])  # nothing flows into the tail
+        d_rows = grad.new_empty(grad.shape[0], weight.shape[1])
+        grouped.zero_tail(d_rows, ends)
         a, w = _narrow_rows(grad, ends, products), _narrow_weight(weight.mT, products)
         scaled_product(a, w, ends, products, out=d_rows)
     return d_rows, d_weight, d_bias

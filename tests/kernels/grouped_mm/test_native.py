@@ -121,8 +121,12 @@ class OnGpu(torch.Tensor):
     device, is_cuda = torch.device("cuda"), True
 
 
-@pytest.mark.parametrize(("major", "minor", "wanted"), [(8, 0, False), (9, 0, True), (10, 0, True), (12, 0, False)])
-def test_it_is_never_chosen_where_it_reads_on_the_host(monkeypatch, major, minor, wanted):
+@pytest.mark.parametrize(
+    ("major", "minor", "wanted"), [(8, 0, False), (9, 0, True), (10, 0, True), (10, 3, False), (12, 0, False)]
+)
+def test_it_is_never_chosen_where_it_reads_on_the_host_nor_where_its_gradients_were_nan(
+    monkeypatch, major, minor, wanted
+):
     cell = Cell(Kind.PRODUCT, "bfloat16", 4, 16, 64, 32, 2e-3, 1e-3)
     name, rows = f"sm_{major}{minor}", torch.randn(64, 64).to(BFLOAT16).as_subclass(OnGpu)
     table = Choices((Measurement(name, "a GPU", "2.13.0", "3.6.0", "abc", "2026-01-01T00:00:00Z", (cell,)),))

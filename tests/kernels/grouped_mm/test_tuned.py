@@ -67,6 +67,7 @@ def with_size(name, size):
         (changed(dtype="float17"), "dtype"),
         (changed(dtype="nn"), "dtype"),
         (changed(tilings={}), "holds the fields"),
+        (changed(tilings={**dataclasses.asdict(FAST), "few_stages": -1}), "few_stages"),
         (with_size("rows", 48), "power of two"),
         (with_size("rows", True), "power of two"),
         (with_size("stages", 0), "power of two"),
