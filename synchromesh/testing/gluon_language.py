@@ -19,6 +19,24 @@ from torch import Tensor
 from synchromesh.testing.gluon_machine import THREADS_PER_WARP, Barrier, Event, Machine, ProtocolError, Shared
 
 
+class Value(Tensor):
+    """A number or a block of them: unlike a tensor it never changes, `x += y` makes another."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self + other
+
+    def __isub__(self, other: Any) -> Any:
+        return self - other
+
+    def __imul__(self, other: Any) -> Any:
+        return self * other
+
+
+def value_of(given: Any, dtype: torch.dtype | None = None) -> Value:
+    """Return a number or a tensor as a value."""
+    return torch.as_tensor(given, dtype=dtype).as_subclass(Value)
+
+
 class Pointer:
     """Addresses in the memory of a tensor, as `tensor + offsets`; every access must lie inside.
 
@@ -55,7 +73,7 @@ class Pointer:
         mask, shape = _masked(mask, self.offset)
         found = torch.full(shape, other, dtype=self.memory.dtype)
         found[mask] = self.memory[self._at(mask, shape)]
-        return found
+        return value_of(found)
 
     def store(self, value: Tensor, mask: Any = None) -> None:
         mask, shape = _masked(mask, self.offset)
@@ -102,7 +120,7 @@ def run_kernel(
     programs: int,
     seed: int = 0,
     haste: float = 0.5,
-    replaced: Mapping[str, Callable[..., Any]] | None = None,
+    replaced: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """Run every program of a kernel; return how often each number of each tensor was written.
 
@@ -112,7 +130,7 @@ def run_kernel(
         programs: of the grid.
         seed: of the order of what happens at once.
         haste: as `Machine` takes it.
-        replaced: functions by name that the kernel calls instead of its own, to see it break.
+        replaced: functions of gluon.jit by name that the kernel calls instead of its own, to see it break.
 
     Raises:
         ProtocolError: the kernel breaks a rule of barriers or of memory.
@@ -144,15 +162,15 @@ class _Language:
             **both,
             load=lambda at, mask=None, other=0.0: at.load(mask, other),
             store=lambda at, value, mask=None: at.store(value, mask),
-            arange=lambda start, end, layout: torch.arange(start, end, dtype=torch.int32),
+            arange=lambda start, end, layout: value_of(torch.arange(start, end), torch.int32),
             convert_layout=lambda value, layout: value,
             reshape=lambda value, shape: value.reshape(*shape),
             permute=lambda value, order: value.permute(*order),
             split=lambda value: value.unbind(-1),
             SliceLayout=lambda dim, parent: None,
             static_range=builtins.range,
-            program_id=lambda axis: torch.tensor(program, dtype=torch.int32),
-            num_programs=lambda axis: torch.tensor(programs, dtype=torch.int32),
+            program_id=lambda axis: value_of(program, torch.int32),
+            num_programs=lambda axis: value_of(programs, torch.int32),
             allocate_shared_memory=self._allocate,
             warp_specialize=self._specialize,
         )
@@ -177,7 +195,9 @@ class _Language:
             scope: dict[str, Any] = {"__builtins__": builtins.__dict__}
             self.known[function] = made = FunctionType(function.__code__, scope, argdefs=function.__defaults__)
             for name in (*_names(function), "range"):
-                scope[name] = replaced.get(name) or self._meaning(name, function.__globals__.get(name), replaced)
+                found = function.__globals__.get(name)
+                own = self.emulated(replaced[name], {}) if name in replaced else self._meaning(name, found, replaced)
+                scope[name] = own
             return made
         return self.known[function]
 
@@ -296,7 +316,7 @@ def _names(function: FunctionType) -> Iterator[str]:
 
 def _range(*bounds: Any) -> Iterator[Tensor]:
     for number in builtins.range(*map(int, bounds)):
-        yield torch.tensor(number, dtype=torch.int32)
+        yield value_of(number, torch.int32)
 
 
 def _masked(mask: Any, offset: Any) -> tuple[Tensor, torch.Size]:
@@ -307,7 +327,7 @@ def _masked(mask: Any, offset: Any) -> tuple[Tensor, torch.Size]:
 
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype, layout: None = None) -> Tensor:
-    return torch.zeros(tuple(shape), dtype=dtype)
+    return value_of(torch.zeros(tuple(shape), dtype=dtype))
 
 
 def _minimum(a: Any, b: Any) -> Tensor:
