@@ -32,6 +32,7 @@ examples:
   synchromesh models show swinv2_moe_b_e32        what a model is made of and costs; `models` lists all
   synchromesh push runs/demo published/demo       weights, config and a model card in the hub's format; `pull` reads it
   synchromesh plan --model swinv2_moe_b --cluster a100_hdr --world 8..2048
+  synchromesh kernels --architecture sm_90 --tokens 32768                 which kernels run there, and why
   synchromesh verify --world 4                    the same on your cluster: torchrun ... -m -- synchromesh verify
 
 synchromesh COMMAND --help says more; synchromesh --version says which version this is.
@@ -63,6 +64,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "verify": Command("verify", "", "prove on these ranks that every parallel plan computes the same"),
         "profile": Command("profile", "FILE", "measure this cluster: links, products, memory"),
         "plan": Command("plan", "", "what a model costs on a cluster, and how it should run there"),
+        "kernels": Command("kernels", "", "which kernel runs each step of a layer on a GPU or CPU, and why"),
         "models": Command("models", "", "every architecture by name, with what it costs; `models show NAME`"),
         "push": Command("push", "RUN TARGET", "a trained model in the hub's format: a folder, or hf://OWNER/NAME"),
         "pull": Command("pull", "SOURCE RUN", "a run folder of such a model"),

@@ -40,7 +40,7 @@ def signature_of(kernel: Any, arguments: dict[str, Any]) -> tuple[dict, dict, di
     """Return types, constants and what is divisible by 16, as Triton finds them when a kernel is launched."""
     types, constants, divisible = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
-        value = arguments[name]
+        value: Any = arguments[name]
         if kernel.params[index].is_constexpr or (isinstance(value, int) and value == 1):
             types[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
@@ -88,7 +88,8 @@ def build(monkeypatch, tmp_path):
 
 
 def tiles():
-    return Tiles(*(torch.zeros(8, dtype=torch.int32) for _ in range(3)), torch.zeros(1, dtype=torch.int32), 128)
+    expert, first, stop = (torch.zeros(8, dtype=torch.int32) for _ in range(3))
+    return Tiles(expert, first, stop, torch.zeros(1, dtype=torch.int32), 128)
 
 
 def tensors(dtype, *shapes):

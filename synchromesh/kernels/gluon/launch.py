@@ -1,8 +1,7 @@
-"""Launching the Gluon kernels: which tensors they take, descriptors of matrices, and the size of grids."""
+"""Launching the Gluon kernels: descriptors of matrices, and the size of grids."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,21 +12,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from synchromesh.kernels.gluon.opening import opening_product
 from synchromesh.kernels.gluon.product import grouped_product
 from synchromesh.kernels.gluon.weights import weight_product
-from synchromesh.kernels.grouped_mm.choice import architecture_of
 from synchromesh.kernels.grouped_mm.tilings import GROUP
 from synchromesh.kernels.launch import given_or
 from synchromesh.kernels.tiles import Tiles, programs_of
 
-ARCHITECTURES = ("sm_90",)  # wgmma and setmaxnreg are of this one alone
 ROWS, DEPTH, STAGES = 128, 64, 4  # of a tile; of a step; of the ring: 192 KiB of the 227 that a program may have
 ALIGNED = 8  # numbers of 16 bits in the 16 bytes that TMA and cp.async move
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-
-
-def takes(rows: Tensor, shape: Sequence[int]) -> bool:
-    """Tell whether the kernels multiply such rows by matrices of a shape [E, I, O] on the device where they are."""
-    whole = all(size > 0 and size % ALIGNED == 0 for size in shape[1:])
-    return architecture_of(rows.device) in ARCHITECTURES and rows.dtype in DTYPES and whole and shape[0] > 0
 
 
 def product(

@@ -167,15 +167,6 @@ def test_no_rows_and_no_launch(emulator, tiled):
     assert not emulator.written
 
 
-@pytest.mark.parametrize(("dtype", "shape"), [(torch.float32, (2, 16, 16)), (torch.bfloat16, (2, 12, 16))], ids=str)
-def test_what_the_kernels_do_not_take(dtype, shape, monkeypatch):
-    monkeypatch.setattr(launch, "architecture_of", lambda device: "sm_90")
-    assert launch.takes(torch.empty(4, 16, dtype=torch.bfloat16), (2, 16, 24))
-    assert not launch.takes(torch.empty(4, 16, dtype=dtype), shape)
-    monkeypatch.setattr(launch, "architecture_of", lambda device: "sm_120")
-    assert not launch.takes(torch.empty(4, 16, dtype=torch.bfloat16), (2, 16, 24))
-
-
 def test_matrices_with_gaps_are_laid_out_first():
     odd = torch.randn(2, 16, 31)[:, :, :24].bfloat16()
     narrow = torch.randn(2, 16, 20).bfloat16()[:, :, :16]
