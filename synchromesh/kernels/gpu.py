@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from synchromesh.kernels import Kernels
 from synchromesh.kernels.direct_mlp import triton as direct_mlp
+from synchromesh.kernels.fused_mlp import gluon as gluon_mlp
 from synchromesh.kernels.fused_mlp import triton as fused_mlp
+from synchromesh.kernels.grouped_mm import gluon as gluon_mm
 from synchromesh.kernels.grouped_mm import triton as grouped_mm
 from synchromesh.kernels.permute import triton as permute
 from synchromesh.kernels.positions import triton as positions
@@ -24,3 +28,5 @@ TRITON = Kernels(
     direct_mlp=direct_mlp.direct_mlp,
     prefers_direct=direct_mlp.prefers_direct,
 )
+GLUON = dataclasses.replace(TRITON, grouped_mm=gluon_mm.grouped_mm, fused_mlp=gluon_mlp.fused_mlp)
+"""Those with warp-specialised products, on sm_90: for an A/B test, whatever the measured table says of them."""

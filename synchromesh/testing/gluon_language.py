@@ -113,6 +113,7 @@ class Sums:
         raise ProtocolError(f"sums are used (.{name}) before their products were waited for")
 
 
+@torch.no_grad()
 def run_kernel(
     kernel: Any,
     arguments: Mapping[str, Any],
@@ -167,6 +168,7 @@ class _Language:
             reshape=lambda value, shape: value.reshape(*shape),
             permute=lambda value, order: value.permute(*order),
             split=lambda value: value.unbind(-1),
+            sum=lambda value, axis: value.sum(axis),
             SliceLayout=lambda dim, parent: None,
             static_range=builtins.range,
             program_id=lambda axis: value_of(program, torch.int32),
@@ -210,6 +212,8 @@ class _Language:
             return lambda *_: None
         if hasattr(found, "fn"):
             return self.emulated(found, replaced)
+        if type(found).__name__ == "constexpr":
+            return found.value
         return found if found is not None else builtins.__dict__.get(name)
 
     def _allocate(self, dtype: torch.dtype, shape: Sequence[int], layout: None) -> Any:

@@ -220,7 +220,8 @@ class Machine:
         own.turn.acquire()
         try:
             if not self._stop:
-                own.run()
+                with torch.no_grad():  # which a thread does not inherit
+                    own.run()
         except _Stopped:
             pass
         except BaseException as error:  # noqa: BLE001 -- handed to the thread that waits for this one

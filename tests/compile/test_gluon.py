@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from synchromesh.kernels.tiles import Tiles
 
 launch = pytest.importorskip("synchromesh.kernels.gluon.launch", reason="this Triton has no Gluon")
+TensorDescriptor = pytest.importorskip("triton.experimental.gluon.nvidia.hopper").TensorDescriptor
 
 SM_90 = GPUTarget("cuda", 90, 32)
 SHARED = 227 * 1024  # bytes that a program may have
@@ -45,7 +46,7 @@ def signature_of(kernel: Any, arguments: dict[str, Any]) -> tuple[dict, dict, di
             types[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             types[name] = f"*{NAMES[value.dtype]}"
-        elif hasattr(value, "block_shape"):
+        elif isinstance(value, TensorDescriptor):
             types[name] = f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
         else:
             types[name] = "i32"
@@ -116,6 +117,12 @@ def opening(dtype, activation, *, gated):
     launch.opening(x, up, gate if gated else None, tiles(), pairs, activation, hidden=hidden, **extra)
 
 
+def closing_backward(dtype, activation, *, gated):
+    grad, down, pre_up, pre_gate = tensors(dtype, (ROWS // 2, WIDTH), (EXPERTS, HIDDEN, WIDTH), *[(ROWS, HIDDEN)] * 2)
+    pairs, pre = (torch.zeros(ROWS, dtype=torch.int64), 2), (pre_up, pre_gate if gated else None)
+    launch.closing_gradient(grad, down, torch.zeros(ROWS // 2, 2), tiles(), pairs, activation, pre)
+
+
 def gradient(dtype, *, gathered):
     left, right, out = tensors(dtype, (ROWS, HIDDEN), (ROWS, WIDTH), (EXPERTS, HIDDEN, WIDTH))
     tokens = (torch.zeros(ROWS, dtype=torch.int64), 2) if gathered else None
@@ -129,10 +136,13 @@ LAUNCHES = {
     "rows' gradient of two": lambda dtype: closing(dtype, second=True),
     "opening": lambda dtype: opening(dtype, "gelu", gated=False),
     "opening, gated": lambda dtype: opening(dtype, "silu", gated=True),
+    "closing backward": lambda dtype: closing_backward(dtype, "relu", gated=False),
+    "closing backward, gated": lambda dtype: closing_backward(dtype, "silu", gated=True),
+    "closing backward, gated gelu": lambda dtype: closing_backward(dtype, "gelu", gated=True),
     "matrix gradient, gathered": lambda dtype: gradient(dtype, gathered=True),
     "matrix gradient": lambda dtype: gradient(dtype, gathered=False),
 }
-GATHERING = {"opening", "opening, gated", "matrix gradient, gathered", "matrix gradient"}
+GATHERING = {"opening", "opening, gated", "closing backward, gated", "matrix gradient, gathered", "matrix gradient"}
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
@@ -147,8 +157,9 @@ def test_specialised_warps_tma_and_wgmma_without_spills(build, name):
     assert "UTMALDG" in made.code
     assert "HGMMA" in made.code
     # Two consumers of 4 wgmma a step each, twice as many where there is a gate.
-    width = 128 if name == "opening, gated" else 256
-    assert len(re.findall(rf"wgmma\.mma_async\.\S*m64n{width}k16", made.ptx)) == (16 if width == 128 else 8)
+    width = 128 if name in ("opening, gated", "closing backward, gated gelu") else 256
+    products = 16 if name == "opening, gated" else 8
+    assert len(re.findall(rf"wgmma\.mma_async\.\S*m64n{width}k16", made.ptx)) == products
     assert "ld.local" not in made.ptx
 
 

@@ -67,6 +67,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def summed(buffer: Tensor, rows: Tensor, weights: Tensor | None, *, dtype: torch.dtype) -> Tensor:
+    """Add up the rows of each token in float32, as Triton's kernel does."""
+    scale = torch.ones_like(rows, dtype=torch.float32) if weights is None else weights.float()
+    found = torch.where((rows >= 0)[..., None], buffer[rows.clamp(min=0)].float() * scale[..., None], 0.0)
+    return found.sum(1).to(dtype)
+
+
 class Emulator:
     """Runs launches of Gluon kernels from their source; how often each number was written stays in `written`."""
 
@@ -81,12 +88,15 @@ class Emulator:
 @pytest.fixture
 def emulator(monkeypatch: pytest.MonkeyPatch) -> Emulator:
     launch = pytest.importorskip("synchromesh.kernels.gluon.launch", reason="this Triton has no Gluon")
+    from synchromesh.kernels.fused_mlp import gluon as fused_mlp
     from synchromesh.kernels.grouped_mm import gluon as grouped_mm
 
     made = Emulator()
     monkeypatch.setattr(launch, "started", made.started)
     monkeypatch.setattr(grouped_mm, "architecture_of", lambda device: "sm_90")
-    monkeypatch.setattr(grouped_mm, "tiles_of", tiles_by_loops)
+    for family in (grouped_mm, fused_mlp):
+        monkeypatch.setattr(family, "tiles_of", tiles_by_loops)
+    monkeypatch.setattr(fused_mlp, "sum_rows", summed)
     return made
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from synchromesh.kernels.activations import known_name
 from synchromesh.kernels.activations_triton import activated, derivative
-from synchromesh.kernels.fused_mlp import reference
+from synchromesh.kernels.fused_mlp import gluon, reference
 from synchromesh.kernels.fused_mlp.few import is_few, rows_of_few
 from synchromesh.kernels.fused_mlp.op import define, pre_activations, run, wanted
 from synchromesh.kernels.fused_mlp.reference import compose_mlp
@@ -75,6 +75,8 @@ def _forward(
     x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, activation: str, save: bool,
     joint: bool, *mlp: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if gluon.is_faster(x, pairs, mlp[1]):
+        return gluon.forward(x, weights, pairs, rows, ends, activation, save, joint, *mlp)
     net, x, rows, tokens = _net(mlp, joint=joint), x.contiguous(), rows.contiguous(), (pairs, rows.shape[1])
     pre_up, pre_gate = (x.new_empty(shape) for shape in pre_activations(pairs, mlp, save=save))
     pre = _pre(pre_up, pre_gate, joint=joint)
@@ -134,6 +136,8 @@ def _backward(
     grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, joint: bool, needs: list[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     x, weights, pairs, rows, ends, *kept = saved
+    if gluon.is_faster(x, pairs, mlp[1]):
+        return gluon.backward(grad, [*saved[:5], *saved[-2:]], mlp, activation, joint, needs)
     net, pre, tokens, grad = _net(mlp, joint=joint), _pre(*kept, joint=joint), (pairs, rows.shape[1]), grad.contiguous()
     x, weights, rows = x.contiguous(), weights.contiguous(), rows.contiguous()
     d_mlp = wanted(mlp, needs, torch.empty_like)

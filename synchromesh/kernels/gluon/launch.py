@@ -9,6 +9,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from synchromesh.kernels.gluon import closing
 from synchromesh.kernels.gluon.opening import opening_product
 from synchromesh.kernels.gluon.product import grouped_product
 from synchromesh.kernels.gluon.weights import weight_product
@@ -90,6 +91,40 @@ def opening(
         UP_BIAS=biases[0] is not None, GATE_BIAS=biases[1] is not None, **_blocks(cols),
     )  # fmt: skip
     return hidden
+
+
+def closing_gradient(
+    grad: Tensor, down: Tensor, weights: Tensor, tiles: Tiles, tokens: tuple[Tensor, int], activation: str,
+    pre: tuple[Tensor, Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """Return A s, dpre' s of up and of gate [R, F], and <dA', A> in parts [tiles across, R].
+
+    Args:
+        grad: dy [T, D], contiguous.
+        down: [E, F, D], D contiguous.
+        weights: s of each pair [T, K], contiguous.
+        tiles: of the rows, ROWS high.
+        tokens: pairs [R] and K: the token of row r is pairs[r] // K.
+        activation: the name of a known one.
+        pre: the pre-activations of up and, where there is one, of gate, [R, F] each.
+    """
+    (pairs, choices), (pre_up, pre_gate) = tokens, pre
+    num_rows, width = pre_up.shape
+    hidden, d_up = torch.empty_like(pre_up), torch.empty_like(pre_up)
+    d_gate = None if pre_gate is None else torch.empty_like(pre_gate)
+    cols = 128 if activation == "gelu" else _cols(width)  # erf takes more registers than 256 columns leave
+    across = _parts(width, cols)
+    partial = torch.empty(across, num_rows, dtype=torch.float32, device=grad.device)
+    if num_rows:
+        started(
+            closing.closing_gradient,
+            programs_of(grad.device, len(tiles.expert) * across),
+            grad=grad, down=_descriptor(down, [1, cols, DEPTH]), weights=weights, pairs=pairs, pre_up=pre_up,
+            pre_gate=given_or(pre_gate, pre_up), hidden=hidden, d_up=d_up, d_gate=given_or(d_gate, d_up),
+            partial=partial, **_order(tiles), depth8=grad.shape[1] // ALIGNED, width8=width // ALIGNED,
+            choices=choices, num_rows=num_rows, ACTIVATION=activation, GATED=pre_gate is not None, **_blocks(cols),
+        )  # fmt: skip
+    return hidden, d_up, d_gate, partial
 
 
 def weight_gradient(

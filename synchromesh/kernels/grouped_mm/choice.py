@@ -64,9 +64,9 @@ class Cell:
 
     def __post_init__(self) -> None:
         for name in ("experts", "rows_per_expert", "depth", "width", "triton", "torch", "gluon"):
-            got = getattr(self, name)
+            got: Any = getattr(self, name)
             unasked = got is None and name in ("torch", "gluon")
-            if not unasked and not 0 < got < math.inf:
+            if not (unasked or 0 < got < math.inf):
                 raise ValueError(f"Cell.{name} is {got}, wanted a finite number above 0")
 
     @property

@@ -176,3 +176,37 @@ def test_matrices_with_gaps_are_laid_out_first():
     whole = torch.randn(2, 16, 24).bfloat16()
     assert launch.laid_out(whole) is whole
     assert launch.laid_out(whole.mT).data_ptr() == whole.data_ptr()
+
+
+@pytest.mark.parametrize("width", [136, 264])
+@pytest.mark.parametrize(("gated", "activation"), [(True, "silu"), (True, "gelu"), (False, "relu")])
+def test_closing_backward(emulator, tiled, gated, activation, width):
+    torch.manual_seed(0)
+    counts, choices = [70, 0, 131, 3], 3
+    ends, kept = torch.tensor(counts).cumsum(0).int(), sum(counts)
+    num_rows = kept + 6
+    grad, down = torch.randn(num_rows // choices, 72).bfloat16(), torch.randn(4, width, 72).bfloat16() / 8
+    pairs = torch.randperm(num_rows // choices * choices)[:num_rows]
+    pairs[kept:] = -1
+    weights = torch.rand(num_rows // choices, choices)
+    u, g = (rows_of(ends, num_rows, width) for _ in range(2))
+    got = launch.closing_gradient(
+        grad, down, weights, tiled(ends), (pairs, choices), activation, (u, g if gated else None)
+    )
+    up, gate = (each.float().requires_grad_() for each in (u, g))
+    s = weights.view(-1)[pairs.clamp(min=0), None]
+    act = KNOWN[activation].function
+    value = act(gate) * up if gated else act(up)
+    d = multiplied(grad[pairs.clamp(min=0) // choices], down.mT, ends)
+    (value[:kept] * d[:kept] * s[:kept]).sum().backward()
+    hidden, d_up, d_gate, partial = got
+    assert_close("hidden", hidden[:kept], (value * s)[:kept].detach().bfloat16())
+    d = d.detach()
+    assert up.grad is not None
+    assert_close("gradient of up", d_up[:kept], up.grad[:kept].bfloat16())
+    assert_close("weights", partial.sum(0)[:kept].bfloat16(), (value * d)[:kept].sum(1).detach().bfloat16())
+    assert (d_gate is None) == (not gated)
+    if d_gate is not None and gate.grad is not None:
+        assert_close("gradient of gate", d_gate[:kept], gate.grad[:kept].bfloat16())
+    assert each_once(emulator.written["hidden"], ends)
+    assert (emulator.written["partial"][:, :kept] == 1).all()
