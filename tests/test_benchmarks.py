@@ -214,3 +214,15 @@ def test_the_benchmark_of_a_long_list_reads_it_all_in_bounded_memory(tmp_path):
     (record,) = [json.loads(line) for line in out.read_text().splitlines()]
     assert (record["learnt"] + record["scored"], record["lines"]) == (3000, 3000)
     assert record["peak_mib"] < 100
+
+
+def test_the_gluon_contestants_have_a_reference_and_say_where_they_cannot_run(monkeypatch):
+    done = run_program(BENCHMARKS / "gpu_gluon.py")
+    assert (done.returncode, done.stdout) == (0, "The Gluon kernels are for sm_90: nothing to run here.\n"), done.stderr
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    gpu_gluon = loaded("gpu_gluon", monkeypatch)
+    found = list(gpu_gluon.contestants("cpu", gpu_gluon.TINY))
+    assert len(found) == 2 * len(gpu_gluon.TINY)
+    wanted = found[0].reference()
+    assert {"output", "gradient of x", "gradient of weights", "gradient of up", "gradient of gate"} <= set(wanted)
+    assert all(str(result.dtype) == "torch.float64" and result.isfinite().all() for result in wanted.values())

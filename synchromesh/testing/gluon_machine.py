@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,7 +146,7 @@ class Partition:
         fenced: when it last fenced.
         condition: what it waits for.
         turn: released when it may run.
-        error: what it broke with.
+        result: what it broke with, if it did.
         over: whether it has returned.
     """
 
@@ -156,7 +157,7 @@ class Partition:
     fenced: int = 0
     condition: Callable[[], bool] | None = None
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    error: BaseException | None = None
+    result: Future[None] | None = None
     over: bool = False
 
 
@@ -201,18 +202,16 @@ class Machine:
         if taken >= REGISTERS:
             raise ProtocolError(f"the partitions want {taken} registers of {REGISTERS}")
         self.partitions = [Partition(run, count) for run, count in zip(runs, warps, strict=True)]
-        threads = [threading.Thread(target=self._body, args=(own,), daemon=True) for own in self.partitions]
-        for thread in threads:
-            thread.start()
-        try:
-            while not all(own.over for own in self.partitions):
-                self._step()
-        finally:
-            self._stop = True
+        with ThreadPoolExecutor(len(runs)) as threads:
             for own in self.partitions:
-                own.turn.release()
-            for thread in threads:
-                thread.join()
+                own.result = threads.submit(self._body, own)
+            try:
+                while not all(own.over for own in self.partitions):
+                    self._step()
+            finally:
+                self._stop = True
+                for own in self.partitions:
+                    own.turn.release()
         self._settle()
 
     def _body(self, own: Partition) -> None:
@@ -224,10 +223,9 @@ class Machine:
                     own.run()
         except _Stopped:
             pass
-        except BaseException as error:  # noqa: BLE001 -- handed to the thread that waits for this one
-            own.error = error
-        own.over = True
-        self._back.release()
+        finally:
+            own.over = True
+            self._back.release()
 
     def _step(self) -> None:
         ready = [own for own in self.partitions if not own.over and (own.condition is None or own.condition())]
@@ -240,8 +238,8 @@ class Machine:
         own = self.chance.choice(ready)
         own.turn.release()
         self._back.acquire()
-        if own.error is not None:
-            raise own.error
+        if own.over and own.result is not None:
+            own.result.result()  # raises what it broke with
 
     def happen(self, event: Event) -> None:
         self.time += 1

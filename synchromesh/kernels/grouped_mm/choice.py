@@ -63,10 +63,9 @@ class Cell:
     gluon: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("experts", "rows_per_expert", "depth", "width", "triton", "torch", "gluon"):
-            got: Any = getattr(self, name)
-            unasked = got is None and name in ("torch", "gluon")
-            if not (unasked or 0 < got < math.inf):
+        for name in ("experts", "rows_per_expert", "depth", "width", *(way.value for way in self.seconds)):
+            got = getattr(self, name)
+            if not 0 < got < math.inf:
                 raise ValueError(f"Cell.{name} is {got}, wanted a finite number above 0")
 
     @property
