@@ -14,16 +14,19 @@ from synchromesh.commands.tables import Column, Row, show_table
 from synchromesh.errors import InputError
 from synchromesh.kernels.families import LayerShape, Running, running
 from synchromesh.kernels.grouped_mm.choice import architecture_of
-from synchromesh.kernels.grouped_mm.favoured import Measured, Predicted
+from synchromesh.kernels.grouped_mm.favoured import Measured, OnlyWay, Predicted, Unmeasured
 
 ABOUT = """\
 Say for each kernel family which implementation runs a layer on this machine or on a named architecture, and why: as
-measured (both times), as arithmetic says (fractions of the dense rate), or because there is no other way.
+measured (both times), as arithmetic says (fractions of the dense rate), because there is no other way, or because nothing is known.
 
   synchromesh kernels                                     here, for the default shape
   synchromesh kernels --architecture sm_90 --tokens 32768 --width 4096 --hidden 1536 --experts 128 --k 8
   synchromesh kernels --architecture sm_90 --json
 """
+
+
+BECAUSE = {Measured: "measured", Predicted: "arithmetic", OnlyWay: "only way", Unmeasured: "unmeasured"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def as_json(one: Running) -> dict[str, Any]:
             "fractions": {way.value: fraction for way, fraction in reason.fractions.items()},
             "held_back": [way.value for way in reason.held_back],
         }
-    kind = {"Measured": "measured", "Predicted": "arithmetic"}.get(type(reason).__name__, "only way")
+    kind = BECAUSE[type(reason)]
     about = {"family": one.family, "step": one.step, "runs": one.implementation}
     return {**about, "because": kind, "reason": str(reason), **numbers}
 

@@ -144,6 +144,24 @@ def run_kernel(
     return {name: given[name].written.as_strided(value.shape, value.stride()) for name, value in tensors.items()}
 
 
+class TensorMemory:
+    """Sums in tensor memory: a tile's may be read once every product into it is over."""
+
+    def __init__(self, data: Tensor, events: list[list[Event]]) -> None:
+        self.data, self.events = data, events
+
+    def index(self, number: Any) -> TensorMemory:
+        return TensorMemory(self.data[int(number)], [self.events[int(number)]])
+
+    def slice(self, start: int, length: int) -> TensorMemory:
+        return TensorMemory(self.data[..., start : start + length], self.events)
+
+    def load(self, layout: None) -> Value:
+        if not all(event.done for events in self.events for event in events):
+            raise ProtocolError("sums in tensor memory are read before their products are over")
+        return value_of(self.data.clone())
+
+
 def _argument(value: Any) -> Any:
     if isinstance(value, Tensor):
         return Pointer.to(value)
@@ -186,6 +204,9 @@ class _Language:
         self.plain = {
             "warpgroup_mma": self._multiply,
             "warpgroup_mma_wait": self._await_products,
+            "allocate_tensor_memory": self._tensor_memory,
+            "tcgen05_mma": self._multiply_into,
+            "tcgen05_commit": self._commit,
             "fence_async_shared": self._fence,
             "range": _range,
         }
@@ -291,6 +312,31 @@ class _Language:
         event = self.machine.later(act, after=own.products[-1:])
         own.products.append(event)
         return Sums(total, (*sums.pending, event))
+
+    def _tensor_memory(self, dtype: torch.dtype, shape: Sequence[int], layout: None) -> TensorMemory:
+        return TensorMemory(torch.full(tuple(shape), torch.nan, dtype=dtype), [[] for _ in range(shape[0])])
+
+    def _multiply_into(self, left: Shared, right: Shared, sums: TensorMemory, use_acc: Any) -> None:
+        self.machine.pause()
+        own = self.machine.current
+        for block in (left, right):
+            block.begin_read(fenced=own.fenced)
+
+        def act() -> None:
+            before = sums.data if use_acc else 0.0
+            sums.data.copy_(left.data.float() @ right.data.float() + before)
+            for block in (left, right):
+                block.readers -= 1
+
+        event = self.machine.later(act, after=own.products[-1:])
+        own.products.append(event)
+        sums.events[0].append(event)
+
+    def _commit(self, barrier: Any) -> None:
+        self.machine.pause()
+        own = self.machine.current  # what one thread commits, it arrives for in that order
+        event = self.machine.later(lambda: barrier.arrive(1), after=[*own.products[-1:], *own.commits[-1:]])
+        own.commits.append(event)
 
     def _await_products(self, num_outstanding: int, deps: Sequence[Any]) -> Any:
         own = self.machine.current

@@ -143,6 +143,7 @@ class Partition:
         warps: of them.
         copies: by cp.async, that nobody was told of yet.
         products: begun and not waited for, oldest first.
+        commits: arrivals that follow products.
         fenced: when it last fenced.
         condition: what it waits for.
         turn: released when it may run.
@@ -154,6 +155,7 @@ class Partition:
     warps: int
     copies: list[Event] = field(default_factory=list)
     products: list[Event] = field(default_factory=list)
+    commits: list[Event] = field(default_factory=list)
     fenced: int = 0
     condition: Callable[[], bool] | None = None
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))

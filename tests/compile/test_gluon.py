@@ -19,7 +19,7 @@ from synchromesh.kernels.tiles import Tiles
 launch = pytest.importorskip("synchromesh.kernels.gluon.launch", reason="this Triton has no Gluon")
 TensorDescriptor = pytest.importorskip("triton.experimental.gluon.nvidia.hopper").TensorDescriptor
 
-SM_90 = GPUTarget("cuda", 90, 32)
+SM_90, SM_100 = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32)
 SHARED = 227 * 1024  # bytes that a program may have
 LAUNCHED = 168  # registers of a thread, of 3 warpgroups: 65,536 / 384, in steps of 8
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
@@ -78,12 +78,13 @@ def compiled(kernel: Any, arguments: dict[str, Any], folder: Path, target: GPUTa
 def build(monkeypatch, tmp_path):
     """Compile what a launcher launches."""
 
-    def made(name: str, dtype: torch.dtype) -> Made:
+    def made(name: str, dtype: torch.dtype, target: GPUTarget = SM_90) -> Made:
         found = []
+        monkeypatch.setattr(launch, "architecture_of", lambda device: f"sm_{target.arch}")
         monkeypatch.setattr(launch, "started", lambda kernel, programs, **arguments: found.append((kernel, arguments)))
         LAUNCHES[name](dtype)
         ((kernel, arguments),) = found
-        return compiled(kernel, arguments, tmp_path, SM_90)
+        return compiled(kernel, arguments, tmp_path, target)
 
     return made
 
@@ -195,3 +196,17 @@ def test_float16(build):
     made = build("opening, gated", torch.float16)
     assert made.spilled == 0
     assert "m64n128k16.f32.f16.f16" in made.ptx
+
+
+@pytest.mark.parametrize("name", ["closing, scaled", "columns of k", "rows' gradient of two"])
+def test_products_on_sm_100_with_sums_in_tensor_memory(build, name):
+    made = build(name, torch.bfloat16, SM_100)
+    assert made.spilled == 0
+    assert made.shared <= SHARED
+    assert len(re.findall(r"tcgen05\.mma", made.ptx)) == 4
+    assert re.search(r"tcgen05\.alloc\S* \[[^]]*\], 512;", made.ptx)  # two tiles of 256 columns, all that there are
+    assert {"setmaxnreg", "tcgen05.commit", "tcgen05.ld"} <= set(re.findall(r"setmaxnreg|tcgen05\.\w+", made.ptx))
+    assert "UTMALDG" in made.code
+    lines = [line for line in made.ptx.splitlines() if SYNCHRONISES.search(line) or "tcgen05.ld" in line]
+    (arrival,) = [index for index, line in enumerate(lines) if re.search(r"mbarrier\.arrive\.shared", line)]
+    assert "bar.sync" in lines[arrival - 1]  # all four warps have read the sums that the next tile overwrites

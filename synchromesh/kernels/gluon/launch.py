@@ -12,7 +12,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from synchromesh.kernels.gluon import closing
 from synchromesh.kernels.gluon.opening import opening_product
 from synchromesh.kernels.gluon.product import grouped_product
+from synchromesh.kernels.gluon.product_tmem import grouped_product_tmem
 from synchromesh.kernels.gluon.weights import weight_product
+from synchromesh.kernels.grouped_mm.choice import architecture_of
 from synchromesh.kernels.grouped_mm.tilings import GROUP
 from synchromesh.kernels.launch import given_or
 from synchromesh.kernels.tiles import Tiles, programs_of
@@ -48,7 +50,7 @@ def product(
     left, right = (_descriptor(each, [ROWS, DEPTH]) for each in (a, a2))
     pairs, weights = (out, out) if scale is None else scale
     started(
-        grouped_product,
+        grouped_product_tmem if architecture_of(out.device) == "sm_100" else grouped_product,
         programs_of(out.device, len(tiles.expert) * _parts(width, cols)),
         a=left, w=first, a2=right, w2=other, bias=given_or(bias, out), scale=weights, pairs=pairs, out=out,
         **_order(tiles), depth8=depth // ALIGNED, width8=width // ALIGNED, TRANSPOSED=turned, BIAS=bias is not None,

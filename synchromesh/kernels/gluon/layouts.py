@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.blackwell import TensorMemoryLayout, get_tmem_reg_layout
 
 CONSUMED_ROWS = 64  # of a tile, by one warpgroup: what one wgmma multiplies
 PRODUCER_WARPS = 4  # where rows are gathered by threads; one where TMA loads all
@@ -43,3 +44,15 @@ def gathered_layout():
 def rows_layout(rows, cols, dtype):
     """Return how a block of rows lies in shared memory: as wgmma and TMA take it."""
     return gl.NVMMASharedLayout.get_default_for([rows, cols], dtype)
+
+
+@gluon.constexpr_function
+def tmem_layout(rows, cols):
+    """Return how sums [rows, cols] lie in tensor memory."""
+    return TensorMemoryLayout([rows, cols], col_stride=1)
+
+
+@gluon.constexpr_function
+def tmem_rows_layout(rows, cols):
+    """Return the layout in which a warpgroup reads sums [rows, cols] from tensor memory: a thread has a row."""
+    return get_tmem_reg_layout(gl.float32, (rows, cols), tmem_layout(rows, cols), 4)

@@ -49,7 +49,7 @@ def grouped_product(
         [
             (_multiply, (ring, order, results, 0, TRANSPOSED, BIAS, SCALED, SECOND, BN, STAGES, GROUP)),
             (_multiply, (ring, order, results, 1, TRANSPOSED, BIAS, SCALED, SECOND, BN, STAGES, GROUP)),
-            (_load, (a, w, a2, w2, ring, order, TRANSPOSED, SECOND, BN, BK, STAGES, GROUP)),
+            (load_blocks, (a, w, a2, w2, ring, order, TRANSPOSED, SECOND, BN, BK, STAGES, GROUP)),
         ],
         [4, 1],
         [240, 24],
@@ -57,10 +57,11 @@ def grouped_product(
 
 
 @gluon.jit
-def _load(
+def load_blocks(
     a, w, a2, w2, ring, order, TRANSPOSED: gl.constexpr, SECOND: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
+    """Be the producer of blocks of rows and of matrices, of both products if SECOND."""
     rows, weights, ready, free = ring
     expert, first, stop, tiles, across, steps = order
     step = 0

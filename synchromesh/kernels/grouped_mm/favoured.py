@@ -18,13 +18,17 @@ from synchromesh.kernels.grouped_mm.choice import Cell, Choices, Kind, Measureme
 
 MULTIPROCESSORS, FLOPS, L2_BYTES, SHARED_BYTES = 132, 4096, 0.85 * 39, 128  # the last three per clock, of one
 DENSE = 0.807  # what a large dense product reaches of the peak
+COUNTED = "sm_90"  # whose numbers these are
 STEP = 64  # of the depth, in numbers of 2 bytes
 BEGIN = 3000  # clocks: four loads that wait for each other, and the first blocks, where nothing runs meanwhile
 SETUP = 17_500  # clocks of torch's kernel that writes the addresses of all groups, 10 microseconds
 DECISIVE = 1.32  # both predictions may be 15 % off
 LEVEL_SIDE = 512  # up to it a Triton layer was level with separate grouped products (SonicMoE, figure 14: n512 E128 K8)
 LEAST_ROWS = 128  # of an expert: with fewer, Triton's tiles are lower than those counted here
-RIVALS = {"sm_90": (Way.TORCH, Way.GLUON), "sm_100": (Way.TORCH,)}  # elsewhere torch reads on the host
+RIVALS = {  # elsewhere torch reads on the host
+    "sm_90": {Way.TORCH: (Kind.PRODUCT, Kind.WEIGHTS), Way.GLUON: tuple(Kind)},
+    "sm_100": {Way.TORCH: (Kind.PRODUCT, Kind.WEIGHTS), Way.GLUON: (Kind.PRODUCT,)},
+}
 RUN_ON_A_CARD: frozenset[Way] = frozenset()
 """Ways beside Triton's and torch's that a card has run; a measured cell admits its own."""
 
@@ -108,7 +112,21 @@ class OnlyWay:
         return f"only way: {self.why}"
 
 
-Reason = Measured | Predicted | OnlyWay
+@dataclass(frozen=True)
+class Unmeasured:
+    """Others could run, and nothing is known of how fast they are: what is checked best runs.
+
+    Attributes:
+        why: what is not known.
+    """
+
+    why: str
+
+    def __str__(self) -> str:
+        return f"unmeasured: {self.why}"
+
+
+Reason = Measured | Predicted | OnlyWay | Unmeasured
 
 
 @dataclass(frozen=True)
@@ -152,9 +170,14 @@ def favoured(
         measurement, cell = found
         times = {way: taken for way, taken in cell.seconds.items() if way in able and _takes(shape, way)}
         return Favoured(min(times, key=times.__getitem__), Measured(cell, measurement))
-    rivals = [way for way in able if way in RIVALS.get(architecture, ()) and _takes(shape, way)]
+    known = RIVALS.get(architecture, {})
+    rivals = [way for way in able if shape.kind in known.get(way, ()) and _takes(shape, way)]
     if not rivals:
         return Favoured(Way.TRITON, OnlyWay(_why_none(shape, architecture)))
+    if architecture != COUNTED:
+        return Favoured(
+            Way.TRITON, Unmeasured(f"the arithmetic is for {COUNTED}, and no run on {architecture} is known")
+        )
     fractions = {way: predicted(shape, way) for way in (Way.TRITON, *rivals)}
     held_back = tuple(way for way in rivals if way != Way.TORCH and way not in RUN_ON_A_CARD)
     best = Way.TRITON
@@ -205,8 +228,7 @@ def _takes(shape: ProductShape, way: Way) -> bool:
     if way == Way.TRITON:
         return True
     dtypes = (torch.bfloat16,) if way == Way.TORCH else (torch.bfloat16, torch.float16)
-    whole = shape.depth % 8 == 0 and shape.width % 8 == 0
-    return whole and shape.dtype in dtypes and not (way == Way.TORCH and shape.kind == Kind.OPENING)
+    return shape.depth % 8 == 0 and shape.width % 8 == 0 and shape.dtype in dtypes
 
 
 def _why_none(shape: ProductShape, architecture: str) -> str:

@@ -47,12 +47,19 @@ def each_once(written, ends):
     return bool((written[:kept] == 1).all()) and not written[kept:].any()
 
 
+@pytest.fixture(params=["sm_90", "sm_100"])
+def architecture(request, monkeypatch):
+    monkeypatch.setattr(launch, "architecture_of", lambda device: request.param)
+    return request.param
+
+
 PRODUCTS = [("uneven", kind) for kind in ("biased", "scaled", "biased_scaled", "second")]
 PRODUCTS += [(load, "plain") for load in LOADS]
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["rows_of_k", "columns_of_k"])
 @pytest.mark.parametrize(("load", "kind"), PRODUCTS)
+@pytest.mark.usefixtures("architecture")
 def test_products(emulator, tiled, load, turned, kind):
     torch.manual_seed(0)
     ends, num_rows = load_of(load)
@@ -80,6 +87,7 @@ def test_products(emulator, tiled, load, turned, kind):
 
 
 @pytest.mark.parametrize(("seed", "haste"), SEEDS)
+@pytest.mark.usefixtures("architecture")
 def test_a_ring_that_goes_round_many_times(emulator, tiled, seed, haste):
     emulator.seed, emulator.haste = seed, haste
     ends = torch.tensor([200, 230], dtype=torch.int32)

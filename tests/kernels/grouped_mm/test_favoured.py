@@ -12,6 +12,7 @@ from synchromesh.kernels.grouped_mm.favoured import (
     OnlyWay,
     Predicted,
     ProductShape,
+    Unmeasured,
     favoured,
     predicted,
     runs,
@@ -95,6 +96,13 @@ def test_where_there_is_no_choice_the_reason_says_so(shape, architecture, said):
     assert got.way == Way.TRITON
     assert isinstance(got.reason, OnlyWay)
     assert said in str(got.reason)
+
+
+def test_the_arithmetic_of_one_card_decides_nothing_on_another():
+    got = favoured(LARGE, "sm_100", choices=NOTHING)
+    assert (got.way, type(got.reason)) == (Way.TRITON, Unmeasured)
+    assert "sm_100" in str(got.reason)
+    assert favoured(LARGE, "sm_100", choices=measured("sm_100", triton=2e-3, gluon=1e-3)).way == Way.GLUON
 
 
 def test_what_is_predicted_follows_the_tiles():
