@@ -18,7 +18,8 @@ from synchromesh.kernels.grouped_mm.favoured import Measured, OnlyWay, Predicted
 
 ABOUT = """\
 Say for each kernel family which implementation runs a layer on this machine or on a named architecture, and why: as
-measured (both times), as arithmetic says (fractions of the dense rate), because there is no other way, or because nothing is known.
+measured (all times), as arithmetic says (fractions of the dense rate), because there is no other way, or because
+nothing is known.
 
   synchromesh kernels                                     here, for the default shape
   synchromesh kernels --architecture sm_90 --tokens 32768 --width 4096 --hidden 1536 --experts 128 --k 8

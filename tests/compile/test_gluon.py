@@ -17,7 +17,6 @@ from triton.backends.compiler import GPUTarget
 from synchromesh.kernels.tiles import Tiles
 
 launch = pytest.importorskip("synchromesh.kernels.gluon.launch", reason="this Triton has no Gluon")
-TensorDescriptor = pytest.importorskip("triton.experimental.gluon.nvidia.hopper").TensorDescriptor
 
 SM_90, SM_100 = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32)
 SHARED = 227 * 1024  # bytes that a program may have
@@ -46,10 +45,10 @@ def signature_of(kernel: Any, arguments: dict[str, Any]) -> tuple[dict, dict, di
             types[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             types[name] = f"*{NAMES[value.dtype]}"
-        elif isinstance(value, TensorDescriptor):
-            types[name] = f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
-        else:
+        elif isinstance(value, int):
             types[name] = "i32"
+        else:
+            types[name] = f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
         if types[name][0] == "*" or (types[name] == "i32" and value % 16 == 0):
             divisible[(index,)] = [["tt.divisibility", 16]]
     return types, constants, divisible

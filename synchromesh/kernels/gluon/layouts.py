@@ -49,7 +49,7 @@ def rows_layout(rows, cols, dtype):
 @gluon.constexpr_function
 def tmem_layout(rows, cols):
     """Return how sums [rows, cols] lie in tensor memory."""
-    return TensorMemoryLayout([rows, cols], col_stride=1)
+    return TensorMemoryLayout((rows, cols), col_stride=1)
 
 
 @gluon.constexpr_function
