@@ -32,6 +32,7 @@ examples:
   synchromesh models show swinv2_moe_b_e32  what a model is made of and costs
   synchromesh push runs/demo published/demo        and `pull` reads it
   synchromesh plan --model swinv2_moe_b --cluster a100_hdr --world 8..2048
+  synchromesh kernels --architecture sm_90  which kernels run there, and why
   synchromesh verify --world 4              or by torchrun, see its --help
 
 synchromesh COMMAND --help says more, synchromesh train the recipes, and
@@ -64,6 +65,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "verify": Command("verify", "", "prove that every parallel plan computes the same"),
         "profile": Command("profile", "FILE", "measure this cluster: links, products, memory"),
         "plan": Command("plan", "", "what a model costs on a cluster, and how to run it there"),
+        "kernels": Command("kernels", "", "which kernel runs each step of a layer, and why"),
         "models": Command("models", "", "every architecture by name, with what it costs"),
         "push": Command("push", "RUN TARGET", "a trained model in the hub's format, in a folder or hf://"),
         "pull": Command("pull", "SOURCE RUN", "a run folder of such a model"),

@@ -265,3 +265,15 @@ def test_the_demonstrations_of_adapted_models_run(what, rows, tmp_path):
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(records) == rows
     assert {(record["what"], record["seed"]) for record in records} == {(what, 0)}
+
+
+def test_the_gluon_contestants_have_a_reference_and_say_where_they_cannot_run(monkeypatch):
+    done = run_program(BENCHMARKS / "gpu_gluon.py")
+    assert (done.returncode, done.stdout) == (0, "The Gluon kernels are for sm_90: nothing to run here.\n"), done.stderr
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    gpu_gluon = loaded("gpu_gluon", monkeypatch)
+    found = list(gpu_gluon.contestants("cpu", gpu_gluon.TINY))
+    assert len(found) == 2 * len(gpu_gluon.TINY)
+    wanted = found[0].reference()
+    assert {"output", "gradient of x", "gradient of weights", "gradient of up", "gradient of gate"} <= set(wanted)
+    assert all(str(result.dtype) == "torch.float64" and result.isfinite().all() for result in wanted.values())

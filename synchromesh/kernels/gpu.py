@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from synchromesh.kernels import Kernels
 from synchromesh.kernels.direct_mlp import triton as direct_mlp
+from synchromesh.kernels.fused_mlp import gluon as gluon_mlp
 from synchromesh.kernels.fused_mlp import triton as fused_mlp
 from synchromesh.kernels.gate import tensor_cores as gate
+from synchromesh.kernels.grouped_mm import gluon as gluon_mm
 from synchromesh.kernels.grouped_mm import triton as grouped_mm
 from synchromesh.kernels.mark import triton as mark
 from synchromesh.kernels.permute import triton as permute
@@ -30,3 +34,5 @@ TRITON = Kernels(
     direct_mlp=direct_mlp.direct_mlp,
     prefers_direct=direct_mlp.prefers_direct,
 )
+GLUON = dataclasses.replace(TRITON, grouped_mm=gluon_mm.grouped_mm, fused_mlp=gluon_mlp.fused_mlp)
+"""Those with warp-specialised products, on sm_90: for an A/B test, whatever the measured table says of them."""

@@ -1,15 +1,20 @@
 """test_fast.py of each family runs twice: on the kernels of a CPU, and on Triton's in its interpreter."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from synchromesh.kernels import CPU, Kernels
+from synchromesh.kernels.tiles import Tiles
 from synchromesh.testing.cases import evil_cases
 from synchromesh.testing.compare import TOLERANCE
+from synchromesh.testing.gluon_language import run_kernel
 
+ROWS_PER_TILE = 128  # of the Gluon kernels
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -60,3 +65,51 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def summed(buffer: Tensor, rows: Tensor, weights: Tensor | None, *, dtype: torch.dtype) -> Tensor:
+    """Add up the rows of each token in float32, as Triton's kernel does."""
+    scale = torch.ones_like(rows, dtype=torch.float32) if weights is None else weights.float()
+    found = torch.where((rows >= 0)[..., None], buffer[rows.clamp(min=0)].float() * scale[..., None], 0.0)
+    return found.sum(1).to(dtype)
+
+
+class Emulator:
+    """Runs launches of Gluon kernels from their source; how often each number was written stays in `written`."""
+
+    def __init__(self) -> None:
+        self.seed, self.haste, self.replaced, self.written = 0, 0.5, {}, {}
+
+    def started(self, kernel: Any, programs: int, **arguments: Any) -> None:
+        options = {"seed": self.seed, "haste": self.haste, "replaced": self.replaced}
+        self.written = run_kernel(kernel, arguments, programs=programs, **options)
+
+
+@pytest.fixture
+def emulator(monkeypatch: pytest.MonkeyPatch) -> Emulator:
+    launch = pytest.importorskip("synchromesh.kernels.gluon.launch", reason="this Triton has no Gluon")
+    from synchromesh.kernels.fused_mlp import gluon as fused_mlp
+    from synchromesh.kernels.grouped_mm import gluon as grouped_mm
+
+    made = Emulator()
+    monkeypatch.setattr(launch, "started", made.started)
+    monkeypatch.setattr(grouped_mm, "architecture_of", lambda device: "sm_90")
+    for family in (grouped_mm, fused_mlp):
+        monkeypatch.setattr(family, "tiles_of", tiles_by_loops)
+    monkeypatch.setattr(fused_mlp, "sum_rows", summed)
+    return made
+
+
+def tiles_by_loops(ends: Tensor, _num_rows: int = 0, rows: int = ROWS_PER_TILE) -> Tiles:
+    found, begin = [], 0
+    for expert, end in enumerate(ends.tolist()):
+        found += [(expert, first, min(end, first + rows)) for first in range(begin, end, rows)]
+        begin = end
+    unused = (10**9, 10**9, 10**9)  # what lies past the tiles in use is undefined
+    expert, first, stop = (part.contiguous() for part in torch.tensor([*found, unused], dtype=torch.int32).unbind(1))
+    return Tiles(expert, first, stop, torch.tensor([len(found)], dtype=torch.int32), rows)
+
+
+@pytest.fixture
+def tiled() -> Callable[..., Tiles]:
+    return tiles_by_loops

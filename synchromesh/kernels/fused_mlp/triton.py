@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from synchromesh.kernels.activations import known_name
-from synchromesh.kernels.fused_mlp import programs, reference
+from synchromesh.kernels.fused_mlp import gluon, programs, reference
 from synchromesh.kernels.fused_mlp.few import is_few, rows_of_few
 from synchromesh.kernels.fused_mlp.op import define, pre_activations, run, wanted
 from synchromesh.kernels.fused_mlp.reference import compose_mlp
@@ -69,6 +69,8 @@ def _forward(
     x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, tokens: Tensor, activation: str, save: bool,
     joint: bool, *mlp: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if gluon.is_faster(x, pairs, mlp[1]):
+        return gluon.forward(x, weights, pairs, rows, ends, activation, save, joint, *mlp)
     net, x, rows, weights = _net(mlp, joint=joint), x.contiguous(), rows.contiguous(), weights.contiguous()
     pre_up, pre_gate = (x.new_empty(shape) for shape in pre_activations(pairs, mlp, save=save))
     pre = _pre(pre_up, pre_gate, joint=joint)
@@ -143,6 +145,8 @@ def _backward(
     grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, joint: bool, needs: list[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     x, weights, pairs, rows, ends, tokens, *kept = saved
+    if gluon.is_faster(x, pairs, mlp[1]):
+        return gluon.backward(grad, [*saved[:5], *saved[-2:]], mlp, activation, joint, needs)
     net, pre, grad = _net(mlp, joint=joint), _pre(*kept, joint=joint), grad.contiguous()
     x, weights, rows = x.contiguous(), weights.contiguous(), rows.contiguous()
     d_mlp = wanted(mlp, needs, torch.empty_like)

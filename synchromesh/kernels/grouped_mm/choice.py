@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from importlib import resources
 from typing import Any
@@ -18,22 +18,27 @@ FARTHEST = 2.0  # powers of two between the sizes of a cell and those asked for:
 
 
 class Kind(Enum):
-    """What is multiplied: rows by the matrix of their expert, or rows by rows, for the gradient of a matrix."""
+    """What is multiplied: rows by the matrix of their expert, or rows by rows, for the gradient of a matrix.
+
+    OPENING is a product whose rows are gathered and whose sums are activated: torch has none.
+    """
 
     PRODUCT = "product"
     WEIGHTS = "weights"
+    OPENING = "opening"
 
 
 class Way(Enum):
-    """Triton's kernels here, or torch's own grouped_mm."""
+    """Triton's kernels here, torch's own grouped_mm, or the warp-specialised Gluon kernels here."""
 
     TRITON = "triton"
     TORCH = "torch"
+    GLUON = "gluon"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One product, computed both ways beside each other.
+    """One product, computed in every way that there is, beside each other.
 
     Attributes:
         kind: rows times matrices, or the gradient of the matrices.
@@ -43,7 +48,8 @@ class Cell:
         depth: of rows [R, depth] and matrices [E, depth, width].
         width: of matrices [E, depth, width].
         triton: seconds by the Triton kernels here.
-        torch: seconds by torch's grouped_mm.
+        torch: seconds by torch's grouped_mm; None where it was not asked.
+        gluon: seconds by the Gluon kernels here; None where they were not asked.
     """
 
     kind: Kind
@@ -53,17 +59,25 @@ class Cell:
     depth: int
     width: int
     triton: float
-    torch: float
+    torch: float | None
+    gluon: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("experts", "rows_per_expert", "depth", "width", "triton", "torch"):
+        for name in ("experts", "rows_per_expert", "depth", "width", *(way.value for way in self.seconds)):
             got = getattr(self, name)
             if not 0 < got < math.inf:
                 raise ValueError(f"Cell.{name} is {got}, wanted a finite number above 0")
 
     @property
+    def seconds(self) -> dict[Way, float]:
+        """What each way took that was asked."""
+        found = {way: getattr(self, way.value) for way in Way}
+        return {way: taken for way, taken in found.items() if taken is not None}
+
+    @property
     def faster(self) -> Way:
-        return Way.TORCH if self.torch < self.triton else Way.TRITON
+        """The fastest way; of equal ones the first in `Way`."""
+        return min(self.seconds, key=self.seconds.__getitem__)
 
     def distance(self, *sizes: int) -> float:
         """Return how far these rows per expert, depth and width are, in powers of two; infinite where too far."""
@@ -104,29 +118,36 @@ class Choices:
     """
 
     measurements: tuple[Measurement, ...] = ()
-    _answers: dict[tuple[Any, ...], Way] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __hash__(self) -> int:
+        return hash(tuple(one.architecture for one in self.measurements))  # of every cell it would take a while
 
     def faster(
         self, kind: Kind, architecture: str, *, dtype: torch.dtype, rows_per_expert: int, depth: int, width: int
     ) -> Way:
         """Return what the nearest cell of this architecture and dtype says; Triton where there is none near."""
-        asked = (kind, architecture, dtype, rows_per_expert, depth, width)
-        if asked not in self._answers:
-            name = str(dtype).removeprefix("torch.")
-            cells = [
-                cell
-                for measurement in self.measurements
-                if measurement.architecture == architecture
-                for cell in measurement.cells
-                if (cell.kind, cell.dtype) == (kind, name)
-            ]
-            # The place breaks ties, so that cells are never compared.
-            far, _, cell = min(
-                ((one.distance(rows_per_expert, depth, width), place, one) for place, one in enumerate(cells)),
-                default=(math.inf, 0, None),
-            )
-            self._answers[asked] = Way.TRITON if cell is None or far == math.inf else cell.faster
-        return self._answers[asked]
+        sizes = {"rows_per_expert": rows_per_expert, "depth": depth, "width": width}
+        found = self.nearest(kind, architecture, dtype=dtype, **sizes)
+        return Way.TRITON if found is None else found[1].faster
+
+    def nearest(
+        self, kind: Kind, architecture: str, *, dtype: torch.dtype, rows_per_expert: int, depth: int, width: int
+    ) -> tuple[Measurement, Cell] | None:
+        """Return the nearest cell of this architecture and dtype with its run; None where there is none near."""
+        name = str(dtype).removeprefix("torch.")
+        cells = [
+            (measurement, cell)
+            for measurement in self.measurements
+            if measurement.architecture == architecture
+            for cell in measurement.cells
+            if (cell.kind, cell.dtype) == (kind, name)
+        ]
+        # The place breaks ties, so that cells are never compared.
+        far, _, found = min(
+            ((one[1].distance(rows_per_expert, depth, width), place, one) for place, one in enumerate(cells)),
+            default=(math.inf, 0, None),
+        )
+        return None if far == math.inf else found
 
     def with_measurement(self, one: Measurement) -> Choices:
         """Return these with one more, in place of those of its architecture."""
@@ -177,11 +198,13 @@ def _listed(found: Any) -> list[Any]:
 
 
 def _fields(found: Any, kinds: dict[str, type]) -> dict[str, Any]:
-    """Return the fields that are found, if they are those of these names and kinds."""
+    """Return the fields that are found, if they are those of these names and kinds; times may be null."""
     if not isinstance(found, dict) or set(found) != set(kinds):
         got = sorted(found) if isinstance(found, dict) else found
         raise ValueError(f"a table of choices holds the fields {sorted(kinds)} here, got {got!r}")
     for name, kind in kinds.items():
+        if found[name] is None and name in ("torch", "gluon") and kind is float:
+            continue
         if type(found[name]) is not kind:  # isinstance would take True for an int
             raise ValueError(f"{name} in a table of choices is {found[name]!r}, wanted of {kind.__name__}")
     return found
@@ -195,7 +218,9 @@ def _measurement(found: Any) -> Measurement:
 
 def _cell(found: Any) -> Cell:
     sizes = dict.fromkeys(("experts", "rows_per_expert", "depth", "width"), int)
-    about = _fields(found, {"kind": str, "dtype": str, **sizes, "triton": float, "torch": float})
+    if isinstance(found, dict):  # tables from before there were Gluon kernels
+        found = {"gluon": None, **found}
+    about = _fields(found, {"kind": str, "dtype": str, **sizes, **dict.fromkeys(("triton", "torch", "gluon"), float)})
     known = [each.value for each in Kind]
     if about["kind"] not in known or not isinstance(getattr(torch, about["dtype"], None), torch.dtype):
         raise ValueError(f"a cell has a kind among {known} and a dtype of torch, got {about['kind']}, {about['dtype']}")

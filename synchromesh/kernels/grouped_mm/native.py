@@ -17,6 +17,7 @@ from torch import Tensor
 from synchromesh.kernels.autocast import autocast_alike
 from synchromesh.kernels.grouped_mm import op, reference
 from synchromesh.kernels.grouped_mm.choice import Kind, Way, architecture_of, shipped
+from synchromesh.kernels.grouped_mm.favoured import ProductShape, asked_rows, runs
 
 ALIGNED_WIDTH = 8  # numbers of bfloat16 in 16 bytes: torch wants strides that are multiples of it
 KNOWN = ("sm_90", "sm_100")  # architectures, exactly: others of their generation have faults of their own
@@ -50,15 +51,12 @@ def takes(rows: Tensor, shape: Sequence[int]) -> bool:
 
 
 def is_faster(kind: Kind, rows: Tensor, shape: Sequence[int]) -> bool:
-    """Tell whether torch takes these rows, and multiplies them faster by the shipped measurements."""
+    """Tell whether torch takes these rows, and multiplies them faster: as measured, or else by arithmetic."""
     if not takes(rows, shape):
         return False
     experts, depth, width = shape
-    # Rounded down to a power of two: after a ragged exchange the number of rows differs in every step, and each new
-    # number would search the table again.
-    each = 1 << max(0, (len(rows) // experts).bit_length() - 1)
-    sizes = {"rows_per_expert": each, "depth": depth, "width": width}
-    return shipped().faster(kind, architecture_of(rows.device), dtype=rows.dtype, **sizes) is Way.TORCH
+    asked = ProductShape(kind, experts, asked_rows(len(rows), experts), depth, width, rows.dtype)
+    return runs(asked, architecture_of(rows.device), shipped(), (Way.TRITON, Way.TORCH)) is Way.TORCH
 
 
 def product(a: Tensor, w: Tensor, ends: Tensor, *, bias: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from synchromesh.kernels.autocast import autocast_alike
-from synchromesh.kernels.grouped_mm import native, op, reference
+from synchromesh.kernels.grouped_mm import gluon, native, op, reference
 from synchromesh.kernels.grouped_mm.choice import Kind
 from synchromesh.kernels.grouped_mm.tilings import GROUP, tilings_of
 from synchromesh.kernels.launch import given_or, on_its_device
@@ -279,7 +279,9 @@ def _column_sums(
 def faster_product(
     a: Tensor, w: Tensor, ends: Tensor, tiles: Tiles, tiling: Tiling, *, bias: Tensor | None = None
 ) -> Tensor:
-    """Return a[r] · w[e] + bias[e] by `product`, or by torch's own where that was measured to be faster."""
+    """Return a[r] · w[e] + bias[e] by `product`, or by torch's own or Gluon's where that is known to be faster."""
+    if gluon.is_faster(Kind.PRODUCT, a, w.shape):
+        return gluon.product(a, w, ends, bias=bias)
     if native.is_faster(Kind.PRODUCT, a, w.shape):
         return native.product(a, w, ends, bias=bias)
     return product(a, w, tiles, tiling, out=a.new_empty(len(a), w.shape[2]), bias=bias)
@@ -300,8 +302,9 @@ def tiled_gradient(rows: Tensor, grad: Tensor, ends: Tensor, *, like: Tensor) ->
 
 @on_its_device
 def _forward(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
-    if native.is_faster(Kind.PRODUCT, rows, weight.shape):
-        return native.product(rows, weight, ends, bias=bias)
+    for way in (gluon, native):
+        if way.is_faster(Kind.PRODUCT, rows, weight.shape):
+            return way.product(rows, weight, ends, bias=bias)
     return tiled_product(rows, weight, ends, bias)
 
 
@@ -312,7 +315,9 @@ def backward(
     grad, (experts, width, out) = grad.contiguous(), weight.shape
     d_rows, d_weight = grad.new_empty(0), grad.new_empty(0)
     d_bias = grad.new_empty((experts, out) if needs[2] else (0,))
-    if needs[0] and native.is_faster(Kind.PRODUCT, grad, weight.mT.shape):
+    if needs[0] and gluon.is_faster(Kind.PRODUCT, grad, weight.mT.shape):
+        d_rows = gluon.rows_gradient(grad, weight, ends)
+    elif needs[0] and native.is_faster(Kind.PRODUCT, grad, weight.mT.shape):
         d_rows = native.rows_gradient(grad, weight, ends)
     elif needs[0]:
         tiling = tilings_of(grad.dtype, grad.device, rows_per_expert=len(grad) // max(1, len(ends))).product
@@ -320,8 +325,9 @@ def backward(
         zero_tail(d_rows, ends)
         product(grad, weight.mT, tiles_of(ends, len(grad), tiling.rows), tiling, out=d_rows)
     if rows is not None:
-        torchs = native.is_faster(Kind.WEIGHTS, grad, weight.shape)
-        d_weight = (native.weight_gradient if torchs else tiled_gradient)(rows.contiguous(), grad, ends, like=weight)
+        ways = [way for way in (gluon, native) if way.is_faster(Kind.WEIGHTS, grad, weight.shape)]
+        gradient = ways[0].weight_gradient if ways else tiled_gradient
+        d_weight = gradient(rows.contiguous(), grad, ends, like=weight)
     if needs[2]:
         column_sums(grad, ends, out=d_bias)
     return d_rows, d_weight, d_bias

@@ -118,3 +118,20 @@ MALFORMED = {
 def test_a_malformed_table_is_refused(name):
     with pytest.raises(ValueError, match=r"got|is"):
         Choices.from_json(MALFORMED[name])
+
+
+def test_a_way_that_was_not_asked_has_no_time():
+    one = Cell(Kind.OPENING, "bfloat16", 8, 64, 64, 64, 2e-3, None, 1e-3)
+    assert one.faster == Way.GLUON
+    assert Way.TORCH not in one.seconds
+    table = Choices((Measurement("sm_90", *ABOUT, (one,)),))
+    assert Choices.from_json(table.to_json()) == table
+    with pytest.raises(ValueError, match=r"Cell\.gluon is 0"):
+        Cell(Kind.PRODUCT, "bfloat16", 8, 64, 64, 64, 2e-3, 1e-3, 0.0)
+
+
+def test_a_table_from_before_gluon_is_read():
+    older = json.loads(TABLE.to_json())
+    for found in older["measurements"][0]["cells"]:
+        del found["gluon"]
+    assert Choices.from_json(json.dumps(older)) == TABLE

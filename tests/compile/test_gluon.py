@@ -1,0 +1,211 @@
+"""Every Gluon kernel, compiled ahead of time, no GPU needed: registers, shared memory, and what the machine code holds.
+
+What is compiled is what the launchers launch: a run on the CPU with launches recorded instead of made.
+"""
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from synchromesh.kernels.tiles import Tiles
+
+launch = pytest.importorskip("synchromesh.kernels.gluon.launch", reason="this Triton has no Gluon")
+
+SM_90, SM_100 = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32)
+SHARED = 227 * 1024  # bytes that a program may have
+LAUNCHED = 168  # registers of a thread, of 3 warpgroups: 65,536 / 384, in steps of 8
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
+EXPERTS, ROWS, WIDTH, HIDDEN = 4, 512, 512, 1024
+
+
+@dataclass(frozen=True)
+class Made:
+    """A compiled kernel: PTX, machine code, and what it asks for."""
+
+    ptx: str
+    code: str
+    shared: int
+    registers: int
+    spilled: int
+
+
+def signature_of(kernel: Any, arguments: dict[str, Any]) -> tuple[dict, dict, dict]:
+    """Return types, constants and what is divisible by 16, as Triton finds them when a kernel is launched."""
+    types, constants, divisible = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        value: Any = arguments[name]
+        if kernel.params[index].is_constexpr or (isinstance(value, int) and value == 1):
+            types[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            types[name] = f"*{NAMES[value.dtype]}"
+        elif isinstance(value, int):
+            types[name] = "i32"
+        else:
+            types[name] = f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
+        if types[name][0] == "*" or (types[name] == "i32" and value % 16 == 0):
+            divisible[(index,)] = [["tt.divisibility", 16]]
+    return types, constants, divisible
+
+
+def tool(name: str, *arguments: object) -> str:
+    program = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
+
+
+def compiled(kernel: Any, arguments: dict[str, Any], folder: Path, target: GPUTarget) -> Made:
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    made = triton.compile(
+        GluonASTSource(kernel, *signature_of(kernel, arguments)), target=target, options={"num_warps": 4}
+    )
+    file = folder / "kernel.cubin"
+    file.write_bytes(made.asm["cubin"])
+    said = tool("cuobjdump", "--dump-resource-usage", file)
+    spilled = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", said)))
+    (registers,) = map(int, re.findall(r"REG:(\d+)", said))
+    return Made(made.asm["ptx"], tool("nvdisasm", "-c", file), made.metadata.shared, registers, spilled)
+
+
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    """Compile what a launcher launches."""
+
+    def made(name: str, dtype: torch.dtype, target: GPUTarget = SM_90) -> Made:
+        found = []
+        monkeypatch.setattr(launch, "architecture_of", lambda device: f"sm_{target.arch}")
+        monkeypatch.setattr(launch, "started", lambda kernel, programs, **arguments: found.append((kernel, arguments)))
+        LAUNCHES[name](dtype)
+        ((kernel, arguments),) = found
+        return compiled(kernel, arguments, tmp_path, target)
+
+    return made
+
+
+def tiles():
+    expert, first, stop = (torch.zeros(8, dtype=torch.int32) for _ in range(3))
+    return Tiles(expert, first, stop, torch.zeros(1, dtype=torch.int32), 128)
+
+
+def tensors(dtype, *shapes):
+    return [torch.zeros(shape, dtype=dtype) for shape in shapes]
+
+
+def closing(dtype, *, second=False, scaled=False, bias=False):
+    a, w, out, b = tensors(dtype, (ROWS, HIDDEN), (EXPERTS, HIDDEN, WIDTH), (ROWS, WIDTH), (EXPERTS, WIDTH))
+    scale = (torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS // 2, 2)) if scaled else None
+    two = (a, w) if second else None
+    launch.product(a, w, tiles(), out=out, bias=b if bias else None, scale=scale, second=two)
+
+
+def turned(dtype):
+    a, w, out = tensors(dtype, (ROWS, WIDTH), (EXPERTS, HIDDEN, WIDTH), (ROWS, HIDDEN))
+    launch.product(a, w.mT, tiles(), out=out)
+
+
+def opening(dtype, activation, *, gated):
+    x, up, gate = tensors(dtype, (ROWS // 2, WIDTH), *[(EXPERTS, HIDDEN, WIDTH)] * 2)
+    hidden, pre_up, pre_gate, *biases = tensors(dtype, *[(ROWS, HIDDEN)] * 3, *[(EXPERTS, HIDDEN)] * 2)
+    pairs = (torch.zeros(ROWS, dtype=torch.int64), 2)
+    extra = {"pre": (pre_up, pre_gate), "biases": (biases[0], biases[1] if gated else None)}
+    launch.opening(x, up, gate if gated else None, tiles(), pairs, activation, hidden=hidden, **extra)
+
+
+def closing_backward(dtype, activation, *, gated):
+    grad, down, pre_up, pre_gate = tensors(dtype, (ROWS // 2, WIDTH), (EXPERTS, HIDDEN, WIDTH), *[(ROWS, HIDDEN)] * 2)
+    pairs, pre = (torch.zeros(ROWS, dtype=torch.int64), 2), (pre_up, pre_gate if gated else None)
+    launch.closing_gradient(grad, down, torch.zeros(ROWS // 2, 2), tiles(), pairs, activation, pre)
+
+
+def gradient(dtype, *, gathered):
+    left, right, out = tensors(dtype, (ROWS, HIDDEN), (ROWS, WIDTH), (EXPERTS, HIDDEN, WIDTH))
+    tokens = (torch.zeros(ROWS, dtype=torch.int64), 2) if gathered else None
+    launch.weight_gradient(left, right, torch.zeros(EXPERTS, dtype=torch.int32), out=out, tokens=tokens)
+
+
+LAUNCHES = {
+    "closing": lambda dtype: closing(dtype, bias=True),
+    "closing, scaled": lambda dtype: closing(dtype, bias=True, scaled=True),
+    "columns of k": turned,
+    "rows' gradient of two": lambda dtype: closing(dtype, second=True),
+    "opening": lambda dtype: opening(dtype, "gelu", gated=False),
+    "opening, gated": lambda dtype: opening(dtype, "silu", gated=True),
+    "closing backward": lambda dtype: closing_backward(dtype, "relu", gated=False),
+    "closing backward, gated": lambda dtype: closing_backward(dtype, "silu", gated=True),
+    "closing backward, gated gelu": lambda dtype: closing_backward(dtype, "gelu", gated=True),
+    "matrix gradient, gathered": lambda dtype: gradient(dtype, gathered=True),
+    "matrix gradient": lambda dtype: gradient(dtype, gathered=False),
+}
+GATHERING = {"opening", "opening, gated", "closing backward, gated", "matrix gradient, gathered", "matrix gradient"}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_specialised_warps_tma_and_wgmma_without_spills(build, name):
+    made = build(name, torch.bfloat16)
+    assert made.spilled == 0
+    assert made.shared <= SHARED
+    assert made.registers <= LAUNCHED
+    assert highest_register(made.code) < 240
+    assert {"setmaxnreg.inc", "setmaxnreg.dec"} <= set(re.findall(r"setmaxnreg\.\w+", made.ptx))
+    assert "USETMAXREG" in made.code
+    assert "UTMALDG" in made.code
+    assert "HGMMA" in made.code
+    # Two consumers of 4 wgmma a step each, twice as many where there is a gate.
+    width = 128 if name in ("opening, gated", "closing backward, gated gelu") else 256
+    products = 16 if name == "opening, gated" else 8
+    assert len(re.findall(rf"wgmma\.mma_async\.\S*m64n{width}k16", made.ptx)) == products
+    assert "ld.local" not in made.ptx
+
+
+@pytest.mark.parametrize("name", sorted(GATHERING))
+def test_threads_copy_16_bytes_and_arrive_when_they_land(build, name):
+    ptx = build(name, torch.bfloat16).ptx
+    sizes = set(re.findall(r"cp\.async\.c\w\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", ptx))
+    assert sizes == {"0x10"}
+    assert "cp.async.mbarrier.arrive.noinc" in ptx  # what the count of 129 holds already
+    assert len(re.findall(r"mbarrier\.init\.\S+ \[\S+\], 129;", ptx)) == launch.STAGES
+    assert "fence.proxy.async" in ptx
+
+
+@pytest.mark.parametrize("name", ["closing", "opening, gated", "matrix gradient"])
+def test_no_consumer_frees_a_slot_before_all_its_warps_have_read_it(build, name):
+    """Gluon lets one thread arrive for all: the compiler must let the others come to it first."""
+    lines = [line for line in build(name, torch.bfloat16).ptx.splitlines() if SYNCHRONISES.search(line)]
+    arrivals = [index for index, line in enumerate(lines) if re.search(r"mbarrier\.arrive\.shared", line)]
+    assert arrivals
+    for index in arrivals:
+        assert "bar.sync" in lines[index - 1], lines[index - 3 : index + 1]
+        assert ", 128" in lines[index - 1]  # the warpgroup's own threads, not all
+
+
+SYNCHRONISES = re.compile(r"bar\.sync|wgmma\.(mma_async|wait_group)|mbarrier\.(arrive|try_wait)|cp\.async")
+
+
+def highest_register(code: str) -> int:
+    return max(map(int, re.findall(r"\bR(\d+)\b", code)))
+
+
+def test_float16(build):
+    made = build("opening, gated", torch.float16)
+    assert made.spilled == 0
+    assert "m64n128k16.f32.f16.f16" in made.ptx
+
+
+@pytest.mark.parametrize("name", ["closing, scaled", "columns of k", "rows' gradient of two"])
+def test_products_on_sm_100_with_sums_in_tensor_memory(build, name):
+    made = build(name, torch.bfloat16, SM_100)
+    assert made.spilled == 0
+    assert made.shared <= SHARED
+    assert len(re.findall(r"tcgen05\.mma", made.ptx)) == 4
+    assert re.search(r"tcgen05\.alloc\S* \[[^]]*\], 512;", made.ptx)  # two tiles of 256 columns, all that there are
+    assert {"setmaxnreg", "tcgen05.commit", "tcgen05.ld"} <= set(re.findall(r"setmaxnreg|tcgen05\.\w+", made.ptx))
+    assert "UTMALDG" in made.code
+    lines = [line for line in made.ptx.splitlines() if SYNCHRONISES.search(line) or "tcgen05.ld" in line]
+    (arrival,) = [index for index, line in enumerate(lines) if re.search(r"mbarrier\.arrive\.shared", line)]
+    assert "bar.sync" in lines[arrival - 1]  # all four warps have read the sums that the next tile overwrites
