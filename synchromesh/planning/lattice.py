@@ -64,7 +64,8 @@ def row_copies(world: int, num_experts: int, plan: Plan) -> int:
 def every_plan(world: int) -> Iterator[Plan]:
     """Yield all plans, legal or not."""
     degrees = [g for g in range(1, world + 1) if world % g == 0]
-    for values in product(degrees, (True, False), CHUNKS, (False, True), (True, False), (False, True)):
+    both = (False, True)
+    for values in product(degrees, (True, False), CHUNKS, both, (True, False), both, both):
         yield Plan(*values)
 
 
@@ -88,8 +89,11 @@ def refusal(plan: Plan, ranks: Ranks, num_experts: int, *, known_beforehand: boo
     if plan.regather and plan.gather == 1:
         return "nothing is gathered at gather = 1 that could be gathered again"
     if plan.gather == world:
-        if plan.chunks > 1 or plan.two_level or not plan.ragged:
-            return f"no rows are exchanged at gather = {world}: chunks, two levels and an even wire have no meaning"
+        if plan.chunks > 1 or plan.two_level or not plan.ragged or plan.deduplicate:
+            return (
+                f"no rows are exchanged at gather = {world}: "
+                "chunks, two levels, an even wire and deduplication have no meaning"
+            )
         return None
     if plan.two_level:
         reason = _two_level_refusal(ranks, plan)
@@ -97,7 +101,7 @@ def refusal(plan: Plan, ranks: Ranks, num_experts: int, *, known_beforehand: boo
             return reason
     if not plan.ragged and not known_beforehand:
         return "an even wire wants a capacity that all ranks know beforehand: FixedCapacity(f, tokens=T_max)"
-    return None
+    return _deduplication_refusal(plan, ranks, num_experts) if plan.deduplicate else None
 
 
 def layout_refusal(world: int, num_experts: int, gather: int, *, near: bool) -> str | None:
@@ -140,6 +144,27 @@ def _two_level_refusal(ranks: Ranks, plan: Plan) -> str | None:
         if reason is not None:
             return f"no two-level all-to-all between the ranks {_some(group.tolist())}: {reason}"
     return None
+
+
+def _deduplication_refusal(plan: Plan, ranks: Ranks, num_experts: int) -> str | None:
+    if not plan.ragged:
+        return "an even wire pads to the capacity, however many choices of a token share a rank: take ragged=True"
+    if plan.two_level:
+        local = members_per_node(plan, ranks)
+        copies = row_copies(ranks.size, num_experts, plan)
+        if local % copies and copies % local:
+            return (
+                f"the {copies} ranks that hold an expert and the {local} ranks of a node that exchange do not divide "
+                "one another: some nodes would hold more of an expert than others"
+            )
+    return None
+
+
+def members_per_node(plan: Plan, ranks: Ranks) -> int:
+    """Return how many members of an exchange group are on each of its nodes, where they lie evenly on them."""
+    members = ranks.size // plan.gather
+    numbers = np.arange(members) * plan.gather if plan.near else np.arange(members)
+    return members // len(np.unique(numbers // ranks.per_node))
 
 
 def _some(ranks: list[int]) -> str:

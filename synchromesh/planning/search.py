@@ -50,4 +50,4 @@ def short_list(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _layout(plan: Plan) -> Plan:
-    return dataclasses.replace(plan, chunks=1, two_level=False, ragged=True)
+    return dataclasses.replace(plan, chunks=1, two_level=False, ragged=True, deduplicate=False)
