@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from synchromesh.planning.cluster import ClusterProfile, Link
 from synchromesh.planning.lattice import Ranks, row_copies
-from synchromesh.planning.traffic import Collective, Group, Traffic, kept_pairs, traffic
+from synchromesh.planning.traffic import Collective, Group, Traffic, traffic
 from synchromesh.types import Plan, Workload
 
 BACKWARD_PRODUCTS = 2  # for each product of forward: the gradients of rows and of weights
@@ -108,8 +108,9 @@ class _Model:
         self.matmul = self._matmul() * self.waits / self.sent.chunks  # exchange and matmul are of one chunk
 
     def forward(self) -> Seconds:
-        counts = self._together(self.sent.counts)
-        cores = self._busy(self.sent.counts) + self._busy(self.sent.gather) + self._busy_exchange()
+        ahead = (*self.sent.counts, *self.sent.tags)  # of the rows
+        counts = self._together(ahead)
+        cores = self._busy(ahead) + self._busy(self.sent.gather) + self._busy_exchange()
         exposed = self._exposed(first=self.gather, last=0.0, compute=self.matmul)
         exchange = 2 * self.exchange * self.sent.chunks
         route = (self._route() + self._fixed(0)) * self.waits
@@ -122,15 +123,16 @@ class _Model:
 
     def backward(self) -> Seconds:
         again = self.gather if self.plan.regather else 0.0
-        cores = (
-            self._busy(self.sent.gather) * self.plan.regather + self._busy(self.sent.scatter) + self._busy_exchange()
-        )
+        weights = self._together(self.sent.weights_back)
+        cores = self._busy(self.sent.gather) * self.plan.regather + self._busy(self.sent.scatter)
+        cores += self._busy(self.sent.weights_back) + self._busy_exchange()
         compute = BACKWARD_PRODUCTS * self.matmul
         exposed = self._exposed(first=again, last=self.scatter, compute=compute)
-        exchange = 2 * self.exchange * self.sent.chunks
+        exchange = 2 * self.exchange * self.sent.chunks + weights
         route = (BACKWARD_PRODUCTS * self._route() + self._fixed(1)) * self.waits
         return self._on_cores(
-            Seconds(route, self.permute, compute * self.sent.chunks, exchange, again + self.scatter, exposed), cores
+            Seconds(route, self.permute, compute * self.sent.chunks, exchange, again + self.scatter, exposed + weights),
+            cores,
         )
 
     def _on_cores(self, own: Seconds, busy: float) -> Seconds:
@@ -175,8 +177,9 @@ class _Model:
 
     def _separate_links(self) -> bool:
         """Whether weights and rows travel on different links."""
-        crossing = [one.group.far > 0 for one in (*self.sent.gather[:1], *self.sent.there[-1:])]
-        return len(crossing) == 2 and crossing[0] != crossing[1]
+        if not self.sent.gather or not self.sent.there:
+            return False
+        return (self.sent.gather[0].group.far > 0) != any(one.group.far > 0 for one in self.sent.there)
 
     def _fixed(self, backward: int) -> float:
         return self.profile.step[backward] + self.profile.chunk[backward] * (self.sent.chunks - 1)
@@ -190,12 +193,15 @@ class _Model:
     def _permute(self) -> float:
         """Return the time to move rows: once on each side of each exchange, by the combine, by the activation."""
         work = self.work
-        # How often a row is read or written: an exchange aligns, sends and receives rows in both directions.
+        # How often a row is read or written: an exchange aligns, sends and receives rows in both directions; one that
+        # deduplicates aligns nothing, and what the experts read and write are pairs.
         passes = (10 if self.plan.two_level else 6) if self.sent.there else 2
-        rows = (self.sent.rows if self.sent.there else kept_pairs(work)) * self.load
+        rows = passes * self.sent.computed
+        if self.plan.deduplicate:
+            rows = 4 * (self.sent.rows + self.sent.relayed) + 2 * self.sent.computed
         copies = row_copies(self.ranks.size, work.experts, self.plan) if self.sent.there else 1
-        activated = 2 * rows * work.hidden / copies * (work.matrices - 1)
-        numbers = 2 * work.rows * work.width + passes * rows * work.width + activated
+        activated = 2 * self.sent.computed * self.load * work.hidden / copies * (work.matrices - 1)
+        numbers = 2 * work.rows * work.width + rows * self.load * work.width + activated
         return numbers * work.dtype.itemsize / self.profile.memory_rate
 
     def _matmul(self) -> float:
@@ -204,7 +210,7 @@ class _Model:
         copies, members = row_copies(ranks.size, work.experts, self.plan), ranks.size // self.plan.gather
         experts = work.experts * copies / members  # on this rank, whole or in shards
         hidden = work.hidden / copies
-        rows = (self.sent.rows if self.sent.there else kept_pairs(work)) * self.load
+        rows = self.sent.computed * self.load
         each, chunks = rows / experts, self.sent.chunks
         # Chunks make products smaller, hence slower, and read the weights once a chunk.
         one = self.speed.seconds(each / chunks, hidden, work.width)

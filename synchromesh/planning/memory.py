@@ -49,7 +49,12 @@ def layer_bytes(work: Workload, plan: Plan, ranks: Ranks) -> Bytes:
     pooled = own * plan.gather * element if plan.gather > 1 else 0.0
     shards = row_copies(ranks.size, work.experts, plan)
     tokens, pairs = work.rows * work.width, kept_pairs(work)
-    if sent.there:
+    if plan.deduplicate:
+        # Rows as they arrived, the hidden rows, and each pair's place among the tags; what came back is only added up.
+        hidden = sent.computed * work.hidden / shards
+        kept = sent.rows * work.width + (work.matrices - 1) * hidden
+        buffers = (2 + 2 * plan.two_level) * (sent.rows + sent.relayed) * work.width + tokens * (plan.chunks > 1)
+    elif sent.there:
         hidden = sent.rows * work.hidden / shards
         kept = 2 * sent.rows * work.width + (work.matrices - 1) * hidden
         copies = 2 + 4 * plan.two_level + 2 * (plan.chunks > 1)  # a level aligns, sends, receives; pieces are joined
