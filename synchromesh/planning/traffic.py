@@ -155,7 +155,7 @@ def _deduplicated(work: Workload, plan: Plan, ranks: Ranks, gather: tuple[Collec
         sent = work.rows * hosts_of_a_token(work, hosts) * (copies if own is levels[-1][0] else of_a_host)
         rows.append(sent)
         columns = sent / own.size * min(work.choices, work.experts // hosts)
-        counts.append(Collective("all_to_all", own, 2 * plan.chunks * COUNT_BYTES))
+        counts.append(Collective("all_to_all", own, 2.0 * plan.chunks * COUNT_BYTES))
         there.append(Collective("all_to_all", own, sent / own.size / plan.chunks * work.width * work.dtype.itemsize))
         tags.append(Collective("all_to_all", own, columns * (ID_BYTES + WEIGHT_BYTES)))
         back.append(Collective("all_to_all", own, columns * WEIGHT_BYTES))

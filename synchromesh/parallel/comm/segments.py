@@ -73,6 +73,6 @@ def order_on_device(sizes: Int[Tensor, "A B"], num_rows: int) -> Int[Tensor, " R
     flat = sizes.reshape(-1)
     starts = (flat.cumsum(0) - flat).reshape(sizes.shape).T.reshape(-1)
     lengths = sizes.T.reshape(-1)
-    moved = starts - (lengths.cumsum(0) - lengths)
+    ends = lengths.cumsum(0)
     number = torch.arange(num_rows, device=sizes.device)
-    return number + torch.repeat_interleave(moved, lengths, output_size=num_rows)
+    return number + (starts - (ends - lengths))[torch.searchsorted(ends, number, right=True)]
