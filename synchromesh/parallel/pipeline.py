@@ -48,6 +48,7 @@ class Traffic:
     kernels: Kernels
 
 
+@torch.compiler.disable  # reads numbers, of which its graph could make nothing
 def ragged_traffic(
     routing: Routing, rowmap: RowMap, slots: Slots, between: AllToAll, *, chunks: int, kernels: Kernels
 ) -> Traffic:

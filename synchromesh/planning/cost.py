@@ -68,9 +68,11 @@ class Seconds:
 NO_SECONDS = Seconds(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
-def forward_and_backward(work: Workload, plan: Plan, ranks: Ranks, profile: ClusterProfile) -> tuple[Seconds, Seconds]:
-    """Predict both passes of a legal plan; the backward of inference is 0."""
-    model = _Model(work, plan, ranks, profile)
+def forward_and_backward(
+    work: Workload, plan: Plan, ranks: Ranks, profile: ClusterProfile, sent: Traffic | None = None
+) -> tuple[Seconds, Seconds]:
+    """Predict both passes of a legal plan; the backward of inference is 0. `sent` is its traffic, if that is known."""
+    model = _Model(work, plan, ranks, profile, sent or traffic(work, plan, ranks))
     return model.forward(), model.backward() if work.training else NO_SECONDS
 
 
@@ -94,9 +96,8 @@ def load_of_busiest(work: Workload, plan: Plan, ranks: Ranks) -> float:
 class _Model:
     """One layer, one plan."""
 
-    def __init__(self, work: Workload, plan: Plan, ranks: Ranks, profile: ClusterProfile) -> None:
-        self.work, self.plan, self.ranks, self.profile = work, plan, ranks, profile
-        self.sent: Traffic = traffic(work, plan, ranks)
+    def __init__(self, work: Workload, plan: Plan, ranks: Ranks, profile: ClusterProfile, sent: Traffic) -> None:
+        self.work, self.plan, self.ranks, self.profile, self.sent = work, plan, ranks, profile, sent
         self.load = load_of_busiest(work, plan, ranks) if plan.ragged else 1.0
         self.speed = profile.rate_of(str(work.dtype).removeprefix("torch."))
         # Ranks go through a step side by side: where they are more than cores, all wait for one in the same phase.
@@ -225,16 +226,18 @@ class _Model:
 
 def collective_seconds(one: Collective, profile: ClusterProfile) -> float:
     """Return the time of a collective alone on its links."""
-    group, crossing = one.group, one.group.far > 0
-    link = profile.across if crossing else profile.node
+    group, node, across, others = one.group, profile.node, profile.across, one.group.far
+    link = across if others > 0 else node
     start = link.start * _turns(link, profile)
     if one.kind == "all_to_all" or (one.kind == "reduce_scatter" and profile.backend == "gloo"):
         # Messages inside the node and across run at the same time; a rank sends those of one kind in turn. The link
         # of the node, shared by its ranks, may be the limit.
-        near = group.near * profile.node.message.at(one.size) * _turns(profile.node, profile)
-        crowded = 1 + profile.across.crowding * group.far if group.near else 1.0
-        far = group.far * profile.across.message.at(one.size * crowded) * _turns(profile.across, profile)
-        return start + max(near, far, _shared(profile.across, one.size * group.crossing))
+        near = group.near and group.near * node.message.at(one.size) * _turns(node, profile)
+        if others == 0:
+            return start + max(near, _shared(across, one.size * group.crossing))
+        crowded = 1 + across.crowding * others if group.near else 1.0
+        far = others * across.message.at(one.size * crowded) * _turns(across, profile)
+        return start + max(near, far, _shared(across, one.size * group.crossing))
     return start + _ring_seconds(one.size, group, profile)
 
 

@@ -62,11 +62,23 @@ def row_copies(world: int, num_experts: int, plan: Plan) -> int:
 
 
 def every_plan(world: int) -> Iterator[Plan]:
-    """Yield all plans, legal or not."""
+    """Yield all plans, legal or not, but those that are padded and deduplicated: no ranks can run these."""
     degrees = [g for g in range(1, world + 1) if world % g == 0]
     both = (False, True)
-    for values in product(degrees, (True, False), CHUNKS, both, (True, False), both, both):
-        yield Plan(*values)
+    wires = ((True, False), (False, False), (True, True))  # ragged, deduplicated
+    for g, near, chunks, two_level, regather, (ragged, once) in product(
+        degrees, (True, False), CHUNKS, both, both, wires
+    ):
+        yield Plan(g, near, chunks, two_level, ragged, regather, once)
+
+
+def shares_rows(plan: Plan, ranks: Ranks, num_experts: int, choices: int) -> bool:
+    """Tell whether choices of a token can go to one place, where a legal plan deduplicates; else it only adds tags."""
+    members, copies = ranks.size // plan.gather, row_copies(ranks.size, num_experts, plan)
+    if plan.two_level:
+        local = members_per_node(plan, ranks)
+        members, copies = members // local, max(1, copies // local)
+    return choices > 1 and num_experts > members // copies
 
 
 def refusal(plan: Plan, ranks: Ranks, num_experts: int, *, known_beforehand: bool, pooled: bool = True) -> str | None:
@@ -163,8 +175,8 @@ def _deduplication_refusal(plan: Plan, ranks: Ranks, num_experts: int) -> str | 
 def members_per_node(plan: Plan, ranks: Ranks) -> int:
     """Return how many members of an exchange group are on each of its nodes, where they lie evenly on them."""
     members = ranks.size // plan.gather
-    numbers = np.arange(members) * plan.gather if plan.near else np.arange(members)
-    return members // len(np.unique(numbers // ranks.per_node))
+    span = members * plan.gather if plan.near else members
+    return members * ranks.per_node // span if span > ranks.per_node else members
 
 
 def _some(ranks: list[int]) -> str:

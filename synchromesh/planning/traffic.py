@@ -131,8 +131,9 @@ def traffic(work: Workload, plan: Plan, ranks: Ranks) -> Traffic:
     copies = row_copies(ranks.size, work.experts, plan)
     slots = work.experts * copies / members  # local experts, whole or in shards
     to_each = rows_to_each(work, plan, ranks) / plan.chunks
-    there = _levels(ranks, plan, to_each * work.width * element)
-    counts = _levels(ranks, plan, slots * COUNT_BYTES) if plan.ragged else ()
+    group = _exchange_group(ranks, plan)
+    there = _levels(ranks, plan, group, to_each * work.width * element)
+    counts = _levels(ranks, plan, group, slots * COUNT_BYTES) if plan.ragged else ()
     rows = to_each * plan.chunks * members
     return Traffic(counts, there, gather, plan.chunks, plan.regather, rows, rows)
 
@@ -207,8 +208,7 @@ def rows_to_each(work: Workload, plan: Plan, ranks: Ranks) -> float:
     return slots * max(1, math.ceil(work.capacity / plan.chunks)) * plan.chunks
 
 
-def _levels(ranks: Ranks, plan: Plan, size: float) -> tuple[Collective, ...]:
-    group = _exchange_group(ranks, plan)
+def _levels(ranks: Ranks, plan: Plan, group: Group, size: float) -> tuple[Collective, ...]:
     if not plan.two_level:
         return (Collective("all_to_all", group, size),)
     # Inside the node a rank sends to each neighbour what is for that place on every node; between the nodes equal
@@ -235,16 +235,16 @@ def block(ranks: Ranks, size: int) -> Group:
     node = ranks.per_node
     near = [min(node, r - r % size + size) - (r - r % size) for r in range(node)]
     ring = [r + 1 if (r + 1) % size else r + 1 - size for r in range(node)]
-    return _group(size, near, sum(not 0 <= following < node for following in ring))
+    return _group(size, near, len([following for following in ring if not 0 <= following < node]))
 
 
 def comb(ranks: Ranks, stride: int) -> Group:
     """Return a group of every stride-th rank."""
     node, size = ranks.per_node, ranks.size // stride
-    near = [math.ceil((node - r % stride) / stride) for r in range(node)]
+    near = [-((r % stride - node) // stride) for r in range(node)]
     ring = [(r + stride) % ranks.size for r in range(node)]
-    return _group(size, near, sum(not following < node for following in ring) if size > 1 else 0)
+    return _group(size, near, len([following for following in ring if following >= node]) if size > 1 else 0)
 
 
 def _group(size: int, near: list[int], ring: int) -> Group:
-    return Group(size, min(near) - 1, sum(size - own for own in near), ring)
+    return Group(size, min(near) - 1, size * len(near) - sum(near), ring)

@@ -44,6 +44,7 @@ class Segments:
     def T(self) -> Segments:  # noqa: N802 - as numpy's and torch's
         return self.of(lambda counts: counts.T)
 
+    @torch.compiler.disable  # numbers of the host decide here
     def transpose(self, rows: Tensor) -> Tensor:
         """Reorder rows that lie in these segments into column-major order of the segments."""
         if 1 in self.host.shape or len(rows) == 0:
