@@ -216,7 +216,7 @@ class Plan:
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """Read what `to_json` wrote, by this version or an earlier one. Raises ValueError on other or missing fields."""
+        """Read what `to_json` wrote, now or in earlier versions. Raises ValueError on unknown or missing fields."""
         fields = json.loads(text)
         wanted = {f.name for f in dataclasses.fields(Plan)}
         later = {"deduplicate"}  # which earlier versions did not write

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -33,6 +34,7 @@ from synchromesh.parallel.comm.all_to_all import (
 from synchromesh.parallel.comm.collectives import all_to_all, on_host
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.comm.segments import Segments
+from synchromesh.parallel.comm.uncompiled import uncompiled
 from synchromesh.parallel.exchange import Exchange
 from synchromesh.parallel.hosts import Hosts, hosts_of, hosts_on_two_levels
 from synchromesh.parallel.layout import Layout
@@ -139,7 +141,7 @@ def _counted(to_each: Tensor, group: ProcessGroup | None) -> Ways:
     return Ways(group, sent, received, known.host[2].sum(1).tolist())
 
 
-@torch.compiler.disable  # which traces no asynchronous collective; one break, not one for each
+@uncompiled  # which traces no asynchronous collective; one break, not one for each
 def exchange_tokens(
     x: Float[Tensor, "T D"],
     routing: Routing,
@@ -217,5 +219,5 @@ def _rows_of(pairs: Pairs, local_experts: int, kernels: Kernels) -> tuple[Routin
 
 
 def _pieces(tensor: Tensor, chunks: int) -> list[Tensor]:
-    cuts = [len(tensor) * chunk // chunks for chunk in range(1, chunks)]
-    return list(tensor.tensor_split(cuts))
+    cuts = [len(tensor) * chunk // chunks for chunk in range(chunks + 1)]
+    return list(tensor.split([after - before for before, after in pairwise(cuts)]))

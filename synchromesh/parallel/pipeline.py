@@ -22,6 +22,7 @@ from synchromesh.moe.experts import Experts
 from synchromesh.parallel.comm.all_to_all import AllToAll, Route
 from synchromesh.parallel.comm.collectives import on_host
 from synchromesh.parallel.comm.segments import Segments
+from synchromesh.parallel.comm.uncompiled import uncompiled
 from synchromesh.parallel.dispatch import SendMap, Slots, even_map, ragged_map, rows_per_slot
 from synchromesh.parallel.exchange import Exchange
 from synchromesh.parallel.waiting import Waiting
@@ -48,7 +49,7 @@ class Traffic:
     kernels: Kernels
 
 
-@torch.compiler.disable  # reads numbers, of which its graph could make nothing
+@uncompiled  # reads numbers, of which its graph could make nothing
 def ragged_traffic(
     routing: Routing, rowmap: RowMap, slots: Slots, between: AllToAll, *, chunks: int, kernels: Kernels
 ) -> Traffic:

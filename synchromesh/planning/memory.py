@@ -50,10 +50,10 @@ def layer_bytes(work: Workload, plan: Plan, ranks: Ranks, sent: Traffic | None =
     shards = row_copies(ranks.size, work.experts, plan)
     tokens, pairs = work.rows * work.width, kept_pairs(work)
     if plan.deduplicate:
-        # Rows as they arrived, the hidden rows, and each pair's place among the tags; what came back is only added up.
+        # Rows as they arrived and the hidden rows; what came back is only added up, what was relayed is gone.
         hidden = sent.computed * work.hidden / shards
         kept = sent.rows * work.width + (work.matrices - 1) * hidden
-        buffers = (2 + 2 * plan.two_level) * (sent.rows + sent.relayed) * work.width + tokens * (plan.chunks > 1)
+        buffers = (2 + 2 * (plan.chunks > 1)) * sent.rows * work.width + tokens * (plan.chunks > 1)
     elif sent.there:
         hidden = sent.rows * work.hidden / shards
         kept = 2 * sent.rows * work.width + (work.matrices - 1) * hidden

@@ -28,9 +28,10 @@ from synchromesh.kernels import REFERENCE
 from synchromesh.parallel import deduplicated
 from synchromesh.planning.lattice import Ranks
 from synchromesh.planning.traffic import traffic
+from synchromesh.testing.cases import DrawnRouter
 from synchromesh.testing.compare import TOLERANCE, relative_rms
 from synchromesh.testing.distributed import run_ranks
-from synchromesh.types import Routing, Workload
+from synchromesh.types import Workload
 
 D, F = 12, 16
 
@@ -90,24 +91,10 @@ class Sent:
         return self.bytes.get(("float32", D, far), 0)
 
 
-class Drawn(nn.Module):
-    """Different experts for each token, drawn at random."""
-
-    def __init__(self, experts, k, rank):
-        super().__init__()
-        self.num_experts, self.k = experts, k
-        self.generator = torch.Generator().manual_seed(rank)
-
-    def forward(self, x, k=None):
-        scores = torch.rand(len(x), self.num_experts, generator=self.generator)
-        weights, self.ids = scores.topk(self.k, dim=1)
-        return Routing(self.ids, weights.requires_grad_(), scores, scores)
-
-
 def sent_bytes(plan, experts, k, tokens, ranks_per_node):
     """Return bytes of one step by count, by the definition of the plan on its routing, and by the model."""
     grid = Grid.from_group(dist.group.WORLD, ranks_per_node=ranks_per_node)
-    router = Drawn(experts, k, grid.rank)
+    router = DrawnRouter(experts, k, grid.rank)
     layer = MoE(router, MLPExperts(experts, D, hidden=F), strategy=Sharded(grid))
     layer(torch.randn(4, D, requires_grad=True), plan=plan).sum().backward()  # makes the groups
     with Sent(grid) as sent:

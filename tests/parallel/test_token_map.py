@@ -10,7 +10,6 @@ from synchromesh.parallel.hosts import Hosts, hosts_of
 from synchromesh.parallel.layout import Layout
 from synchromesh.parallel.token_map import Pairs, leading_columns, map_tokens
 
-
 LAYOUTS = [Layout(*sizes) for sizes in ((2, 2, 1, True), (4, 2, 1, True), (4, 16, 1, True), (4, 8, 2, False))]
 HOSTS = [hosts_of(layout, torch.device("cpu")) for layout in LAYOUTS]
 

@@ -12,6 +12,8 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from synchromesh.parallel.comm.uncompiled import uncompiled
+
 Counts = NDArray[np.int64]
 
 
@@ -44,17 +46,21 @@ class Segments:
     def T(self) -> Segments:  # noqa: N802 - as numpy's and torch's
         return self.of(lambda counts: counts.T)
 
-    @torch.compiler.disable  # numbers of the host decide here
     def transpose(self, rows: Tensor) -> Tensor:
         """Reorder rows that lie in these segments into column-major order of the segments."""
-        if 1 in self.host.shape or len(rows) == 0:
-            return rows
-        if (self.host == self.host.flat[0]).all():  # a strided copy, without an index
-            each = int(self.host.flat[0])
-            return rows.view(*self.host.shape, each, *rows.shape[1:]).transpose(0, 1).flatten(0, 2)
-        if rows.device.type == "cpu" or self.device is None:
-            return rows.index_select(0, torch.from_numpy(order_on_host(self.host)).to(rows.device))
-        return rows.index_select(0, order_on_device(self.device, len(rows)))
+        return _transposed(rows, self)
+
+
+@uncompiled  # numbers of the host decide here
+def _transposed(rows: Tensor, segments: Segments) -> Tensor:
+    sizes = segments.host
+    if 1 in sizes.shape or len(rows) == 0:
+        return rows
+    if (sizes == sizes.flat[0]).all():  # a strided copy, without an index
+        return rows.view(*sizes.shape, int(sizes.flat[0]), *rows.shape[1:]).transpose(0, 1).flatten(0, 2)
+    if rows.device.type == "cpu" or segments.device is None:
+        return rows.index_select(0, torch.from_numpy(order_on_host(sizes)).to(rows.device))
+    return rows.index_select(0, order_on_device(segments.device, len(rows)))
 
 
 # Row i of the transposed order is row i + (where its segment starts now - where it will start), segment by segment.
