@@ -80,9 +80,13 @@ class Args:
 
 
 def plans_for(strategy: Sharded, shape: Shape, chunks: Sequence[int]) -> list[Plan]:
-    """Return every legal layout with each number of chunks, and with two levels or gathering again unchunked."""
+    """Return every legal layout with each number of chunks, and with two levels or gathering again unchunked.
+
+    Plans that deduplicate are left out: a token of these shapes has two choices, on two or four ranks.
+    """
     work = Workload(shape.tokens, shape.choices, shape.width, shape.hidden, shape.experts, torch.float32, True)
     legal = [plan for plan, reason in strategy.legal_plans(work, Dropless()).items() if reason is None]
+    legal = [plan for plan in legal if not plan.deduplicate]
     return [p for p in legal if p.chunks in chunks and (p.chunks == 1 or not (p.two_level or p.regather))]
 
 

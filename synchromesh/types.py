@@ -192,6 +192,9 @@ class Plan:
         ragged: True sends real rows only, with split sizes exchanged first (dropless, or a capacity that is measured);
             False pads each part to the capacity, so that all splits are equal and known on the host.
         regather: FSDP's reshard_after_forward: all-gather the weights again in backward instead of keeping them.
+        deduplicate: one row of a token for each rank that holds some of its experts, and one weighted sum of them back,
+            instead of a row for each choice; on two levels one row for each node, copied inside it. Chunks are then of
+            tokens.
     """
 
     gather: int = 1
@@ -200,6 +203,7 @@ class Plan:
     two_level: bool = False
     ragged: bool = True
     regather: bool = False
+    deduplicate: bool = False
 
     def __post_init__(self) -> None:
         for name in ("gather", "chunks"):
@@ -218,6 +222,7 @@ class Plan:
         said += ["two-level"] if self.two_level else []
         said += [] if self.ragged else ["even wire"]
         said += ["regather"] if self.regather else []
+        said += ["deduplicated"] if self.deduplicate else []
         return ", ".join(said)
 
     def to_json(self) -> str:
@@ -230,10 +235,11 @@ class Plan:
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """Read what `to_json` wrote. Raises ValueError on unknown or missing fields."""
+        """Read what `to_json` wrote, now or in earlier versions. Raises ValueError on unknown or missing fields."""
         fields = json.loads(text)
         wanted = {f.name for f in dataclasses.fields(Plan)}
-        if not isinstance(fields, dict) or set(fields) != wanted:
+        later = {"deduplicate"}  # which earlier versions did not write
+        if not isinstance(fields, dict) or set(fields) | later != wanted:
             raise ValueError(f"a plan holds the fields {sorted(wanted)}, got {text!r}")
         return Plan(**fields)
 

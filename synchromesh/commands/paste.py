@@ -89,7 +89,8 @@ def _parallelism(plan: Plan | None, cluster: str) -> list[str]:
     said += [] if plan.near else ["--parallelism.no-near"]
     said += ["--parallelism.chunks", str(plan.chunks)] if plan.chunks > 1 else []
     said += ["--parallelism.two-level"] if plan.two_level else []
-    return said + (["--parallelism.regather"] if plan.regather else [])
+    said += ["--parallelism.regather"] if plan.regather else []
+    return said + (["--parallelism.deduplicate"] if plan.deduplicate else [])
 
 
 def _script(one: Planned, asked: Asked) -> Iterator[str]:
@@ -134,7 +135,7 @@ def _constructor(plan: Plan) -> str:
     'Plan(gather=2, near=False)'
     """
     plain, said = Plan(), []
-    for name in ("gather", "near", "chunks", "two_level", "ragged", "regather"):
+    for name in ("gather", "near", "chunks", "two_level", "ragged", "regather", "deduplicate"):
         value = getattr(plan, name)
         said += [f"{name}={value}"] if value != getattr(plain, name) else []
     return f"Plan({', '.join(said)})"

@@ -103,7 +103,7 @@ def ragged_map(routing: Routing, rowmap: RowMap, slots: Slots, chunks: int) -> S
     ends = sizes.cumsum(0)
     starts = (ends - sizes)[piece_TK[..., None] * len(per_slot) + slot_TKr]
     rows = _kept_rows(starts + place_TK[..., None], rowmap)
-    return SendMap(rows, _pairs(rows, len(rowmap.pairs) * layout.copies), ends.to(torch.int32))
+    return SendMap(rows, inverse(rows, len(rowmap.pairs) * layout.copies), ends.to(torch.int32))
 
 
 def even_map(routing: Routing, rowmap: RowMap, slots: Slots, *, chunks: int, rows: int) -> SendMap:
@@ -112,7 +112,7 @@ def even_map(routing: Routing, rowmap: RowMap, slots: Slots, *, chunks: int, row
     num_slots = len(slots.expert)
     starts = ((place_TK // rows)[..., None] * num_slots + slot_TKr) * rows
     at = _kept_rows(starts + (place_TK % rows)[..., None], rowmap)
-    return SendMap(at, _pairs(at, chunks * num_slots * rows), ends=None)
+    return SendMap(at, inverse(at, chunks * num_slots * rows), ends=None)
 
 
 def weights_per_row(routing: Routing, layout: Layout) -> Float[Tensor, "T Kr"]:
@@ -135,7 +135,7 @@ def _kept_rows(rows_TKr: Tensor, rowmap: RowMap) -> Int[Tensor, "T Kr"]:
     return torch.where((rowmap.rows >= 0)[..., None], rows_TKr, -1).flatten(1)
 
 
-def _pairs(rows: Int[Tensor, "T Kr"], num_rows: int) -> Int[Tensor, " R"]:
+def inverse(rows: Int[Tensor, "T Kr"], num_rows: int) -> Int[Tensor, " R"]:
     """Invert rows; what no pair fills is -1."""
     slots = torch.where(rows >= 0, rows, num_rows).flatten()  # one slot past the end takes the pairs without a row
     buffer = torch.full((num_rows + 1,), -1, dtype=torch.int64, device=rows.device)

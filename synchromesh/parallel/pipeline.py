@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from synchromesh.kernels import Kernels
 from synchromesh.kernels.grouped_mm import equal
 from synchromesh.moe.experts import Experts
 from synchromesh.parallel.comm.all_to_all import AllToAll, Route
+from synchromesh.parallel.comm.collectives import on_host
+from synchromesh.parallel.comm.segments import Segments
+from synchromesh.parallel.comm.uncompiled import uncompiled
 from synchromesh.parallel.dispatch import SendMap, Slots, even_map, ragged_map, rows_per_slot
 from synchromesh.parallel.exchange import Exchange
 from synchromesh.parallel.waiting import Waiting
@@ -46,17 +49,24 @@ class Traffic:
     kernels: Kernels
 
 
+@uncompiled  # reads numbers, of which its graph could make nothing
 def ragged_traffic(
     routing: Routing, rowmap: RowMap, slots: Slots, between: AllToAll, *, chunks: int, kernels: Kernels
 ) -> Traffic:
     """Exchange counts, and read them once on the host: only real rows travel."""
     counts = rows_per_slot(rowmap, slots)
-    host = torch.cat([counts.flatten(), between.exchange_counts(counts)]).cpu().numpy()
-    sent, read = host[: counts.numel()].reshape(counts.shape), host[counts.numel() :]
-    routes = between.routes(read, sent, chunks)
-    ends = [torch.from_numpy(route.rows_per_expert.cumsum()).to(rowmap.ends) for route in routes]
+    numbers = torch.cat([counts.flatten(), between.exchange_counts(counts)])
+    known = Segments(on_host(numbers), numbers)
+    sent = known.of(lambda both: both[: counts.numel()].reshape(*counts.shape))
+    routes = between.routes(known.of(lambda both: both[counts.numel() :]), sent, chunks)
+    ends = [_ends(route.received) for route in routes]
     sizes = [route.num_sent for route in routes]
     return Traffic(ragged_map(routing, rowmap, slots, chunks), sizes, routes, ends, kernels)
+
+
+def _ends(received: Segments) -> Int[Tensor, " N"]:
+    assert received.device is not None
+    return received.device.sum(0).cumsum(0).to(torch.int32)
 
 
 def even_traffic(

@@ -6,7 +6,7 @@ rows between the W/g groups; g = 1 is expert parallelism, g = W data parallelism
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from synchromesh.parallel.chooser import Chooser
 from synchromesh.parallel.clock import UNTIMED
 from synchromesh.parallel.comm.all_to_all import AllToAll, all_to_all_between
 from synchromesh.parallel.comm.grid import Grid
+from synchromesh.parallel.deduplicated import Hop, Means, exchange_tokens, hops_between
 from synchromesh.parallel.dispatch import Slots, weights_per_row
 from synchromesh.parallel.layout import Layout
 from synchromesh.parallel.pipeline import even_traffic, exchange_and_compute, ragged_traffic
@@ -62,6 +63,7 @@ class Sharded(Strategy):
         self._layouts: dict[tuple[int, int, bool], Layout] = {}
         self._sent: dict[tuple[Layout, torch.device], Slots] = {}
         self._exchanges: dict[tuple[tuple[int, ...], bool], AllToAll] = {}
+        self._known_hops: dict[tuple[Layout, bool, torch.device], tuple[Hop, ...]] = {}
         self._refusals: dict[tuple[Plan, int, bool, bool], str | None] = {}
 
     def adopt(self, experts: Experts) -> None:
@@ -123,17 +125,25 @@ class Sharded(Strategy):
         x, *parts = clock.enter([x, *own.values()])
         own = dict(zip(own, parts, strict=True))
 
-        def weights() -> Mapping[str, Tensor]:
-            return _seen_by_expert(pool.finish(token), experts, layout, layout.member(self.grid.rank))
+        def begin() -> Callable[[], Mapping[str, Tensor]]:
+            """Begin to pool the weights; return what waits for them."""
+            token, member = pool.start(own), layout.member(self.grid.rank)
+            return lambda: _seen_by_expert(pool.finish(token), experts, layout, member)
 
         if layout.members == 1:  # every rank pools all experts: nothing is exchanged
-            token = pool.start(own)
+            weights = begin()
             with pool.forgetting():
                 return clock.leave(pool.reopen(run_here(x, routing, rowmap, experts, weights(), kernels)))
+        if plan.deduplicate:
+            hops = self._hops(layout, plan, x.device)
+            means = Means(kernels, self.wire, self._waiting)
+            with pool.forgetting():
+                y = exchange_tokens(x, routing, rowmap, hops, experts, chunks=plan.chunks, means=means, pool=begin)
+            return clock.leave(pool.reopen(y))
         slots = self._slots(layout, x.device)
         traffic_of = ragged_traffic if plan.ragged else even_traffic
         traffic = traffic_of(routing, rowmap, slots, self._between(layout, plan), chunks=plan.chunks, kernels=kernels)
-        token = pool.start(own)  # after the counts, so that these do not queue behind the weights
+        weights = begin()  # after the counts, so that these do not queue behind the weights
         rows = traffic.send.gather(x, kernels)
         with pool.forgetting():
             out = exchange_and_compute(rows, traffic, experts, wire=self.wire, waiting=self._waiting, weights=weights)
@@ -177,6 +187,13 @@ class Sharded(Strategy):
         if key not in self._exchanges:
             self._exchanges[key] = all_to_all_between(self.grid, key[0], two_level=plan.two_level)
         return self._exchanges[key]
+
+    def _hops(self, layout: Layout, plan: Plan, device: torch.device) -> tuple[Hop, ...]:
+        key = (layout, plan.two_level, device)
+        if key not in self._known_hops:
+            members = layout.exchange_group(self.grid.rank)
+            self._known_hops[key] = hops_between(self.grid, members, layout, device, two_level=plan.two_level)
+        return self._known_hops[key]
 
 
 # torch's DTensor, which state dicts are made of, takes most of a second to import: here, for ranks alone.

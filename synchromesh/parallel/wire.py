@@ -54,5 +54,7 @@ class Float8(Wire):
         return torch.cat([small.view(torch.uint8), scale.view(torch.uint8)], dim=1)
 
     def read(self, sent: Tensor, dtype: torch.dtype) -> Tensor:
-        small, scale = sent[:, :-4].contiguous().view(FLOAT8), sent[:, -4:].contiguous().view(torch.float32)
+        small = sent[:, :-4].contiguous().view(FLOAT8)
+        # A copy, always: the slice of one row counts as contiguous, and may begin where no float32 may.
+        scale = sent[:, -4:].clone(memory_format=torch.contiguous_format).view(torch.float32)
         return (small.to(torch.float32) * scale).to(dtype)

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +47,7 @@ class Curve:
         points = self.points
         if size <= points[0][0]:
             return points[0][1]
-        index = min(bisect_left(points, size, key=lambda point: point[0]), len(points) - 1)
+        index = min(bisect_left(points, size, key=itemgetter(0)), len(points) - 1)
         # Past the last point the line through the last two goes on.
         (low, before), (high, after) = points[index - 1], points[index]
         return max(0.0, before + (after - before) * (size - low) / (high - low))

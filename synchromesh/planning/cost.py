@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from synchromesh.planning.cluster import ClusterProfile, Link
 from synchromesh.planning.lattice import Ranks, row_copies
-from synchromesh.planning.traffic import Collective, Group, Traffic, kept_pairs, traffic
+from synchromesh.planning.traffic import Collective, Group, Traffic, traffic
 from synchromesh.types import Plan, Workload
 
 BACKWARD_PRODUCTS = 2  # for each product of forward: the gradients of rows and of weights
@@ -68,9 +68,11 @@ class Seconds:
 NO_SECONDS = Seconds(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
-def forward_and_backward(work: Workload, plan: Plan, ranks: Ranks, profile: ClusterProfile) -> tuple[Seconds, Seconds]:
-    """Predict both passes of a legal plan; the backward of inference is 0."""
-    model = _Model(work, plan, ranks, profile)
+def forward_and_backward(
+    work: Workload, plan: Plan, ranks: Ranks, profile: ClusterProfile, sent: Traffic | None = None
+) -> tuple[Seconds, Seconds]:
+    """Predict both passes of a legal plan; the backward of inference is 0. `sent` is its traffic, if that is known."""
+    model = _Model(work, plan, ranks, profile, sent or traffic(work, plan, ranks))
     return model.forward(), model.backward() if work.training else NO_SECONDS
 
 
@@ -94,9 +96,8 @@ def load_of_busiest(work: Workload, plan: Plan, ranks: Ranks) -> float:
 class _Model:
     """One layer, one plan."""
 
-    def __init__(self, work: Workload, plan: Plan, ranks: Ranks, profile: ClusterProfile) -> None:
-        self.work, self.plan, self.ranks, self.profile = work, plan, ranks, profile
-        self.sent: Traffic = traffic(work, plan, ranks)
+    def __init__(self, work: Workload, plan: Plan, ranks: Ranks, profile: ClusterProfile, sent: Traffic) -> None:
+        self.work, self.plan, self.ranks, self.profile, self.sent = work, plan, ranks, profile, sent
         self.load = load_of_busiest(work, plan, ranks) if plan.ragged else 1.0
         self.speed = profile.rate_of(str(work.dtype).removeprefix("torch."))
         # Ranks go through a step side by side: where they are more than cores, all wait for one in the same phase.
@@ -108,8 +109,9 @@ class _Model:
         self.matmul = self._matmul() * self.waits / self.sent.chunks  # exchange and matmul are of one chunk
 
     def forward(self) -> Seconds:
-        counts = self._together(self.sent.counts)
-        cores = self._busy(self.sent.counts) + self._busy(self.sent.gather) + self._busy_exchange()
+        ahead = (*self.sent.counts, *self.sent.tags)  # of the rows
+        counts = self._together(ahead)
+        cores = self._busy(ahead) + self._busy(self.sent.gather) + self._busy_exchange()
         exposed = self._exposed(first=self.gather, last=0.0, compute=self.matmul)
         exchange = 2 * self.exchange * self.sent.chunks
         route = (self._route() + self._fixed(0)) * self.waits
@@ -122,15 +124,16 @@ class _Model:
 
     def backward(self) -> Seconds:
         again = self.gather if self.plan.regather else 0.0
-        cores = (
-            self._busy(self.sent.gather) * self.plan.regather + self._busy(self.sent.scatter) + self._busy_exchange()
-        )
+        weights = self._together(self.sent.weights_back)
+        cores = self._busy(self.sent.gather) * self.plan.regather + self._busy(self.sent.scatter)
+        cores += self._busy(self.sent.weights_back) + self._busy_exchange()
         compute = BACKWARD_PRODUCTS * self.matmul
         exposed = self._exposed(first=again, last=self.scatter, compute=compute)
-        exchange = 2 * self.exchange * self.sent.chunks
+        exchange = 2 * self.exchange * self.sent.chunks + weights
         route = (BACKWARD_PRODUCTS * self._route() + self._fixed(1)) * self.waits
         return self._on_cores(
-            Seconds(route, self.permute, compute * self.sent.chunks, exchange, again + self.scatter, exposed), cores
+            Seconds(route, self.permute, compute * self.sent.chunks, exchange, again + self.scatter, exposed + weights),
+            cores,
         )
 
     def _on_cores(self, own: Seconds, busy: float) -> Seconds:
@@ -175,8 +178,9 @@ class _Model:
 
     def _separate_links(self) -> bool:
         """Whether weights and rows travel on different links."""
-        crossing = [one.group.far > 0 for one in (*self.sent.gather[:1], *self.sent.there[-1:])]
-        return len(crossing) == 2 and crossing[0] != crossing[1]
+        if not self.sent.gather or not self.sent.there:
+            return False
+        return (self.sent.gather[0].group.far > 0) != any(one.group.far > 0 for one in self.sent.there)
 
     def _fixed(self, backward: int) -> float:
         return self.profile.step[backward] + self.profile.chunk[backward] * (self.sent.chunks - 1)
@@ -190,12 +194,15 @@ class _Model:
     def _permute(self) -> float:
         """Return the time to move rows: once on each side of each exchange, by the combine, by the activation."""
         work = self.work
-        # How often a row is read or written: an exchange aligns, sends and receives rows in both directions.
+        # How often a row is read or written: an exchange aligns, sends and receives rows in both directions; one that
+        # deduplicates aligns nothing, and what the experts read and write are pairs.
         passes = (10 if self.plan.two_level else 6) if self.sent.there else 2
-        rows = (self.sent.rows if self.sent.there else kept_pairs(work)) * self.load
+        rows = passes * self.sent.computed
+        if self.plan.deduplicate:
+            rows = 4 * (self.sent.rows + self.sent.relayed) + 2 * self.sent.computed
         copies = row_copies(self.ranks.size, work.experts, self.plan) if self.sent.there else 1
-        activated = 2 * rows * work.hidden / copies * (work.matrices - 1)
-        numbers = 2 * work.rows * work.width + passes * rows * work.width + activated
+        activated = 2 * self.sent.computed * self.load * work.hidden / copies * (work.matrices - 1)
+        numbers = 2 * work.rows * work.width + rows * self.load * work.width + activated
         return numbers * work.dtype.itemsize / self.profile.memory_rate
 
     def _matmul(self) -> float:
@@ -204,7 +211,7 @@ class _Model:
         copies, members = row_copies(ranks.size, work.experts, self.plan), ranks.size // self.plan.gather
         experts = work.experts * copies / members  # on this rank, whole or in shards
         hidden = work.hidden / copies
-        rows = (self.sent.rows if self.sent.there else kept_pairs(work)) * self.load
+        rows = self.sent.computed * self.load
         each, chunks = rows / experts, self.sent.chunks
         # Chunks make products smaller, hence slower, and read the weights once a chunk.
         one = self.speed.seconds(each / chunks, hidden, work.width)
@@ -219,16 +226,18 @@ class _Model:
 
 def collective_seconds(one: Collective, profile: ClusterProfile) -> float:
     """Return the time of a collective alone on its links."""
-    group, crossing = one.group, one.group.far > 0
-    link = profile.across if crossing else profile.node
+    group, node, across, others = one.group, profile.node, profile.across, one.group.far
+    link = across if others > 0 else node
     start = link.start * _turns(link, profile)
     if one.kind == "all_to_all" or (one.kind == "reduce_scatter" and profile.backend == "gloo"):
         # Messages inside the node and across run at the same time; a rank sends those of one kind in turn. The link
         # of the node, shared by its ranks, may be the limit.
-        near = group.near * profile.node.message.at(one.size) * _turns(profile.node, profile)
-        crowded = 1 + profile.across.crowding * group.far if group.near else 1.0
-        far = group.far * profile.across.message.at(one.size * crowded) * _turns(profile.across, profile)
-        return start + max(near, far, _shared(profile.across, one.size * group.crossing))
+        near = group.near and group.near * node.message.at(one.size) * _turns(node, profile)
+        if others == 0:
+            return start + max(near, _shared(across, one.size * group.crossing))
+        crowded = 1 + across.crowding * others if group.near else 1.0
+        far = others * across.message.at(one.size * crowded) * _turns(across, profile)
+        return start + max(near, far, _shared(across, one.size * group.crossing))
     return start + _ring_seconds(one.size, group, profile)
 
 

@@ -62,10 +62,23 @@ def row_copies(world: int, num_experts: int, plan: Plan) -> int:
 
 
 def every_plan(world: int) -> Iterator[Plan]:
-    """Yield all plans, legal or not."""
+    """Yield all plans, legal or not, but those that are padded and deduplicated: no ranks can run these."""
     degrees = [g for g in range(1, world + 1) if world % g == 0]
-    for values in product(degrees, (True, False), CHUNKS, (False, True), (True, False), (False, True)):
-        yield Plan(*values)
+    both = (False, True)
+    wires = ((True, False), (False, False), (True, True))  # ragged, deduplicated
+    for g, near, chunks, two_level, regather, (ragged, once) in product(
+        degrees, (True, False), CHUNKS, both, both, wires
+    ):
+        yield Plan(g, near, chunks, two_level, ragged, regather, once)
+
+
+def shares_rows(plan: Plan, ranks: Ranks, num_experts: int, choices: int) -> bool:
+    """Tell whether choices of a token can go to one place, where a legal plan deduplicates; else it only adds tags."""
+    members, copies = ranks.size // plan.gather, row_copies(ranks.size, num_experts, plan)
+    if plan.two_level:
+        local = members_per_node(plan, ranks)
+        members, copies = members // local, max(1, copies // local)
+    return choices > 1 and num_experts > members // copies
 
 
 def refusal(plan: Plan, ranks: Ranks, num_experts: int, *, known_beforehand: bool, pooled: bool = True) -> str | None:
@@ -88,8 +101,11 @@ def refusal(plan: Plan, ranks: Ranks, num_experts: int, *, known_beforehand: boo
     if plan.regather and plan.gather == 1:
         return "nothing is gathered at gather = 1 that could be gathered again"
     if plan.gather == world:
-        if plan.chunks > 1 or plan.two_level or not plan.ragged:
-            return f"no rows are exchanged at gather = {world}: chunks, two levels and an even wire have no meaning"
+        if plan.chunks > 1 or plan.two_level or not plan.ragged or plan.deduplicate:
+            return (
+                f"no rows are exchanged at gather = {world}: "
+                "chunks, two levels, an even wire and deduplication have no meaning"
+            )
         return None
     if plan.two_level:
         reason = _two_level_refusal(ranks, plan)
@@ -97,7 +113,7 @@ def refusal(plan: Plan, ranks: Ranks, num_experts: int, *, known_beforehand: boo
             return reason
     if not plan.ragged and not known_beforehand:
         return "an even wire wants a capacity that all ranks know beforehand: FixedCapacity(f, tokens=T_max)"
-    return None
+    return _deduplication_refusal(plan, ranks, num_experts) if plan.deduplicate else None
 
 
 def layout_refusal(world: int, num_experts: int, gather: int, *, near: bool) -> str | None:
@@ -140,6 +156,27 @@ def _two_level_refusal(ranks: Ranks, plan: Plan) -> str | None:
         if reason is not None:
             return f"no two-level all-to-all between the ranks {_some(group.tolist())}: {reason}"
     return None
+
+
+def _deduplication_refusal(plan: Plan, ranks: Ranks, num_experts: int) -> str | None:
+    if not plan.ragged:
+        return "an even wire pads to the capacity, however many choices of a token share a rank: take ragged=True"
+    if plan.two_level:
+        local = members_per_node(plan, ranks)
+        copies = row_copies(ranks.size, num_experts, plan)
+        if local % copies and copies % local:
+            return (
+                f"the {copies} ranks that hold an expert and the {local} ranks of a node that exchange do not divide "
+                "one another: some nodes would hold more of an expert than others"
+            )
+    return None
+
+
+def members_per_node(plan: Plan, ranks: Ranks) -> int:
+    """Return how many members of an exchange group are on each of its nodes, where they lie evenly on them."""
+    members = ranks.size // plan.gather
+    span = members * plan.gather if plan.near else members
+    return members * ranks.per_node // span if span > ranks.per_node else members
 
 
 def _some(ranks: list[int]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from synchromesh.planning.lattice import Ranks, row_copies
-from synchromesh.planning.traffic import kept_pairs, traffic
+from synchromesh.planning.traffic import Traffic, kept_pairs, traffic
 from synchromesh.types import Plan, Workload
 
 MASTER_BYTES = 4  # of a parameter, of its gradient, and of each of the optimizer's two moments
@@ -37,19 +37,24 @@ class Bytes:
         return self.weights + self.gradients + self.optimizer + self.gathered + self.activations
 
 
-def layer_bytes(work: Workload, plan: Plan, ranks: Ranks) -> Bytes:
-    """Return the bytes of a legal plan.
+def layer_bytes(work: Workload, plan: Plan, ranks: Ranks, sent: Traffic | None = None) -> Bytes:
+    """Return the bytes of a legal plan; `sent` is its traffic, where that is known already.
 
     Kept for backward are the tokens; of an exchange the rows as they arrived and as they came back; of each expert
     pass the hidden rows before the activation. Experts that do not run fused (dropout, an activation of their own,
     8-bit products) keep the activated hidden rows too, and where tokens stay their gathered rows: not counted.
     """
-    element, sent = work.dtype.itemsize, traffic(work, plan, ranks)
+    element, sent = work.dtype.itemsize, sent or traffic(work, plan, ranks)
     own = sum(work.parts_per_expert) * work.experts / ranks.size
     pooled = own * plan.gather * element if plan.gather > 1 else 0.0
     shards = row_copies(ranks.size, work.experts, plan)
     tokens, pairs = work.rows * work.width, kept_pairs(work)
-    if sent.there:
+    if plan.deduplicate:
+        # Rows as they arrived and the hidden rows; what came back is only added up, what was relayed is gone.
+        hidden = sent.computed * work.hidden / shards
+        kept = sent.rows * work.width + (work.matrices - 1) * hidden
+        buffers = (2 + 2 * (plan.chunks > 1)) * sent.rows * work.width + tokens * (plan.chunks > 1)
+    elif sent.there:
         hidden = sent.rows * work.hidden / shards
         kept = 2 * sent.rows * work.width + (work.matrices - 1) * hidden
         copies = 2 + 4 * plan.two_level + 2 * (plan.chunks > 1)  # a level aligns, sends, receives; pieces are joined

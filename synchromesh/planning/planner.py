@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from synchromesh.planning.arrangement import Arrangement, bubble_seconds, dense_bytes, dense_seconds, reduce_seconds
 from synchromesh.planning.cluster import ClusterProfile
 from synchromesh.planning.cost import Seconds, forward_and_backward, step_seconds
-from synchromesh.planning.lattice import Ranks, every_plan, refusal
+from synchromesh.planning.lattice import Ranks, every_plan, refusal, shares_rows
 from synchromesh.planning.memory import Bytes, layer_bytes
 from synchromesh.planning.nesting import Nesting, nestings
 from synchromesh.planning.reasons import (
@@ -24,7 +24,7 @@ from synchromesh.planning.reasons import (
     spoken_bytes,
 )
 from synchromesh.planning.shape import LayerKind, ModelShape
-from synchromesh.planning.traffic import kept_pairs
+from synchromesh.planning.traffic import kept_pairs, traffic
 from synchromesh.types import Plan, Workload
 
 USABLE_MEMORY = 0.92  # of a device's memory: the rest is the framework's
@@ -289,14 +289,17 @@ class _Planner:
             left_out = plan.regather and not regather
             if left_out or refusal(plan, grid, work.experts, known_beforehand=known) is not None:
                 continue
-            seconds = self._passes(work, plan, grid, profile)
-            forward, backward = (one.times(self._runs(kind)) for one in seconds)
-            memory = self.own.experts_kept(layer_bytes(work, plan, grid), kind.count, training=self.training)
+            if plan.deduplicate and not shares_rows(plan, grid, work.experts, work.choices):
+                continue
+            sent = traffic(work, plan, grid)
+            forward, backward = self._passes(forward_and_backward(work, plan, grid, profile, sent))
+            forward, backward = (one.times(self._runs(kind)) for one in (forward, backward))
+            memory = self.own.experts_kept(layer_bytes(work, plan, grid, sent), kind.count, training=self.training)
             found.append(Option(plan, forward, backward, memory))
         return found
 
-    def _passes(self, work: Workload, plan: Plan, grid: Ranks, profile: ClusterProfile) -> tuple[Seconds, Seconds]:
-        forward, backward = forward_and_backward(work, plan, grid, profile)
+    def _passes(self, once: tuple[Seconds, Seconds]) -> tuple[Seconds, Seconds]:
+        forward, backward = once
         return forward, forward + backward if self.own.recomputed and self.training else backward
 
     def _planned(self, kind: LayerKind, options: list[Option], room: float, nesting: Nesting) -> PlannedLayer:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from synchromesh.planning.cluster import ClusterProfile
 from synchromesh.planning.cost import step_seconds
-from synchromesh.planning.lattice import Ranks, every_plan, refusal
+from synchromesh.planning.lattice import Ranks, every_plan, refusal, shares_rows
 from synchromesh.types import Plan, Workload
 
 SHORT_LIST_LENGTH = 6  # plans, at most
@@ -24,12 +24,17 @@ class Candidate:
 
 
 def predicted(work: Workload, ranks: Ranks, profile: ClusterProfile) -> list[Candidate]:
-    """Return all legal plans, the fastest first. Plans with regather are left out: they save memory, not time."""
+    """Return all legal plans, the fastest first.
+
+    Plans with regather are left out: they save memory, not time. So are those that deduplicate where nothing can be.
+    """
     known, pooled = work.capacity is not None, work.matrices > 0
     found = [
         Candidate(plan, step_seconds(work, plan, ranks, profile))
         for plan in every_plan(ranks.size)
-        if not plan.regather and refusal(plan, ranks, work.experts, known_beforehand=known, pooled=pooled) is None
+        if not plan.regather
+        and refusal(plan, ranks, work.experts, known_beforehand=known, pooled=pooled) is None
+        and not (plan.deduplicate and not shares_rows(plan, ranks, work.experts, work.choices))
     ]
     return sorted(found, key=lambda candidate: candidate.seconds)
 
@@ -50,4 +55,4 @@ def short_list(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _layout(plan: Plan) -> Plan:
-    return dataclasses.replace(plan, chunks=1, two_level=False, ragged=True)
+    return dataclasses.replace(plan, chunks=1, two_level=False, ragged=True, deduplicate=False)

@@ -172,3 +172,29 @@ class EvenRouter(nn.Module):
             scores=scores,
             logits=scores,
         )
+
+
+class DrawnRouter(nn.Module):
+    """Draws different experts for each token, all sets of them equally likely; each call draws anew.
+
+    Args:
+        num_experts: E.
+        k: K, choices of each token.
+        seed: of the draws.
+
+    Attributes:
+        ids: [T, K] of the last call.
+    """
+
+    ids: Int[Tensor, "T K"]
+
+    def __init__(self, num_experts: int, k: int, seed: int) -> None:
+        super().__init__()
+        self.num_experts, self.k = num_experts, k
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, x: Float[Tensor, "T D"], k: int | None = None) -> Routing:
+        assert k is None, "a router that draws has its choices fixed"
+        scores = torch.rand(len(x), self.num_experts, generator=self._generator).to(x.dtype)
+        weights, self.ids = scores.topk(self.k, dim=1)
+        return Routing(self.ids, weights.requires_grad_(), scores, scores)

@@ -97,13 +97,14 @@ class Parallelism:
     """How ranks share the experts; every setting gives the same numbers. See docs/parallelism.md, docs/tuning.md.
 
     Attributes:
-        adaptive: let every layer find its best plan while it trains, where the next five settings say no other.
+        adaptive: let every layer find its best plan while it trains, where the next six settings say no other.
         gather: ranks that all-gather (pool) their parts of the experts in each step, the FSDP shard degree of experts;
             0 pools just the shards of an expert.
         near: these ranks are neighbours in rank order; else they are as far from each other as possible.
         chunks: the overlap degree: pieces whose all-to-all runs during the compute of others.
         two_level: hierarchical (2DH) all-to-all: inside nodes, then between them.
         regather: all-gather weights again in backward instead of keeping them (reshard after forward).
+        deduplicate: send one row of a token to each rank that holds some of its experts, not one for each choice.
         cluster: whose profile tells what to try first: a name of `synchromesh plan --help`, or a file.
         known: run folder or plans.json to begin with, of an earlier run on as many ranks.
         replay: run folder or plans.json whose plans are repeated step by step, for the same numbers bit for bit.
@@ -115,6 +116,7 @@ class Parallelism:
     chunks: int = 1
     two_level: bool = False
     regather: bool = False
+    deduplicate: bool = False
     cluster: str | None = None
     known: Path | None = None
     replay: Path | None = None
@@ -124,9 +126,10 @@ class Parallelism:
 
     def plan(self) -> Plan | None:
         """Return the plan; None leaves the choice to the strategy."""
-        if (self.gather, self.near, self.chunks, self.two_level, self.regather) == (0, True, 1, False, False):
-            return None
-        return Plan(max(1, self.gather), self.near, self.chunks, self.two_level, regather=self.regather)
+        named = ("near", "chunks", "two_level", "regather", "deduplicate")
+        said = {name: getattr(self, name) for name in named}
+        plan = Plan(max(1, self.gather), **said)
+        return None if self.gather == 0 and plan == Plan() else plan
 
 
 @dataclass(frozen=True)

@@ -74,9 +74,9 @@ def test_a_model_without_layers_says_what_is_looked_for() -> None:
         compile_blocks(nn.Linear(2, 2))
 
 
-def on_ranks(gather: int, backend: str | None) -> list[float]:
+def on_ranks(plan: Plan, backend: str | None) -> list[float]:
     grid, model = Grid.from_group(dist.group.WORLD), built()
-    run = parallelize(model, grid, strategy=lambda: Sharded(grid, plan=Plan(gather)))
+    run = parallelize(model, grid, strategy=lambda: Sharded(grid, plan=plan))
     if backend is not None:
         compile_blocks(model, backend)
     with quiet_compiler():
@@ -85,8 +85,8 @@ def on_ranks(gather: int, backend: str | None) -> list[float]:
     return [*logits.flatten().tolist(), *(float(p.grad.norm()) for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("gather", [1, 2])
-def test_compiled_blocks_share_their_experts_over_ranks(gather: int) -> None:
-    wanted, found = (run_ranks(on_ranks, 2, gather, backend) for backend in (None, "aot_eager"))
+@pytest.mark.parametrize("plan", [Plan(), Plan(2), Plan(chunks=2, deduplicate=True)], ids=str)
+def test_compiled_blocks_share_their_experts_over_ranks(plan: Plan) -> None:
+    wanted, found = (run_ranks(on_ranks, 2, plan, backend) for backend in (None, "aot_eager"))
     for one, other in zip(found, wanted, strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-6)

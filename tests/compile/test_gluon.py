@@ -90,7 +90,7 @@ def build(monkeypatch, tmp_path):
 
 def tiles():
     expert, first, stop = (torch.zeros(8, dtype=torch.int32) for _ in range(3))
-    return Tiles(expert, first, stop, torch.zeros(1, dtype=torch.int32), 128)
+    return Tiles(expert, first, stop, torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), 128)
 
 
 def tensors(dtype, *shapes):

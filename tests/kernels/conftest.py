@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from synchromesh.kernels import CPU, Kernels
-from synchromesh.kernels.tiles import Tiles
+from synchromesh.kernels.tiles import Tiles, turn_of
 from synchromesh.testing.cases import evil_cases
 from synchromesh.testing.compare import TOLERANCE
 from synchromesh.testing.gluon_language import run_kernel
@@ -107,7 +107,7 @@ def tiles_by_loops(ends: Tensor, _num_rows: int = 0, rows: int = ROWS_PER_TILE) 
         begin = end
     unused = (10**9, 10**9, 10**9)  # what lies past the tiles in use is undefined
     expert, first, stop = (part.contiguous() for part in torch.tensor([*found, unused], dtype=torch.int32).unbind(1))
-    return Tiles(expert, first, stop, torch.tensor([len(found)], dtype=torch.int32), rows)
+    return Tiles(expert, first, stop, torch.tensor([len(found)], dtype=torch.int32), turn_of(ends.device), rows)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from synchromesh.parallel.comm.all_to_all import piece
+from synchromesh.parallel.comm.segments import Segments
 from synchromesh.parallel.dispatch import Slots, even_map, ragged_map, rows_per_slot, weights_per_row
 from synchromesh.parallel.layout import Layout
 from synchromesh.planning.lattice import layout_refusal
@@ -44,8 +44,9 @@ def test_a_ragged_buffer_is_sorted_by_piece_and_slot_without_gaps(drawn):
     routing, rowmap, layout, chunks = drawn
     slots = Slots.on(torch.device("cpu"), layout)
     sent = ragged_map(routing, rowmap, slots, chunks)
-    counts = rows_per_slot(rowmap, slots).flatten().numpy()
-    sizes = torch.stack([torch.from_numpy(piece(counts, c, chunks)) for c in range(chunks)])
+    counts = rows_per_slot(rowmap, slots).flatten()
+    both = Segments(counts.numpy(), counts)
+    sizes = torch.stack([both.piece(c, chunks).device for c in range(chunks)])
     starts = (sizes.flatten().cumsum(0) - sizes.flatten()).view(sizes.shape)
     found = set()
     for t, k, expert in kept_pairs_of(routing, rowmap):

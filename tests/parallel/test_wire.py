@@ -34,3 +34,10 @@ def test_a_broken_row_stays_broken_and_alone():
     assert torch.equal(back[0], rows[0])
     assert back[1].isnan().any()
     assert not back[2].isfinite().all()
+
+
+@pytest.mark.parametrize("width", [5, 6, 7])
+def test_one_row_of_any_width_travels(width):
+    """A single row's scale begins where no float32 may; it must be copied before it is read."""
+    rows = torch.randn(1, width)
+    assert (Float8().read(Float8().write(rows), torch.float32) - rows).abs().max() < rows.abs().max() / 16

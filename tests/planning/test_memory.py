@@ -10,18 +10,24 @@ from torch.autograd.graph import saved_tensors_hooks
 from synchromesh import Grid, MLPExperts, MoE, Plan, Sharded
 from synchromesh.planning.lattice import Ranks
 from synchromesh.planning.memory import layer_bytes
-from synchromesh.testing.cases import EvenRouter
+from synchromesh.testing.cases import DrawnRouter, EvenRouter
 from synchromesh.testing.distributed import run_ranks
 from synchromesh.types import Workload
 
 T, K, D, F = 512, 2, 128, 256
-PLANS = [Plan(), Plan(chunks=2), Plan(gather=2), Plan(gather=2, near=False), Plan(gather=4)]
+PLANS = [Plan(), Plan(chunks=2), Plan(gather=2), Plan(gather=2, near=False), Plan(gather=4), Plan(deduplicate=True)]
+
+
+def layer_for(plan, experts, grid):
+    """Return a layer whose routing is what the formula assumes: even, or, where choices may share a rank, at random."""
+    router = DrawnRouter(experts, K, grid.rank) if plan.deduplicate else EvenRouter(experts, K)
+    return MoE(router, MLPExperts(experts, D, hidden=F), strategy=Sharded(grid))
 
 
 def kept(plan, experts):
     """Return the bytes of all storages that autograd saves in a forward, without those of parameters."""
     grid = Grid.from_group(dist.group.WORLD, ranks_per_node=2)
-    layer = MoE(EvenRouter(experts, K), MLPExperts(experts, D, hidden=F), strategy=Sharded(grid))
+    layer = layer_for(plan, experts, grid)
     own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     storages = {}
 
@@ -56,13 +62,13 @@ def peak(run):
 def peaks_of_a_step(experts, plans):
     torch.set_num_threads(1)
     grid = Grid.from_group(dist.group.WORLD, ranks_per_node=2)
-    layer = MoE(EvenRouter(experts, K), MLPExperts(experts, D, hidden=F), strategy=Sharded(grid))
     x, grad, found = torch.randn(2 * T, D, requires_grad=True), torch.ones(2 * T, D), {}
     for plan in plans:
+        layer = layer_for(plan, experts, grid)
         layer(x, plan=plan).backward(grad)  # groups are made at first use
         layer.zero_grad(set_to_none=True)
         x.grad = None  # gloo's threads let go of what they sent a little later: the least of three
-        found[plan] = min(peak(lambda plan=plan: layer(x, plan=plan).backward(grad)) for _ in range(3))
+        found[plan] = min(peak(lambda plan=plan, layer=layer: layer(x, plan=plan).backward(grad)) for _ in range(3))
     return found, layer.experts.vectors
 
 
@@ -79,6 +85,7 @@ def test_a_forward_keeps_the_bytes_of_the_formula(experts):
 def test_the_peak_of_a_step_is_that_of_the_formula(experts):
     """Within a quarter. On a CPU data parallel needs less, whose fused kernel works in blocks that stay in cache."""
     plans = [*PLANS, Plan(chunks=4), Plan(gather=2, regather=True), Plan(two_level=True)]
+    plans += [Plan(chunks=4, deduplicate=True), Plan(two_level=True, deduplicate=True)]
     for found, vectors in run_ranks(peaks_of_a_step, 4, experts, plans):
         for plan, measured in found.items():
             work = Workload(2 * T, K, D, F, experts, torch.float32, True, vectors=vectors)

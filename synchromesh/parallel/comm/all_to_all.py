@@ -2,7 +2,8 @@
 
 Rows lie sorted by (member, local expert) where they are sent from and by (local expert, member) where they are
 computed, so that the shape of an expert's matmul does not depend on the number of ranks. A `Route` knows how many rows
-go where, and carries rows *there* (to their experts) and *back*; each is the other's gradient.
+go where, and carries rows *there* (to their experts) and *back*; each is the other's gradient. Rows are put in order on
+their device, from numbers that are there: the host reads how many rows go where once, and sends nothing.
 """
 
 from __future__ import annotations
@@ -13,15 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from synchromesh.parallel.comm.collectives import InFlight, all_to_all
 from synchromesh.parallel.comm.grid import Grid
+from synchromesh.parallel.comm.segments import Counts, Segments
 from synchromesh.planning.lattice import two_level_refusal
-
-Counts = NDArray[np.int64]
 
 
 class Route(ABC):
@@ -32,12 +31,8 @@ class Route(ABC):
         num_sent: rows sent in all.
     """
 
-    received: Counts
+    received: Segments
     num_sent: int
-
-    @property
-    def rows_per_expert(self) -> Counts:
-        return self.received.sum(0)
 
     @abstractmethod
     def there(self, rows: Tensor) -> InFlight:
@@ -56,17 +51,12 @@ class AllToAll(ABC):
         """Send counts [X, N] of rows for each member's local experts; return all that the host must read, flat."""
 
     @abstractmethod
-    def routes(self, read: Counts, sent: Counts, chunks: int) -> list[Route]:
+    def routes(self, read: Segments, sent: Segments, chunks: int) -> list[Route]:
         """Return the route of each of `chunks` pieces, from the counts sent [X, N] and what was read."""
 
     @abstractmethod
     def even_route(self, local_experts: int, rows: int) -> Route:
         """Return a route of `rows` rows per member and local expert."""
-
-
-def piece(counts: Counts, chunk: int, chunks: int) -> Counts:
-    """Return how many of each count of rows belong to one of `chunks` pieces; they differ by one at most."""
-    return counts * (chunk + 1) // chunks - counts * chunk // chunks
 
 
 @dataclass(frozen=True)
@@ -78,33 +68,38 @@ class FlatAllToAll(AllToAll):
     def exchange_counts(self, counts: Tensor) -> Tensor:
         return all_to_all(counts, self.group).wait().flatten()
 
-    def routes(self, read: Counts, sent: Counts, chunks: int) -> list[Route]:
-        received = read.reshape(sent.shape)
-        pieces = ((piece(sent, c, chunks), piece(received, c, chunks)) for c in range(chunks))
-        return [_FlatRoute(r, int(s.sum()), self.group, s.sum(1).tolist()) for s, r in pieces]
+    def routes(self, read: Segments, sent: Segments, chunks: int) -> list[Route]:
+        received = read.of(lambda counts: counts.reshape(sent.host.shape))
+        pieces = ((sent.piece(c, chunks), received.piece(c, chunks)) for c in range(chunks))
+        return [_FlatRoute(r, int(s.host.sum()), self.group, s.host.sum(1).tolist()) for s, r in pieces]
 
     def even_route(self, local_experts: int, rows: int) -> Route:
         members = 1 if self.group is None else self.group.size()
-        even = np.full((members, local_experts), rows)
-        return _FlatRoute(even, int(even.sum()), self.group, None)
+        even = Segments.even(members, local_experts, rows)
+        return _FlatRoute(even, int(even.host.sum()), self.group, None)
 
 
 @dataclass(frozen=True)
 class _FlatRoute(Route):
     """sent: rows to each member, None where all exchange equal numbers."""
 
-    received: Counts
+    received: Segments
     num_sent: int
     group: ProcessGroup | None
     sent: Sequence[int] | None
 
     def there(self, rows: Tensor) -> InFlight:
-        splits = (None, None) if self.sent is None else (self.received.sum(1).tolist(), self.sent)
+        splits = (None, None) if self.sent is None else (self.received.host.sum(1).tolist(), self.sent)
         return Reordered(all_to_all(rows, self.group, *splits), self.received)
 
     def back(self, rows: Tensor) -> InFlight:
-        splits = (None, None) if self.sent is None else (self.sent, self.received.sum(1).tolist())
-        return all_to_all(transpose_segments(rows, self.received.T), self.group, *splits)
+        splits = (None, None) if self.sent is None else (self.sent, self.received.host.sum(1).tolist())
+        return all_to_all(self.received.T.transpose(rows), self.group, *splits)
+
+
+def straight_route(group: ProcessGroup | None, sent: Sequence[int], received: Sequence[int]) -> Route:
+    """Return the route of rows that lie by member where they are sent from and where they arrive."""
+    return _FlatRoute(Segments(np.array(received)[:, None], None), sum(sent), group, sent)
 
 
 @dataclass(frozen=True)
@@ -128,56 +123,61 @@ class TwoLevelAllToAll(AllToAll):
         arrived = all_to_all(midway.transpose(0, 1), self.across).wait()  # [n source nodes, m source places, N]
         return torch.cat([midway.flatten(), arrived.flatten()])
 
-    def routes(self, read: Counts, sent: Counts, chunks: int) -> list[Route]:
-        midway, received = read.reshape(2, self.nodes * self.local, -1)
-        return [self._route(*(piece(n, c, chunks) for n in (sent, midway, received))) for c in range(chunks)]
+    def routes(self, read: Segments, sent: Segments, chunks: int) -> list[Route]:
+        both = read.of(lambda counts: counts.reshape(2, self.nodes * self.local, -1))
+        midway, received = both.of(lambda counts: counts[0]), both.of(lambda counts: counts[1])
+        return [self._route(*(sizes.piece(c, chunks) for sizes in (sent, midway, received))) for c in range(chunks)]
 
     def even_route(self, local_experts: int, rows: int) -> Route:
-        even = np.full((self.nodes * self.local, local_experts), rows)
+        even = Segments.even(self.nodes * self.local, local_experts, rows)
         return self._route(even, even, even)
 
-    def _route(self, sent: Counts, midway: Counts, received: Counts) -> Route:
-        by_node = sent.sum(1).reshape(self.nodes, self.local)
-        through = midway.sum(1).reshape(self.local, self.nodes)
-        return _TwoLevelRoute(received, int(sent.sum()), self, by_node, through)
+    def _route(self, sent: Segments, midway: Segments, received: Segments) -> Route:
+        by_node = sent.of(lambda counts: counts.sum(1).reshape(self.nodes, self.local))
+        through = midway.of(lambda counts: counts.sum(1).reshape(self.local, self.nodes))
+        return _TwoLevelRoute(received, int(sent.host.sum()), self, by_node, through)
 
 
 @dataclass(frozen=True)
 class _TwoLevelRoute(Route):
     """sent: [n, m] rows to each member. midway: [m, n] rows that pass through here."""
 
-    received: Counts
+    received: Segments
     num_sent: int
     levels: TwoLevelAllToAll
-    sent: Counts
-    midway: Counts
+    sent: Segments
+    midway: Segments
 
     @property
     def by_node(self) -> Counts:
-        return self.received.sum(1).reshape(self.levels.nodes, self.levels.local)
+        return self.received.host.sum(1).reshape(self.levels.nodes, self.levels.local)
 
     # There: sorted by place in the node, rows go to the member of this node who has that place, with all that this node
     # sends to that place of any node. It sorts what it got by node, and sends each node one message.
     # Back: the same stations in the other order.
 
     def there(self, rows: Tensor) -> InFlight:
-        aligned = transpose_segments(rows, self.sent)  # by place, then by node
-        inside = all_to_all(aligned, self.levels.inside, self.midway.sum(1).tolist(), self.sent.sum(0).tolist())
+        aligned = self.sent.transpose(rows)  # by place, then by node
+        inside = all_to_all(
+            aligned, self.levels.inside, self.midway.host.sum(1).tolist(), self.sent.host.sum(0).tolist()
+        )
         return Relayed(inside, self, back=False)
 
     def back(self, rows: Tensor) -> InFlight:
-        by_member = transpose_segments(rows, self.received.T)
-        across = all_to_all(by_member, self.levels.across, self.midway.sum(0).tolist(), self.by_node.sum(1).tolist())
+        by_member = self.received.T.transpose(rows)
+        across = all_to_all(
+            by_member, self.levels.across, self.midway.host.sum(0).tolist(), self.by_node.sum(1).tolist()
+        )
         return Relayed(across, self, back=True)
 
     def second_level(self, rows: Tensor, *, back: bool) -> InFlight:
         """Start to send on what came through the first level."""
         if back:
-            aligned = transpose_segments(rows, self.midway.T)  # by place, then by node
-            sizes = self.sent.sum(0).tolist(), self.midway.sum(1).tolist()
+            aligned = self.midway.T.transpose(rows)  # by place, then by node
+            sizes = self.sent.host.sum(0).tolist(), self.midway.host.sum(1).tolist()
             return Reordered(all_to_all(aligned, self.levels.inside, *sizes), self.sent.T)
-        aligned = transpose_segments(rows, self.midway)  # by node, then by place
-        sizes = self.by_node.sum(1).tolist(), self.midway.sum(0).tolist()
+        aligned = self.midway.transpose(rows)  # by node, then by place
+        sizes = self.by_node.sum(1).tolist(), self.midway.host.sum(0).tolist()
         return Reordered(all_to_all(aligned, self.levels.across, *sizes), self.received)
 
 
@@ -202,11 +202,11 @@ class Relayed:
 class Reordered:
     """Rows on their way that are to lie by (local expert, member)."""
 
-    def __init__(self, rows: InFlight, sizes: Counts) -> None:
+    def __init__(self, rows: InFlight, sizes: Segments) -> None:
         self._rows, self._sizes = rows, sizes
 
     def wait(self) -> Tensor:
-        return transpose_segments(self._rows.wait(), self._sizes)
+        return self._sizes.transpose(self._rows.wait())
 
 
 def all_to_all_between(grid: Grid, ranks: tuple[int, ...], *, two_level: bool) -> AllToAll:
@@ -224,19 +224,3 @@ def all_to_all_between(grid: Grid, ranks: tuple[int, ...], *, two_level: bool) -
     node, place = (int(index[0]) for index in np.nonzero(by_node == grid.rank))
     inside, across = tuple(by_node[node].tolist()), tuple(by_node[:, place].tolist())
     return TwoLevelAllToAll(grid.axis(inside), grid.axis(across), *by_node.shape)
-
-
-def transpose_segments(rows: Tensor, sizes: Counts) -> Tensor:
-    """Reorder rows that lie in segments of sizes [A, B], row-major, into column-major order of the segments."""
-    if 1 in sizes.shape or len(rows) == 0:
-        return rows
-    if (sizes == sizes.flat[0]).all():  # even segments: a strided copy, without an index
-        return rows.view(*sizes.shape, int(sizes.flat[0]), *rows.shape[1:]).transpose(0, 1).flatten(0, 2)
-    # Row i of the result is row i + (where its segment starts now - where it will start), segment by segment. The host
-    # knows all sizes, so that the index is computed there and sent once.
-    flat = sizes.reshape(-1)
-    starts = (flat.cumsum() - flat).reshape(sizes.shape).T.reshape(-1)
-    lengths = sizes.T.reshape(-1)
-    ends = lengths.cumsum()
-    index = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
-    return rows.index_select(0, torch.from_numpy(index).to(rows.device))

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -40,6 +42,14 @@ class Pending:
     def wait(self) -> Tensor:
         self._work.wait()
         return self._result
+
+
+def on_host(numbers: Tensor) -> NDArray[np.int64]:
+    """Return numbers of rows to the host, which waits for them: split sizes must be known there.
+
+    The one place in which an exchange reads a device: once a forward, on two levels that deduplicate twice.
+    """
+    return numbers.cpu().numpy()
 
 
 def all_gather(part: Tensor, group: ProcessGroup | None) -> InFlight:

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from synchromesh.parallel.comm.all_to_all import all_to_all_between, piece, transpose_segments
+from synchromesh.parallel.comm.all_to_all import all_to_all_between
 from synchromesh.parallel.comm.grid import Grid
+from synchromesh.parallel.comm.segments import Segments
 from synchromesh.testing.distributed import run_ranks
 
 
@@ -26,15 +25,15 @@ def carried(ranks_per_node, ranks, chunks, seed):
         results = []
         for two_level in (False, True):
             between = all_to_all_between(world, ranks, two_level=two_level)
-            read = between.exchange_counts(own).numpy()
+            read = between.exchange_counts(own)
             pieces, taken = [], 0
-            for route in between.routes(read, own.numpy(), chunks):
+            for route in between.routes(Segments(read.numpy(), read), Segments(own.numpy(), own), chunks):
                 part = rows[taken : taken + route.num_sent]
                 taken += route.num_sent
                 there = route.there(part).wait()
-                assert np.array_equal(route.received.sum(0), route.rows_per_expert)
+                assert np.array_equal(route.received.host, route.received.device)
                 assert torch.equal(route.back(there).wait(), part)
-                pieces.append((there, route.received))
+                pieces.append((there, route.received.host))
             received = sum(found for _, found in pieces)
             assert np.array_equal(received, counts[:, member])
             assert taken == len(rows)
@@ -86,20 +85,3 @@ def test_two_levels_send_few_large_messages_between_nodes():
         assert sizes == [5, 5, 5, 5]
     for sizes in run_ranks(messages, 8, True):
         assert sizes == [20]
-
-
-@given(st.integers(1, 5), st.integers(1, 5), st.randoms(use_true_random=False), st.booleans())
-@settings(deadline=None, max_examples=100)
-def test_segments_are_transposed_whole(first, second, random, even):
-    sizes = np.array([[2 if even else random.randint(0, 3) for _ in range(second)] for _ in range(first)])
-    names = [(a, b, i) for a in range(first) for b in range(second) for i in range(sizes[a, b])]
-    rows = torch.arange(len(names))[:, None]
-    got = [names[int(row)] for row in transpose_segments(rows, sizes)]
-    assert got == sorted(names, key=lambda name: (name[1], name[0], name[2]))
-
-
-@given(st.lists(st.integers(0, 100), min_size=1), st.sampled_from([1, 2, 4, 8]))
-def test_pieces_are_even_to_one_row_and_complete(counts, chunks):
-    pieces = np.stack([piece(np.array(counts), c, chunks) for c in range(chunks)])
-    assert (pieces.sum(0) == counts).all()
-    assert (pieces.max(0) - pieces.min(0) <= 1).all()

@@ -1,0 +1,179 @@
+"""Exchanges keep the protocol of a device whose collectives run beside its compute, and never wait for the host.
+
+Two stand-ins for what is not at hand. Over real ranks, a back end that fills what it gives only when that is waited
+for, and looks then whether what was sent is still there. On the meta device, whose tensors hold no numbers, all of a
+step but its kernels: what would read a number, or bring one from the host, is found out.
+"""
+
+import contextlib
+import functools
+import weakref
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import triton
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from synchromesh import GatedMLPExperts, Grid, MLPExperts, MoE, Plan, Sharded, TopKRouter
+from synchromesh.kernels.gpu import TRITON
+from synchromesh.parallel import deduplicated, pipeline
+from synchromesh.parallel.comm import collectives
+from synchromesh.testing.compare import assert_close
+from synchromesh.testing.distributed import run_ranks
+from synchromesh.testing.reads import HostReads
+
+D, F, T = 8, 16, 24
+PLANS = (
+    Plan(),
+    Plan(chunks=4),
+    Plan(chunks=2, two_level=True),
+    Plan(gather=2, near=False, chunks=2, regather=True),
+    Plan(deduplicate=True),
+    Plan(chunks=4, deduplicate=True),
+    Plan(chunks=2, two_level=True, deduplicate=True),
+    Plan(gather=2, chunks=2, deduplicate=True),
+)
+NAMES = {
+    name: kind
+    for kind in ("all_to_all", "all_gather", "reduce_scatter")
+    for name in (f"{kind}_single", f"{kind}_into_tensor", f"{kind}_tensor")
+    if hasattr(dist, name)
+}
+
+
+class Late(dist.Work):
+    """A collective whose result appears when it is waited for, once."""
+
+    def __init__(self, backend, out, sent, result):
+        super().__init__()
+        self.backend, self.out, self.result = backend, out, result
+        self.sent, self.was, self.alive = weakref.ref(sent), sent.clone(), StorageWeakRef(sent.untyped_storage())
+
+    def wait(self, timeout=None):
+        assert self.out is not None, "waited for twice"
+        assert not self.alive.expired(), "what was sent was freed before it had arrived"
+        sent = self.sent()  # None where a view was sent of what is alive
+        assert sent is None or torch.equal(sent, self.was), "what was sent was written to before it had arrived"
+        self.out.copy_(self.result)
+        self.backend.open -= 1
+        self.out = None
+        return True
+
+
+class LateBackend:
+    """Runs collectives at once and hides their results; notes their order."""
+
+    def __init__(self):
+        self.order, self.open = [], 0
+
+    def run(self, original, kind, out, sent, *splits, group=None, async_op=False):
+        assert async_op, "a collective that the host waits for"
+        result = torch.empty_like(out)
+        original(result, sent, *splits, group=group)
+        out.view(torch.uint8).fill_(0x7F)  # NaN as floating point, and far too many as a count
+        self.order.append((kind, group.size(), str(sent.dtype), tuple(dist.get_process_group_ranks(group))))
+        self.open += 1
+        return Late(self, out, sent, result)
+
+    def __enter__(self):
+        self.patches = [
+            patch.object(dist, name, functools.partial(self.run, getattr(dist, name), kind))
+            for name, kind in NAMES.items()
+        ]
+        for one in self.patches:
+            one.start()
+        return self
+
+    def __exit__(self, *_):
+        for one in self.patches:
+            one.stop()
+
+
+def protocol(plan):
+    grid = Grid.from_group(dist.group.WORLD, ranks_per_node=2)
+    torch.manual_seed(0)
+    layer = MoE(TopKRouter(D, 8, k=4), MLPExperts(8, D, hidden=F), strategy=Sharded(grid)).double()
+    torch.manual_seed(grid.rank)
+    x = torch.randn(T - 5 * grid.rank, D, dtype=torch.float64)
+
+    def step():
+        layer.zero_grad()
+        own = x.clone().requires_grad_()
+        y = layer(own, plan=plan)
+        y.square().sum().backward()
+        return [y.detach(), own.grad, *(p.grad.clone() for p in layer.parameters())]
+
+    wanted = step()
+    with LateBackend() as backend:
+        got = step()
+    for one, other in zip(got, wanted, strict=True):
+        assert_close("a result", one, other)
+    assert backend.open == 0, "a collective was never waited for"
+    return backend.order
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_nothing_is_read_before_it_arrived_nor_freed_before_it_left_and_all_ranks_keep_one_order(plan):
+    orders = run_ranks(protocol, 4, plan)
+    kinds = [[one[:3] for one in order] for order in orders]
+    assert all(own == kinds[0] for own in kinds), "ranks start different collectives, which would wait for ever"
+    for rank, order in enumerate(orders):
+        assert all(rank in ranks for *_, ranks in order)
+        for group in {ranks for *_, ranks in order}:  # each communicator has one order, on all of its ranks
+            own = [one for one in order if one[3] == group]
+            assert all([one for one in orders[other] if one[3] == group] == own for other in group)
+
+
+def uneven(numbers):
+    """Stand in for what other ranks would have sent: some rows here and none there, K * T in all."""
+    if numbers.dim() == 1:  # counts [2, X, N], and midway ones
+        rows = np.zeros((len(numbers) // 8, 8), dtype=np.int64)
+        rows[:, :4] = [5, 40, 0, 51]
+        return rows.reshape(-1)
+    rows = np.zeros(tuple(numbers.shape), dtype=np.int64)  # rows sent, received, and pairs [3, d, X]
+    rows[:, :, 0], rows[:, :, 1] = 2, 1
+    return rows
+
+
+class Never(dist.Work):
+    def wait(self, timeout=None):
+        return True
+
+
+@pytest.fixture
+def a_device(monkeypatch):
+    """Let the meta device stand in for a GPU, and four ranks that are not there for its neighbours."""
+    launch = functools.partialmethod(lambda kernel, *args, **kwargs: None)
+    monkeypatch.setattr(triton.JITFunction, "run", launch)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # autocast does not know the device
+    monkeypatch.setattr(torch, "autocast", lambda device, enabled: contextlib.nullcontext())
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    for name in NAMES:
+        monkeypatch.setattr(collectives.dist, name, lambda *_args, **_kwargs: Never())
+    yield Grid.from_group(dist.group.WORLD, ranks_per_node=2)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if not plan.regather], ids=str)
+def test_a_device_is_asked_for_numbers_of_rows_once_a_level_and_sent_nothing(a_device, monkeypatch, plan):
+    asked = []
+
+    def on_host(numbers):
+        asked.append(numbers)
+        return uneven(numbers)
+
+    monkeypatch.setattr(pipeline, "on_host", on_host)
+    monkeypatch.setattr(deduplicated, "on_host", on_host)
+    strategy = Sharded(a_device, kernels=TRITON)
+    layer = MoE(TopKRouter(D, 8, k=4), GatedMLPExperts(8, D, hidden=F), strategy=strategy).to("meta", torch.bfloat16)
+    x = torch.empty(T, D, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    layer(x, plan=plan).sum().backward()  # makes tables and groups
+    asked.clear()
+    with HostReads() as reads:
+        layer(x, plan=plan).sum().backward()
+    assert reads.found == []
+    assert len(asked) == (2 if plan.two_level and plan.deduplicate else 1)
