@@ -168,19 +168,18 @@ def exchange_tokens(
         levels.append(Level(pairs, hop, means))
         pairs = levels[-1].pairs()
     maps = [_rows_of(piece, hops[-1].hosts.local_experts, means.kernels) for piece in pairs]
-    compute = _Compute(experts, maps, weights(), means.kernels)
-    sums = _through(levels, tokens, compute)
+    sums = _through(levels, tokens, lambda: _Compute(experts, maps, weights(), means.kernels))
     return sums[0] if len(sums) == 1 else torch.cat(sums)
 
 
-def _through(levels: list[Level], tokens: list[Tensor], compute: _Compute) -> list[Tensor]:
-    """Take pieces that are on their way through their experts and back."""
+def _through(levels: list[Level], tokens: list[Tensor], ready: Callable[[], _Compute]) -> list[Tensor]:
+    """Take pieces that are on their way through their experts, once these are ready, and back."""
     first, last = levels[0], levels[-1]
     count, relayed = len(tokens), len(levels) > 1
     middle: dict[int, Tensor] = {}
     returning: dict[int, Tensor] = {}
 
-    def relay(piece: int) -> None:  # so that it crosses the second hop under the compute of the one before
+    def relay(piece: int) -> None:  # one ahead, so that it crosses the second hop under the compute of another
         if relayed and piece < count:
             middle[piece] = last.send(piece, first.receive(piece, tokens[piece]))
 
@@ -189,11 +188,13 @@ def _through(levels: list[Level], tokens: list[Tensor], compute: _Compute) -> li
             returning[piece] = first.send_back(piece, last.add_up(piece, returning[piece]))
 
     relay(0)
+    relay(1)
+    compute = ready()
     for piece in range(count):
-        relay(piece + 1)
         rows = last.receive(piece, middle[piece] if relayed else tokens[piece])
         returning[piece] = last.send_back(piece, compute(piece, rows))
         relay_back(piece - 1)
+        relay(piece + 2)
     relay_back(count - 1)
     return [first.add_up(piece, returning[piece]) for piece in range(count)]
 
