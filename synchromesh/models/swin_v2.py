@@ -311,8 +311,13 @@ class SwinBlock(nn.Module):
         if mask is not None:
             x = x.where(mask[..., None], 0)
             ffn = partial(ffn, mask=mask) if isinstance(ffn, MoE) else ffn
-        x = self.residual(x, self._attend, self.norm1, self.drop_path)
-        return self.residual(x, ffn, self.norm2, self.drop_path)
+        first, second = self.ends()
+        x = self.residual(x, self.mix, self.norm1, first)
+        return self.residual(x, ffn, self.norm2, second)
+
+    def ends(self) -> tuple[nn.Module, nn.Module]:
+        """Return what drops the two branches."""
+        return self.drop_path, self.drop_path
 
     def multiply_adds(self, positions: int, channels: int) -> float:
         """Return those of one image, whose map has so many positions."""
@@ -321,7 +326,8 @@ class SwinBlock(nn.Module):
         attention = padded * (4 * channels**2 + 2 * self.side**2 * channels)
         return attention + 2 * positions * channels + positions * multiply_adds_per_token(self.ffn)
 
-    def _attend(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+    def mix(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W _"]:
+        """Return what each position takes from the others; wider where its projection has streams of tasks."""
         # Shifted windows: the map is rolled, attended in plain windows under the mask, and rolled back.
         height, width = x.shape[1:3]
         x = pad_map(x, self.side)
