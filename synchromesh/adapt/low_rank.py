@@ -97,9 +97,7 @@ class LowRank(ModuleFactory):
 
     def __call__(self, name: str, module: nn.Module) -> nn.Module | None:
         if isinstance(module, MoE):
-            return LowRankMoE(
-                module, {SHARED: self.update}, per_expert=self.per_expert, generator=self.generator(name)
-            )
+            return LowRankMoE(module, {SHARED: self.update}, per_expert=self.per_expert, generator=self.generator(name))
         if isinstance(module, nn.Linear):
             return updated(module, self.factors(name, module))
         return None

@@ -3,7 +3,7 @@
     images ── shared stream ──> blocks ── blocks ── last block of a stage ──> merge ──> next stage
               updates that all tasks share              └── one stream of each task ──> its map of this stage
 
-The trunk runs once. Streams of tasks begin in the last block of a stage and end in its map; their input is the shared one.
+The trunk runs once. Streams of tasks begin in the last block of a stage, with the shared input, and end in its map.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Polyhistor: one frozen backbone for several dense tasks, by adapters that hypernetworks emit (arXiv 2210.03265).
 
-After attention and after the feed-forward of each block stands an adapter of each task, y + up(gelu(down(y))), whose matrices are no
-parameters of their own: a hypernetwork makes them of a learned vector of the task and one of the place.
+After attention and after the feed-forward of each block stands an adapter of each task, y + up(gelu(down(y))), whose
+matrices are no parameters of their own: a hypernetwork makes them of a learned vector of the task and one of the place.
 
     Polyhistor       down = P Q of a low rank; the hypernetwork of a width emits P and Q, not the matrix
     Polyhistor-Lite  down = K ⊗ (P Q): one hypernetwork emits a small template of each task, and each layer has a kernel
@@ -12,10 +12,9 @@ Tasks see the images one beside another in the batch, each with its adapters: as
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -286,7 +285,9 @@ class AdaptedTrunk(TaskTrunk):
         super().__init__(backbone, settings.tasks, settings.also)
         weight = next(self.trunk.parameters())
         generator = None if weight.is_meta else seeds.named_generator(settings.seed, seeds.ADAPT, "polyhistor")
-        places = [(block, _child(block, names)) for blocks in blocks_of(self.trunk) for block in blocks for names in PLACES]
+        places = [
+            (block, _child(block, names)) for blocks in blocks_of(self.trunk) for block in blocks for names in PLACES
+        ]
         widths = [block.get_submodule("norm1").get_parameter("weight").numel() for block, _ in places]
         with torch.device("cpu" if generator else "meta"):
             matrices = settings.matrices(widths, generator)
