@@ -85,7 +85,6 @@ class LowRankExperts(StackedExperts):
         assert experts.width is not None
         self.columns, self.updates, self.with_shared = experts.width, dict(updates), with_shared
         self.width = experts.width * len(updates)
-        self.matrices = experts.matrices
         for name, weight in experts.weights().items():
             setattr(self, name, nn.Parameter(weight.detach().clone(), requires_grad=False))
         self.frozen_names = tuple(experts.weights())
@@ -98,6 +97,10 @@ class LowRankExperts(StackedExperts):
             for name, factor in factors.items():
                 setattr(self, name, nn.Parameter(factor))
         self.part_names = (*self.frozen_names, *factors)
+
+    @property
+    def matrices(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # of the experts in it
+        return 3 if "gate" in self.frozen_names else 2
 
     @property
     def common(self) -> nn.ParameterDict | None:

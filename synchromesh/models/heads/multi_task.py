@@ -68,12 +68,13 @@ def features_of_tasks(
         ValueError: the backbone knows tasks, and not these.
     """
     if not isinstance(backbone, TaskTrunk):
-        return dict.fromkeys(tasks, backbone(images))
+        seen: Features = backbone(images)
+        return dict.fromkeys(tasks, seen)
     unknown = sorted(set(tasks) - set(backbone.tasks))
     if unknown:
         raise ValueError(f"the backbone was adapted for the tasks {list(backbone.tasks)}, and not for {unknown}")
-    seen = backbone.of_tasks(images)
-    return {task: seen[task] for task in tasks}
+    own: dict[str, Features] = backbone.of_tasks(images)
+    return {task: own[task] for task in tasks}
 
 
 def balanced_cross_entropy(logits: Float[Tensor, "B H W"], truth: Tensor) -> Float[Tensor, ""]:
