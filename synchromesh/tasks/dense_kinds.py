@@ -61,7 +61,7 @@ class DenseWork(ABC):
 
     @abstractmethod
     def scored(self, said: Float[Tensor, "N H W"], truth: Tensor, classes: int) -> Tensor:
-        """Return what a picture adds to the score."""
+        """Return what a picture adds to the score; offsets are said in pixels."""
 
     @abstractmethod
     def score(self, states: Tensor) -> float:
@@ -160,7 +160,7 @@ class _Offsets(DenseWork):
 
     def scored(self, said: Float[Tensor, "N H W"], truth: Tensor, classes: int) -> Tensor:
         here = truth[2] > 0
-        off = torch.linalg.vector_norm(said.double() * PIXELS - truth[:2], dim=0)[here]
+        off = torch.linalg.vector_norm(said.double() - truth[:2], dim=0)[here]
         return torch.stack([off.sum(), here.sum().double()])
 
     def score(self, states: Float[Tensor, " 2"]) -> float:

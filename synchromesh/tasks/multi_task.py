@@ -182,7 +182,10 @@ class MultiTask(Task):
         said = dict(zip(self.tasks, _in_order(run(batch.images), self.tasks), strict=True))
         found = []
         for row, (size, move) in enumerate(zip(batch.sizes, batch.moves, strict=True)):
-            own = {kind: as_given(x[row], size, move or Move.none(*size)).float().cpu() for kind, x in said.items()}
+            own = {
+                kind: as_given(x[row], size, move or Move.none(*size)).float().detach().cpu()
+                for kind, x in said.items()
+            }
             if DenseKind.OFFSETS in own and move is not None:
                 longer = torch.tensor([was / now for was, now in zip(move.source, size, strict=True)])
                 own[DenseKind.OFFSETS] = own[DenseKind.OFFSETS] * longer[:, None, None]
