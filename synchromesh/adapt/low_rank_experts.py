@@ -111,7 +111,7 @@ class LowRankExperts(StackedExperts):
         own = super().weights()
         held = len(own["up"])
         shared = {} if self.common is None else dict(self.common.items())
-        return own | {name: factor.expand(held, -1, -1) for name, factor in shared.items()}
+        return own | {name: _of_each(factor, held, self.cut.count) for name, factor in shared.items()}
 
     def hold(self, cut: Cut) -> None:
         """Keep whole experts. Raises ValueError where an expert would lie on several ranks."""
@@ -228,6 +228,18 @@ class LowRankMoE(Adapted):
         if isinstance(self.moe.router, SharedColumns):
             made.router = self.moe.router.router
         return made.requires_grad_(True)
+
+
+def _of_each(factor: Tensor, experts: int, ranks: int) -> Tensor:
+    """Return the factors that all experts share, for those held here.
+
+    Gradients of experts are means over ranks as they come, those of parameters outside of experts become means later:
+    what comes through experts is multiplied by the ranks first.
+    """
+    seen = factor.expand(experts, -1, -1)
+    if ranks > 1 and seen.requires_grad:
+        seen.register_hook(lambda gradient: gradient * ranks)
+    return seen
 
 
 def _factors(experts: StackedExperts, updates: Mapping[str, Update], *, count: int) -> dict[str, Tensor]:

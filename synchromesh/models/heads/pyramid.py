@@ -54,7 +54,7 @@ class FeaturePyramid(nn.Module):
 def _laid_out(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
     """Return a map of a frozen backbone with its channels first in memory too.
 
-    Of one with channels last that wants no gradient, the backward of torch's GroupNorm ends the process (torch 2.13 on a
-    CPU: a segmentation fault).
+    Of one with channels last that wants no gradient, the backward of torch's GroupNorm ends the process by a
+    segmentation fault (torch 2.13, CPU).
     """
     return x.contiguous() if torch.is_grad_enabled() and not x.requires_grad else x
