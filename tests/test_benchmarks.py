@@ -217,7 +217,15 @@ def test_the_benchmark_of_a_long_list_reads_it_all_in_bounded_memory(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("what", "rows"), [("emoe", 3), ("upcycle", 4), ("sparse", 6), ("bytes", 5), ("products", 10)], ids=lambda v: str(v)
+    ("what", "rows"),
+    [
+        ("emoe", 3),
+        ("sparse", 6),
+        ("products", 10),
+        pytest.param("upcycle", 4, marks=pytest.mark.exhaustive),
+        pytest.param("bytes", 5, marks=pytest.mark.exhaustive),
+    ],
+    ids=str,
 )
 def test_the_demonstrations_of_adapted_models_run(what, rows, tmp_path):
     out = tmp_path / "figures.jsonl"

@@ -187,6 +187,7 @@ def adapt(model: nn.Module, select: Select, factory: Factory) -> Adaptation:
         raise ValueError(f"select chose no module of {type(model).__name__}; names look like {names}")
     if not found.places:
         raise ValueError(f"the factory left all {len(found.asked)} chosen modules as they are: {_some(found.asked)}")
+    _check_not_shared(model, found.made)
     for parent, own_name, _, old in found.places:  # only now, so that an error of the factory leaves the model whole
         setattr(parent, own_name, found.made[old])
     names = tuple(path for _, _, path, _ in found.places)
@@ -269,6 +270,26 @@ class _Found:
             return False
         self.made[child] = new.train(child.training)
         return True
+
+
+def _check_not_shared(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
+    """Raise ValueError where an adapted module would part from what shares a parameter with the old one."""
+    inside = {part for old in made for part in old.modules()}
+    elsewhere = {
+        parameter: f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        if module not in inside
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    for old, new in made.items():
+        if isinstance(new, Adapted) or _tensors_of(new):
+            kept = set(new.parameters())
+            for name, parameter in old.named_parameters():
+                if parameter in elsewhere and parameter not in kept:
+                    raise ValueError(
+                        f"{name} of a chosen {type(old).__name__} is shared with {elsewhere[parameter]}, from which "
+                        "the adapted module would part: choose other modules, or give one of them a copy first"
+                    )
 
 
 def _tensors_of(module: nn.Module) -> list[str]:

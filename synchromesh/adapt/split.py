@@ -20,7 +20,7 @@ from synchromesh.adapt.adaptation import Adapted
 from synchromesh.adapt.factories import ModuleFactory
 from synchromesh.adapt.feed_forward import FeedForwardBlock, read_feed_forward
 from synchromesh.adapt.grouping import BalancedKMeans, Grouping, RandomGroups
-from synchromesh.adapt.whole import whole_weights
+from synchromesh.adapt.whole import gathered, whole_weights
 from synchromesh.moe.capacity import Capacity, Dropless
 from synchromesh.moe.experts import StackedExperts, experts_in
 from synchromesh.moe.layer import MoE
@@ -94,8 +94,8 @@ class SplitFeedForward(Adapted):
         order = settings.grouping.order(rows, number).to(rows.device)
         self.register_buffer("order", order)
         router = TopKRouter(block.width, number, k=settings.k, scores=Ones(), noise=settings.noise)
-        router.weight.requires_grad_(False)
-        router.to(rows.device, rows.dtype)
+        del router.weight  # nothing that learns: no optimizer, adapter or FSDP takes it for a parameter
+        router.register_buffer("weight", torch.empty(number, block.width, device=rows.device, dtype=rows.dtype))
         experts = block.experts(number, hidden // number, down_bias=False)
         self.moe = MoE(router, experts, capacity=settings.capacity, losses=settings.losses)
         bias = block.linear(block.down).bias
@@ -119,19 +119,19 @@ class SplitFeedForward(Adapted):
     def after_step(self) -> None:
         """Point each expert's gate along the mean of its rows, as they are now."""
         experts = self._experts()
-        rows = experts.weights()[self._gate_by].flatten(0, 1)
+        rows = gathered(experts.weights()[self._gate_by].detach()).flatten(0, 1)
         first, each = len(rows) * experts.cut.index, len(self.order) // experts.num_experts
         expert = (torch.arange(len(rows), device=rows.device) + first) // each
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         sums = rows.new_zeros(experts.num_experts, rows.shape[1]).index_add_(0, expert, rows)
-        gate = self.moe.router.get_parameter("weight")
-        gate.copy_(self.moe.strategy.agree_sum(sums) / each)
+        self.moe.router.get_buffer("weight").copy_(self.moe.strategy.agree_sum(sums) / each)
 
     def merged(self) -> nn.Module:
         """Return the dense block: each hidden unit at its old place, so that nothing learned is nothing changed."""
         whole, back = whole_weights(self._experts()), self.order.argsort()
         weights = {name: weight.flatten(0, 1)[back] for name, weight in whole.items()}
         if self.output_bias is not None:
-            weights["down_bias"] = self.output_bias.detach()
+            weights["down_bias"] = gathered(self.output_bias.detach())
         block, skeleton = self._plain
         return block.filled(skeleton, weights)
 

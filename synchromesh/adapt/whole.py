@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from synchromesh.moe.cut import WHOLE
 from synchromesh.moe.experts import StackedExperts
@@ -16,10 +17,15 @@ from synchromesh.parallel.state import whole_state
 def whole_weights(experts: StackedExperts) -> dict[str, Tensor]:
     """Return the weights of all experts, [E F D] and [E F]; on ranks all of them call it together, and get the same."""
     if experts.cut == WHOLE:
-        return {name: weight.detach() for name, weight in experts.weights().items()}
+        return {name: gathered(weight.detach()) for name, weight in experts.weights().items()}
     with whole_state(experts):
         state = experts.state_dict()
     return {name: _computed(state, name) for name in experts.weights()}
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Return a tensor that FSDP2 has cut over ranks as the whole; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _computed(state: Mapping[str, Tensor], name: str) -> Tensor:

@@ -200,6 +200,14 @@ def test_a_sparsity_that_is_none_is_refused():
         adapt(network(), nn.LayerNorm, StaticSparsity())
 
 
+def test_a_matrix_that_is_shared_with_what_is_not_masked_is_refused():
+    model = nn.ModuleDict({"embedding": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
+    model["head"].weight = model["embedding"].weight
+    with pytest.raises(ValueError, match=r"weight of a chosen Linear is shared with embedding\.weight"):
+        adapt(model, nn.Linear, StaticSparsity(0.5))
+    assert model["head"].weight is model["embedding"].weight
+
+
 def on_ranks(first: str, plan: Plan | None, folder: str) -> dict:
     """Mask before or after the ranks take their parts; learn; show the whole, as a state dict and as a checkpoint."""
     grid = Grid.from_group(dist.group.WORLD)

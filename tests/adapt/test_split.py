@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
-from synchromesh import Grid, MoE, Sharded, parallelize, routing_options
+from synchromesh import Adaptation, FullySharded, Grid, MoE, Sharded, parallelize, routing_options
 from synchromesh.adapt.adaptation import adapt
 from synchromesh.adapt.grouping import RandomGroups
 from synchromesh.adapt.split import SplitFeedForward, SplitFFN
@@ -105,6 +106,12 @@ def test_training_of_all_experts_is_training_of_the_block(block):
         torch.testing.assert_close(tensor, dense.state_dict()[name], rtol=1e-9, atol=1e-9)
 
 
+def test_a_split_has_no_new_parameters(block):
+    experts = split(block)
+    assert sum(p.numel() for p in experts.parameters()) == sum(p.numel() for p in block.parameters())
+    assert set(experts.parameters()) == set(experts.trained())
+
+
 def test_what_was_frozen_stays_so(block):
     block.requires_grad_(False)
     assert list(split(block).trained()) == []
@@ -160,38 +167,61 @@ def small(seed: int = 0) -> nn.Sequential:
     return model_of(nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8)))
 
 
-def on_ranks(plan: Plan | None) -> dict:
-    """Split, spread, learn from a part of each batch, merge: what every rank has in the end."""
-    grid = Grid.from_group(dist.group.WORLD)
-    model = small()
-    adaptation = adapt(model, "1", SplitFFN(num_experts=4, k=2))
-    run = parallelize(model, grid, strategy=lambda: Sharded(grid, plan=plan))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+def stepped(adaptation: Adaptation, run: nn.Module, rank: int, world: int, *, rows: int) -> None:
+    """Take two steps on this rank's part of each batch."""
+    optimizer = torch.optim.AdamW([p for p in adaptation.model.parameters() if p.requires_grad], lr=0.05)
     for seed in range(2):
-        x = torch.randn(8 * grid.size, 8, generator=torch.Generator().manual_seed(seed)).double()
-        run(x.chunk(grid.size)[grid.rank]).square().sum().mul(grid.size).backward()
+        x = torch.randn(rows, 8, generator=torch.Generator().manual_seed(seed)).double()
+        run(x.chunk(world)[rank]).square().sum().mul(world).backward()
         optimizer.step()
         optimizer.zero_grad()
         adaptation.after_step()
+
+
+def in_one_process(rows: int) -> dict[str, torch.Tensor]:
+    adaptation = adapt(small(), "1", SplitFFN(num_experts=4, k=2))
+    stepped(adaptation, adaptation.model, 0, 1, rows=rows)
+    return adaptation.merge().state_dict()
+
+
+def assert_same(states: list[dict[str, list]], wanted: dict[str, torch.Tensor]) -> None:
+    for state in states:
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(torch.tensor(state[name], dtype=torch.float64), tensor, rtol=1e-9, atol=1e-9)
+
+
+def on_ranks(plan: Plan | None) -> dict[str, list]:
+    """Split, spread, learn from a part of each batch, merge: what every rank has in the end."""
+    grid, model = Grid.from_group(dist.group.WORLD), small()
+    adaptation = adapt(model, "1", SplitFFN(num_experts=4, k=2))
+    run = parallelize(model, grid, strategy=lambda: Sharded(grid, plan=plan))
+    stepped(adaptation, run, grid.rank, grid.size, rows=16)
     return {name: tensor.tolist() for name, tensor in adaptation.merge().state_dict().items()}
 
 
 @pytest.mark.parametrize(("world", "plans"), [(2, (None, Plan(2))), (8, (Plan(1), Plan(8)))])
 def test_ranks_learn_and_merge_what_one_process_does(world, plans):
-    model = small()
-    adaptation = adapt(model, "1", SplitFFN(num_experts=4, k=2))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    for seed in range(2):
-        x = torch.randn(8 * world, 8, generator=torch.Generator().manual_seed(seed)).double()
-        model(x).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        adaptation.after_step()
-    wanted = adaptation.merge().state_dict()
+    wanted = in_one_process(16)
     for plan in plans:
-        for state in run_ranks(on_ranks, world, plan):
-            for name, tensor in wanted.items():
-                torch.testing.assert_close(torch.tensor(state[name], dtype=torch.float64), tensor, rtol=1e-9, atol=1e-9)
+        assert_same(run_ranks(on_ranks, world, plan), wanted)
+
+
+def on_sharded(spread: bool) -> dict[str, list]:
+    """The same with what is shared cut by FSDP2: experts spread over ranks, or cut like all else."""
+    grid, model = Grid.from_group(dist.group.WORLD), small()
+    adaptation = adapt(model, "1", SplitFFN(num_experts=4, k=2))
+    if spread:
+        run = parallelize(model, grid, shared=FullySharded(), strategy=lambda: Sharded(grid))
+    else:
+        run = fully_shard(model)
+    stepped(adaptation, run, grid.rank, grid.size, rows=16)
+    return {f"1.{name}": own.tolist() for name, own in adaptation.changes[0].new.merged().state_dict().items()}
+
+
+@pytest.mark.parametrize("spread", [True, False])
+def test_fsdp2_around_a_split_learns_and_merges_what_one_process_does(spread):
+    wanted = {name: tensor for name, tensor in in_one_process(16).items() if name.startswith("1.")}
+    assert_same(run_ranks(on_sharded, 2, spread), wanted)
 
 
 def test_one_call_splits_a_llama_and_a_vit_of_transformers():
