@@ -25,6 +25,7 @@ FACTS: Mapping[str, Facts] = MappingProxyType(
         "panoptic_demo": {**_classes(11), "things": [True] * 10 + [False]},
         "depth_demo": {},
         "simmim_demo": {},
+        "mtlora_demo": {**_classes(11), "things": [True] * 10 + [False]},
         "swinv2_moe_s_22k": IMAGENET_22K,
         "swinv2_moe_b_22k": IMAGENET_22K,
         "finetune_1k": IMAGENET_1K,

@@ -105,7 +105,7 @@ TRIALS = {
     "multi_task": Trial(
         ("mtlora_demo", "--start.weights=None", *[one for one in MODEL if one != "--twin=none"],
          "--data.source.train=24", "--data.source.test=7", "--batch-size=6", "--eval-batch-size=4", "--width=8",
-         "--start.adapt.into.rank=2", "--start.adapt.into.task-rank=2", "--optim.lr=3e-2"),  # so that no pixel is nearly of two classes
+         "--start.adapt.into.rank=2", "--start.adapt.into.task-rank=2", "--model.init-std=0.1"),  # no pixel is nearly of two classes
         "pictures", "mIoU", "IoU of saliency", "saliency",
     ),
 }  # fmt: skip
