@@ -101,11 +101,12 @@ TRIALS = {
          "--eval-batch-size=4", "--head.width=8"),
         "pictures", "abs_rel", "AbsRel", "median", scored=10,
     ),
-    # A frozen backbone with experts, updates of low rank that all tasks and experts share, and a stream of each task.
+    # A frozen backbone with experts, updates of low rank that all tasks and experts share, and a stream of each task;
+    # its features are large enough that no pixel is nearly of two classes.
     "multi_task": Trial(
         ("mtlora_demo", "--start.weights=None", *[one for one in MODEL if one != "--twin=none"],
          "--data.source.train=24", "--data.source.test=7", "--batch-size=6", "--eval-batch-size=4", "--width=8",
-         "--start.adapt.into.rank=2", "--start.adapt.into.task-rank=2", "--model.init-std=0.1"),  # no pixel is nearly of two classes
+         "--start.adapt.into.rank=2", "--start.adapt.into.task-rank=2", "--model.init-std=0.1"),
         "pictures", "mIoU", "IoU of saliency", "saliency",
     ),
 }  # fmt: skip
