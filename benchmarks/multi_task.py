@@ -39,7 +39,7 @@ from synchromesh.training.task import Run, Splits, Task
 
 PRETEXT = SimMIM(cell=8)
 TASK = MultiTask(
-    PixelData(ComposedScenes(test=100, fewest=2, most=4, smallest=16, largest=32), PRETEXT.data.preprocess), width=24
+    PixelData(ComposedScenes(fewest=2, most=4, smallest=16, largest=32), PRETEXT.data.preprocess), width=24
 )
 SWIN = SwinV2Config(
     image_size=64,
@@ -63,6 +63,7 @@ class Args:
         pretrain: steps of the pretext.
         batch: pictures of a step.
         seed: of everything.
+        test: scenes to score on.
         rank: of shared updates.
         arms: only these; all by default.
         out: file to append to.
@@ -72,6 +73,7 @@ class Args:
     pretrain: int = 300
     batch: int = 8
     seed: int = 0
+    test: int = 100
     rank: int = 8
     arms: tuple[str, ...] = ()
     out: Path = Path(__file__).parent / "results" / "multi_task.jsonl"
@@ -121,12 +123,12 @@ def trained(model: nn.Module, task: Task, splits: Splits, args: Args, steps: int
     return time.process_time() - started
 
 
-def scored(model: nn.Module, task: MultiTask, splits: Splits) -> list[float]:
-    """Return the number of each task."""
+def scored(model: nn.Module, task: MultiTask, splits: Splits, test: int) -> list[float]:
+    """Return the number of each task on so many scenes."""
     scorer, run = task.scorer(splits.facts), Run(model.eval(), model)
     with torch.no_grad():
-        for start in range(0, len(splits.test), 25):
-            samples = [splits.test.read(i) for i in range(start, min(start + 25, len(splits.test)))]
+        for start in range(0, test, 25):
+            samples = [splits.test.read(i) for i in range(start, min(start + 25, test))]
             scorer.add(run, task.prepare(samples, splits.facts, CPU, None))
     found = scorer.scores([scorer.state()]).numbers
     return [found[WORKS[kind].number.name] for kind in task.tasks]
@@ -157,7 +159,7 @@ def main(args: Args) -> None:
     single, better = [], [WORKS[kind].number.more_is_better for kind in ALL]
 
     def say(arm: str, model: nn.Module, task: MultiTask, seconds: float) -> list[float]:
-        found = scored(model, task, splits)
+        found = scored(model, task, splits, args.test)
         learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
         heads = sum(p.numel() for p in model.get_submodule("heads").parameters())
         line = {
