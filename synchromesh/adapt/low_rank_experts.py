@@ -222,11 +222,10 @@ class LowRankMoE(Adapted):
         experts = experts_in(self.moe.experts)
         assert isinstance(experts, LowRankExperts)
         plain = copy.deepcopy(self._plain[0])
-        made = copy.copy(self.moe)
-        made._modules = dict(self.moe._modules)
+        made = copy.deepcopy(self.moe, {id(experts): None})  # all but the experts
         made.experts = experts.filled(plain)
-        if isinstance(self.moe.router, SharedColumns):
-            made.router = self.moe.router.router
+        if isinstance(made.router, SharedColumns):
+            made.router = made.router.router
         return made.requires_grad_(True)
 
 
