@@ -31,7 +31,7 @@ from synchromesh.data.scenes import ComposedScenes
 from synchromesh.data.scores.multi_task import mean_relative_change
 from synchromesh.models.heads.multi_task import MultiTaskModel
 from synchromesh.models.swin_v2 import SWIN_MOE, SwinV2Config
-from synchromesh.tasks.dense_kinds import WORKS
+from synchromesh.tasks.dense_kinds import WORKS, DenseKind
 from synchromesh.tasks.multi_task import ALL, MultiTask
 from synchromesh.tasks.pixels import PixelData
 from synchromesh.tasks.simmim import SimMIM
@@ -64,6 +64,7 @@ class Args:
         batch: pictures of a step.
         seed: of everything.
         test: scenes to score on.
+        tasks: which; classes want more steps than the others before they are better than the background everywhere.
         rank: of shared updates.
         arms: only these; all by default.
         out: file to append to.
@@ -74,14 +75,14 @@ class Args:
     batch: int = 8
     seed: int = 0
     test: int = 100
+    tasks: tuple[DenseKind, ...] = ALL
     rank: int = 8
     arms: tuple[str, ...] = ()
     out: Path = Path(__file__).parent / "results" / "multi_task.jsonl"
 
 
-def arms(rank: int) -> dict[str, Callable[[nn.Module], Any]]:
+def arms(rank: int, names: tuple[str, ...]) -> dict[str, Callable[[nn.Module], Any]]:
     """Return what each arm does to a model before it learns."""
-    names = tuple(kind.value for kind in ALL)
     linears = ("backbone.*.qkv", "backbone.*.proj", "backbone.*.up", "backbone.*.down", "backbone.*.reduction")
     return {
         "full tuning": lambda model: None,
@@ -156,7 +157,8 @@ def main(args: Args) -> None:
         model.backbone.load_state_dict(weights)
         return model
 
-    single, better = [], [WORKS[kind].number.more_is_better for kind in ALL]
+    names, every = tuple(kind.value for kind in args.tasks), MultiTask(TASK.data, tasks=args.tasks, width=TASK.width)
+    single, better = [], [WORKS[kind].number.more_is_better for kind in args.tasks]
 
     def say(arm: str, model: nn.Module, task: MultiTask, seconds: float) -> list[float]:
         found = scored(model, task, splits, args.test)
@@ -167,22 +169,22 @@ def main(args: Args) -> None:
             "learns": learns, "of_backbone": learns - heads, "cpu_seconds": round(seconds, 1), "commit": commit.strip(),
             "scores": dict(zip([WORKS[kind].number.name for kind in task.tasks], found, strict=True)),
         }  # fmt: skip
-        if len(found) == len(ALL):
+        if task is every:
             line["change"] = mean_relative_change(found, single, better)
         print(json.dumps(line), flush=True)
         with args.out.open("a") as file:
             file.write(json.dumps(line) + "\n")
         return found
 
-    for kind in ALL:
+    for kind in args.tasks:
         task = MultiTask(TASK.data, tasks=(kind,), width=TASK.width)
         model = begun(task)
         single += say(f"alone: {kind.value}", model, task, trained(model, task, splits, args, args.steps, 2e-3))
-    for arm, change in arms(args.rank).items():
+    for arm, change in arms(args.rank, names).items():
         if not args.arms or arm in args.arms:
-            model = begun(TASK)
+            model = begun(every)
             change(model)
-            say(arm, model, TASK, trained(model, TASK, splits, args, args.steps, 2e-3))
+            say(arm, model, every, trained(model, every, splits, args, args.steps, 2e-3))
 
 
 if __name__ == "__main__":
