@@ -5,8 +5,8 @@ Train with a random mask that never changes, then let the masked entries learn t
     sparse = adapt(model, "blocks.*", StaticSparsity(0.75))     pre-training: masked entries are exactly 0
     densify(model, optimizer)                                   tuning: the same function, now dense
 
-Random entries save arithmetic in principle only: dense products compute them too, and torch's sparse ones are slower on
-a CPU at 75 % (docs/adapt.md). `count_entries` counts what a machine for such matrices would save.
+Random entries save arithmetic in principle only: dense products compute them too, and torch's sparse ones no faster on
+a CPU up to 75 % (docs/adapt.md). `count_entries` counts what a machine for such matrices would save.
 """
 
 from __future__ import annotations
