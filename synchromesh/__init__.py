@@ -16,6 +16,12 @@ _HOMES = {
         "BalancedKMeans",
         "RandomGroups",
     ),
+    "adapt.low_rank": ("LowRank",),
+    "adapt.mtlora": ("MTLoRA",),
+    "adapt.polyhistor": (
+        "Polyhistor",
+        "PolyhistorLite",
+    ),
     "adapt.quantize": ("quantize_experts",),
     "adapt.replace": ("replace_ffn",),
     "adapt.sparse": (

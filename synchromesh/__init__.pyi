@@ -2,6 +2,10 @@ from synchromesh.adapt.adaptation import Adaptation as Adaptation
 from synchromesh.adapt.adaptation import Adapted as Adapted
 from synchromesh.adapt.grouping import BalancedKMeans as BalancedKMeans
 from synchromesh.adapt.grouping import RandomGroups as RandomGroups
+from synchromesh.adapt.low_rank import LowRank as LowRank
+from synchromesh.adapt.mtlora import MTLoRA as MTLoRA
+from synchromesh.adapt.polyhistor import Polyhistor as Polyhistor
+from synchromesh.adapt.polyhistor import PolyhistorLite as PolyhistorLite
 from synchromesh.adapt.quantize import quantize_experts as quantize_experts
 from synchromesh.adapt.replace import replace_ffn as replace_ffn
 from synchromesh.adapt.sparse import StaticSparsity as StaticSparsity

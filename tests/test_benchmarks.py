@@ -277,3 +277,17 @@ def test_the_gluon_contestants_have_a_reference_and_say_where_they_cannot_run(mo
     wanted = found[0].reference()
     assert {"output", "gradient of x", "gradient of weights", "gradient of up", "gradient of gate"} <= set(wanted)
     assert all(str(result.dtype) == "torch.float64" and result.isfinite().all() for result in wanted.values())
+
+
+def test_the_benchmark_of_several_tasks_scores_each_way_against_models_of_one_task(tmp_path):
+    out = tmp_path / "figures.jsonl"
+    sizes = ("--steps=1", "--pretrain=1", "--batch=2", "--test=2", "--arms", "heads only", "MTLoRA")
+    done = run_program(BENCHMARKS / "multi_task.py", *sizes, "--out", out)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["arm"].partition(":")[0] for record in records] == [*["alone"] * 4, "heads only", "MTLoRA"]
+    heads, mtlora = records[4:]
+    assert (heads["of_backbone"], mtlora["of_backbone"] > 0) == (0, True)
+    alone = [next(iter(record["scores"].values())) for record in records[:4]]
+    changes = [(a - b) / b for a, b in zip(mtlora["scores"].values(), alone, strict=True)]
+    assert mtlora["change"] == pytest.approx((sum(changes[:3]) - changes[3]) / 4)

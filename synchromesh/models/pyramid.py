@@ -202,7 +202,7 @@ class Block(nn.Module, ABC):
         return self.residual(x, ffn, self.norm2, second)
 
     @abstractmethod
-    def mix(self, x: Float[Tensor, "B ... C"]) -> Float[Tensor, "B ... C"]:
+    def mix(self, x: Float[Tensor, "B ... C"]) -> Float[Tensor, "B ... _"]:
         """Return what each position takes from the others."""
 
     def ends(self) -> tuple[Branch, Branch]:

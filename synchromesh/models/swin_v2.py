@@ -294,7 +294,8 @@ class SwinBlock(Block):
         padded = self.size[0] * self.size[1]
         return float(padded * (4 * channels**2 + 2 * self.side**2 * channels))
 
-    def mix(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+    def mix(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W _"]:
+        """Return what each position takes from the others; wider where its projection has streams of tasks."""
         # Shifted windows: the map is rolled, attended in plain windows under the mask, and rolled back.
         height, width = x.shape[1:3]
         x = pad_map(x, self.side)

@@ -233,7 +233,7 @@ class WindowAttention(nn.Module):
             nn.init.zeros_(self.q_bias)
             nn.init.zeros_(self.v_bias)
 
-    def forward(self, x: Float[Tensor, "B G N C"], mask: Float[Tensor, "G N N"] | None) -> Float[Tensor, "B G N C"]:
+    def forward(self, x: Float[Tensor, "B G N C"], mask: Float[Tensor, "G N N"] | None) -> Float[Tensor, "B G N _"]:
         B, G, N, C = x.shape
         qkv = linear(x, self.qkv.weight, self._bias()).view(B * G, N, 3 * C)
         bias = self.position_bias()[None]  # [1, h, N, N]; with a mask one for each window

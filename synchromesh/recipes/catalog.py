@@ -6,6 +6,9 @@ from types import MappingProxyType
 
 from synchromesh.adapt.factories import ModuleFactory
 from synchromesh.adapt.grouping import BalancedKMeans, Grouping, RandomGroups
+from synchromesh.adapt.low_rank import LowRank
+from synchromesh.adapt.mtlora import MTLoRA
+from synchromesh.adapt.polyhistor import Polyhistor, PolyhistorLite
 from synchromesh.adapt.sparse import StaticSparsity
 from synchromesh.adapt.split import SplitFFN
 from synchromesh.adapt.upcycle import Upcycle
@@ -49,6 +52,7 @@ from synchromesh.recipes.finetune_1k import finetune_1k
 from synchromesh.recipes.from_pictures import of_data
 from synchromesh.recipes.instance_demo import instance_demo
 from synchromesh.recipes.mask2former_ade20k import mask2former_ade20k
+from synchromesh.recipes.mtlora_demo import mtlora_demo
 from synchromesh.recipes.panoptic_demo import panoptic_demo
 from synchromesh.recipes.pixpro_demo import pixpro_demo
 from synchromesh.recipes.segment_demo import segment_demo
@@ -60,6 +64,7 @@ from synchromesh.tasks.classification import Classification
 from synchromesh.tasks.dense_twins import ViewTwins
 from synchromesh.tasks.depth import Depth
 from synchromesh.tasks.detection import Detection
+from synchromesh.tasks.multi_task import MultiTask
 from synchromesh.tasks.panoptic import Panoptic
 from synchromesh.tasks.segmentation import Segmentation
 from synchromesh.tasks.simmim import SimMIM
@@ -84,6 +89,7 @@ RECIPES = MappingProxyType(
         "simmim_g": simmim_g,
         "pixpro_demo": pixpro_demo,
         "cotap_demo": cotap_demo,
+        "mtlora_demo": mtlora_demo,
         "swinv2_moe_s_22k": swinv2_moe_s_22k,
         "swinv2_moe_b_22k": swinv2_moe_b_22k,
         "finetune_1k": finetune_1k,
@@ -97,7 +103,7 @@ CATALOG = Catalog(
     recipes=RECIPES,
     kinds=MappingProxyType(
         {
-            Task: (Classification, Detection, Segmentation, Panoptic, Depth, SimMIM, ViewTwins),
+            Task: (Classification, Detection, Segmentation, Panoptic, Depth, MultiTask, SimMIM, ViewTwins),
             BackboneConfig: (SwinV2Config, ViTConfig, FocalNetConfig, PVTConfig, SpectrumNetConfig),
             ObjectHead: (CentreBoxes, CascadeMaskRCNN, *hf.BOXES, *hf.MASKS),
             SemanticHead: (SemanticFPN, hf.UperNet, hf.SemanticMasks),
@@ -108,7 +114,7 @@ CATALOG = Catalog(
             Capacity: (Dropless, FixedCapacity, FixedRows, NeededCapacity),
             Priority: (TokenOrder, BatchPrioritized),
             UpdateRule: RULES,
-            ModuleFactory: (SplitFFN, Upcycle, StaticSparsity),
+            ModuleFactory: (SplitFFN, Upcycle, StaticSparsity, LowRank, MTLoRA, Polyhistor, PolyhistorLite),
             Grouping: (BalancedKMeans, RandomGroups),
             Loss: (LoadBalance, ImportanceLoad, ZLoss, OverRanks),
         }

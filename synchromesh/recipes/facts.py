@@ -31,6 +31,7 @@ FACTS: Mapping[str, Facts] = MappingProxyType(
         "simmim_g": {},
         "pixpro_demo": {},
         "cotap_demo": {},
+        "mtlora_demo": {**_classes(11), "things": [True] * 10 + [False]},
         "swinv2_moe_s_22k": IMAGENET_22K,
         "swinv2_moe_b_22k": IMAGENET_22K,
         "finetune_1k": IMAGENET_1K,

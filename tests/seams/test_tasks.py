@@ -106,6 +106,14 @@ TRIALS = {
          "--eval-batch-size=4", "--head.width=8"),
         "pictures", "abs_rel", "AbsRel", "median", scored=10,
     ),
+    # A frozen backbone with experts, updates of low rank that all tasks and experts share, and a stream of each task;
+    # its features are large enough that no pixel is nearly of two classes.
+    "multi_task": Trial(
+        ("mtlora_demo", "--start.weights=None", *MODEL,
+         "--data.source.train=24", "--data.source.test=7", "--batch-size=6", "--eval-batch-size=4", "--width=8",
+         "--start.adapt.into.rank=2", "--start.adapt.into.task-rank=2", "--model.init-std=0.1"),
+        "pictures", "mIoU", "IoU of saliency", "saliency",
+    ),
 }  # fmt: skip
 
 VALUES = {"Segmentation": "predicted_labels", "Panoptic": "panoptic_predictions", "Depth": "predicted_depth"}
@@ -225,13 +233,13 @@ def test_predict_writes_json_and_a_picture_of_every_file(
 
 
 @pytest.mark.parametrize("done", ["simmim"], indirect=True)
-@pytest.mark.parametrize("recipe", ["digits", "detect_demo"])
+@pytest.mark.parametrize("recipe", ["digits", "detect_demo", "mtlora_demo"])
 def test_what_simmim_learnt_goes_on_into_other_tasks_and_nowhere_it_does_not_fit(
     done: Done, tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     swin = ["--model.patch-size=4", "--model.window-size=8", "--model.style=swin_moe", "--data.preprocess.channels=3"]
     swin += ["--data.preprocess.mean", *["0.5"] * 3, "--data.preprocess.std", *["0.25"] * 3]
-    scenes = ["--data.source.train=8", "--data.source.test=4"] if recipe == "detect_demo" else []
+    scenes = ["--data.source.train=8", "--data.source.test=4"] if recipe != "digits" else []
     start = ["train", recipe, *MODEL, *swin, *scenes, "--epochs=1", "--nproc=1", f"--start.weights={done.folder}"]
     capsys.readouterr()
     assert cli.main([*start, f"--run={tmp_path / 'next'}"]) == 0

@@ -89,7 +89,9 @@ def opened(monkeypatch, **options):
         launch, "started", lambda kernel, programs, **given: run_kernel(kernel, given, programs=1, **options)
     )
     ends = torch.tensor([70], dtype=torch.int32)
-    tiles = launch.Tiles(*(torch.tensor([n], dtype=torch.int32) for n in (0, 0, 70)), torch.ones(1).int(), torch.zeros(2).int(), 128)
+    tiles = launch.Tiles(
+        *(torch.tensor([n], dtype=torch.int32) for n in (0, 0, 70)), torch.ones(1).int(), torch.zeros(2).int(), 128
+    )
     x, up = torch.randn(70, 640).bfloat16(), torch.randn(1, 64, 640).bfloat16()
     pairs = torch.arange(70).flip(0)
     hidden = torch.empty(int(ends[-1]), 64, dtype=torch.bfloat16)

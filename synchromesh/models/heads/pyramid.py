@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class FeaturePyramid(nn.Module):
 
     def forward(self, features: Features) -> list[Float[Tensor, "B W _ _"]]:
         """Return one map for each of the backbone's, the finest first."""
-        finer = [norm(x) for norm, x in zip(self.norms, features.maps[:-1], strict=True)]
+        finer = [norm(_laid_out(x)) for norm, x in zip(self.norms, features.maps[:-1], strict=True)]
         # Stage maps are not normalised; in place of the last one stands `last`, which the backbone has normalised.
         seen = [*finer, features.last.permute(0, 3, 1, 2).contiguous()]
         maps = [side(x) for side, x in zip(self.sides, seen, strict=True)]
@@ -48,3 +49,12 @@ class FeaturePyramid(nn.Module):
             coarse = F.interpolate(maps[place + 1], size=maps[place].shape[-2:], mode="nearest")
             maps[place] = maps[place] + coarse
         return [smooth(x) for smooth, x in zip(self.smooth, maps, strict=True)]
+
+
+def _laid_out(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    """Return a map of a frozen backbone with its channels first in memory too.
+
+    Of one with channels last that wants no gradient, the backward of torch's GroupNorm ends the process by a
+    segmentation fault (torch 2.13, CPU).
+    """
+    return x.contiguous() if torch.is_grad_enabled() and not x.requires_grad else x

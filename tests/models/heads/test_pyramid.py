@@ -40,3 +40,14 @@ def test_the_norm_of_a_position_is_that_of_its_channels() -> None:
     norm, x = PositionNorm(5), torch.randn(2, 5, 3, 4)
     mean, variance = x.mean(1, keepdim=True), x.var(1, unbiased=False, keepdim=True)
     torch.testing.assert_close(norm(x), (x - mean) / (variance + norm.eps).sqrt())
+
+
+def test_it_learns_on_maps_of_a_frozen_backbone_that_have_their_channels_last_in_memory() -> None:
+    pyramid, grads = FeaturePyramid((4, 8), 6), []
+    maps = [torch.randn(2, side, side, width).permute(0, 3, 1, 2) for width, side in ((4, 8), (8, 4))]
+    for given in (maps, [one.contiguous() for one in maps]):
+        last = given[-1].permute(0, 2, 3, 1)
+        found = pyramid(Features(last.mean((1, 2)), last, tuple(given)))
+        grads.append(torch.autograd.grad(sum(one.square().sum() for one in found), list(pyramid.parameters())))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
