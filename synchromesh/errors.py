@@ -53,6 +53,23 @@ class NonFiniteError(RuntimeError):
         self.step, self.layer, self.what = step, layer, what
 
 
+class CollapsedError(RuntimeError):
+    """A model without labels gives nearly the same features to everything, which no further step would mend.
+
+    Attributes:
+        spread: of the features; 1 where their directions are random, 0 where they are one.
+        limit: the least that is no collapse.
+        steps: for which it was below.
+    """
+
+    def __init__(self, *, spread: float, limit: float, steps: int) -> None:
+        super().__init__(
+            f"the features have collapsed: their spread is {spread:.3f}, and was below {limit:g} for {steps} steps. "
+            "Lower the learning rate, warm up for longer, or take a larger batch"
+        )
+        self.spread, self.limit, self.steps = spread, limit, steps
+
+
 class StoppedError(RuntimeError):
     """A signal asked the run to stop; it has saved itself.
 

@@ -22,7 +22,7 @@ from synchromesh.commands.options import parse, read_file
 from synchromesh.commands.progress import RunProgress
 from synchromesh.commands.report import report_if_possible
 from synchromesh.commands.train_words import say_loaded, show_closing
-from synchromesh.errors import InputError, NonFiniteError, StoppedError
+from synchromesh.errors import CollapsedError, InputError, NonFiniteError, StoppedError
 from synchromesh.models.features import BackboneConfig
 from synchromesh.parallel.comm.environment import job_name, restarted
 from synchromesh.parallel.comm.grid import Grid
@@ -242,7 +242,7 @@ def train(
                 f"{name}: saved after step {stopped.step}. The same command with --resume continues.", soft_wrap=True
             )
             return 128 + stopped.signal
-        except NonFiniteError as error:
+        except (NonFiniteError, CollapsedError) as error:
             kept = folder / CHECKPOINTS
             console.print(f"error: {error}; the last good checkpoint is in {kept}", style="red", soft_wrap=True)
             return NON_FINITE

@@ -18,6 +18,7 @@ from synchromesh.moe.layer import MoE
 from synchromesh.moe.strategy import Local
 from synchromesh.parallel.adaptive import Adaptive, Council, Tuned
 from synchromesh.parallel.comm.grid import Grid
+from synchromesh.parallel.grid_module import GridModule
 from synchromesh.parallel.sharded import Sharded
 from synchromesh.parallel.shared import Replicated, Shared
 
@@ -60,12 +61,17 @@ def parallelize(
 def distribute(model: nn.Module, grid: Grid, *, strategy: Callable[[], Sharded] | None = None) -> None:
     """Spread the experts of a model over the ranks of a grid, and nothing else: enough for inference.
 
+    Modules that look at all ranks' samples (`GridModule`) are told of the grid.
+
     On a grid of one rank there is nothing to spread, and layers stay as they are. Experts and parameters that layers
     share stay shared.
 
     Raises:
         ValueError: the experts of a layer cannot be cut over the grid, or share a parameter with what is not cut.
     """
+    for module in model.modules():
+        if isinstance(module, GridModule):
+            module.grid = grid
     council = Council(grid)
     layers = [layer for layer in _layers(model) if isinstance(layer.strategy, Local) and grid.size > 1]
     tied = _tied(model, layers)

@@ -14,7 +14,7 @@ import torch
 from torch.optim import Optimizer
 
 from synchromesh import seeds
-from synchromesh.errors import InputError, NonFiniteError, StoppedError
+from synchromesh.errors import CollapsedError, InputError, NonFiniteError, StoppedError
 from synchromesh.moe.record import load_stats
 from synchromesh.parallel.parallelize import parallelize
 from synchromesh.training.agree import counted, largest, loads_over_ranks, on_first
@@ -104,7 +104,7 @@ class _Loop:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
-        if self.grid.group is None or isinstance(error, StoppedError | NonFiniteError):
+        if self.grid.group is None or isinstance(error, StoppedError | NonFiniteError | CollapsedError):
             self.saver.join()  # after other errors ranks may be gone: what they write together is never finished
         if self.metrics is not None:
             self.metrics.close()

@@ -1,52 +1,19 @@
 """Tilings: the block sizes of the matrix-product kernels for each kind of GPU.
 
 Chosen from each architecture's registers, shared memory and matrix units; that they compile without spills is tested
-for every target. None of them is tuned by measurement yet.
+for every target. Where tilings were measured on an architecture (tuned.json), those take their place.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-
 import torch
 
+from synchromesh.kernels.grouped_mm.blocks import Tilings
+from synchromesh.kernels.grouped_mm.choice import architecture_of
+from synchromesh.kernels.grouped_mm.tuned import shipped
 from synchromesh.kernels.tiles import Tiling
 
 GROUP = 8  # tiles of rows that run at about the same time, so that they share weights in the L2 cache
-LEAST_ROWS = 16  # of a tile: tl.dot multiplies no fewer
-
-
-@dataclass(frozen=True)
-class Tilings:
-    """The tilings of one dtype on one kind of GPU; the first three cut rows alike, so that one map of tiles serves all.
-
-    Attributes:
-        product: of rows times the matrix of their expert.
-        opening: of the first product, with the activation after it; half as many columns with a gate.
-        closing: of the backward from the output to the pre-activations.
-        weights: of the gradient of a matrix.
-    """
-
-    product: Tiling
-    opening: Tiling
-    closing: Tiling
-    weights: Tiling
-
-    def lowered(self, rows_per_expert: int) -> Tilings:
-        """Return tilings whose tiles have fewer rows where an expert has few: the rest of a tile would be wasted."""
-        rows = self.product.rows
-        while rows > LEAST_ROWS and rows >= 2 * max(1, rows_per_expert):
-            rows //= 2
-        if rows == self.product.rows:
-            return self
-        product, opening, closing = (_lowered(one, rows) for one in (self.product, self.opening, self.closing))
-        return Tilings(product, opening, closing, self.weights)
-
-
-def _lowered(tiling: Tiling, rows: int) -> Tiling:
-    return dataclasses.replace(tiling, rows=rows, cols=min(tiling.cols, 128), warps=8 if rows == 64 else 4)
-
 
 _HOPPER = Tilings(
     Tiling(128, 256, 64, 8, 3), Tiling(128, 128, 64, 8, 3), Tiling(128, 64, 64, 8, 3), Tiling(128, 256, 64, 8, 3)
@@ -69,6 +36,9 @@ def tilings_of(dtype: torch.dtype, device: torch.device, *, rows_per_expert: int
     """Return the block sizes of the product kernels for a dtype on a device."""
     if device.type != "cuda":
         return INTERPRETED
+    measured = shipped().tilings(architecture_of(device), dtype.itemsize)
+    if measured is not None:
+        return measured.lowered(rows_per_expert)
     return tilings_for(_architecture(device), dtype, rows_per_expert)
 
 
