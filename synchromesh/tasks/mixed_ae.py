@@ -142,7 +142,9 @@ class MixedAE(Task):
             raise ValueError(f"mixed patches have {self.patch} pixels, those of the backbone {built.strides[0]}")
         ratio = 1 / self.group if self.keys is None else self.keys
         channels = self.data.preprocess.channels
-        return MixedAutoencoder(built, self.decoder, channels, ratio=ratio, projection=self.projection)
+        model = MixedAutoencoder(built, self.decoder, channels, ratio=ratio, projection=self.projection)
+        model.projector.requires_grad_(self.contrast > 0)  # ranks would wait for a gradient that never comes
+        return model
 
     def prepare(
         self, samples: Sequence[Any], facts: Facts, device: torch.device, rng: np.random.Generator | None

@@ -37,6 +37,8 @@ def test_the_loss_is_a_sum_over_pixels_of_known_disparity_and_parts_add_up() -> 
     assert 0 < known.sum() < known.numel()
     assert TASK.counts(batch) == {"laplacian": int(known.sum())}
     found = run(batch.first, batch.second)
+    TASK.loss(run, batch)["laplacian"].total.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in run.model.parameters()), "what ranks wait for"
     error = (found[:, 0] - batch.disparity).abs()[known]
     wanted = (error / found[:, 1][known].exp() + found[:, 1][known]).sum()
     assert TASK.loss(run, batch)["laplacian"].total.item() == pytest.approx(wanted.item(), rel=1e-5)

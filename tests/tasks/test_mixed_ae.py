@@ -93,7 +93,11 @@ def test_naive_mixing_has_plain_attention_and_no_contrast() -> None:
         for task in (TASK, naive)
     ]
     assert kinds == [[0.25], [1.0]]
-    assert naive.loss(built(naive), batch_of(1))["contrast"].weight == 0
+    run, batch = built(naive), batch_of(1)
+    terms = naive.loss(run, batch)
+    assert terms["contrast"].weight == 0
+    terms["restored_mse"].total.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in run.model.parameters()), "what ranks wait for"
 
 
 def test_a_group_is_that_of_its_number_or_of_what_is_drawn() -> None:

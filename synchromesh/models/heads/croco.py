@@ -76,6 +76,7 @@ class DisparityDecoder(nn.Module):
             raise ValueError("the decoder has no cross-attention, by which it sees the second view: wanted cross=True")
         self.backbone, self.init_std, self.unit = backbone, decoder.init_std, unit
         self.decoder = decoder.build(backbone)
+        self.decoder.mask_token.requires_grad_(False)  # nothing is hidden: ranks would wait for its gradient
         self.disparity = nn.Linear(decoder.width, 2 * backbone.strides[0] ** 2)
         initialize(self.disparity, self.init_std)
 
