@@ -291,3 +291,19 @@ def test_the_benchmark_of_several_tasks_scores_each_way_against_models_of_one_ta
     alone = [next(iter(record["scores"].values())) for record in records[:4]]
     changes = [(a - b) / b for a, b in zip(mtlora["scores"].values(), alone, strict=True)]
     assert mtlora["change"] == pytest.approx((sum(changes[:3]) - changes[3]) / 4)
+
+
+def test_the_linear_probe_runs_on_a_run_and_on_random_weights(tmp_path):
+    run = tmp_path / "run"
+    tiny = ["--model.width=8", "--model.depth=2", "--model.num-heads=2", "--model.patch-size=16", "--patch=16"]
+    tiny += ["--model.experts.blocks.0", "1", "--decoder.width=8", "--decoder.depth=1", "--decoder.num-heads=2"]
+    tiny += ["--data.train=4", "--data.test=2", "--batch-size=4", "--epochs=1", "--twin=none", "--nproc=1"]
+    trained = run_program("-m", "synchromesh", "train", "mixed_ae_demo", *tiny, f"--run={run}")
+    assert trained.returncode == 0, trained.stderr
+    done = run_program(BENCHMARKS / "probe.py", run, "--seeds", "1", "--of-each", "2")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.rpartition(": ")[0] for line in lines] == [str(run), f"{run}, random weights"]
+    shares = [float(line.rpartition(": ")[2].split()[0]) for line in lines]
+    assert all(0.1 < share < 0.9 for share in shares)
+    assert shares[0] != shares[1]

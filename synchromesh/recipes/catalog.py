@@ -43,15 +43,18 @@ from synchromesh.moe.losses import ImportanceLoad, LoadBalance, Loss, OverRanks,
 from synchromesh.recipes.cascade_coco_b import cascade_coco_b
 from synchromesh.recipes.cascade_coco_s import cascade_coco_s
 from synchromesh.recipes.cotap_demo import cotap_demo
+from synchromesh.recipes.croco_demo import croco_demo
 from synchromesh.recipes.demo import demo
 from synchromesh.recipes.depth_demo import depth_demo
 from synchromesh.recipes.detect_demo import detect_demo
 from synchromesh.recipes.digits import digits
+from synchromesh.recipes.disparity_demo import disparity_demo
 from synchromesh.recipes.few_shot import few_shot
 from synchromesh.recipes.finetune_1k import finetune_1k
 from synchromesh.recipes.from_pictures import of_data
 from synchromesh.recipes.instance_demo import instance_demo
 from synchromesh.recipes.mask2former_ade20k import mask2former_ade20k
+from synchromesh.recipes.mixed_ae_demo import mixed_ae_demo
 from synchromesh.recipes.mtlora_demo import mtlora_demo
 from synchromesh.recipes.panoptic_demo import panoptic_demo
 from synchromesh.recipes.pixpro_demo import pixpro_demo
@@ -61,9 +64,12 @@ from synchromesh.recipes.simmim_sizes import simmim_b, simmim_g, simmim_h, simmi
 from synchromesh.recipes.swinv2_moe_b_22k import swinv2_moe_b_22k
 from synchromesh.recipes.swinv2_moe_s_22k import swinv2_moe_s_22k
 from synchromesh.tasks.classification import Classification
+from synchromesh.tasks.croco import CroCo
 from synchromesh.tasks.dense_twins import ViewTwins
 from synchromesh.tasks.depth import Depth
 from synchromesh.tasks.detection import Detection
+from synchromesh.tasks.disparity import Disparity
+from synchromesh.tasks.mixed_ae import MixedAE
 from synchromesh.tasks.multi_task import MultiTask
 from synchromesh.tasks.panoptic import Panoptic
 from synchromesh.tasks.segmentation import Segmentation
@@ -90,6 +96,9 @@ RECIPES = MappingProxyType(
         "pixpro_demo": pixpro_demo,
         "cotap_demo": cotap_demo,
         "mtlora_demo": mtlora_demo,
+        "croco_demo": croco_demo,
+        "disparity_demo": disparity_demo,
+        "mixed_ae_demo": mixed_ae_demo,
         "swinv2_moe_s_22k": swinv2_moe_s_22k,
         "swinv2_moe_b_22k": swinv2_moe_b_22k,
         "finetune_1k": finetune_1k,
@@ -103,7 +112,19 @@ CATALOG = Catalog(
     recipes=RECIPES,
     kinds=MappingProxyType(
         {
-            Task: (Classification, Detection, Segmentation, Panoptic, Depth, MultiTask, SimMIM, ViewTwins),
+            Task: (
+                Classification,
+                Detection,
+                Segmentation,
+                Panoptic,
+                Depth,
+                MultiTask,
+                SimMIM,
+                ViewTwins,
+                CroCo,
+                Disparity,
+                MixedAE,
+            ),
             BackboneConfig: (SwinV2Config, ViTConfig, FocalNetConfig, PVTConfig, SpectrumNetConfig),
             ObjectHead: (CentreBoxes, CascadeMaskRCNN, *hf.BOXES, *hf.MASKS),
             SemanticHead: (SemanticFPN, hf.UperNet, hf.SemanticMasks),

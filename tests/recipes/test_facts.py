@@ -5,7 +5,17 @@ import pytest
 from synchromesh.recipes.catalog import RECIPES
 from synchromesh.recipes.facts import FACTS
 
-EMBEDDED = ("digits", "detect_demo", "segment_demo", "panoptic_demo", "simmim_demo", "mtlora_demo")
+EMBEDDED = (
+    "digits",
+    "detect_demo",
+    "segment_demo",
+    "panoptic_demo",
+    "simmim_demo",
+    "mtlora_demo",
+    "croco_demo",
+    "disparity_demo",
+    "mixed_ae_demo",
+)
 
 
 def test_every_recipe_has_facts() -> None:

@@ -22,6 +22,13 @@ MODEL = [
     "--loading.workers=1", "--keep.log-steps=1", "--keep.checkpoint-steps=2",
 ]  # fmt: skip
 
+VIT = [
+    "--model.width=8", "--model.depth=2", "--model.num-heads=2", "--model.patch-size=16", "--model.experts.blocks.0",
+    "1", "--model.experts.num-experts=4", "--no-bf16", "--optim.eps=1e-3", "--epochs=3", "--twin=none",
+    "--loading.workers=1", "--keep.log-steps=1", "--keep.checkpoint-steps=2", "--decoder.width=8", "--decoder.depth=1",
+    "--decoder.num-heads=2", "--data.train=24", "--data.test=7", "--batch-size=6", "--eval-batch-size=4",
+]  # fmt: skip
+
 # Frozen MoE layers between layers that learn, in the blocks that the recipe has; each step draws one of two sizes.
 CASCADE = [
     "--start.weights=None", "--model.embed-dim=8", "--model.depths", "1", "1", "2", "1", "--model.num-heads", "1", "1",
@@ -86,6 +93,14 @@ TRIALS = {
         ("pixpro_demo", *MODEL, "--data.train=24", "--data.test=7", "--batch-size=6", "--eval-batch-size=4",
          "--siamese.width=8", "--siamese.hidden=16", "--siamese.momentum.steps=9"),
         "pairs of crops", "found_again", "cells found again", "found_again",
+    ),
+    # The encoder runs twice in a step: on some patches of the first view, and on all of the second.
+    "croco": Trial(("croco_demo", *VIT, "--patch=16"), "pairs", "hidden_mse", "error of hidden patches", "hidden_mse"),
+    "disparity": Trial(("disparity_demo", *VIT), "pairs", "epe", "end-point error", "median"),
+    "mixed_ae": Trial(
+        ("mixed_ae_demo", *VIT, "--patch=16", "--mixtures=2", "--accumulate=2",
+         "--model.experts.losses.0.loss.weight=0"),
+        "groups", "restored_mse", "error of restored patches", "homologous",
     ),
     "segmentation": Trial(
         ("segment_demo", *MODEL, "--data.source.train=24", "--data.source.test=7", "--data.preprocess.image-size=64",

@@ -21,24 +21,31 @@ from synchromesh.data.sources import ScikitDigits
 from synchromesh.data.stereo_pair import StereoPair
 from synchromesh.data.view_pairs import ViewData
 from synchromesh.errors import InputError
+from synchromesh.models.features import BackboneConfig
 from synchromesh.models.heads.centre_boxes import CentreBoxes
 from synchromesh.models.heads.centre_panoptic import CentrePanoptic
 from synchromesh.models.heads.dense_twins import Siamese
 from synchromesh.models.heads.depth import DepthFPN
 from synchromesh.models.heads.semantic import SemanticFPN
 from synchromesh.models.swin_v2 import SwinV2Config
+from synchromesh.models.vit import Pooling, Positions, ViTConfig
+from synchromesh.models.vit_decoder import ViTDecoderConfig
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.parallel.parallelize import parallelize
 from synchromesh.recipes.catalog import CATALOG
 from synchromesh.tasks.classification import Classification, Data
+from synchromesh.tasks.croco import CroCo
 from synchromesh.tasks.dense_twins import ViewTwins
 from synchromesh.tasks.depth import Depth
 from synchromesh.tasks.detection import Detection
+from synchromesh.tasks.disparity import Disparity
+from synchromesh.tasks.mixed_ae import MixedAE
 from synchromesh.tasks.object_batch import SceneData
 from synchromesh.tasks.panoptic import Panoptic
 from synchromesh.tasks.pixels import PixelData
 from synchromesh.tasks.segmentation import Segmentation
 from synchromesh.tasks.simmim import CropData, SimMIM
+from synchromesh.tasks.view_pairs import PairData
 from synchromesh.testing.compare import assert_close
 from synchromesh.testing.distributed import run_ranks
 from synchromesh.training.agree import ALONE, counted
@@ -49,6 +56,8 @@ from synchromesh.training.task import Answer, Ask, Batch, Number, Run, Scorer, S
 
 CPU = torch.device("cpu")
 SWIN = SwinV2Config(embed_dim=8, depths=(1, 1), num_heads=(1, 2), patch_size=4, window_size=4, drop_path=0.0)
+VIT = ViTConfig(patch_size=16, width=8, depth=2, num_heads=2, pooling=Pooling.MEAN, positions=Positions.ROTARY)
+DECODER = ViTDecoderConfig(width=8, depth=1, num_heads=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,8 +269,17 @@ SHIPPED = {
     ),
     "simmim": SimMIM(CropData(train=4, test=3), cell=16),
     "view_twins": ViewTwins(ViewData(train=4, test=3), Siamese(width=8, hidden=16)),
+    "croco": CroCo(PairData(train=4, test=3), DECODER),
+    "disparity": Disparity(PairData(also=None, train=4, test=3), DECODER),
+    "mixed_ae": MixedAE(CropData(train=4, test=3), dataclasses.replace(DECODER, cross=False)),
 }
+ENCODE_SOME = (CroCo, Disparity, MixedAE)  # whose encoder sees some patches alone
 OURS = pytest.mark.parametrize("task", SHIPPED.values(), ids=SHIPPED)
+
+
+def backbone_of(task: Task) -> BackboneConfig:
+    """Return a small backbone that the task can stand on."""
+    return VIT if isinstance(task, ENCODE_SOME) else SWIN
 
 
 def numbers_in(sample: Any) -> Iterator[list[float]]:
@@ -310,7 +328,7 @@ def test_a_batch_holds_every_sample_and_may_hold_none(task: Task, training: bool
 def test_a_rank_without_samples_reaches_the_parameters_that_the_others_reach(task: Task) -> None:
     """Where gradients are averaged over ranks, one that left a parameter out would keep the others waiting."""
     splits = task.splits(seed=0)
-    model = task.build(task.sized(SWIN), splits.facts).train()
+    model = task.build(task.sized(backbone_of(task)), splits.facts).train()
     reached = []
     for count in (2, 0):
         model.zero_grad()
@@ -330,7 +348,7 @@ def test_a_rank_without_samples_reaches_the_parameters_that_the_others_reach(tas
 @torch.no_grad()
 def test_there_is_a_merit_and_an_answer_for_every_sample_and_a_number_for_every_name(task: Task) -> None:
     splits = task.splits(seed=0)
-    model = task.build(task.sized(SWIN), splits.facts).eval()
+    model = task.build(task.sized(backbone_of(task)), splits.facts).eval()
     run, scorer = Run(model, model), task.scorer(splits.facts)
     for count in (2, 0, 1):
         batch = task.prepare([splits.test.read(i) for i in range(count)], splits.facts, CPU, None)
