@@ -44,7 +44,9 @@ def test_it_is_for_few_pairs_and_known_activations():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", NETWORKS)
-@pytest.mark.parametrize("joins", [lambda *_: True, lambda *_: False, lambda *sizes: sum(sizes) % 2 == 0], ids=str)
+@pytest.mark.parametrize(
+    "joins", [lambda *_: True, lambda *_: False, lambda *sizes: sum(sizes) % 2 == 0], ids=["all", "none", "some"]
+)
 def test_padding_changes_no_result(monkeypatch, joins, kind, dtype):
     monkeypatch.setattr(cpu, "_joins", lambda *_: joins)
     mlp = mlp_of(kind, 9, dtype)
@@ -54,7 +56,9 @@ def test_padding_changes_no_result(monkeypatch, joins, kind, dtype):
         assert_close("y", CPU.direct_mlp(x, weights, ids, mlp, F.silu), wanted)
 
 
-@pytest.mark.parametrize("joins", [lambda *_: True, lambda *_: False, lambda *sizes: sum(sizes) % 2 == 0], ids=str)
+@pytest.mark.parametrize(
+    "joins", [lambda *_: True, lambda *_: False, lambda *sizes: sum(sizes) % 2 == 0], ids=["all", "none", "some"]
+)
 def test_every_pair_has_a_place_of_its_own_among_its_experts(joins):
     ids = zipf(50, 12, 3).reshape(-1).numpy().copy()
     ids[::7] = -1
