@@ -126,7 +126,7 @@ def test_every_kernel_compiles_to_matrix_instructions_without_spills(arch, gated
 def test_tilings_for_few_rows(arch, tokens, tmp_path):
     recorder = recorded(arch, torch.bfloat16, gated=True, tokens=tokens)
     heights = {dict(one.constants)["BM"] for one in recorder.launches if one.kernel == "open_rows"}
-    assert heights == {{16: 16, 48: 32, 112: 64}[tokens]}
+    assert heights == {16: {16}, 48: {32, 16}, 112: {64, 32}}[tokens]  # of two choices, and of one
     check(arch, recorder, tmp_path, narrow=True, only=PRODUCTS - {"_weight_gradient"})
 
 
