@@ -41,7 +41,7 @@ from synchromesh.kernels.permute.triton import combine, fill_absent, gather, sum
 from synchromesh.kernels.tiles import Tiles, Tiling, programs_of, tiles_of
 from synchromesh.types import RowMap
 
-PART_COLUMNS = 64  # of a tile that an epilogue works on at a time; half of them in tiles of few rows
+PART_COLUMNS = 64  # of a tile that an epilogue works on at a time; half of them in wide tiles of few rows
 
 
 def fuses(activation: Activation) -> bool:
@@ -112,8 +112,9 @@ def _pre(pre_up: Tensor, pre_gate: Tensor, *, joint: bool) -> tuple[Tensor, Tens
     return up, gate
 
 
-def _part(tiling: Tiling) -> int:
-    return PART_COLUMNS if tiling.rows >= 128 else PART_COLUMNS // 2
+def _part(tiling: Tiling, *, whole: int = 0) -> int:
+    """Return the columns of a part of an epilogue; a tile of at most `whole` columns is not taken apart."""
+    return PART_COLUMNS if tiling.rows >= 128 or tiling.cols <= whole else PART_COLUMNS // 2
 
 
 def _tilings(x: Tensor, pairs: Tensor, ends: Tensor) -> Tilings:
@@ -198,7 +199,7 @@ def _close_backward(
     programs.close_rows_backward[(programs_of(grad.device, len(tiles.expert) * across),)](
         grad, down, weights, pairs, tokens, pre_up, pre_gate, hidden, d_up, d_gate, partial,
         tiles.expert, tiles.first, tiles.stop, tiles.count, tiles.turn, depth, width, len(pairs), *down.stride(),
-        ACTIVATION=activation, GATED=net.gate is not None, PART=_part(tiling),
+        ACTIVATION=activation, GATED=net.gate is not None, PART=_part(tiling, whole=PART_COLUMNS),
         WHOLE=depth % tiling.depth == 0 and width % tiling.cols == 0, **options(grad, tiling),
     )  # fmt: skip
     return hidden, d_up, d_gate, partial
