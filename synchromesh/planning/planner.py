@@ -210,7 +210,7 @@ class _Planner:
 
     def on(self, nesting: Nesting) -> Planned:
         """Return the step with the fastest plans that fit on these grids."""
-        # Gathering weights again saves memory and never time: such plans are looked at where others do not fit.
+        # Some plans save memory and never time: they are looked at where others do not fit.
         plain = self._on(nesting, regather=False)
         tight = any(isinstance(one, NothingFits | ForMemory) for layer in plain.layers for one in layer.reasons)
         return self._on(nesting, regather=True) if tight and not self.own.recomputed else plain
@@ -289,7 +289,8 @@ class _Planner:
             left_out = plan.regather and not regather
             if left_out or refusal(plan, grid, work.experts, known_beforehand=known) is not None:
                 continue
-            if plan.deduplicate and not shares_rows(plan, grid, work.experts, work.choices):
+            # Where no row is shared it saves memory and never time, as gathering again does.
+            if plan.deduplicate and not regather and not shares_rows(plan, grid, work.experts, work.choices):
                 continue
             sent = traffic(work, plan, grid)
             forward, backward = self._passes(forward_and_backward(work, plan, grid, profile, sent))
