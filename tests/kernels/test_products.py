@@ -15,7 +15,9 @@ from synchromesh.kernels.products import (
 from synchromesh.testing.compare import assert_close
 
 COUNTS = [0, 3, 3, 3, 1, 0, 0, 2, 2, 9, 0]
-WAYS = pytest.mark.parametrize("batched", [lambda rows: True, lambda rows: False, lambda rows: rows > 2], ids=str)
+WAYS = pytest.mark.parametrize(
+    "batched", [lambda rows: True, lambda rows: False, lambda rows: rows > 2], ids=["all", "none", "some"]
+)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 
 

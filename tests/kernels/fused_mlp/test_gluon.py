@@ -26,7 +26,9 @@ def layer(kernels, rowmap, activation, joint):
     return y
 
 
-@pytest.mark.parametrize(("routed", "kind", "activation"), CASES, ids=lambda one: getattr(one, "name", str(one)))
+@pytest.mark.parametrize(
+    ("routed", "kind", "activation"), CASES, ids=lambda one: getattr(one, "name", getattr(one, "__name__", str(one)))
+)
 def test_output_and_every_gradient(emulator, routed, kind, activation):
     torch.manual_seed(0)
     mlp = network_parts(kind, routed.num_experts, torch.bfloat16, width=16, hidden=40)
