@@ -91,4 +91,7 @@ def test_the_peak_of_a_step_is_that_of_the_formula(experts):
             work = Workload(2 * T, K, D, F, experts, torch.float32, True, vectors=vectors)
             b = layer_bytes(work, plan, Ranks(4, 2))
             ratio = measured / (b.gradients + b.gathered + b.activations + b.buffers)
-            assert (0.55 if plan == Plan(gather=4) else 0.75) < ratio < 1.25, f"{plan}: {ratio:.2f}"
+            most = (
+                1.45 if plan.two_level and plan.deduplicate else 1.25
+            )  # a relay has the rows of others, not its share
+            assert (0.55 if plan == Plan(gather=4) else 0.75) < ratio < most, f"{plan}: {ratio:.2f}"
