@@ -23,6 +23,7 @@ import tyro
 from gpu_calls import CALLS, PARTS, Runs, minutes, run_stages
 from gpu_check import check_part
 from gpu_choice import choose_part
+from gpu_gluon import gluon_part
 from gpu_graphs import graphs_part
 from gpu_layer import layer_part, profile_part
 from gpu_session import Args, session_of
@@ -38,6 +39,7 @@ RUNS: Runs = {
     "check": check_part,
     "twice": twice_part,
     "graphs": graphs_part,
+    "gluon": gluon_part,
     "tune": tune_part,
     "choose": choose_part,
     "time": time_part,

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 import synchromesh.kernels.grouped_mm as family
-from synchromesh.kernels.grouped_mm import native
+from synchromesh.kernels.grouped_mm import gluon, native
 from synchromesh.kernels.grouped_mm.choice import FILE, Cell, Choices, Kind, Measurement, architecture_of
 from synchromesh.kernels.grouped_mm.triton import tiled_gradient, tiled_product
 from synchromesh.kernels.tiles import interpreted
@@ -53,8 +53,8 @@ def grid(*, tiny: bool) -> Iterator[Asked]:
             yield Asked(kind, min(MOST_EXPERTS, MOST_ROWS // rows), rows, depth, width)
 
 
-def ways(asked: Asked, device: str) -> dict[str, Product]:
-    """Return both ways to a product. A matrix lies in memory as up does, and then as down does: both count."""
+def ways(asked: Asked, device: str, *, with_gluon: bool = False) -> dict[str, Product]:
+    """Return the ways to a product. A matrix lies in memory as up does, and then as down does: both count."""
     torch.manual_seed(0)
     shape, rows = (asked.experts, asked.depth, asked.width), asked.experts * asked.rows_per_expert
     left, right = (torch.randn(rows, size, device=device).bfloat16() for size in shape[1:])
@@ -62,16 +62,20 @@ def ways(asked: Asked, device: str) -> dict[str, Product]:
     ends = torch.arange(1, asked.experts + 1, device=device, dtype=torch.int32) * asked.rows_per_expert
     layouts = (down.mT.contiguous().mT, down)
     if asked.kind is Kind.PRODUCT:
-        each = {"triton": tiled_product, "torch": native.product}
+        each = {"triton": tiled_product, "torch": native.product} | ({"gluon": gluon.product} if with_gluon else {})
         return {name: lambda way=way: [way(left, w, ends) for w in layouts] for name, way in each.items()}
     each = {"triton": tiled_gradient, "torch": native.weight_gradient}
+    each |= {"gluon": gluon.weight_gradient} if with_gluon else {}
     return {name: lambda way=way: [way(left, right, ends, like=w) for w in layouts] for name, way in each.items()}
 
 
 def measured(asked: Asked, session: Session) -> Cell | str:
     """Return a cell, or why there is none: results that differ have no times."""
-    runs = ways(asked, session.device)
-    error = max(map(relative_rms, runs["torch"](), runs["triton"]()))
+    rows, shape = torch.empty(1, 8, device=session.device).bfloat16(), (asked.experts, asked.depth, asked.width)
+    able = session.args.gluon and gluon.takes(rows, shape, (asked.kind,))
+    runs = ways(asked, session.device, with_gluon=able)
+    wanted = runs["torch"]()
+    error = max(max(map(relative_rms, run(), wanted)) for run in runs.values())
     if error > TOLERANCE[torch.bfloat16] * (2 if interpreted() else 1):
         return f"the results differ by {error:.3g}"
     seconds = timed(runs, session.args.seconds)

@@ -8,13 +8,17 @@ They have been compiled and emulated, but no card has run them: each contestant 
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
+import gpu_rivals as rivals
 import torch
 import torch.nn.functional as F
 from gpu_problem import SHAPES, TINY, Problem, Shape, fused, problem_of, timed
+from gpu_session import Session
 from torch import Tensor
 
 from synchromesh.kernels import REFERENCE, Kernels, MLPWeights
@@ -72,7 +76,8 @@ def ways() -> dict[str, Callable[..., Tensor]]:
 def results(p: Problem, kernels: Kernels) -> Results:
     """Run a layer forward and backward."""
     activation = F.silu if p.shape.gated else F.gelu
-    y = p.run(lambda: kernels.fused_mlp(p.x, p.routing.weights, p.rowmap, p.mlp, activation), backward=True)
+    run = partial(kernels.fused_mlp, p.x, p.routing.weights, p.rowmap, p.mlp, activation)
+    y = p.run(rivals.Contestant(run), backward=True)
     leaves = {"x": p.x, "weights": p.routing.weights, "up": p.mlp.up, "down": p.mlp.down, "gate": p.mlp.gate}
     grads = {f"gradient of {name}": leaf.grad for name, leaf in leaves.items() if leaf is not None}
     return {"output": y, **{name: grad for name, grad in grads.items() if grad is not None}}
@@ -87,6 +92,19 @@ def wide(p: Problem) -> Problem:
     mlp = MLPWeights(leaf(p.mlp.up), leaf(p.mlp.down), None if p.mlp.gate is None else leaf(p.mlp.gate))
     routing = dataclasses.replace(p.routing, weights=leaf(p.routing.weights))
     return dataclasses.replace(p, routing=routing, x=leaf(p.x), mlp=mlp, dy=p.dy.double())
+
+
+def gluon_part(session: Session) -> bool:
+    """Check and time the Gluon kernels in a process of its own, which is ended where it hangs or breaks its GPU."""
+    command = [sys.executable, __file__]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=max(1.0, session.left()))
+    except subprocess.TimeoutExpired as late:
+        session.write("gluon", {"left_out": f"not done after {late.timeout:.0f} s", "said": str(late.stdout or "")})
+        return False
+    session.write("gluon", {"passed": done.returncode == 0, "said": done.stdout, "error": done.stderr[-2000:]})
+    print(done.stdout)
+    return done.returncode == 0
 
 
 def main() -> int:

@@ -15,7 +15,8 @@ from gpu_rivals import LIBRARIES, Contestant
 from torch import Tensor
 
 from synchromesh.kernels import MLPWeights
-from synchromesh.kernels.gpu import TRITON
+from synchromesh.kernels.gpu import GLUON, TRITON
+from synchromesh.kernels.grouped_mm import gluon
 from synchromesh.kernels.tiles import interpreted
 from synchromesh.moe.capacity import Dropless
 from synchromesh.testing.cases import balanced, routing_of, zipf
@@ -109,6 +110,14 @@ def problem_of(shape: Shape, routing: str, device: str) -> Problem:
 def fused(p: Problem) -> Contestant:
     activation = F.silu if p.shape.gated else F.gelu
     return Contestant(lambda: TRITON.fused_mlp(p.x, p.routing.weights, p.rowmap, p.mlp, activation))
+
+
+def fused_by_gluon(p: Problem) -> Contestant:
+    """Use the Gluon kernels, whatever the measured table says of them. Raises ValueError where they do not run."""
+    if not gluon.takes(p.x, tuple(p.mlp.down.shape)):
+        raise ValueError("the Gluon kernels are for bfloat16 and float16 on sm_90")
+    activation = F.silu if p.shape.gated else F.gelu
+    return Contestant(lambda: GLUON.fused_mlp(p.x, p.routing.weights, p.rowmap, p.mlp, activation))
 
 
 def grouped(p: Problem, *, scatter: bool) -> Contestant:

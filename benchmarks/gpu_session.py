@@ -18,7 +18,7 @@ import triton
 from synchromesh.kernels.tiles import interpreted
 
 Record = dict[str, Any]
-Part = Literal["smoke", "warm", "check", "twice", "graphs", "tune", "choose", "time", "layer", "profile"]
+Part = Literal["smoke", "warm", "check", "twice", "graphs", "gluon", "tune", "choose", "time", "layer", "profile"]
 Call = Literal["prove", "tune", "table"]
 CLOCKS = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_throttle_reasons.active"
 
@@ -35,6 +35,8 @@ class Args:
         tiny: small shapes, for Triton's interpreter.
         seconds: of timing for each figure.
         minutes: after which nothing new begins; default what the call or the parts plan for.
+        gluon: the Gluon kernels take part in `choose` and `time`: after `--call prove` has found them right on such a
+            card, since none has run them yet.
         workers: processes that compile; one for each task, so that one that breaks its GPU context spoils no other.
         commit: where git does not know.
         out: default results/gpu.jsonl, or a temporary file if tiny.
@@ -49,6 +51,7 @@ class Args:
     tiny: bool = False
     seconds: float = 0.5
     minutes: float | None = None
+    gluon: bool = False
     workers: int = 16
     commit: str = ""
     out: Path | None = None

@@ -22,6 +22,7 @@ from gpu_problem import (
     Shape,
     disagreements,
     fused,
+    fused_by_gluon,
     grouped,
     memory,
     padded,
@@ -41,6 +42,7 @@ from synchromesh.testing.compare import TOLERANCE
 
 HERE = {
     "fused": fused,
+    "gluon": fused_by_gluon,
     "grouped_mm": partial(grouped, scatter=True),
     "grouped_mm unsorted": partial(grouped, scatter=False),
     "padded bmm": padded,
@@ -48,9 +50,10 @@ HERE = {
 BOUND = TOLERANCE[torch.bfloat16]
 
 
-def entries(p: Problem) -> tuple[dict[str, Contestant], dict[str, str]]:
+def entries(p: Problem, session: Session) -> tuple[dict[str, Contestant], dict[str, str]]:
     """Return who takes part, and who does not with the reason."""
-    found = {name: contestant_of(make, p) for name, make in HERE.items()} | libraries(p)
+    here = {name: make for name, make in HERE.items() if name != "gluon" or session.args.gluon}
+    found = {name: contestant_of(make, p) for name, make in here.items()} | libraries(p)
     runs = {name: one for name, one in found.items() if isinstance(one, Contestant)}
     skipped = {name: one for name, one in found.items() if isinstance(one, str)}
     if "grouped_mm" in runs:
@@ -77,7 +80,7 @@ def steps_of(p: Problem, side: int) -> dict[str, Callable[[], object]]:
 def measure(shape: Shape, routing: str, session: Session) -> Iterator[Record]:
     """Yield one record for the forward and one for forward and backward."""
     p, side = problem_of(shape, routing, session.device), 64 if session.args.tiny else 8192
-    runs, skipped = entries(p)
+    runs, skipped = entries(p, session)
     if "fused" not in runs:
         yield {"left_out": f"fused: {skipped.get('fused')}", "skipped": skipped}
         return
@@ -139,14 +142,14 @@ def time_part(session: Session) -> bool:
 
 RATIOS = ("of_dense", "over_bytes", "over_best_other", "permuting", "over_balanced")
 COLUMNS = (
-    *("T D F E K", "routing", "pass", *(f"{name}, ms" for name in ("fused", *RIVALS))),
+    *("T D F E K", "routing", "pass", *(f"{name}, ms" for name in ("fused", "gluon", *RIVALS))),
     *("TFLOP/s", *RATIOS, "saved / formula, peak MiB"),
 )
 
 
 def cells(record: Record) -> list[str]:
     """Return a line of the table; "-" for who took no part."""
-    ms = [f"{1e3 * record['seconds'][n]:.2f}" if n in record["seconds"] else "-" for n in ("fused", *RIVALS)]
+    ms = [f"{1e3 * record['seconds'][n]:.2f}" if n in record["seconds"] else "-" for n in ("fused", "gluon", *RIVALS)]
     ratios = ["-" if record[name] is None else f"{record[name]:.2f}" for name in RATIOS]
     used = record["memory"].get("fused", {"saved": 0, "peak": 0})
     saved, formula, peak = (f"{n / 2**20:.0f}" for n in (used["saved"], record["saved_formula"], used["peak"]))

@@ -71,19 +71,20 @@ def test_stages_run_in_order_and_what_one_leaves_over_goes_to_the_next(tmp_path)
     from gpu_calls import CALLS, run_stages
 
     clock, order = Clock(), []
-    seconds = {"smoke": 20.0, "warm": 100.0, "check": 250.0, "twice": 61.0, "graphs": 70.0}
-    session = session_of(tmp_path, clock, 8.5)
+    seconds = {"smoke": 20.0, "warm": 100.0, "check": 250.0, "twice": 61.0, "graphs": 70.0, "gluon": 9.0}
+    session = session_of(tmp_path, clock, 9.0)
     assert run_stages(CALLS["prove"], spending(clock, seconds, order), session)
     assert order == [
         ("smoke", 60.0),
         ("warm", 130.0),
         ("check", 210.0),
         ("twice", 20.0),
-        ("graphs", 79.0 - 70.0 + 70.0),
+        ("graphs", 49.0),
+        ("gluon", 39.0),
     ]
     told = records_of(session)
     assert [(one["stage"], one["cut"]) for one in told] == [
-        *[("smoke", False), ("warm", False), ("check", True), ("twice", True), ("graphs", False)]
+        *[("smoke", False), ("warm", False), ("check", True), ("twice", True), ("graphs", True), ("gluon", False)]
     ]
 
 
@@ -247,6 +248,18 @@ def test_experts_of_transformers_take_part_and_absent_libraries_say_so():
     assert isinstance(found["transformers"], Contestant)
     assert disagreements(p, {"grouped_mm": grouped(p, scatter=True), "other": found["transformers"]})["other"] < 0.02
     assert all("ModuleNotFoundError" in found[name] for name in ("liger", "sonicmoe") if name not in sys.modules)
+
+
+def test_kernels_that_no_card_has_run_are_tried_in_a_process_of_their_own(tmp_path, monkeypatch):
+    import gpu_gluon
+
+    session = session_of(tmp_path, Clock())
+    assert gpu_gluon.gluon_part(session)
+    assert "nothing to run here" in records_of(session)[-1]["said"]
+    (tmp_path / "hangs.py").write_text("import time; print('begun', flush=True); time.sleep(600)")
+    monkeypatch.setattr(gpu_gluon, "__file__", str(tmp_path / "hangs.py"))
+    assert not gpu_gluon.gluon_part(session.within(1.0))
+    assert "not done after 1 s" in records_of(session)[-1]["left_out"]
 
 
 def test_a_call_without_a_word_says_what_to_do(capsys):
