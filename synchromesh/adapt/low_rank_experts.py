@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from synchromesh.adapt.adaptation import Adapted
@@ -190,6 +190,8 @@ class LowRankMoE(Adapted):
         ValueError: its experts are of another kind than `MLPExperts` and `GatedMLPExperts`.
     """
 
+    takes_mask = True
+
     def __init__(
         self,
         moe: MoE,
@@ -214,8 +216,8 @@ class LowRankMoE(Adapted):
             self.moe.router = SharedColumns(self.moe.router, old.width)
         self._plain = (copy.deepcopy(old).to("meta"),)
 
-    def forward(self, x: Float[Tensor, "*T W"]) -> Float[Tensor, "*T W"]:
-        return self.moe(x)
+    def forward(self, x: Float[Tensor, "*T W"], mask: Bool[Tensor, "*T"] | None = None) -> Float[Tensor, "*T W"]:
+        return self.moe(x, mask=mask)
 
     def merged(self) -> nn.Module:
         """Return the MoE layer with the shared stream's updates; what tasks have learned is not in it."""

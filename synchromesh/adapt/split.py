@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from synchromesh.adapt.adaptation import Adapted
@@ -80,6 +80,8 @@ class SplitFeedForward(Adapted):
         ValueError: the hidden width is no multiple of the number of experts.
     """
 
+    takes_mask = True
+
     order: Tensor
 
     def __init__(self, block: FeedForwardBlock, settings: SplitFFN, name: str = "") -> None:
@@ -107,8 +109,8 @@ class SplitFeedForward(Adapted):
         self._learns_as(block)
         self.after_step()
 
-    def forward(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:
-        y = self.moe(x)
+    def forward(self, x: Float[Tensor, "*T D"], mask: Bool[Tensor, "*T"] | None = None) -> Float[Tensor, "*T D"]:
+        y = self.moe(x, mask=mask)
         return self.output_dropout(y if self.output_bias is None else y + self.output_bias.to(y.dtype))
 
     def trained(self) -> Iterable[nn.Parameter]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from synchromesh import seeds
@@ -84,6 +84,8 @@ class UpcycledFeedForward(Adapted):
         ValueError: the hidden width is no multiple of the slices.
     """
 
+    takes_mask = True
+
     def __init__(self, block: FeedForwardBlock, settings: Upcycle, name: str = "") -> None:
         super().__init__()
         number, slices, hidden = settings.num_experts, settings.slices, block.hidden
@@ -105,8 +107,8 @@ class UpcycledFeedForward(Adapted):
             _begin_as(experts, block, slices, settings.noise, generator)
             _begin_alike(router, slices, generator)
 
-    def forward(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:
-        return self.output_dropout(self.moe(x))
+    def forward(self, x: Float[Tensor, "*T D"], mask: Bool[Tensor, "*T"] | None = None) -> Float[Tensor, "*T D"]:
+        return self.output_dropout(self.moe(x, mask=mask))
 
     def merged(self) -> nn.Module:
         """Return the mean of all copies: the block itself at first; later not this function, but a start for others."""

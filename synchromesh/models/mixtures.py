@@ -173,6 +173,14 @@ def mixture(settings: ExpertsConfig, width: int, hidden: int) -> MoE:
     return MoE(router, experts, capacity=settings.capacity, losses=settings.losses)
 
 
+def takes_mask(ffn: nn.Module) -> bool:
+    """Tell whether a feed-forward routes tokens, and is to be told which ones are padding.
+
+    A mixture that stands inside of another module is told where that one has a `takes_mask` and hands the mask on.
+    """
+    return isinstance(ffn, MoE) or getattr(ffn, "takes_mask", False)
+
+
 def multiply_adds_per_token(ffn: nn.Module) -> float:
     """Return the multiplications that a token costs in a feed-forward, routers left out.
 

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from synchromesh.models.features import Backbone, Features, Place
-from synchromesh.models.mixtures import multiply_adds_per_token
-from synchromesh.moe.layer import MoE
+from synchromesh.models.mixtures import multiply_adds_per_token, takes_mask
 
 # residual branches
 
@@ -196,7 +195,7 @@ class Block(nn.Module, ABC):
         ffn = self.ffn
         if mask is not None:
             x = x.where(mask[..., None], 0)
-            ffn = partial(ffn, mask=mask) if isinstance(ffn, MoE) else ffn
+            ffn = partial(ffn, mask=mask) if takes_mask(ffn) else ffn
         first, second = self.ends()
         x = self.residual(x, self.mix, self.norm1, first)
         return self.residual(x, ffn, self.norm2, second)

@@ -6,10 +6,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from synchromesh import Adaptation, FullySharded, Grid, MoE, Sharded, parallelize, routing_options
+from synchromesh import Adaptation, FullySharded, Grid, MoE, Sharded, parallelize, record_load, routing_options
 from synchromesh.adapt.adaptation import adapt
 from synchromesh.adapt.grouping import RandomGroups
 from synchromesh.adapt.split import SplitFeedForward, SplitFFN
+from synchromesh.adapt.upcycle import Upcycle
+from synchromesh.models.swin_v2 import SwinV2Config
 from synchromesh.testing.compare import check
 from synchromesh.testing.distributed import run_ranks
 from synchromesh.types import Plan
@@ -251,3 +253,17 @@ def test_one_call_splits_a_llama_and_a_vit_of_transformers():
         merged = adaptation.merge().state_dict()
         assert all(torch.equal(merged[name], tensor) for name, tensor in state.items())
         assert not [module for module in model.modules() if isinstance(module, MoE)]
+
+
+@pytest.mark.parametrize("into", [SplitFFN(num_experts=4, k=2), Upcycle(num_experts=4, k=1)], ids=["split", "upcycled"])
+def test_padding_in_a_backbone_reaches_no_adapted_expert(into):
+    config = SwinV2Config(image_size=16, embed_dim=8, depths=(1,), num_heads=(1,), patch_size=2, window_size=4)
+    backbone = config.build()
+    adapt(backbone, "*.ffn", into)
+    mask = torch.zeros(2, 16, 16, dtype=torch.bool)
+    mask[0, :8], mask[1, :, :4] = True, True
+    with record_load(backbone) as loads:
+        backbone(torch.randn(2, 3, 16, 16), mask=mask)
+    (load,) = loads.values()
+    kept = (8 * 16 + 16 * 4) // 4  # a token for each 2 x 2 pixels
+    assert int(load.tokens_per_expert.sum()) == kept * into.k
