@@ -76,6 +76,15 @@ def test_the_table_of_matches_runs_and_knows_an_untrained_model(tmp_path):
     assert 0.02 < record["by_chance"] < 0.08 < record["untrained"] != record["found_again"]
 
 
+def test_the_benchmark_of_pretraining_compares_losses_before_it_times_steps(tmp_path):
+    out = tmp_path / "figures.jsonl"
+    done = run_program(BENCHMARKS / "pretraining.py", "--tiny", "--sizes", "tiny", "--batch", 2, "--out", out)
+    assert done.returncode == 0, done.stderr
+    (record,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert set(record["seconds"]) == {"ours", "theirs", "mixture"}
+    assert "Warning" not in done.stderr
+
+
 def test_the_experiment_with_frozen_experts_runs(tmp_path):
     out = tmp_path / "figures.jsonl"
     done = run_program(
