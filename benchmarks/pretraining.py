@@ -3,8 +3,9 @@
     python benchmarks/pretraining.py               # SwinV2-T and -B at 192 pixels, the mixture's step beside them
     python benchmarks/pretraining.py --tiny        # a look whether it runs, in seconds
 
-Both have the same weights. A step is forward, loss, backward and AdamW. Losses are compared first; where they differ no time is printed. Rounds are
-interleaved, times are medians; *theirs / ours* above 1 says that ours is faster. Nothing else should run meanwhile.
+Both have the same weights. A step is forward, loss, backward and AdamW. Losses are compared first; where they differ no
+time is printed. Rounds are interleaved, times are medians; *theirs / ours* above 1 says that ours is faster. Nothing
+else should run meanwhile.
 """
 
 from __future__ import annotations
