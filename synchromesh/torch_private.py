@@ -17,6 +17,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._compile import _disable_dynamo
 from torch._library.custom_ops import OPDEFS as CUSTOM_OPS  # by qualified name
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
@@ -35,6 +36,10 @@ INDEX_PUT, TO_COPY = torch.ops.aten._index_put_impl_.default, torch.ops.aten._to
 # What torch's clip_grad_norm_ asks of many gradients at once, and a GradScaler.
 FOREACH_NORM: Any = getattr(torch, "_foreach_norm")  # noqa: B009 - its stubs do not name them
 UNSCALE: Any = getattr(torch, "_amp_foreach_non_finite_check_and_unscale_")  # noqa: B009
+
+
+# `torch.compiler.disable`, which imports the compiler at the first call and not before: half a second.
+BREAKS_GRAPH: Any = _disable_dynamo
 
 
 def without_torch_function() -> Any:

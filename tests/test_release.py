@@ -72,7 +72,7 @@ def test_versions_agree() -> None:
 
 def test_files_for_the_forge_are_readable_and_name_what_exists() -> None:
     files = [*(ROOT / ".github").rglob("*.yml"), ROOT / ".pre-commit-config.yaml", ROOT / "CITATION.cff"]
-    assert len(files) == 7
+    assert len(files) == 8
     parsed = {path.name: yaml.safe_load(path.read_text()) for path in files}
     release = parsed["release.yml"]
     assert release["jobs"]["publish"]["permissions"] == {"id-token": "write"}  # trusted publishing, and no more

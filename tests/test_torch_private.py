@@ -1,6 +1,8 @@
 """Each private part of torch that the package leans on does what is expected of it; a new torch fails here first."""
 
 import ast
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -48,6 +50,15 @@ def test_a_checkpointed_forward_and_its_recomputation_share_a_frame_that_others_
     assert second is not None
     assert first is not second
     assert {id(frame) for frame in recomputed} == {id(first), id(second)}
+
+
+def test_a_function_that_breaks_graphs_runs_as_it_is_and_brings_no_compiler_before():
+    code = (
+        "import sys; from synchromesh.torch_private import BREAKS_GRAPH; f = BREAKS_GRAPH(lambda x: x + 1);"
+        "before = 'torch._dynamo' in sys.modules; print(before, f(1), 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "2", "True"]
 
 
 def test_hooks_of_others_are_no_checkpoint():

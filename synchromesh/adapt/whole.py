@@ -6,11 +6,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from synchromesh.moe.cut import WHOLE
 from synchromesh.moe.experts import StackedExperts
-from synchromesh.parallel.state import whole_state
 
 
 @torch.no_grad()
@@ -18,6 +16,8 @@ def whole_weights(experts: StackedExperts) -> dict[str, Tensor]:
     """Return the weights of all experts, [E F D] and [E F]; on ranks all of them call it together, and get the same."""
     if experts.cut == WHOLE:
         return {name: gathered(weight.detach()) for name, weight in experts.weights().items()}
+    from synchromesh.parallel.state import whole_state  # needs the parts of torch that only ranks need
+
     with whole_state(experts):
         state = experts.state_dict()
     return {name: _computed(state, name) for name in experts.weights()}
@@ -25,7 +25,8 @@ def whole_weights(experts: StackedExperts) -> dict[str, Tensor]:
 
 def gathered(tensor: Tensor) -> Tensor:
     """Return a tensor that FSDP2 has cut over ranks as the whole; others as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
 
 
 def _computed(state: Mapping[str, Tensor], name: str) -> Tensor:

@@ -22,7 +22,7 @@ measured (all times), as arithmetic says (fractions of the dense rate), because 
 nothing is known.
 
   synchromesh kernels                                     here, for the default shape
-  synchromesh kernels --architecture sm_90 --tokens 32768 --width 4096 --hidden 1536 --experts 128 --k 8
+  synchromesh kernels --architecture sm_90 --tokens 32768 --experts 128 --k 8
   synchromesh kernels --architecture sm_90 --json
 """
 

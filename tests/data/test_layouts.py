@@ -158,7 +158,7 @@ def test_class_folders_have_no_annotations(write) -> None:
     [
         ("none", "none does not exist"),
         ("empty", "it has nothing. Looked for: a COCO json"),
-        ("odd", r"it has a\.png, notes. Looked for"),
+        ("odd", r"it has a\.png, notes, 1 pictures without a class: give each class a folder"),
         ("a.txt", "is no json file"),
         ("b.json", "is no json file of COCO's: wanted pictures in 'images', got x"),
         ("c.json", "Expecting"),

@@ -164,7 +164,7 @@ def test_what_nothing_is_learnt_of_and_what_has_no_class_are_said(tmp_path: Path
 
 
 def test_a_class_with_one_picture_cannot_be_divided(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="class light has 1 images: too few"):
+    with pytest.raises(InputError, match="class light has 1 image, too few"):
         own_data(parquet_of(tmp_path / "x.parquet", PICTURES[:3])).load(SIZE)
 
 

@@ -47,7 +47,8 @@ def built(config: TrainConfig, classes: int) -> nn.Module:
 def test_every_recipe_is_named_as_it_is_called_and_builds_its_model(name: str) -> None:
     config = RECIPES[name]()
     assert config.name == name
-    assert any(isinstance(m, MoE) for m in built(config, 10).modules())
+    experts = any(isinstance(m, MoE) for m in built(config, 10).modules())
+    assert experts is (not name.startswith("simmim_") or name == "simmim_demo")  # whose published sizes are dense
 
 
 @pytest.mark.parametrize("file", sorted(OLD.iterdir()), ids=lambda file: file.stem)

@@ -45,7 +45,7 @@ def test_a_value_of_another_type_is_refused(tiny: TrainConfig, field: str, value
 def test_an_unknown_kind_of_model_is_refused(tiny: TrainConfig) -> None:
     data = encode(tiny)
     data["model"]["kind"] = "ResNet"
-    with pytest.raises(ValueError, match=r"the kind is 'ResNet', wanted one of \['SwinV2Config'\]"):
+    with pytest.raises(ValueError, match=r"the kind is 'ResNet', wanted one of \['SwinV2Config', "):
         CATALOG.decode(TrainConfig, data)
 
 

@@ -40,6 +40,7 @@ from synchromesh.tasks.depth import Depth
 from synchromesh.tasks.detection import Detection
 from synchromesh.tasks.disparity import Disparity
 from synchromesh.tasks.mixed_ae import MixedAE
+from synchromesh.tasks.multi_task import MultiTask
 from synchromesh.tasks.object_batch import SceneData
 from synchromesh.tasks.panoptic import Panoptic
 from synchromesh.tasks.pixels import PixelData
@@ -259,6 +260,7 @@ SHIPPED = {
         PixelData(SCENES, Preprocess(image_size=64)),
         CentrePanoptic(CentreBoxes(width=8, masks=True), SemanticFPN(width=8)),
     ),
+    "multi_task": MultiTask(PixelData(SCENES, Preprocess(image_size=64)), width=8),
     "depth": Depth(
         PixelData(
             ReaderPair(StereoPair("train", crops=4), StereoPair("test", side=100)),

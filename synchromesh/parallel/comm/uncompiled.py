@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar, cast
 
-import torch
+from synchromesh.torch_private import BREAKS_GRAPH
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -13,4 +13,4 @@ Result = TypeVar("Result")
 
 def uncompiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Let torch.compile break its graph at a function, once, and run it as it is: it waits, or reads on the host."""
-    return cast("Callable[Arguments, Result]", torch.compiler.disable(function))
+    return cast("Callable[Arguments, Result]", BREAKS_GRAPH(function))
