@@ -409,9 +409,9 @@ def main(args: Args) -> None:
     for shape in shapes:
         for dtype in args.dtypes:
             for routing in ROUTINGS:
-                records += measure(shape, getattr(torch, dtype), routing, args)
-    records = [{**about, **record} for record in records]
-    save(records, args.out)
+                found = measure(shape, getattr(torch, dtype), routing, args)
+                records += [{**about, **record} for record in found]
+                save(records, args.out)  # a run that is cut keeps what it has
     show(records)
 
 
