@@ -72,9 +72,9 @@ class _Emitting(ModuleFactory):
     def matrices(self, widths: Sequence[int], generator: torch.Generator | None) -> Matrices:
         """Return what makes the matrices of adapters after layers of these widths."""
 
+    @abstractmethod
     def parameters(self, widths: Sequence[int]) -> int:
         """Count the numbers that learn of adapters after layers of these widths, by formula."""
-        raise NotImplementedError
 
 
 @final

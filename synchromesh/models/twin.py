@@ -103,7 +103,7 @@ class Twin(nn.Module):
     def follow(self, student: nn.Module) -> None:
         """Move one step towards the student: parameters on the way, counts and biases of its routers at once."""
         weight = 1 - self.momentum.at(int(self.steps))
-        at_once = set() if self.gates is TwinGates.AVERAGED else gate_names(student)
+        at_once = frozenset() if self.gates is TwinGates.AVERAGED else gate_names(student)
         own = dict(self.copied.named_parameters())
         slow = [(own[name], new) for name, new in student.named_parameters() if name not in at_once]
         if slow and weight:
@@ -125,13 +125,13 @@ def layers_of(module: nn.Module) -> dict[str, MoE]:
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, MoE)}
 
 
-def gate_names(module: nn.Module) -> set[str]:
+def gate_names(module: nn.Module) -> frozenset[str]:
     """Return the names of the parameters of all routers."""
-    return {
+    return frozenset(
         f"{name}.router.{own}" if name else f"router.{own}"
         for name, layer in layers_of(module).items()
         for own, _ in layer.router.named_parameters()
-    }
+    )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from synchromesh.moe.layer import MoE
+from synchromesh.models.twin import gate_names
 
 
 class Gates(Enum):
@@ -59,7 +59,7 @@ class Average:
     """
 
     def __init__(self, model: nn.Module, averaging: Averaging | None) -> None:
-        left = gates_of(model) if averaging is not None and averaging.gates is Gates.COPIED else frozenset()
+        left = gate_names(model) if averaging is not None and averaging.gates is Gates.COPIED else frozenset()
         trained = {} if averaging is None else {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._averaging = averaging
         self._own = {name: parameter for name, parameter in trained.items() if name not in left}
@@ -102,13 +102,3 @@ class Average:
             parameter.copy_(self.values[name])
             self.values[name].copy_(kept)
         self._inside = inside
-
-
-def gates_of(model: nn.Module) -> frozenset[str]:
-    """Return the names of the parameters of all routers."""
-    return frozenset(
-        f"{name}.router.{own}" if name else f"router.{own}"
-        for name, module in model.named_modules()
-        if isinstance(module, MoE)
-        for own, _ in module.router.named_parameters()
-    )

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from synchromesh.models.twin import gate_names
 from synchromesh.moe.experts import Experts
 from synchromesh.moe.layer import MoE
-from synchromesh.training.average import gates_of
 from synchromesh.training.traits import traits
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, by Keller Jordan, as torch.optim.Muon has them
@@ -46,7 +46,7 @@ def hidden_matrices(model: nn.Module) -> frozenset[str]:
     Raises:
         ValueError: there are none.
     """
-    known, gates, stacked = traits(model), gates_of(model), _of_experts(model)
+    known, gates, stacked = traits(model), gate_names(model), _of_experts(model)
     inside = {name for name, trait in known.items() if trait.decays and trait.depth and name not in gates}
     shaped = {name for name, p in model.named_parameters() if p.ndim == 2 or (p.ndim == 3 and name in stacked)}
     if not inside & shaped:

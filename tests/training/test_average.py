@@ -13,11 +13,12 @@ from synchromesh import seeds
 from synchromesh.data.augment import Augment
 from synchromesh.errors import InputError, StoppedError
 from synchromesh.models.mixtures import LinearGate
+from synchromesh.models.twin import gate_names
 from synchromesh.moe.capacity import Dropless
 from synchromesh.parallel.comm.grid import Grid
 from synchromesh.recipes.catalog import CATALOG
 from synchromesh.testing.distributed import run_ranks
-from synchromesh.training.average import Average, Averaging, Gates, gates_of
+from synchromesh.training.average import Average, Averaging, Gates
 from synchromesh.training.config import Parallelism, TrainConfig
 from synchromesh.training.evaluate import EvalOptions, evaluate
 from synchromesh.training.interrupt import StopWish
@@ -72,9 +73,9 @@ def test_the_average_is_that_of_its_definition_and_gates_follow_their_rule(
 def test_all_gates_are_known(tiny: TrainConfig) -> None:
     model = build_model(tiny.task, tiny.model, {"classes": list("abcdefgh")})
     named = {name for name, _ in model.named_parameters()}
-    assert gates_of(model) == {name for name in named if ".router." in name} != set()
-    (layer,) = {name.partition(".router.")[0] for name in gates_of(model)}
-    assert {f"{layer}.{name}" for name in gates_of(model.get_submodule(layer))} == gates_of(model)
+    assert gate_names(model) == {name for name in named if ".router." in name} != set()
+    (layer,) = {name.partition(".router.")[0] for name in gate_names(model)}
+    assert {f"{layer}.{name}" for name in gate_names(model.get_submodule(layer))} == gate_names(model)
 
 
 def test_no_average_changes_nothing(tiny: TrainConfig, make_job: MakeJob) -> None:
