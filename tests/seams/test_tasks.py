@@ -105,7 +105,8 @@ TRIALS = {
     # A dense model whose feed-forwards are split into experts, which a token does not all see.
     "turned": Trial(
         ("emoe_demo", "--start.weights=None", *DENSE, "--data.shots=3", "--batch-size=6", "--eval-batch-size=200",
-         "--start.adapt.into.num-experts=4", "--start.adapt.into.k=2", "--model.init-std=0.1"),
+         "--start.adapt.into.num-experts=4", "--start.adapt.into.k=2", "--model.init-std=0.1",
+         "--model.drop-path=0"),
         "pictures", "seen", "right at unseen angles", "class", scored=397,
     ),
     "segmentation": Trial(
@@ -201,7 +202,7 @@ def test_report_and_summary_name_the_numbers_of_the_task_and_show_its_samples(do
     assert {name.partition("-")[0] for name in summary["pictures"]} == {"worst", "best"}
     for name, caption in summary["pictures"].items():
         assert (done.folder / "pictures" / name).read_bytes().startswith(b"\x89PNG")
-        assert caption in page
+        assert all(line in page for line in caption.splitlines())
     (done.folder / "report.html").unlink()
     assert cli.main(["report", str(done.folder)]) == 0
     assert (done.folder / "report.html").read_text() == page
