@@ -12,8 +12,8 @@
 token, as large as the feed-forward that they stand for: a picture costs the same multiply-adds, but for routers and,
 in PVT v2, the convolution inside of a feed-forward that experts take the place of. Widths and depths are alike, rates
 are those of the recipes and tuned for none. Digits are scikit-learn's; textures are 32 x 32 crops of scikit-image's
-brick, grass and gravel, left halves to learn from and right halves to score on; boxes are those of `detect_demo`, one to three digits on scenes
-of 64 pixels.
+brick, grass and gravel, left halves to learn from and right halves to score on; boxes are those of `detect_demo`, of
+one to three digits on scenes of 64 pixels.
 
 *speed* takes training steps (forward, cross-entropy, backward, without an optimizer) and inference of the same
 weights: interleaved rounds, medians, one thread unless told otherwise, stochastic depth off. Logits are compared first;
