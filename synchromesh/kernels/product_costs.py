@@ -65,15 +65,21 @@ class ProductCosts:
     batched: Cost
     onednn: Cost | None = None
 
-    def rows_by_onednn(self, *, rows: int, numbers: int, step: int = 1) -> int:
-        """Return how many of an expert's rows, a multiple of the step, oneDNN multiplies in less time; 0 for none."""
-        most = rows - rows % step
-        if self.onednn is None or not most:
-            return 0
-        by_onednn = self.onednn.seconds(experts=1, rows=most, numbers=numbers)
-        if most < rows:
-            by_onednn += self.alone.seconds(experts=1, rows=rows - most, numbers=numbers)
-        return most if by_onednn < self.alone.seconds(experts=1, rows=rows, numbers=numbers) else 0
+    def prefers_onednn(self, *, rows: int, rest: int, instead: int, numbers: int) -> bool:
+        """Tell whether an expert's rows by oneDNN and a rest of them by torch take less time than torch takes.
+
+        Args:
+            rows: that oneDNN multiplies, padding among them.
+            rest: that torch multiplies.
+            instead: that torch would multiply by itself.
+            numbers: of the expert's matrix.
+        """
+        if self.onednn is None or not rows:
+            return False
+        seconds = self.onednn.seconds(experts=1, rows=rows, numbers=numbers)
+        if rest:
+            seconds += self.alone.seconds(experts=1, rows=rest, numbers=numbers)
+        return seconds < self.alone.seconds(experts=1, rows=instead, numbers=numbers)
 
     def batches(self, *, rows: int, numbers: int) -> bool:
         """Tell whether one call for two experts costs no more than two calls, or hardly more than can be measured."""

@@ -42,7 +42,7 @@ def test_a_sum_over_rows_is_that_of_torch(rows, dtype, left, right):
 
 
 @pytest.mark.usefixtures("everything_by_onednn")
-def test_onednn_gets_whole_steps_of_rows(monkeypatch):
+def test_onednn_gets_whole_steps_of_rows_and_nothing_behind_the_memory(monkeypatch):
     asked = []
 
     def noted(x, weight, bias, *, gelu):
@@ -50,9 +50,21 @@ def test_onednn_gets_whole_steps_of_rows(monkeypatch):
         return torch.nn.functional.linear(x, weight, bias)
 
     monkeypatch.setattr(by, "onednn_linear", noted)
-    for rows in (STEP - 1, 3 * STEP + 1, 4 * STEP):
-        matmul(torch.randn(rows, 8), torch.randn(8, 8), torch.empty(rows, 8), None)
-    assert asked == [3 * STEP, 4 * STEP]
+    memory, b = torch.randn(10 * STEP, 8), torch.randn(8, 8)
+    for first, stop in [(0, 1), (3, 3 + 2 * STEP), (5, 5 + 2 * STEP + 1), (9 * STEP + 1, 10 * STEP)]:
+        out = torch.empty(stop - first, 8)
+        matmul(memory[first:stop], b, out, None)
+        assert_close("a b", out, memory[first:stop] @ b)
+    assert asked == [STEP, 2 * STEP, 3 * STEP]
+
+
+@pytest.mark.usefixtures("everything_by_onednn")
+def test_what_lies_behind_the_rows_does_not_matter():
+    memory = torch.randn(2 * STEP, 8)
+    memory[5:] = torch.nan
+    out, b = torch.empty(5, 8), torch.randn(8, 8)
+    matmul(memory[:5], b, out, None)
+    assert_close("a b", out, memory[:5] @ b)
 
 
 def test_other_dtypes_stay_with_torch():
@@ -63,8 +75,9 @@ def test_other_dtypes_stay_with_torch():
 
 def test_the_cheaper_library_multiplies():
     costs = ProductCosts(Cost(1.0, 1.0, 1.0), Cost(1.0, 1.0, 1.0), onednn=Cost(1.0, 4.0, 0.5))
-    assert costs.rows_by_onednn(rows=6, numbers=10) == 0  # 10 (4 + 3) against 10 (1 + 6): as much
-    assert costs.rows_by_onednn(rows=7, numbers=10) == 7
-    assert costs.rows_by_onednn(rows=11, numbers=10, step=8) == 0  # the rest is a call of torch
-    assert costs.rows_by_onednn(rows=20, numbers=10, step=8) == 16
-    assert costs.rows_by_onednn(rows=7, numbers=10, step=8) == 0
+    assert not costs.prefers_onednn(rows=6, rest=0, instead=6, numbers=10)  # 10 (4 + 3) against 10 (1 + 6): as much
+    assert costs.prefers_onednn(rows=7, rest=0, instead=7, numbers=10)
+    assert not costs.prefers_onednn(rows=8, rest=0, instead=7, numbers=10)  # a row of padding
+    assert not costs.prefers_onednn(rows=8, rest=3, instead=11, numbers=10)  # the rest is a call of torch
+    assert costs.prefers_onednn(rows=16, rest=4, instead=20, numbers=10)
+    assert not costs.prefers_onednn(rows=0, rest=7, instead=7, numbers=10)
