@@ -6,8 +6,8 @@
 All contestants compute y = Σ_k w_k gelu(x upᵀ) down without biases, from the same routing, and are first compared with
 each other, output and gradients; where they differ no time is printed. Rounds are interleaved, times are medians.
 The limit is the fastest of a loop of products into preallocated outputs, bmm (even loads only), grouped_mm and, in
-float32, a loop of oneDNN's products, on rows already sorted. Peak memory is the resident set at its highest during one run above what it was before, gradients
-included (Linux: /proc/self/clear_refs and VmHWM).
+float32, a loop of oneDNN's products, on rows already sorted. Peak memory is the resident set at its highest during one
+run above what it was before, gradients included (Linux: /proc/self/clear_refs and VmHWM).
 """
 
 from __future__ import annotations
