@@ -1,6 +1,7 @@
-"""fused_mlp with every product by Gluon kernels, for sm_90: what is saved is as in `triton.py` beside it.
+"""fused_mlp with every product by Gluon kernels, for sm_90 and sm_100: what is saved is as in `triton.py` beside it.
 
-Sums over a token's rows stay with Triton. Sums over an expert's rows, for biases, are products with one column.
+Sums over a token's rows stay with Triton; with one choice products store to tokens, and nothing is summed. Sums over an
+expert's rows, for biases, are products with one column.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from synchromesh.kernels.grouped_mm import gluon
 from synchromesh.kernels.grouped_mm.choice import Kind
 from synchromesh.kernels.launch import on_its_device
 from synchromesh.kernels.mlp import Activation, MLPWeights, Net
-from synchromesh.kernels.permute.triton import sum_rows
+from synchromesh.kernels.permute.triton import sum_rows, whole_tokens
 from synchromesh.kernels.tiles import tiles_of
 from synchromesh.types import RowMap
 
@@ -76,6 +77,12 @@ def forward(
     hidden = x.new_empty(len(pairs), net.up.shape[1])
     biases, tokens = (net.up_bias, net.gate_bias), (pairs, rows.shape[1])
     launch.opening(x, net.up, net.gate, tiles, tokens, activation, hidden=hidden, biases=biases, pre=pre)
+    if rows.shape[1] == 1:  # a pair is its token
+        y = whole_tokens(x, rows)
+        launch.product(
+            hidden, net.down, tiles, out=y, bias=net.down_bias, pairs=pairs, scale=weights, scattered=True
+        )  # fmt: skip
+        return y, pre_up, pre_gate
     out = gluon.product(hidden, net.down, ends, bias=net.down_bias, tiles=tiles)
     return sum_rows(out, rows, weights, dtype=x.dtype), pre_up, pre_gate
 
@@ -97,7 +104,7 @@ def backward(
     hidden, d_up, d_gate, partial = launch.closing_gradient(grad, net.down, weights, tiles, tokens, activation, pre)
     for d, left, right in ((into.down, hidden, grad), (into.up, d_up, x), (into.gate, d_gate, x)):
         if d is not None:
-            launch.weight_gradient(left, right, ends, out=d, tokens=tokens)
+            launch.weight_gradient(left, right, ends, out=d, tokens=tokens, turn=tiles.turn)
     _bias_gradients(into, (d_up, d_gate, grad), weights, ends, tokens)
     d_weights = torch.zeros_like(weights)
     if needs[1] and len(pairs):
@@ -105,6 +112,10 @@ def backward(
     if not needs[0]:
         return x.new_empty(0), d_weights, d_mlp
     second = None if net.gate is None else (d_gate, net.gate)
+    if rows.shape[1] == 1:
+        d_x = whole_tokens(x, rows)
+        launch.product(d_up, net.up, tiles, out=d_x, second=second, pairs=pairs, scattered=True)
+        return d_x, d_weights, d_mlp
     d_rows = launch.product(d_up, net.up, tiles, out=x.new_empty(len(pairs), x.shape[1]), second=second)
     return sum_rows(d_rows, rows, None, dtype=x.dtype), d_weights, d_mlp
 

@@ -27,7 +27,7 @@ LEVEL_SIDE = 512  # up to it a Triton layer was level with separate grouped prod
 LEAST_ROWS = 128  # of an expert: with fewer, Triton's tiles are lower than those counted here
 RIVALS = {  # elsewhere torch reads on the host
     "sm_90": {Way.TORCH: (Kind.PRODUCT, Kind.WEIGHTS), Way.GLUON: tuple(Kind)},
-    "sm_100": {Way.TORCH: (Kind.PRODUCT, Kind.WEIGHTS), Way.GLUON: (Kind.PRODUCT,)},
+    "sm_100": {Way.TORCH: (Kind.PRODUCT, Kind.WEIGHTS), Way.GLUON: tuple(Kind)},
 }
 RUN_ON_A_CARD: frozenset[Way] = frozenset()
 """Ways beside Triton's and torch's that a card has run; a measured cell admits its own."""
