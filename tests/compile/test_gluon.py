@@ -99,9 +99,9 @@ def tensors(dtype, *shapes):
 
 def closing(dtype, *, second=False, scattered=False, bias=False):
     a, w, out, b = tensors(dtype, (ROWS, HIDDEN), (EXPERTS, HIDDEN, WIDTH), (ROWS, WIDTH), (EXPERTS, WIDTH))
-    extra = {"second": (a, w)} if second else {}
+    extra: dict[str, Any] = {"second": (a, w)} if second else {}
     if scattered:
-        extra |= {"pairs": torch.zeros(ROWS, dtype=torch.int64), "scale": torch.zeros(ROWS, 1), "scattered": True}
+        extra["scatter"] = launch.Scatter(torch.zeros(ROWS, dtype=torch.int32), torch.zeros(ROWS, 1))
     launch.product(a, w, tiles(), out=out, bias=b if bias else None, **extra)
 
 
@@ -113,20 +113,21 @@ def turned(dtype):
 def opening(dtype, activation, *, gated):
     x, up, gate = tensors(dtype, (ROWS // 2, WIDTH), *[(EXPERTS, HIDDEN, WIDTH)] * 2)
     hidden, pre_up, pre_gate, *biases = tensors(dtype, *[(ROWS, HIDDEN)] * 3, *[(EXPERTS, HIDDEN)] * 2)
-    pairs = (torch.zeros(ROWS, dtype=torch.int64), 2)
+    tokens = torch.zeros(ROWS, dtype=torch.int32)
     extra = {"pre": (pre_up, pre_gate), "biases": (biases[0], biases[1] if gated else None)}
-    launch.opening(x, up, gate if gated else None, tiles(), pairs, activation, hidden=hidden, **extra)
+    launch.opening(x, up, gate if gated else None, tiles(), tokens, activation, hidden=hidden, **extra)
 
 
 def closing_backward(dtype, activation, *, gated):
     grad, down, pre_up, pre_gate = tensors(dtype, (ROWS // 2, WIDTH), (EXPERTS, HIDDEN, WIDTH), *[(ROWS, HIDDEN)] * 2)
-    pairs, pre = (torch.zeros(ROWS, dtype=torch.int64), 2), (pre_up, pre_gate if gated else None)
-    launch.closing_gradient(grad, down, torch.zeros(ROWS // 2, 2), tiles(), pairs, activation, pre)
+    by = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS, dtype=torch.int32)
+    pre = (pre_up, pre_gate if gated else None)
+    launch.closing_gradient(grad, down, torch.zeros(ROWS // 2, 2), tiles(), by, activation, pre)
 
 
 def gradient(dtype, *, gathered):
     left, right, out = tensors(dtype, (ROWS, HIDDEN), (ROWS, WIDTH), (EXPERTS, HIDDEN, WIDTH))
-    tokens = (torch.zeros(ROWS, dtype=torch.int64), 2) if gathered else None
+    tokens = torch.zeros(ROWS, dtype=torch.int32) if gathered else None
     launch.weight_gradient(left, right, torch.zeros(EXPERTS, dtype=torch.int32), out=out, tokens=tokens)
 
 

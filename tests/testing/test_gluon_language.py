@@ -125,9 +125,9 @@ def opened(monkeypatch, architecture="sm_90", **options):
         *(torch.tensor([n], dtype=torch.int32) for n in (0, 0, 70)), torch.ones(1).int(), torch.zeros(2).int(), 128
     )
     x, up = torch.randn(70, 640).bfloat16(), torch.randn(1, 264, 640).bfloat16()
-    pairs = torch.arange(70).flip(0)
+    tokens = torch.arange(70).flip(0).int()
     hidden = torch.empty(int(ends[-1]), 264, dtype=torch.bfloat16)
-    return launch.opening(x, up, None, tiles, (pairs, 1), "relu", hidden=hidden)
+    return launch.opening(x, up, None, tiles, tokens, "relu", hidden=hidden)
 
 
 def opened_every_way(monkeypatch, **options):

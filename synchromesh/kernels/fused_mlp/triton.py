@@ -70,7 +70,7 @@ def _forward(
     joint: bool, *mlp: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if gluon.is_faster(x, pairs, mlp[1]):
-        return gluon.forward(x, weights, pairs, rows, ends, activation, save, joint, *mlp)
+        return gluon.forward(x, weights, pairs, rows, ends, tokens, activation, save, joint, *mlp)
     net, x, rows, weights = _net(mlp, joint=joint), x.contiguous(), rows.contiguous(), weights.contiguous()
     pre_up, pre_gate = (x.new_empty(shape) for shape in pre_activations(pairs, mlp, save=save))
     pre = _pre(pre_up, pre_gate, joint=joint)
@@ -140,7 +140,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     x, weights, pairs, rows, ends, tokens, *kept = saved
     if gluon.is_faster(x, pairs, mlp[1]):
-        return gluon.backward(grad, [*saved[:5], *saved[-2:]], mlp, activation, joint, needs)
+        return gluon.backward(grad, saved, mlp, activation, joint, needs)
     net, pre, grad = _net(mlp, joint=joint), _pre(*kept, joint=joint), grad.contiguous()
     x, weights, rows = x.contiguous(), weights.contiguous(), rows.contiguous()
     d_mlp = wanted(mlp, needs, torch.empty_like)

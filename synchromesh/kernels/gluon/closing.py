@@ -23,13 +23,13 @@ COLS_OF_A_PART = gl.constexpr(32)
 
 @gluon.jit
 def closing_gradient(
-    grad, down, weights, pairs, pre_up, pre_gate, hidden, d_up, d_gate, partial, expert, first, stop, count,
-    turn, depth8, width8, choices, num_rows, ACTIVATION: gl.constexpr, GATED: gl.constexpr,
+    grad, down, weights, pairs, tokens, pre_up, pre_gate, hidden, d_up, d_gate, partial, expert, first, stop, count,
+    turn, depth8, width8, num_rows, ACTIVATION: gl.constexpr, GATED: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Write A s, dpre' s of up and of gate, and <dA', A> over blocks of BN columns to partial [across, R].
 
-    down: descriptor of [E, width, depth]; the token of row r is pairs[r] // choices, s its pair's weight.
+    down: descriptor of [E, width, depth]; the token of row r is tokens[r], s its pair's weight.
     depth8, width8: sizes in parts of 8, so that the compiler knows that they are multiples of it.
     """
     dtype: gl.constexpr = grad.dtype.element_ty
@@ -52,7 +52,7 @@ def closing_gradient(
             (_multiply, (ring, items, steps, results, 1, ACTIVATION, GATED, BN, STAGES)),
             (
                 load_gathered,
-                (grad, down, down, pairs, ring, items, order, depth8, choices, False, False, BM, BN, BK, STAGES, GROUP),
+                (grad, down, down, tokens, ring, items, order, depth8, False, False, BM, BN, BK, STAGES, GROUP),
             ),
         ],
         [4, 4],

@@ -18,8 +18,8 @@ from synchromesh.kernels.gluon.tmem import TILES, columns_of, multiply, sums_of_
 
 @gluon.jit
 def closing_gradient_tmem(
-    grad, down, weights, pairs, pre_up, pre_gate, hidden, d_up, d_gate, partial, expert, first, stop, count,
-    turn, depth8, width8, choices, num_rows, ACTIVATION: gl.constexpr, GATED: gl.constexpr,
+    grad, down, weights, pairs, tokens, pre_up, pre_gate, hidden, d_up, d_gate, partial, expert, first, stop, count,
+    turn, depth8, width8, num_rows, ACTIVATION: gl.constexpr, GATED: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Do what `closing.closing_gradient` does; grad is a descriptor of single rows."""
@@ -41,7 +41,7 @@ def closing_gradient_tmem(
             (_store, (accumulators, items, results, ACTIVATION, GATED, BM, BN)),
             (
                 load_gathered,
-                (grad, down, down, pairs, ring, items, order, depth8, choices, False, True, BM, BN, BK, STAGES, GROUP),
+                (grad, down, down, tokens, ring, items, order, depth8, False, True, BM, BN, BK, STAGES, GROUP),
             ),
             (multiply, (ring, accumulators, items, steps, False, True, False, False, BK, STAGES)),
         ],

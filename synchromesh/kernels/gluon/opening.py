@@ -21,14 +21,14 @@ from synchromesh.kernels.gluon.ring import arrived, barriers, halves, matrix, re
 
 @gluon.jit
 def opening_product(
-    x, up, gate, up_bias, gate_bias, pairs, pre_up, pre_gate, hidden, expert, first, stop, count, turn,
-    depth8, width8, choices, ACTIVATION: gl.constexpr, GATED: gl.constexpr, SAVE: gl.constexpr,
+    x, up, gate, up_bias, gate_bias, tokens, pre_up, pre_gate, hidden, expert, first, stop, count, turn,
+    depth8, width8, ACTIVATION: gl.constexpr, GATED: gl.constexpr, SAVE: gl.constexpr,
     UP_BIAS: gl.constexpr, GATE_BIAS: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Write act(x[token] · up[e]ᵀ), or act of gate's product times up's, to hidden[r]; if SAVE, products too.
 
-    up, gate: descriptors of [E, width, depth]; the token of row r is pairs[r] // choices.
+    up, gate: descriptors of [E, width, depth]; the token of row r is tokens[r].
     depth8, width8: sizes in parts of 8, so that the compiler knows that they are multiples of it.
     """
     dtype: gl.constexpr = x.dtype.element_ty
@@ -54,7 +54,7 @@ def opening_product(
             (_multiply, (ring, items, steps, results, 1, ACTIVATION, GATED, SAVE, UP_BIAS, GATE_BIAS, BN, STAGES)),
             (
                 load_gathered,
-                (x, up, gate, pairs, ring, items, order, depth8, choices, GATED, False, BM, BN, BK, STAGES, GROUP),
+                (x, up, gate, tokens, ring, items, order, depth8, GATED, False, BM, BN, BK, STAGES, GROUP),
             ),
         ],
         [4, 4],

@@ -19,8 +19,8 @@ COLS_OF_A_PART = gl.constexpr(32)  # that are finished at a time
 
 @gluon.jit
 def opening_product_tmem(
-    x, up, gate, up_bias, gate_bias, pairs, pre_up, pre_gate, hidden, expert, first, stop, count, turn,
-    depth8, width8, choices, ACTIVATION: gl.constexpr, GATED: gl.constexpr, SAVE: gl.constexpr,
+    x, up, gate, up_bias, gate_bias, tokens, pre_up, pre_gate, hidden, expert, first, stop, count, turn,
+    depth8, width8, ACTIVATION: gl.constexpr, GATED: gl.constexpr, SAVE: gl.constexpr,
     UP_BIAS: gl.constexpr, GATE_BIAS: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
@@ -46,7 +46,7 @@ def opening_product_tmem(
             (_store, (accumulators, items, results, ACTIVATION, GATED, SAVE, UP_BIAS, GATE_BIAS, BN)),
             (
                 load_gathered,
-                (x, up, gate, pairs, ring, items, order, depth8, choices, GATED, True, BM, BN, BK, STAGES, GROUP),
+                (x, up, gate, tokens, ring, items, order, depth8, GATED, True, BM, BN, BK, STAGES, GROUP),
             ),
             (multiply, (ring, accumulators, items, steps, False, True, GATED, False, BK, STAGES)),
         ],

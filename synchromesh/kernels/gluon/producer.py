@@ -17,11 +17,11 @@ from synchromesh.kernels.tiles import leave
 
 @gluon.jit
 def load_gathered(
-    x, up, gate, pairs, ring, items, order, depth8, choices,
+    x, up, gate, tokens, ring, items, order, depth8,
     GATED: gl.constexpr, BY_TMA: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """Be the producer of rows x[pairs[r] // choices] and of blocks of up, and of gate if GATED.
+    """Be the producer of rows x[tokens[r]] and of blocks of up, and of gate if GATED.
 
     BY_TMA: x is a descriptor of single rows, which sm_100 can gather; else it is a pointer, and threads copy.
     """
@@ -34,7 +34,7 @@ def load_gathered(
     while e >= 0:
         # The last row is repeated where a tile is not full: nobody stores what comes of it.
         row = gl.minimum(start + gl.arange(0, BM, ROWS), end - 1)
-        token = (gl.load(pairs + row) // choices).to(gl.int32)
+        token = gl.load(tokens + row)
         for k in range(order[6]):
             slot = acquired(free, step, STAGES)
             bar = ready.index(slot)

@@ -1,5 +1,5 @@
-"""Rows times the matrix of their expert, for sm_90: the closing product, with combine weights or without, and the
-gradient of rows, of two products that are added up.
+"""Rows times the matrix of their expert, for sm_90: the closing product and the gradient of rows, also of two
+products that are added up; rows are written in their order, or scaled to their tokens where each has one.
 
 One warp loads by TMA, two warpgroups multiply 64 rows of a tile each; the loads of the next tile run while the sums of
 this one are stored.
@@ -21,13 +21,13 @@ from synchromesh.kernels.gluon.ring import arrived, barriers, matrix, released, 
 
 @gluon.jit
 def grouped_product(
-    a, w, a2, w2, bias, scale, pairs, out, expert, first, stop, count, turn, depth8, width8,
-    TRANSPOSED: gl.constexpr, BIAS: gl.constexpr, SCALED: gl.constexpr, SCATTERED: gl.constexpr, SECOND: gl.constexpr,
+    a, w, a2, w2, bias, scale, tokens, out, expert, first, stop, count, turn, depth8, width8,
+    TRANSPOSED: gl.constexpr, BIAS: gl.constexpr, SCATTERED: gl.constexpr, SCALED: gl.constexpr, SECOND: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """Write (a[r] · w[e] + a2[r] · w2[e] + bias[e]) scale[pairs[r]] to out[r] for the rows of each expert.
+    """Write a[r] · w[e] + a2[r] · w2[e] + bias[e] to out[r] for the rows of each expert.
 
-    SCATTERED: to out[pairs[r]].
+    SCATTERED: to out[tokens[r]]; SCALED: times scale[tokens[r]].
     a, w, a2, w2: descriptors of [R, depth] and [E, depth, width]; TRANSPOSED: of [E, width, depth].
     depth8, width8: sizes in parts of 8, so that the compiler knows that they are multiples of it.
     """
@@ -42,11 +42,11 @@ def grouped_product(
     tiles = gl.load(count)
     ring = (rows, weights, weights, ready, free)
     order = (expert, first, stop, turn, tiles, across, steps)
-    results = (bias, scale, pairs, out, width8)
+    results = (bias, scale, tokens, out, width8)
     gl.warp_specialize(
         [
-            (_multiply, (ring, items, steps, results, 0, TRANSPOSED, BIAS, SCALED, SCATTERED, SECOND, BN, STAGES)),
-            (_multiply, (ring, items, steps, results, 1, TRANSPOSED, BIAS, SCALED, SCATTERED, SECOND, BN, STAGES)),
+            (_multiply, (ring, items, steps, results, 0, TRANSPOSED, BIAS, SCATTERED, SCALED, SECOND, BN, STAGES)),
+            (_multiply, (ring, items, steps, results, 1, TRANSPOSED, BIAS, SCATTERED, SCALED, SECOND, BN, STAGES)),
             (load_blocks, (a, w, a2, w2, ring, items, order, TRANSPOSED, SECOND, BN, BK, STAGES, GROUP)),
         ],
         [4, 1],
@@ -57,7 +57,7 @@ def grouped_product(
 @gluon.jit
 def _multiply(
     ring, items, steps, results, PART: gl.constexpr, TRANSPOSED: gl.constexpr, BIAS: gl.constexpr,
-    SCALED: gl.constexpr, SCATTERED: gl.constexpr, SECOND: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    SCATTERED: gl.constexpr, SCALED: gl.constexpr, SECOND: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     rows, weights, _gates, ready, free = ring
     if SECOND:
@@ -76,17 +76,17 @@ def _multiply(
             step += 1
         total = warpgroup_mma_wait(num_outstanding=0, deps=[total])
         released(free, step, steps > 0, STAGES)
-        finish_product(total, results, e, start + 64 * PART, end, column * BN, BIAS, SCALED, SCATTERED)
+        finish_product(total, results, e, start + 64 * PART, end, column * BN, BIAS, SCATTERED, SCALED)
         number += 1
         e, start, end, column = received(items, number)
 
 
 @gluon.jit
 def finish_product(
-    total, results, e, begin, end, col, BIAS: gl.constexpr, SCALED: gl.constexpr, SCATTERED: gl.constexpr
+    total, results, e, begin, end, col, BIAS: gl.constexpr, SCATTERED: gl.constexpr, SCALED: gl.constexpr
 ):  # fmt: skip
-    """Add the bias to sums [rows, cols], multiply by the weights of the rows' pairs, and write."""
-    bias, scale, pairs, out, width8 = results
+    """Add the bias to sums [rows, cols], multiply by the scale of the rows' tokens, and write."""
+    bias, scale, tokens, out, width8 = results
     SUMS: gl.constexpr = own_layout(total)
     width = width8 * 8
     if BIAS:
@@ -94,6 +94,6 @@ def finish_product(
         total += gl.load(bias + e * width + cols, mask=cols < width, other=0.0).to(gl.float32)[None, :]
     if SCALED:
         row = begin + gl.arange(0, total.shape[0], gl.SliceLayout(1, SUMS))
-        pair = gl.load(pairs + row, mask=row < end, other=0)
-        total *= gl.load(scale + pair).to(gl.float32)[:, None]
-    store(out, total, begin, end, col, width, pairs, SCATTERED)
+        token = gl.load(tokens + row, mask=row < end, other=0)
+        total *= gl.load(scale + token).to(gl.float32)[:, None]
+    store(out, total, begin, end, col, width, tokens, SCATTERED)

@@ -19,8 +19,8 @@ COLS_OF_A_PART = gl.constexpr(64)  # that are stored at a time
 
 @gluon.jit
 def grouped_product_tmem(
-    a, w, a2, w2, bias, scale, pairs, out, expert, first, stop, count, turn, depth8, width8,
-    TRANSPOSED: gl.constexpr, BIAS: gl.constexpr, SCALED: gl.constexpr, SCATTERED: gl.constexpr, SECOND: gl.constexpr,
+    a, w, a2, w2, bias, scale, tokens, out, expert, first, stop, count, turn, depth8, width8,
+    TRANSPOSED: gl.constexpr, BIAS: gl.constexpr, SCATTERED: gl.constexpr, SCALED: gl.constexpr, SECOND: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Do what `product.grouped_product` does."""
@@ -39,10 +39,10 @@ def grouped_product_tmem(
     tiles = gl.load(count)
     ring = (rows, weights, weights, ready, free)
     order = (expert, first, stop, turn, tiles, across, steps)
-    results = (bias, scale, pairs, out, width8)
+    results = (bias, scale, tokens, out, width8)
     gl.warp_specialize(
         [
-            (_store, (accumulators, items, results, BIAS, SCALED, SCATTERED, BN)),
+            (_store, (accumulators, items, results, BIAS, SCATTERED, SCALED, BN)),
             (load_blocks, (a, w, a2, w2, ring, items, order, TRANSPOSED, SECOND, BN, BK, STAGES, GROUP)),
             (multiply, (ring, accumulators, items, products, False, TRANSPOSED, False, False, BK, STAGES)),
         ],
@@ -53,7 +53,7 @@ def grouped_product_tmem(
 
 @gluon.jit
 def _store(
-    accumulators, items, results, BIAS: gl.constexpr, SCALED: gl.constexpr, SCATTERED: gl.constexpr, BN: gl.constexpr
+    accumulators, items, results, BIAS: gl.constexpr, SCATTERED: gl.constexpr, SCALED: gl.constexpr, BN: gl.constexpr
 ):  # fmt: skip
     sums, _gate_sums, summed, stored = accumulators
     number = 0
@@ -63,7 +63,7 @@ def _store(
         for part in range(BN // COLS_OF_A_PART):
             total = columns_of(sums, tile, part, COLS_OF_A_PART)
             col = column * BN + part * COLS_OF_A_PART
-            finish_product(total, results, e, start, end, col, BIAS, SCALED, SCATTERED)
+            finish_product(total, results, e, start, end, col, BIAS, SCATTERED, SCALED)
         mbarrier.arrive(stored.index(tile), count=1)
         number += 1
         e, start, end, column = received(items, number)

@@ -27,14 +27,14 @@ from synchromesh.kernels.tiles import leave
 
 @gluon.jit
 def weight_product(
-    left, right, left_at, right_at, pairs, ends, turn, out, out_e8, experts, high8, wide8, choices,
+    left, right, left_at, right_at, tokens, ends, turn, out, out_e8, experts, high8, wide8,
     GATHER: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):  # fmt: skip
     """Write the sum over an expert's rows of left[r]ᵀ · right[r] to out[e], [high, wide]; zero where it has none.
 
     left, right: descriptors of [R, high] and [R, wide], left_at and right_at where these begin. GATHER: right is of
-    tokens, that of row r is pairs[r] // choices.
+    tokens, that of row r is tokens[r].
     out_e8, high8, wide8: a step of out and sizes in parts of 8, so that the compiler knows that they are multiples.
     """
     dtype: gl.constexpr = left.dtype
@@ -57,7 +57,7 @@ def weight_product(
             (_multiply, (ring, items, order, out, out_e8, 1, BM, BN, BK, STAGES)),
             (
                 _load,
-                (left, right, left_at, right_at, pairs, choices, ring, items, order, GATHER, BM, BN, BK, STAGES, GROUP),
+                (left, right, left_at, right_at, tokens, ring, items, order, GATHER, BM, BN, BK, STAGES, GROUP),
             ),
         ],
         [4, 4],
@@ -67,7 +67,7 @@ def weight_product(
 
 @gluon.jit
 def _load(
-    left, right, left_at, right_at, pairs, choices, ring, items, order, GATHER: gl.constexpr,
+    left, right, left_at, right_at, tokens, ring, items, order, GATHER: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     lefts, rights, ready, free = ring
@@ -85,7 +85,7 @@ def _load(
             own = row < end
             source = row
             if GATHER:
-                source = (gl.load(pairs + row, mask=own, other=0) // choices).to(gl.int32)
+                source = gl.load(tokens + row, mask=own, other=0)
             if done + BK <= end:
                 if GATHER:
                     mbarrier.expect(bar, 2 * left.block_type.nbytes)

@@ -23,7 +23,7 @@ COLS_OF_A_PART = gl.constexpr(64)  # that are stored at a time
 
 @gluon.jit
 def weight_product_tmem(
-    left, right, left_rows, right_rows, pairs, ends, turn, out, out_e8, experts, high8, wide8, choices,
+    left, right, left_rows, right_rows, tokens, ends, turn, out, out_e8, experts, high8, wide8,
     GATHER: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def weight_product_tmem(
     across = (wide + BN - 1) // BN
     ring = (lefts, rights, rights, ready, free)
     order = (ends, turn, experts, down, across, high, wide)
-    sources = (left, right, left_rows, right_rows, pairs, choices)
+    sources = (left, right, left_rows, right_rows, tokens)
     gl.warp_specialize(
         [
             (_store, (accumulators, items, out, out_e8, across, high, wide, BM, BN)),
@@ -58,7 +58,7 @@ def _load(
     sources, ring, items, order, GATHER: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    left, right, left_rows, right_rows, pairs, choices = sources
+    left, right, left_rows, right_rows, tokens = sources
     lefts, rights, _gates, ready, free = ring
     _ends, turn, _experts, _down, across, _high, _wide = order
     step = 0
@@ -72,20 +72,19 @@ def _load(
             mbarrier.expect(bar, BK * (left_rows.block_type.nbytes + right_rows.block_type.nbytes))
             row = done + gl.arange(0, BK, row_numbers_layout(True))
             own = row < end
-            source = row
-            if GATHER:
-                source = (gl.load(pairs + row, mask=own, other=0) // choices).to(gl.int32)
+            single = gl.where(own, row, -1)
             whole = done + BK <= end
             if whole:
                 tma.async_copy_global_to_shared(left, [done, tile * BM], bar, lefts.index(slot))
             else:
-                tma.async_gather(left_rows, gl.where(own, row, -1), tile * BM, bar, lefts.index(slot))
+                tma.async_gather(left_rows, single, tile * BM, bar, lefts.index(slot))
             if GATHER:
-                tma.async_gather(right_rows, gl.where(own, source, -1), column * BN, bar, rights.index(slot))
+                token = gl.load(tokens + row, mask=own, other=-1)
+                tma.async_gather(right_rows, token, column * BN, bar, rights.index(slot))
             elif whole:
                 tma.async_copy_global_to_shared(right, [done, column * BN], bar, rights.index(slot))
             else:
-                tma.async_gather(right_rows, gl.where(own, row, -1), column * BN, bar, rights.index(slot))
+                tma.async_gather(right_rows, single, column * BN, bar, rights.index(slot))
             step += 1
         number += 1
         e, start, end, block = next_matrix_block(items, number, order, GROUP)

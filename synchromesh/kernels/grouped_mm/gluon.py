@@ -86,20 +86,17 @@ def rows_gradient(grad: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return d_rows.masked_fill_(tail[:, None], 0)
 
 
-def weight_gradient(
-    left: Tensor, right: Tensor, ends: Tensor, *, like: Tensor, tokens: tuple[Tensor, int] | None = None
-) -> Tensor:
+def weight_gradient(left: Tensor, right: Tensor, ends: Tensor, *, like: Tensor) -> Tensor:
     """Return the sum over an expert's rows of left[r]ᵀ · right[r], laid out as `like` [E, M, N] is.
 
     Args:
         left: [R, M], contiguous.
-        right: [R, N], contiguous; [T, N] with tokens.
+        right: [R, N], contiguous.
         ends: int32 [E], running sum of the rows of each expert.
         like: [E, M, N]; only its layout is read.
-        tokens: pairs [R] and K, where right holds tokens: that of row r is right[pairs[r] // K].
     """
     out = torch.empty_like(like)
-    return _launch().weight_gradient(_aligned(left), _aligned(right), ends, out=out, tokens=tokens)
+    return _launch().weight_gradient(_aligned(left), _aligned(right), ends, out=out)
 
 
 @on_its_device
