@@ -86,6 +86,11 @@ def handed_on_at_once(items, number, e, start, end, place):
 
 
 @gluon.jit
+def never_committed(barrier):
+    pass
+
+
+@gluon.jit
 def one_more_outstanding(num_outstanding, deps):
     return warpgroup_mma_wait(num_outstanding=num_outstanding + 1, deps=deps)
 
@@ -107,6 +112,7 @@ SUMS_MISTAKES = [
     ("acquired", acquired_at_once, "overwritten|arrivals|are read before"),
     ("arrived", arrived_at_once, "has not arrived|are read before|nobody has written"),
     ("barriers", barriers_of_one_more, "deadlock"),
+    ("tcgen05_commit", never_committed, "deadlock"),
 ]
 ITEM_MISTAKES = [
     ("received", received_at_once, "nobody has written"),
@@ -114,20 +120,42 @@ ITEM_MISTAKES = [
 ]
 
 
-def opened(monkeypatch, architecture="sm_90", **options):
-    """Run the opening product of 70 rows, 10 steps deep and two tiles wide: its ring goes round five times."""
+def emulate(monkeypatch, architecture, **options):
+    """Let launchers run kernels of an architecture in the emulator, by one program."""
     monkeypatch.setattr(launch, "architecture_of", lambda device: architecture)
     monkeypatch.setattr(
         launch, "started", lambda kernel, programs, **given: run_kernel(kernel, given, programs=1, **options)
     )
-    ends = torch.tensor([70], dtype=torch.int32)
-    tiles = launch.Tiles(
-        *(torch.tensor([n], dtype=torch.int32) for n in (0, 0, 70)), torch.ones(1).int(), torch.zeros(2).int(), 128
-    )
+
+
+def tiles_of_one():
+    parts = (torch.tensor([n], dtype=torch.int32) for n in (0, 0, 70))
+    return launch.Tiles(*parts, torch.ones(1).int(), torch.zeros(2).int(), 128)
+
+
+def opened(monkeypatch, architecture="sm_90", **options):
+    """Run the opening product of 70 rows, 10 steps deep and two tiles wide: its ring goes round five times."""
+    emulate(monkeypatch, architecture, **options)
     x, up = torch.randn(70, 640).bfloat16(), torch.randn(1, 264, 640).bfloat16()
-    tokens = torch.arange(70).flip(0).int()
-    hidden = torch.empty(int(ends[-1]), 264, dtype=torch.bfloat16)
-    return launch.opening(x, up, None, tiles, tokens, "relu", hidden=hidden)
+    hidden = torch.empty(70, 264, dtype=torch.bfloat16)
+    return launch.opening(x, up, None, tiles_of_one(), torch.arange(70).flip(0).int(), "relu", hidden=hidden)
+
+
+def multiplied():
+    a, w = torch.randn(70, 640).bfloat16(), torch.randn(1, 640, 264).bfloat16()
+    return launch.product(a, w, tiles_of_one(), out=torch.empty(70, 264).bfloat16())
+
+
+def closed_backward():
+    grad, down, pre = torch.randn(70, 640).bfloat16(), torch.randn(1, 264, 640).bfloat16(), torch.randn(70, 264)
+    by = torch.arange(70), torch.arange(70).int()
+    return launch.closing_gradient(grad, down, torch.ones(70, 1), tiles_of_one(), by, "relu", (pre.bfloat16(), None))
+
+
+def gradient_of_matrices():
+    left, right = torch.randn(610, 264).bfloat16(), torch.randn(610, 264).bfloat16()
+    ends = torch.tensor([600], dtype=torch.int32)
+    return launch.weight_gradient(left, right, ends, out=torch.empty(1, 264, 264).bfloat16())
 
 
 def opened_every_way(monkeypatch, **options):
@@ -148,6 +176,18 @@ def test_a_mistake_in_the_protocol_is_seen(monkeypatch, name, mistake, said):
 def test_a_mistake_with_sums_in_tensor_memory_is_seen(monkeypatch, name, mistake, said):
     with pytest.raises(ProtocolError, match=said):
         opened_every_way(monkeypatch, architecture="sm_100", replaced={name: mistake})
+
+
+@pytest.mark.parametrize("run", [multiplied, closed_backward, gradient_of_matrices])
+@named(("name", "mistake", "said"), SUMS_MISTAKES)
+def test_a_mistake_in_any_kernel_with_tensor_memory_is_seen(monkeypatch, run, name, mistake, said):
+    def run_every_way(**options):
+        for seed, haste in ((0, 0.0), (1, 0.05), (2, 0.5)):
+            emulate(monkeypatch, "sm_100", seed=seed, haste=haste, **options)
+            run()
+
+    with pytest.raises(ProtocolError, match=said):
+        run_every_way(replaced={name: mistake})
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])

@@ -175,9 +175,9 @@ def favoured(
     if not rivals:
         return Favoured(Way.TRITON, OnlyWay(_why_none(shape, architecture)))
     if architecture != COUNTED:
-        return Favoured(
-            Way.TRITON, Unmeasured(f"the arithmetic is for {COUNTED}, and no run on {architecture} is known")
-        )
+        others = " or ".join(way.value for way in rivals)
+        why = f"the arithmetic is for {COUNTED}, and no run of {others} on {architecture} is known"
+        return Favoured(Way.TRITON, Unmeasured(why))
     fractions = {way: predicted(shape, way) for way in (Way.TRITON, *rivals)}
     held_back = tuple(way for way in rivals if way != Way.TORCH and way not in RUN_ON_A_CARD)
     best = Way.TRITON
