@@ -104,19 +104,18 @@ class Recorder:
         constants: dict[str, Any] = {}
         divisible: list[int] = []
         for index, name in enumerate(kernel.arg_names):
-            value: Any = values[name]
-            declared = kernel.params[index]
+            value, declared = values[name], kernel.params[index]
             if declared.is_constexpr or (isinstance(value, int) and value == 1 and not declared.do_not_specialize):
                 signature[name], constants[name] = "constexpr", value
             elif isinstance(value, Tensor):
                 signature[name] = f"*{NAMES[value.dtype]}"
                 divisible.append(index)
-            elif hasattr(value, "block_shape"):  # what TMA reads by
-                block = f"{NAMES[value.base.dtype]}{list(value.block_shape)}"
-                signature[name] = f"tensordesc<{block},{value.layout!r}>"
-            else:
+            elif isinstance(value, int):
                 signature[name] = "i32"
                 divisible += [index] * (value % 16 == 0 and not declared.do_not_specialize)
+            else:  # a descriptor that TMA reads by
+                block = f"{NAMES[value.base.dtype]}{list(value.block_shape)}"
+                signature[name] = f"tensordesc<{block},{value.layout!r}>"
         found = tuple(signature.items()), tuple(constants.items())
         self.launches.append(Launch(kernel.__name__, *found, tuple(divisible), tuple(options.items())))
         self._kernels[kernel.__name__] = kernel
