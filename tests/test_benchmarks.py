@@ -259,9 +259,11 @@ def test_the_benchmark_of_a_long_list_reads_it_all_in_bounded_memory(tmp_path):
 @pytest.mark.parametrize(
     ("what", "rows"),
     [
-        ("emoe", 3),
-        ("sparse", 6),
+        ("emoe", 5),
+        ("simmim", 6),
+        ("experts", 4),
         ("products", 10),
+        pytest.param("sparse", 6, marks=pytest.mark.exhaustive),
         pytest.param("upcycle", 4, marks=pytest.mark.exhaustive),
         pytest.param("bytes", 5, marks=pytest.mark.exhaustive),
     ],
@@ -274,6 +276,20 @@ def test_the_demonstrations_of_adapted_models_run(what, rows, tmp_path):
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(records) == rows
     assert {(record["what"], record["seed"]) for record in records} == {(what, 0)}
+
+
+def test_an_arm_alone_gives_the_numbers_that_it_gives_among_others_and_a_wrong_one_is_named(tmp_path):
+    found = []
+    for number, arms in enumerate((["dense", "4 experts, 75 % zeros, k = 4"], ["4 experts, 75 % zeros, k = 4"])):
+        out = tmp_path / f"{number}.jsonl"
+        done = run_program(BENCHMARKS / "adapt.py", "experts", "--tiny", "--seeds=1", "--out", out, "--arms", *arms)
+        assert done.returncode == 0, done.stderr
+        found.append([json.loads(line) for line in out.read_text().splitlines()])
+    dense, last = found[0]
+    assert dense["numbers"] == dense["products"] == last["numbers"] == last["products"]
+    assert [last[name] for name in ("seen", "unseen")] == [found[1][0][name] for name in ("seen", "unseen")]
+    wrong = run_program(BENCHMARKS / "adapt.py", "experts", "--tiny", "--seeds=1", "--out", out, "--arms", "sparse")
+    assert "experts has no arm sparse: wanted some of ['dense', '4 experts" in wrong.stderr
 
 
 def test_the_gluon_contestants_have_a_reference_and_say_where_they_cannot_run(monkeypatch):
