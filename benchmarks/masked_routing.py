@@ -156,8 +156,9 @@ def measured(where: Where, places: int, seed: int, args: Args) -> Iterator[Recor
     lines = [{**about, "step": 0, "layers": looked_at(model, batch)}]
 
     def tell(event: Event) -> None:
-        if event.kind == "step" and (event.step % args.every == 0 or event.step == event.total):
-            lines.append({**about, "step": event.step, "layers": looked_at(model, batch)})
+        step = event.step + 1  # that is told before it is counted
+        if event.kind == "step" and (step % args.every == 0 or step == event.total):
+            lines.append({**about, "step": step, "layers": looked_at(model, batch)})
 
     with tempfile.TemporaryDirectory() as folder:
         found = fit(Job(config, model, splits, Path(folder), {}, StopWish(), tell)).evaluation.scores.numbers

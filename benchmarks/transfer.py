@@ -44,7 +44,9 @@ from synchromesh.models.swin_v2_moe import DEMO
 from synchromesh.models.twin import Momentum
 from synchromesh.recipes.catalog import CATALOG
 from synchromesh.recipes.croco_demo import VIT, vit_experts
+from synchromesh.recipes.demo import PREPROCESS as DIGITS_SIZE
 from synchromesh.recipes.demo import demo, experts
+from synchromesh.recipes.detect_demo import PREPROCESS as SCENES_SIZE
 from synchromesh.recipes.detect_demo import detect_demo
 from synchromesh.recipes.segment_demo import segment_demo
 from synchromesh.tasks.classification import Classification
@@ -65,7 +67,6 @@ Pictures = Literal["digits", "photographs"]
 
 OF_VIT = ("scratch_vit", "mixed_ae", "croco")
 SCORES = {"classify": "test_accuracy", "detect": "test_AP", "segment": "test_mIoU"}
-GREY = {"channels": 1, "mean": (0.45,), "std": (0.25,)}
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Place:
     """Where a backbone works: the size of its pictures, and how much is learnt from them.
 
     Attributes:
-        side: of a picture, pixels.
+        size: of a picture, and how it is normalised: by the pretext as when it is tuned.
         window: of SwinV2's attention.
         cell: that SimMIM hides.
         crops: of an epoch of a pretext.
@@ -81,7 +82,7 @@ class Place:
         fine_epochs: of tuning.
     """
 
-    side: int
+    size: Preprocess
     window: int
     cell: int
     crops: int
@@ -89,8 +90,8 @@ class Place:
     fine_epochs: int
 
 
-DIGITS = Place(side=32, window=8, cell=8, crops=2048, pre_epochs=6, fine_epochs=50)
-SCENES = Place(side=96, window=6, cell=16, crops=512, pre_epochs=6, fine_epochs=24)
+DIGITS = Place(DIGITS_SIZE, window=8, cell=8, crops=2048, pre_epochs=6, fine_epochs=50)
+SCENES = Place(SCENES_SIZE, window=6, cell=16, crops=512, pre_epochs=6, fine_epochs=24)
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class Row:
     def pretext_run(self, args: Args) -> Path:
         """Return the folder of its pretext, which tasks of one place share."""
         place = args.place(self.task)
-        learnt = f"{place.side}-{self.pictures(args)}-{place.crops}-{place.pre_epochs}"
+        learnt = f"{place.size.image_size}-{self.pictures(args)}-{place.crops}-{place.pre_epochs}"
         return args.work / "pretexts" / f"{self.arm}-{self.model}-{self.seed}-{learnt}"
 
     def pictures(self, args: Args) -> Pictures:
@@ -222,8 +223,7 @@ def pretext(row: Row, args: Args) -> TrainConfig:
     task = config.task
     assert isinstance(task, SimMIM | ViewTwins | MixedAE | CroCo)
     count = place.crops // task.group if isinstance(task, MixedAE) else place.crops
-    sized = Preprocess(image_size=place.side, **GREY)
-    data = dataclasses.replace(task.data, preprocess=sized, train=count, test=8 if args.tiny else 64)
+    data = dataclasses.replace(task.data, preprocess=place.size, train=count, test=8 if args.tiny else 64)
     own: Record = {"data": data}
     if isinstance(task, SimMIM):
         own["cell"] = place.cell

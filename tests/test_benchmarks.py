@@ -115,6 +115,7 @@ def test_loads_of_hidden_and_visible_tokens_are_watched_while_experts_learn(tmp_
         assert layer["gap"] == pytest.approx(
             sum(abs(a - b) for a, b in zip(layer["hidden"], layer["visible"], strict=True)) / 2, abs=1e-4
         )
+    assert [one["step"] for one in records] == [0, 1] * len(models)
     first = [one["layers"] for one in records if one["step"] == 0]
     assert first[0] == first[1]  # a code of places is zero before it learns
     drawn = ElementTree.parse(picture).getroot()

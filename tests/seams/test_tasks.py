@@ -203,6 +203,7 @@ def test_report_and_summary_name_the_numbers_of_the_task_and_show_its_samples(do
     said = re.sub(r"<(script|style).*?</\1>", "", page, flags=re.DOTALL).lower()
     assert "accuracy" not in said or done.trial.headline == "mIoU"
     assert done.trial.title.lower() in said
+    assert ("spread of cells" in said) == ("pixpro_demo" in done.trial.options)
     assert {name.partition("-")[0] for name in summary["pictures"]} == {"worst", "best"}
     for name, caption in summary["pictures"].items():
         assert (done.folder / "pictures" / name).read_bytes().startswith(b"\x89PNG")
