@@ -96,11 +96,13 @@ def recipe(where: Where, places: int, seed: int, args: Args) -> TrainConfig:
     task, swin = config.task, config.model
     assert isinstance(task, SimMIM)
     assert isinstance(swin, SwinV2Config)
-    assert swin.experts is not None
-    assert isinstance(swin.experts.router, LinearGate)
-    gate = dataclasses.replace(swin.experts.router, places=places)
-    swin = dataclasses.replace(swin, **(TINY if args.tiny else {}))
-    swin = dataclasses.replace(swin, experts=dataclasses.replace(swin.experts, blocks=BLOCKS[where], router=gate))
+    experts = swin.experts
+    assert experts is not None
+    assert isinstance(experts.router, LinearGate)
+    experts = dataclasses.replace(
+        experts, blocks=BLOCKS[where], router=dataclasses.replace(experts.router, places=places)
+    )
+    swin = dataclasses.replace(swin, experts=experts, **(TINY if args.tiny else {}))
     crops = 64 if args.tiny else task.data.train
     task = dataclasses.replace(task, data=dataclasses.replace(task.data, train=crops, test=args.watched))
     optim = dataclasses.replace(config.optim, warmup_epochs=min(config.optim.warmup_epochs, args.epochs / 3))
