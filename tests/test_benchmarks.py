@@ -80,7 +80,7 @@ def test_the_table_of_matches_runs_and_knows_an_untrained_model(tmp_path):
 def test_pretexts_are_compared_with_scratch_and_what_is_there_is_not_done_again(tmp_path):
     out, tasks = tmp_path / "figures.jsonl", ("classify", "detect")
     command = [BENCHMARKS / "transfer.py", "--tiny", "--seeds", 0, "--models", "moe", "--tasks", *tasks, "--arms"]
-    command += ["scratch", "cotap", "mixed_ae", "--out", out, "--work", tmp_path / "work"]
+    command += ["scratch", "cotap", "mixed_ae", "--pictures", "digits", "--out", out, "--work", tmp_path / "work"]
     done = run_program(*command)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in out.read_text().splitlines()]
