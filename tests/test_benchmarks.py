@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import tyro
@@ -74,6 +75,49 @@ def test_the_table_of_matches_runs_and_knows_an_untrained_model(tmp_path):
     assert record["pair"] == "motorcycle"
     assert 0.4 < record["by_raw_pixels"] < 0.7  # both pictures are of one scene in one light
     assert 0.02 < record["by_chance"] < 0.08 < record["untrained"] != record["found_again"]
+
+
+def test_pretexts_are_compared_with_scratch_and_what_is_there_is_not_done_again(tmp_path):
+    out, tasks = tmp_path / "figures.jsonl", ("classify", "detect")
+    command = [BENCHMARKS / "transfer.py", "--tiny", "--seeds", 0, "--models", "moe", "--tasks", *tasks, "--arms"]
+    command += ["scratch", "cotap", "mixed_ae", "--pictures", "digits", "--out", out, "--work", tmp_path / "work"]
+    done = run_program(*command)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    names = [(record["task"], record["arm"]) for record in records]
+    digits, scenes = [("classify", arm) for arm in ("scratch", "cotap", "mixed_ae")], ["scratch", "cotap"]
+    assert names == [*digits, *(("detect", arm) for arm in scenes)]  # MixedAE wants a ViT, and has no heads for scenes
+    assert all(0 <= record["score"] <= 1 for record in records)
+    assert all(("pretext_seconds" in record) == (not record["arm"].startswith("scratch")) for record in records)
+    assert not list((tmp_path / "work" / "pretexts").glob("*"))
+    again = run_program(*command)
+    assert "minus scratch" in again.stdout
+    assert len(out.read_text().splitlines()) == len(records)
+
+
+def test_loads_of_hidden_and_visible_tokens_are_watched_while_experts_learn(tmp_path):
+    out, picture = tmp_path / "figures.jsonl", tmp_path / "gaps.svg"
+    size = ("--tiny", "--seeds", 0, "--where", "early")
+    done = run_program(BENCHMARKS / "masked_routing.py", *size, "--out", out, "--picture", picture)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    models = [("early", 0), ("early", 4)]
+    assert [(one["where"], one["places"]) for one in records if one["step"] == 0] == models
+    assert [sorted(one["layers"]) for one in records if one.get("last")][:1] == [
+        ["stage 1, block 1", "stage 1, block 2"]
+    ]
+    for layer in (layer for one in records for layer in one["layers"].values()):
+        assert layer["gap"] == pytest.approx(
+            sum(abs(a - b) for a, b in zip(layer["hidden"], layer["visible"], strict=True)) / 2, abs=1e-4
+        )
+    assert [one["step"] for one in records] == [0, 1] * len(models)
+    first = [one["layers"] for one in records if one["step"] == 0]
+    assert first[0] == first[1]  # a code of places is zero before it learns
+    drawn = ElementTree.parse(picture).getroot()
+    assert drawn.tag.endswith("svg")
+    assert len(drawn.findall("{*}svg")) == len(models)
+    again = run_program(BENCHMARKS / "masked_routing.py", *size, "--out", out, "--picture", picture)
+    assert len(out.read_text().splitlines()) == len(records), again.stderr
 
 
 def test_the_benchmark_of_pretraining_compares_losses_before_it_times_steps(tmp_path):

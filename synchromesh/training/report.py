@@ -116,7 +116,7 @@ def _tiles(task: Task, summary: dict[str, Any]) -> Element:
 
 
 def _curves(series: Sequence[figures.Series], task: Task) -> list[Element | None]:
-    drawn = [figures.number_figure(series, number) for number in task.numbers]
+    drawn = [figures.number_figure(series, number) for number in (*task.numbers, *task.watched)]
     if "loss" not in {number.name for number in task.numbers}:
         drawn.append(figures.training_loss_figure(series))
     return [*drawn, figures.rate_figure(series), figures.throughput_figure(series, task.unit)]

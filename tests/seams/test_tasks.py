@@ -190,6 +190,17 @@ def test_a_run_killed_by_kill_9_goes_on_bit_for_bit(done: Done, tmp_path: Path, 
     assert weights(tmp_path / "cut") == weights(done.folder)
 
 
+def test_a_run_whose_cells_become_alike_ends_with_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alike = ["--siamese.limits.spread=0.999", "--siamese.limits.steps=2"]  # more than features of images ever have
+    command = ["train", *TRIALS["pixpro"].options, *alike, "--nproc=1", f"--run={tmp_path / 'run'}"]
+    assert cli.main(command) == 3
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"spread is 0\.\d+, and was below 0\.999 for 2 steps", said), said
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
 def test_report_and_summary_name_the_numbers_of_the_task_and_show_its_samples(done: Done) -> None:
     summary = json.loads((done.folder / "summary.json").read_text())
     assert isinstance(summary[f"test_{done.trial.headline}"], float)
@@ -199,6 +210,7 @@ def test_report_and_summary_name_the_numbers_of_the_task_and_show_its_samples(do
     said = re.sub(r"<(script|style).*?</\1>", "", page, flags=re.DOTALL).lower()
     assert "accuracy" not in said or done.trial.headline == "mIoU"
     assert done.trial.title.lower() in said
+    assert ("spread of cells" in said) == ("pixpro_demo" in done.trial.options)
     assert {name.partition("-")[0] for name in summary["pictures"]} == {"worst", "best"}
     for name, caption in summary["pictures"].items():
         assert (done.folder / "pictures" / name).read_bytes().startswith(b"\x89PNG")
