@@ -15,18 +15,29 @@ from torch import Tensor, nn
 from synchromesh.kernels.product_costs import cpu_model
 from synchromesh.torch_private import onednn_has_bfloat16, onednn_linear
 
+DTYPES = (torch.float32, torch.bfloat16)
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def multiplies(*tensors: Tensor | None, dtype: torch.dtype) -> bool:
-    """Tell whether oneDNN multiplies such tensors in a dtype: those of a CPU that are not empty, nor of a subclass."""
-    if torch.compiler.is_compiling() or dtype not in (torch.float32, torch.bfloat16):
-        return False
-    if dtype == torch.bfloat16 and not onednn_has_bfloat16():
-        return False
+def multiplies(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> bool:
+    """Tell whether oneDNN multiplies such tensors: those of a CPU that are not empty, nor of a subclass.
+
+    Args:
+        tensors: of float32 or bfloat16.
+        dtype: that they are converted to before; None for that of the first.
+    """
     there = [tensor for tensor in tensors if tensor is not None]
+    dtype = dtype or there[0].dtype
+    if torch.compiler.is_compiling() or dtype not in DTYPES or (dtype == torch.bfloat16 and not onednn_has_bfloat16()):
+        return False
     plain = all(type(one) in _PLAIN and one.device.type == "cpu" and one.numel() > 0 for one in there)
-    return plain and torch.backends.mkldnn.is_available()
+    return plain and all(one.dtype in DTYPES for one in there) and torch.backends.mkldnn.is_available()
+
+
+def leads(*tensors: Tensor | None) -> bool:
+    """Tell whether it is here the faster one for products of such tensors, without bias or gelu."""
+    first = tensors[0]
+    return first is not None and first.dtype == torch.float32 and leads_in_float32() and multiplies(*tensors)
 
 
 @functools.cache
@@ -44,7 +55,7 @@ def product(
 
 def product_of_rows(a: Float[Tensor, "R O"], b: Float[Tensor, "R I"]) -> Float[Tensor, "O I"]:
     """Return a^T b, without gradient: the gradient of a weight, given those of outputs, and inputs."""
-    if a.dtype != torch.float32 or not leads_in_float32():
+    if not leads(a, b):
         return a.t() @ b
     # oneDNN is given a contiguous first factor: the narrower one is copied.
     if a.shape[1] <= b.shape[1]:

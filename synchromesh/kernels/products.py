@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from synchromesh.kernels.onednn import leads, product, product_of_rows
 from synchromesh.kernels.product_costs import costs_here
 
 Batched = Callable[[int], bool]  # of the rows of each: whether neighbours are multiplied in one call
@@ -125,10 +126,18 @@ def multiply(a: Tensor, by: Matrices, piece: Piece, out: Tensor, bias: Matrices 
             else:
                 added = bias.all[batch.experts, None]
                 torch.baddbmm(added, batch.of(own), by.all[batch.experts], out=batch.of(to))
-        elif bias is None:
-            torch.mm(own, by.each[batch.first], out=to)
         else:
-            torch.addmm(bias.each[batch.first], own, by.each[batch.first], out=to)
+            multiply_one(own, by.each[batch.first], to, None if bias is None else bias.each[batch.first])
+
+
+def multiply_one(rows: Tensor, matrix: Tensor, out: Tensor, bias: Tensor | None) -> None:
+    """Write the rows [R, I] times a matrix [I, O], plus a bias [O], into out [R, O]."""
+    if leads(rows, matrix, bias):
+        out.copy_(product(rows, matrix.t(), bias))
+    elif bias is None:
+        torch.mm(rows, matrix, out=out)
+    else:
+        torch.addmm(bias, rows, matrix, out=out)
 
 
 def add_product(a: Tensor, by: Matrices, piece: Piece, out: Tensor) -> None:
@@ -149,7 +158,8 @@ def multiply_rows(a: Tensor, b: Tensor, piece: Piece, out: Matrices) -> None:
         if batch.stop - batch.first > 1:
             torch.bmm(batch.of(left).mT, batch.of(right), out=out.all[batch.experts])
         else:
-            torch.mm(left.t(), right, out=out.each[batch.first])
+            to = out.each[batch.first]
+            to.copy_(product_of_rows(left, right)) if leads(left, right) else torch.mm(left.t(), right, out=to)
 
 
 def sum_rows(a: Tensor, piece: Piece, out: Matrices) -> None:

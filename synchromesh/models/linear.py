@@ -23,7 +23,7 @@ def linear(
 ) -> Float[Tensor, "*T F"]:
     """Return x weight^T + bias, passed through gelu if asked; follows autocast."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if transformed() or x.dtype not in (torch.float32, torch.bfloat16) or not multiplies(x, weight, bias, dtype=dtype):
+    if transformed() or not multiplies(x, weight, bias, dtype=dtype):
         y = F.linear(x, weight, bias)
         return F.gelu(y) if gelu else y
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -35,7 +35,8 @@ def linear(
 
 def apply(layer: nn.Module, x: Float[Tensor, "*T D"], *, gelu: bool = False) -> Float[Tensor, "*T F"]:
     """Call a linear layer by `linear`; one with hooks, or another kind of layer, is called as a module."""
-    if type(layer) is nn.Linear and not has_hooks(layer):
+    replaced = "forward" in vars(layer)  # by what brings its weights, such as accelerate
+    if type(layer) is nn.Linear and not has_hooks(layer) and not replaced:
         return linear(x, layer.weight, layer.bias, gelu=gelu)
     return F.gelu(layer(x)) if gelu else layer(x)
 
