@@ -11,6 +11,7 @@ from torch import Tensor
 from synchromesh.kernels.onednn import leads, product, product_of_rows
 from synchromesh.kernels.product_costs import costs_here
 
+ROWS_WORTH_A_COPY = 128  # with fewer, the copy of a gradient of a matrix takes longer than the faster product saves
 Batched = Callable[[int], bool]  # of the rows of each: whether neighbours are multiplied in one call
 
 
@@ -159,7 +160,10 @@ def multiply_rows(a: Tensor, b: Tensor, piece: Piece, out: Matrices) -> None:
             torch.bmm(batch.of(left).mT, batch.of(right), out=out.all[batch.experts])
         else:
             to = out.each[batch.first]
-            to.copy_(product_of_rows(left, right)) if leads(left, right) else torch.mm(left.t(), right, out=to)
+            if len(left) >= ROWS_WORTH_A_COPY and leads(left, right):
+                to.copy_(product_of_rows(left, right))
+            else:
+                torch.mm(left.t(), right, out=to)
 
 
 def sum_rows(a: Tensor, piece: Piece, out: Matrices) -> None:

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from synchromesh.kernels.memory import room
 from synchromesh.torch_private import softmax_backward_, unseen_by_policies
 
 BLOCK_SCORES = 2**18  # that are computed at a time: 1 MiB of float32
@@ -45,7 +46,7 @@ class _CosineAttention(torch.autograd.Function):
         (W, N, _), h = qkv.shape, len(scale)
         # A selective checkpoint cannot save what is written to in place: it runs this again as a whole.
         with torch.autocast("cpu", enabled=False), unseen_by_policies():
-            weights = qkv.new_empty(W * h, N, N, dtype=_product_dtype(qkv))
+            weights = _room(qkv, (W * h, N, N), _product_dtype(qkv))
             kept = _Kept(weights, qkv.new_empty(2, W * h, N, 1, dtype=_wide(qkv)))
             y = _forward(qkv, scale, bias, kept)
         ctx.save_for_backward(qkv, scale, *kept)
@@ -209,6 +210,11 @@ def _blocks(windows: int, heads: int, biases: int, most: int) -> Iterator[tuple[
 def _converted(x: Tensor, out: Tensor) -> Tensor:
     """Return x in the dtype of out, written there; of one dtype, both are one tensor."""
     return x if x.dtype == out.dtype else out.copy_(x)
+
+
+def _room(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return memory that is kept until backward, from the step before if it is large."""
+    return room(shape, dtype) if type(like) is Tensor else like.new_empty(shape, dtype=dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:
