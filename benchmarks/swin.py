@@ -7,8 +7,8 @@
 The dense model has the weights of transformers' and is first compared with it, logits and all gradients; where they
 differ no time is printed. transformers runs the only attention it has for Swinv2. Stochastic depth is off. A training
 step is forward, cross entropy (and the losses of routers) and backward, without the optimizer. Rounds are interleaved,
-times are medians. `matmuls` is the time of nothing but the matrix products of one dense step, replayed on tensors of
-the same shapes and strides: transformers' time over it is the most that is left to gain.
+times are medians. `matmuls` is the time of nothing but the matrix products of one dense step, replayed by what ran them
+on tensors of the same shapes and strides: transformers' time over it is the most that is left to gain.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from synchromesh.models.swin_v2 import SWIN_V2, SwinV2Config
 from synchromesh.models.swin_v2_moe import DEMO, DEMO_EXPERTS, swin_v2_moe
 from synchromesh.moe.record import aux_loss
 from synchromesh.testing.compare import relative_rms
+from synchromesh.torch_private import onednn_linear
 
 RESULTS = Path(__file__).parent / "results" / "swin.jsonl"
 TINY = SwinV2Config(image_size=64, drop_path=0.0)
@@ -65,8 +66,8 @@ SMALLEST = Case(
     SwinV2Config(image_size=16, in_channels=1, embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=2, drop_path=0.0),
     dataclasses.replace(DEMO_EXPERTS, blocks=((), (1,))),
     pixels=16,
-    batch=2,
-    classes=3,
+    batch=16,
+    classes=50,
 )
 
 
@@ -118,12 +119,17 @@ class Theirs(nn.Module):
         return self.model(images).logits
 
 
+def _by_onednn(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Multiply as ours do; the result is a new tensor."""
+    onednn_linear(a, b.t(), None, gelu=False)
+
+
 class Products(TorchDispatchMode):
-    """Notes the matrix products that run, with the shapes and strides of their operands."""
+    """Notes the matrix products that run, with the shapes and strides of their operands, and what runs them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.noted: list[tuple[Callable[..., Tensor], list[tuple[torch.Size, tuple[int, ...], torch.dtype]]]] = []
+        self.noted: list[tuple[Callable[..., object], list[tuple[torch.Size, tuple[int, ...], torch.dtype]]]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         aten = torch.ops.aten
@@ -131,11 +137,13 @@ class Products(TorchDispatchMode):
             self._note(torch.mm, *args[-2:])
         elif func in (aten.bmm.default, aten.bmm.out):
             self._note(torch.bmm, *args[:2])
-        elif func in (aten.linear.default, torch.ops.mkldnn._linear_pointwise.default):  # whole, in inference mode
+        elif func is aten.linear.default:  # whole, in inference mode
             self._note(torch.mm, args[0].flatten(0, -2), args[1].t())
+        elif func is torch.ops.mkldnn._linear_pointwise.default:
+            self._note(_by_onednn, args[0].flatten(0, -2), args[1].t())
         return func(*args, **(kwargs or {}))
 
-    def _note(self, run: Callable[..., Tensor], *operands: Tensor) -> None:
+    def _note(self, run: Callable[..., object], *operands: Tensor) -> None:
         self.noted.append((run, [(t.shape, t.stride(), t.dtype) for t in operands]))
 
     def replay(self) -> Callable[[], None]:
@@ -144,7 +152,7 @@ class Products(TorchDispatchMode):
             return t.copy_(torch.randn(size))
 
         ready = [(run, *(tensor(*about) for about in operands)) for run, operands in self.noted]
-        ready = [(run, a, b, run(a, b)) for run, a, b in ready]
+        ready = [(run, a, b, a @ b) for run, a, b in ready]
 
         def products() -> None:
             for run, a, b, out in ready:

@@ -168,7 +168,7 @@ def job_store() -> Any:
 def has_hooks(module: nn.Module) -> bool:
     """Tell whether a call of the module runs hooks besides its forward, of its own or of all modules."""
     own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(own) or nn.modules.module._has_any_global_hook()
+    return any(own) or bool(nn.modules.module._has_any_global_hook())
 
 
 def unaliased(tensor: Tensor, shape: torch.Size) -> Tensor:
