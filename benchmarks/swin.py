@@ -63,7 +63,9 @@ CASES = {
     "tiny 128px": Case(dataclasses.replace(TINY, image_size=128), TINY_EXPERTS, 128, 16, 1000),
 }
 SMALLEST = Case(
-    SwinV2Config(image_size=16, in_channels=1, embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=2, drop_path=0.0),
+    SwinV2Config(
+        image_size=16, in_channels=1, embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=2, drop_path=0.0
+    ),
     dataclasses.replace(DEMO_EXPERTS, blocks=((), (1,))),
     pixels=16,
     batch=16,

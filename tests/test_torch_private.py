@@ -142,7 +142,9 @@ def test_the_store_of_a_job_is_found_and_shared():
     assert run_ranks(told_through_the_store, 2) == [b"here", b"here"]
 
 
-@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
 def test_hooks_of_a_module_are_seen(register):
     layer = nn.Linear(2, 2)
     assert not torch_private.has_hooks(layer)

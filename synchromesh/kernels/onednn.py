@@ -47,7 +47,11 @@ def leads_in_float32() -> bool:
 
 
 def product(
-    x: Float[Tensor, "*T I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None = None, *, gelu: bool = False
+    x: Float[Tensor, "*T I"],
+    weight: Float[Tensor, "O I"],
+    bias: Float[Tensor, " O"] | None = None,
+    *,
+    gelu: bool = False,
 ) -> Float[Tensor, "*T O"]:
     """Return x weight^T + bias, passed through gelu if asked, without gradient. `weight` may be a transposed view."""
     return onednn_linear(x, weight, bias, gelu=gelu)
