@@ -8,10 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from synchromesh.kernels.onednn import leads, product, product_of_rows
+from synchromesh.kernels.matmul import add_matmul, matmul, matmul_turned
 from synchromesh.kernels.product_costs import costs_here
 
-ROWS_WORTH_A_COPY = 128  # with fewer, the copy of a gradient of a matrix takes longer than the faster product saves
 Batched = Callable[[int], bool]  # of the rows of each: whether neighbours are multiplied in one call
 
 
@@ -128,17 +127,7 @@ def multiply(a: Tensor, by: Matrices, piece: Piece, out: Tensor, bias: Matrices 
                 added = bias.all[batch.experts, None]
                 torch.baddbmm(added, batch.of(own), by.all[batch.experts], out=batch.of(to))
         else:
-            multiply_one(own, by.each[batch.first], to, None if bias is None else bias.each[batch.first])
-
-
-def multiply_one(rows: Tensor, matrix: Tensor, out: Tensor, bias: Tensor | None) -> None:
-    """Write the rows [R, I] times a matrix [I, O], plus a bias [O], into out [R, O]."""
-    if leads(rows, matrix, bias):
-        out.copy_(product(rows, matrix.t(), bias))
-    elif bias is None:
-        torch.mm(rows, matrix, out=out)
-    else:
-        torch.addmm(bias, rows, matrix, out=out)
+            matmul(own, by.each[batch.first], to, None if bias is None else bias.each[batch.first])
 
 
 def add_product(a: Tensor, by: Matrices, piece: Piece, out: Tensor) -> None:
@@ -147,7 +136,7 @@ def add_product(a: Tensor, by: Matrices, piece: Piece, out: Tensor) -> None:
         if batch.stop - batch.first > 1:
             batch.of(to).baddbmm_(batch.of(own), by.all[batch.experts])
         else:
-            to.addmm_(own, by.each[batch.first])
+            add_matmul(own, by.each[batch.first], to)
 
 
 def multiply_rows(a: Tensor, b: Tensor, piece: Piece, out: Matrices) -> None:
@@ -159,11 +148,7 @@ def multiply_rows(a: Tensor, b: Tensor, piece: Piece, out: Matrices) -> None:
         if batch.stop - batch.first > 1:
             torch.bmm(batch.of(left).mT, batch.of(right), out=out.all[batch.experts])
         else:
-            to = out.each[batch.first]
-            if len(left) >= ROWS_WORTH_A_COPY and leads(left, right):
-                to.copy_(product_of_rows(left, right))
-            else:
-                torch.mm(left.t(), right, out=to)
+            matmul_turned(left, right, out.each[batch.first])
 
 
 def sum_rows(a: Tensor, piece: Piece, out: Matrices) -> None:

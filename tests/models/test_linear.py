@@ -1,13 +1,12 @@
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from synchromesh.kernels import onednn
+import synchromesh.kernels.flops  # noqa: F401 - registers the formulas
 from synchromesh.models.linear import apply, linear
-from synchromesh.testing.compare import assert_close, check
+from synchromesh.testing.compare import assert_close
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -47,55 +46,69 @@ def test_hooks_and_other_modules_are_called() -> None:
         assert_close("y", apply(nn.Sequential(layer), x), wanted)
 
 
-@pytest.fixture(params=[True, False], ids=["oneDNN leads in float32", "MKL leads in float32"])
-def _leader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("synchromesh.models.linear.leads_in_float32", lambda: request.param)
-    monkeypatch.setattr(onednn, "leads_in_float32", lambda: request.param)
+def gradients(call, x, layer, grad):
+    """Return the output and the gradients of x, weight and bias."""
+    y = call(layer, x)
+    inputs = [x, *layer.parameters()] if x.requires_grad else [*layer.parameters()]
+    return [y, *torch.autograd.grad(y, inputs, grad)]
 
 
-@pytest.mark.usefixtures("_leader")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("gelu", [True, False])
-@pytest.mark.parametrize(("shape", "width"), [((7, 12), 9), ((2, 3, 5, 12), 20)])
-def test_output_and_gradients_are_torchs(dtype: torch.dtype, gelu: bool, shape: tuple[int, ...], width: int) -> None:
-    def plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x, weight, bias)
-        return F.gelu(y) if gelu else y
-
-    def ours(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return linear(x, weight, bias, gelu=gelu)
-
-    given = {"x": torch.randn(shape), "weight": torch.randn(width, 12), "bias": torch.randn(width)}
-    check(ours, plain, {name: tensor.to(dtype) for name, tensor in given.items()})
-
-
-@pytest.mark.usefixtures("_leader")
-def test_second_derivatives_are_torchs() -> None:
-    def second(function: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-        own = [tensor.clone().requires_grad_() for tensor in given]
-        first = torch.autograd.grad(function(*own).pow(3).sum(), own, create_graph=True)
-        return list(torch.autograd.grad(sum(one.square().sum() for one in first), own))
-
-    given = [torch.randn(4, 3), torch.randn(5, 3), torch.randn(5)]
-    for mine, torchs in zip(second(linear), second(F.linear), strict=True):
-        assert_close("second derivative", mine, torchs)
+@pytest.mark.usefixtures("everything_by_onednn")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("inputs", "outputs"), [(12, 9), (40, 5), (5, 40)])
+@pytest.mark.parametrize("learned", [True, False])
+def test_with_gradients_gives_the_same_numbers_and_gradients(
+    bias: bool, inputs: int, outputs: int, learned: bool
+) -> None:
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    x = torch.randn(4, 3, 30, inputs)[:, 1:].requires_grad_(learned)  # not contiguous
+    grad = torch.randn(4, outputs).expand(30, 2, 4, outputs).transpose(0, 2)
+    wanted = gradients(lambda layer, x: layer(x), x, layer, grad)
+    for got, true in zip(gradients(apply, x, layer, grad), wanted, strict=True):
+        assert_close("y and gradients", got, true)
+    assert "_Linear" in type(apply(layer, x).grad_fn).__name__
 
 
-@pytest.mark.usefixtures("_leader")
-def test_only_wanted_gradients_are_made() -> None:
-    x, weight = torch.randn(4, 3), torch.randn(5, 3, requires_grad=True)
-    linear(x, weight, None).sum().backward()
-    assert x.grad is None
-    assert_close("gradient", weight.grad, x.sum(0).expand(5, 3))
-
-
-def test_a_backward_hook_and_a_forward_put_in_its_place_are_called() -> None:
+@pytest.mark.usefixtures("everything_by_onednn")
+def test_gradients_of_gradients_are_those_of_torch() -> None:
     layer, x = nn.Linear(12, 9), torch.randn(7, 12, requires_grad=True)
-    seen = []
-    handle = layer.register_full_backward_hook(lambda *_: seen.append("hook"))
-    apply(layer, x).sum().backward()
-    handle.remove()
-    layer.forward = lambda x: seen.append("own") or x
+
+    def penalty(call) -> tuple[torch.Tensor, ...]:
+        (d_x,) = torch.autograd.grad(call(layer, x).pow(2).sum(), x, create_graph=True)
+        return torch.autograd.grad(d_x.pow(2).sum(), [layer.weight, layer.bias])
+
+    for got, wanted in zip(penalty(apply), penalty(lambda layer, x: layer(x)), strict=True):
+        assert_close("gradient", got, wanted)
+
+
+@pytest.mark.usefixtures("everything_by_onednn")
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_forward_pre_hook"])
+def test_with_gradients_hooks_are_called(register: str) -> None:
+    layer, seen = nn.Linear(12, 9), []
+    getattr(layer, register)(lambda *_: seen.append(1))
+    apply(layer, torch.randn(7, 12, requires_grad=True)).sum().backward()
+    assert seen
+
+
+@pytest.mark.usefixtures("everything_by_onednn")
+def test_transforms_see_what_torch_has() -> None:
+    layer, x = nn.Linear(12, 9), torch.randn(7, 12)
+    wanted = torch.func.jacrev(layer)(x)
+    assert_close("jacobian", torch.func.jacrev(lambda x: apply(layer, x))(x), wanted)
+
+
+@pytest.mark.usefixtures("everything_by_onednn")
+def test_a_step_counts_as_many_operations_as_torch_does() -> None:
+    layer, x, counted = nn.Linear(12, 9), torch.randn(7, 12, requires_grad=True), []
+    for call in (linear, F.linear):
+        with FlopCounterMode(display=False) as counter:
+            call(x, layer.weight, layer.bias).sum().backward()
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
+
+
+def test_a_forward_put_in_its_place_is_called() -> None:
+    layer, x = nn.Linear(12, 9), torch.randn(7, 12)
+    layer.forward = lambda x: x  # as by what brings weights at each call, such as accelerate
     with torch.no_grad():
         assert apply(layer, x) is x
-    assert seen == ["hook", "own"]

@@ -19,7 +19,6 @@ from synchromesh.kernels.fused_mlp.reference import compose_mlp
 from synchromesh.kernels.grouped_mm.cpu import grouped_mm, row_counts
 from synchromesh.kernels.memory import room, room_like, scratch
 from synchromesh.kernels.mlp import Activation, MLPWeights, Net
-from synchromesh.kernels.onednn import multiplies, product
 from synchromesh.kernels.permute.cpu import combine, gather, kept_pairs
 from synchromesh.kernels.products import (
     Matrices,
@@ -80,12 +79,8 @@ def _forward(
     for piece in pieces(counts, most, batched_here(x.dtype, net.down[0].numel()), cut=True):
         own = slice(piece.start, piece.stop)
         rows, out, scaled, hidden, *hs = (part[: piece.stop - piece.start] for part in space)
-        torch.index_select(x, 0, tokens[own], out=rows)
-        if not save and _runs_whole(activation, piece, net, rows, joint=joint):
-            _run_whole(net, piece, rows, out)
-            total.add(tokens[own], torch.mul(out, scale[own], out=scaled))
-            continue
         h_up, h_gate = (pre_up[own], pre_gate[own]) if save else (hs[0], hs[-1])
+        torch.index_select(x, 0, tokens[own], out=rows)
         # Products are per expert, everything between them runs on the whole block at once.
         multiply(rows, up, piece, h_up, up_bias)
         if gate is not None:
@@ -95,20 +90,6 @@ def _forward(
         multiply(hidden, down, piece, out, down_bias)
         total.add(tokens[own], torch.mul(out, scale[own], out=scaled))
     return total.narrowed(x.dtype), pre_up, pre_gate
-
-
-def _runs_whole(activation: str, piece: Piece, net: Net, rows: Tensor, *, joint: bool) -> bool:
-    """Tell whether oneDNN can run each expert of a piece alone, activation included."""
-    alone = all(batch.stop - batch.first == 1 for batch in piece.batches)
-    return activation == "gelu" and net.gate is None and not joint and alone and multiplies(rows, net.up, net.down)
-
-
-def _run_whole(net: Net, piece: Piece, rows: Tensor, out: Tensor) -> None:
-    """Write the output rows of a piece's experts; hidden rows are written once, activated."""
-    for batch, own, to in piece.each(rows, out):
-        up, down, e = net.up, net.down, batch.first
-        hidden = product(own, up[e], None if net.up_bias is None else net.up_bias[e], gelu=True)
-        to.copy_(product(hidden, down[e].t(), None if net.down_bias is None else net.down_bias[e]))
 
 
 class Total(NamedTuple):
