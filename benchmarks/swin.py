@@ -222,7 +222,10 @@ def measure(case: Case, dtype: str, seconds: float, backend: str) -> list[dict[s
 
         with Products() as products:
             run(eager)
-        runs = {"theirs": lambda run=run: run(theirs), "dense": lambda run=run: run(dense)}
+        runs: dict[str, Callable[[], object]] = {
+            "theirs": lambda run=run: run(theirs),
+            "dense": lambda run=run: run(dense),
+        }
         runs |= {"experts": lambda run=run: run(experts), "matmuls": products.replay()}
         times = timed(runs, seconds=seconds) if seconds else timed(runs, seconds=0.0, least=1)
         figure = {"dtype": dtype, "pass": "train" if training else "infer", "batch": case.batch, "compiled": backend}

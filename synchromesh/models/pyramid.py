@@ -91,8 +91,8 @@ def _adds_in_place(x: Tensor, norm: nn.Module, end: Branch) -> bool:
     """Tell whether nobody else holds what the branch returns: without gradients, where nothing looks on."""
     if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    plain = type(norm) is nn.LayerNorm and norm.weight is not None and type(end) is DropPath
-    return plain and not has_hooks(norm) and not has_hooks(end) and not transformed()
+    plain = type(norm) is nn.LayerNorm and norm.weight is not None and not has_hooks(norm)
+    return plain and isinstance(end, DropPath) and not has_hooks(end) and not transformed()
 
 
 # embedding and merge
