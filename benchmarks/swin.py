@@ -2,16 +2,18 @@
 
     python benchmarks/swin.py                              # every model, fp32 and bf16 autocast
     python benchmarks/swin.py --models demo --dtypes bfloat16
+    python benchmarks/swin.py --compile inductor           # ours compiled (inductor needs a C++ compiler); lines beside
 
 The dense model has the weights of transformers' and is first compared with it, logits and all gradients; where they
 differ no time is printed. transformers runs the only attention it has for Swinv2. Stochastic depth is off. A training
 step is forward, cross entropy (and the losses of routers) and backward, without the optimizer. Rounds are interleaved,
-times are medians. `matmuls` is the time of nothing but the matrix products of one dense step, replayed on tensors of
-the same shapes and strides: transformers' time over it is the most that is left to gain.
+times are medians. `matmuls` is the time of nothing but the matrix products of one dense step, replayed by what ran them
+on tensors of the same shapes and strides: transformers' time over it is the most that is left to gain.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import sys
@@ -36,11 +38,12 @@ from synchromesh.models.swin_v2 import SWIN_V2, SwinV2Config
 from synchromesh.models.swin_v2_moe import DEMO, DEMO_EXPERTS, swin_v2_moe
 from synchromesh.moe.record import aux_loss
 from synchromesh.testing.compare import relative_rms
+from synchromesh.torch_private import onednn_linear
 
 RESULTS = Path(__file__).parent / "results" / "swin.jsonl"
 TINY = SwinV2Config(image_size=64, drop_path=0.0)
 TINY_EXPERTS = ExpertsConfig(num_experts=8, blocks=((), (), (1, 3, 5), (1,)), dropout=0.0, down_bias=True)
-WANTED = {"train": 1.3, "infer": 1.5, "experts": 0.85}
+WANTED = {"train": 1.3, "infer": 1.5, "experts": 0.9}
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,37 @@ CASES = {
     "tiny 64px": Case(TINY, TINY_EXPERTS, 64, 32, 1000),
     "tiny 128px": Case(dataclasses.replace(TINY, image_size=128), TINY_EXPERTS, 128, 16, 1000),
 }
+SMALLEST = Case(
+    SwinV2Config(
+        image_size=16, in_channels=1, embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=2, drop_path=0.0
+    ),
+    dataclasses.replace(DEMO_EXPERTS, blocks=((), (1,))),
+    pixels=16,
+    batch=16,
+    classes=50,
+)
 
 
 @dataclass(frozen=True)
 class Args:
-    """What to measure. models: of the cases, all by default. seconds: of timing per contestant and figure."""
+    """What to measure.
+
+    Attributes:
+        models: of the cases, all by default.
+        dtypes: float32, and bfloat16 by autocast.
+        seconds: of timing per contestant and figure.
+        threads: 0 for torch's own number.
+        compile: backend of torch.compile that ours run by, dense and with experts; none where empty.
+        tiny: time a very small model once instead, to see that this runs.
+        out: where the figures go.
+    """
 
     models: list[str] = field(default_factory=lambda: list(CASES))
     dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
     seconds: float = 5.0
     threads: int = 0
+    compile: str = ""
+    tiny: bool = False
     out: Path = RESULTS
 
 
@@ -97,12 +121,17 @@ class Theirs(nn.Module):
         return self.model(images).logits
 
 
+def _by_onednn(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Multiply as ours do; the result is a new tensor."""
+    onednn_linear(a, b.t(), None, gelu=False)
+
+
 class Products(TorchDispatchMode):
-    """Notes the matrix products that run, with the shapes and strides of their operands."""
+    """Notes the matrix products that run, with the shapes and strides of their operands, and what runs them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.noted: list[tuple[Callable[..., Tensor], list[tuple[torch.Size, tuple[int, ...], torch.dtype]]]] = []
+        self.noted: list[tuple[Callable[..., object], list[tuple[torch.Size, tuple[int, ...], torch.dtype]]]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         aten = torch.ops.aten
@@ -110,11 +139,13 @@ class Products(TorchDispatchMode):
             self._note(torch.mm, *args[-2:])
         elif func in (aten.bmm.default, aten.bmm.out):
             self._note(torch.bmm, *args[:2])
-        elif func in (aten.linear.default, torch.ops.mkldnn._linear_pointwise.default):  # whole, in inference mode
+        elif func is aten.linear.default:  # whole, in inference mode
             self._note(torch.mm, args[0].flatten(0, -2), args[1].t())
+        elif func is torch.ops.mkldnn._linear_pointwise.default:
+            self._note(_by_onednn, args[0].flatten(0, -2), args[1].t())
         return func(*args, **(kwargs or {}))
 
-    def _note(self, run: Callable[..., Tensor], *operands: Tensor) -> None:
+    def _note(self, run: Callable[..., object], *operands: Tensor) -> None:
         self.noted.append((run, [(t.shape, t.stride(), t.dtype) for t in operands]))
 
     def replay(self) -> Callable[[], None]:
@@ -123,7 +154,7 @@ class Products(TorchDispatchMode):
             return t.copy_(torch.randn(size))
 
         ready = [(run, *(tensor(*about) for about in operands)) for run, operands in self.noted]
-        ready = [(run, a, b, run(a, b)) for run, a, b in ready]
+        ready = [(run, a, b, a @ b) for run, a, b in ready]
 
         def products() -> None:
             for run, a, b, out in ready:
@@ -170,13 +201,16 @@ def check_equal(ours: Classifier, theirs: Theirs, images: Tensor, labels: Tensor
             )
 
 
-def measure(name: str, dtype: str, seconds: float) -> list[dict[str, object]]:
-    """Return one record for training and one for inference."""
-    case = CASES[name]
+def measure(case: Case, dtype: str, seconds: float, backend: str) -> list[dict[str, object]]:
+    """Return one record for training and one for inference; with a backend, of our models compiled by it."""
     torch.manual_seed(0)
     theirs, dense = Theirs(case), Classifier(case.config.build(), case.classes)
     dense.load_state_dict(from_transformers(theirs.model.state_dict()))
     experts = swin_v2_moe(case.config, case.classes, experts=case.experts)
+    eager = copy.deepcopy(dense)
+    if backend:
+        dense.compile(backend=backend)
+        experts.compile(backend=backend)
     images = torch.randn(case.batch, case.config.in_channels, case.pixels, case.pixels)
     labels = torch.randint(case.classes, (case.batch,))
     check_equal(dense, theirs, images, labels, dtype)
@@ -187,11 +221,14 @@ def measure(name: str, dtype: str, seconds: float) -> list[dict[str, object]]:
             return step(model, images, labels, dtype=dtype, training=training)
 
         with Products() as products:
-            run(dense)
-        runs = {"theirs": lambda run=run: run(theirs), "dense": lambda run=run: run(dense)}
+            run(eager)
+        runs: dict[str, Callable[[], object]] = {
+            "theirs": lambda run=run: run(theirs),
+            "dense": lambda run=run: run(dense),
+        }
         runs |= {"experts": lambda run=run: run(experts), "matmuls": products.replay()}
-        times = timed(runs, seconds=seconds)
-        figure = {"model": name, "dtype": dtype, "pass": "train" if training else "infer", "batch": case.batch}
+        times = timed(runs, seconds=seconds) if seconds else timed(runs, seconds=0.0, least=1)
+        figure = {"dtype": dtype, "pass": "train" if training else "infer", "batch": case.batch, "compiled": backend}
         records.append({**figure, "seconds": times, **verdict(times, str(figure["pass"]))})
     return records
 
@@ -215,7 +252,8 @@ def save(records: list[dict[str, object]], out: Path) -> None:
     """Replace the records of the same figures, written aside and renamed."""
 
     def figure(record: dict[str, object]) -> str:
-        return json.dumps([record[name] for name in ("model", "dtype", "pass", "batch", "threads")])
+        what = [record[name] for name in ("model", "dtype", "pass", "batch", "threads")]
+        return json.dumps([*what, record.get("compiled", "")])
 
     old = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     kept = {figure(record): record for record in [*old, *records]}
@@ -226,7 +264,7 @@ def save(records: list[dict[str, object]], out: Path) -> None:
 
 
 def show(records: list[dict]) -> None:
-    table = Table("model", "dtype", "pass", title="images per second")
+    table = Table("model", "dtype", "pass", "ours compiled by", title="images per second")
     for name in ("transformers", "dense", "experts", "dense over transformers", "most possible", "experts over dense"):
         table.add_column(name, justify="right")
     table.add_column("misses")
@@ -234,18 +272,19 @@ def show(records: list[dict]) -> None:
         rates = [f"{r['batch'] / r['seconds'][who]:.0f}" for who in ("theirs", "dense", "experts")]
         ratios = [f"{r[name]:.2f}" for name in ("over_transformers", "most_possible", "experts_over_dense")]
         missed = ", ".join(name for name, met in r["met"].items() if not met)
-        table.add_row(r["model"], r["dtype"], r["pass"], *rates, *ratios, missed or "-")
+        table.add_row(r["model"], r["dtype"], r["pass"], r["compiled"] or "-", *rates, *ratios, missed or "-")
     Console(width=180).print(table)
 
 
 def main(args: Args) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
-    about = machine()
+    about, seconds = machine(), 0.0 if args.tiny else args.seconds
     records: list[dict] = []
-    for name in args.models:
+    for name, case in {"smallest": SMALLEST}.items() if args.tiny else ((name, CASES[name]) for name in args.models):
         for dtype in args.dtypes:
-            records += [{**about, **record} for record in measure(name, dtype, args.seconds)]
+            made = measure(case, dtype, seconds, args.compile)
+            records += [{**about, "model": name, **record} for record in made]
             save(records, args.out)
             print(f"{len(records)} figures", file=sys.stderr)
     show(records)

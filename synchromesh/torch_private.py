@@ -197,6 +197,6 @@ def onednn_has_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def softmax_backward(grad: Tensor, softmax: Tensor) -> Tensor:
-    """Return the gradient of the scores, given a softmax over the last dim and its gradient, both of one dtype."""
-    return torch.ops.aten._softmax_backward_data(grad, softmax, -1, softmax.dtype)
+def softmax_backward_(grad: Tensor, softmax: Tensor) -> Tensor:
+    """Turn the gradient of a softmax over the last dim into that of the scores, in place; both are of one dtype."""
+    return torch.ops.aten._softmax_backward_data.out(grad, softmax, -1, softmax.dtype, grad_input=grad)

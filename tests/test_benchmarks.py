@@ -67,6 +67,21 @@ def test_the_benchmark_of_heads_runs(tmp_path):
     assert "got the heads ['Yolo'], wanted some of Detr, " in wrong.stderr
 
 
+@pytest.mark.parametrize("backend", ["", pytest.param("eager", marks=pytest.mark.exhaustive)])
+def test_the_benchmark_of_swin_compares_before_it_times_and_keeps_lines_of_compiled_models_apart(backend, tmp_path):
+    out = tmp_path / "figures.jsonl"
+    out.write_text('{"model": "smallest", "dtype": "float32", "pass": "train", "batch": 16, "threads": 1}\n')
+    done = run_program(BENCHMARKS / "swin.py", "--tiny", "--threads", 1, "--compile", backend, "--out", out)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    made = [record for record in records if "seconds" in record]
+    assert len(records) - len(made) == (1 if backend else 0)  # the line without a backend is another figure
+    passes = [(dtype, kind) for dtype in ("float32", "bfloat16") for kind in ("train", "infer")]
+    assert [(r["dtype"], r["pass"]) for r in made] == passes
+    assert all(set(r["seconds"]) == {"theirs", "dense", "experts", "matmuls"} for r in made)
+    assert all(r["compiled"] == backend for r in made)
+
+
 def test_the_table_of_matches_runs_and_knows_an_untrained_model(tmp_path):
     out = tmp_path / "figures.jsonl"
     done = run_program(BENCHMARKS / "matching.py", "--tiny", "--seeds", 0, "--models", "cotap", "--out", out)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from synchromesh.kernels.memory import HUGE_FROM, room
+from synchromesh.torch_private import transformed
 
 
 def autocast(x: Tensor, others: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
@@ -28,5 +32,29 @@ def autocast_alike(x: Tensor, others: Sequence[Tensor | None]) -> tuple[Tensor, 
     return x, cast
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return tensor.to(dtype), with gradient; large weights of a CPU go where those of the step before went."""
+    if tensor.dtype == dtype or not _large(tensor, dtype):
+        return tensor.to(dtype)
+    return _Cast.apply(tensor, dtype)
+
+
+class _Cast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = tensor.dtype
+        return room(tensor.shape, dtype).copy_(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return cast(gradients[0], ctx.dtype), None
+
+
+def _large(tensor: Tensor, dtype: torch.dtype) -> bool:
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, nn.Parameter) or transformed():
+        return False
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel() * dtype.itemsize >= HUGE_FROM
+
+
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+    return tensor if tensor.dtype == torch.float64 else cast(tensor, dtype)

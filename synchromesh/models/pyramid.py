@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from synchromesh.models.features import Backbone, BackboneConfig, Features, Place
 from synchromesh.models.mixtures import multiply_adds_per_token, takes_mask
+from synchromesh.torch_private import has_hooks, transformed
 
 OwnConfig = TypeVar("OwnConfig", bound="PyramidConfig")
 
@@ -130,12 +131,23 @@ Residual = Callable[[Tensor, Branch, nn.Module, Branch], Tensor]
 
 def post_norm(x: Tensor, branch: Branch, norm: nn.Module, end: Branch) -> Tensor:
     """Residual step of SwinV2: x + end(norm(branch(x)))."""
-    return x + end(norm(branch(x)))
+    if not _adds_in_place(x, norm, end):
+        return x + end(norm(branch(x)))
+    # The norm in its own dtype: torch has no fast loops over two dtypes.
+    return end(norm(branch(x).to(norm.weight.dtype)).to(x.dtype)).add_(x)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def pre_norm(x: Tensor, branch: Branch, norm: nn.Module, end: Branch) -> Tensor:
     """Residual step of Swin and ViT: x + end(branch(norm(x)))."""
     return x + end(branch(norm(x)))
+
+
+def _adds_in_place(x: Tensor, norm: nn.Module, end: Branch) -> bool:
+    """Tell whether nobody else holds what the branch returns: without gradients, where nothing looks on."""
+    if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    plain = type(norm) is nn.LayerNorm and norm.weight is not None and not has_hooks(norm)
+    return plain and isinstance(end, DropPath) and not has_hooks(end) and not transformed()
 
 
 # embedding and merge

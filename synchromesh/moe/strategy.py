@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from synchromesh.kernels import Activation, Kernels, MLPWeights, kernels_for
+from synchromesh.kernels.autocast import cast
 from synchromesh.moe.capacity import Capacity
 from synchromesh.moe.experts import WHOLE, Experts
 from synchromesh.types import Plan, Routing, RowMap, Workload
@@ -113,7 +114,7 @@ class Local(Strategy):
         self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, experts: Experts, plan: Plan
     ) -> Float[Tensor, "T D"]:
         kernels, dtype = self.kernels_on(x.device), compute_dtype(x)
-        whole = {name: part.to(dtype) for name, part in _whole(experts).items()}
+        whole = {name: cast(part, dtype) for name, part in _whole(experts).items()}
         return run_here(x.to(dtype), routing, rowmap, experts, whole, kernels)
 
     def direct(self, x: Float[Tensor, "T D"], routing: Routing, experts: Experts) -> Float[Tensor, "T D"] | None:

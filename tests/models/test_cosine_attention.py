@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from synchromesh.models import cosine_attention as module
 from synchromesh.models.cosine_attention import cosine_attention
 from synchromesh.testing.compare import assert_close, check, relative_rms
 
@@ -49,6 +50,26 @@ def test_bf16_is_as_near_to_float64_as_the_definition_is(case: tuple[int, ...]) 
         results.append([y, own["qkv"].grad])
     for truth, plain, got in zip(*results, strict=True):
         assert relative_rms(got, truth) < max(0.02, 1.5 * relative_rms(plain, truth))
+
+
+@pytest.mark.parametrize("scores", [1, 200, 500, 1000])
+@pytest.mark.parametrize("maps", [1, 3])
+def test_blocks_of_any_size_give_the_same(scores: int, maps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK_SCORES", scores)  # a window has 162, a map of three 486
+    check(cosine_attention, definition, inputs(9, 9, 2, 8, maps, torch.float64))
+
+
+def test_no_window_gives_no_output() -> None:
+    assert cosine_attention(**inputs(0, 9, 2, 8, 1, torch.float32)).shape == (0, 9, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_without_gradients_the_numbers_are_the_same(case: tuple[int, ...], dtype: torch.dtype) -> None:
+    given = inputs(*case, dtype)
+    with torch.inference_mode():
+        got = cosine_attention(**given)
+    assert torch.equal(got, cosine_attention(**given))
 
 
 def test_vectors_of_zeros_give_a_finite_answer() -> None:

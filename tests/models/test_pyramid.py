@@ -67,6 +67,32 @@ def test_a_block_mixes_then_feeds_forward_each_in_a_branch(residual, scaled: flo
     assert own.multiply_adds(4, 5, 3) == 7 + 20 * (2 * 3 + 9) + (0 if scaled is None else 2 * 60)
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_residual_in_place_gives_the_numbers_of_one_with_gradients(autocast: bool) -> None:
+    own, x = nn.LayerNorm(6), torch.randn(2, 4, 6, dtype=torch.bfloat16 if autocast else torch.float32)
+    randomise(own)
+    branch, kept = nn.Linear(6, 6), x.clone()
+
+    def step() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return post_norm(x, branch, own, DropPath(0.5).eval())
+
+    with torch.no_grad():
+        got = step()
+    wanted = step()
+    assert got.dtype == wanted.dtype
+    assert_close("residual", got, wanted)
+    assert torch.equal(x, kept)
+
+
+def test_what_a_hook_saw_of_a_norm_is_not_written_to() -> None:
+    own, seen = nn.LayerNorm(6), []
+    own.register_forward_hook(lambda _m, _i, output: seen.append((output, output.clone())))
+    with torch.no_grad():
+        post_norm(torch.randn(2, 6), nn.Identity(), own, DropPath(0.0))
+    assert torch.equal(*seen[0])
+
+
 def test_positions_without_a_picture_are_zero_to_mixers_and_unseen_by_experts() -> None:
     experts = ExpertsConfig(num_experts=2, blocks=((0,), ()), capacity=Dropless())
     backbone = dataclasses.replace(SMALL, experts=experts).build().double().eval()

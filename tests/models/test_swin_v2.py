@@ -1,5 +1,6 @@
 """The true SwinV2 against transformers' Swinv2 with the same random weights."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -169,3 +170,17 @@ def test_mapping_to_transformers_and_back_changes_nothing() -> None:
     back = to_transformers(from_transformers(state))
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+def test_inference_sees_every_change_of_a_weight_and_copies_start_afresh() -> None:
+    _, model = pair(CONFIGS["shifted windows"])
+    model.eval()
+    x = images(CONFIGS["shifted windows"])
+    with torch.inference_mode():
+        model(x)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.1)  # which no version counter sees
+    with torch.inference_mode():
+        got, copied = model(x), copy.deepcopy(model)(x)
+    assert_close("logits", got, model(x).detach())
+    assert_close("logits of a copy", copied, got)
