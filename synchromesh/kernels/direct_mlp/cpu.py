@@ -13,6 +13,7 @@ from torch import Tensor
 
 from synchromesh.kernels.activations import KNOWN, known_name
 from synchromesh.kernels.direct_mlp.op import define, run
+from synchromesh.kernels.direct_mlp.token import one_token
 from synchromesh.kernels.mlp import Activation, MLPWeights, Net
 from synchromesh.kernels.permute.cpu import sum_dtype
 from synchromesh.kernels.positions.cpu import check_range
@@ -51,9 +52,15 @@ def _forward(
 
 
 def _run(x: Tensor, weights: Tensor, expert_ids: Tensor, activation: str, net: Net, *, joint: bool) -> Tensor:
+    num_experts = net.up.shape[0]
+    if x.shape[0] == 1 and net.up_scale is None:
+        own = expert_ids.reshape(-1).tolist()
+        if own and not -1 <= min(own) <= max(own) < num_experts:
+            check_range(expert_ids, num_experts)
+        return one_token(x, weights, own, activation, net, joint=joint)
     ids, choices = expert_ids.reshape(-1).numpy(), expert_ids.shape[1]
-    if len(ids) and not -1 <= ids.min() <= ids.max() < len(net.up):
-        check_range(expert_ids, len(net.up))
+    if len(ids) and not -1 <= ids.min() <= ids.max() < num_experts:
+        check_range(expert_ids, num_experts)
     layout = laid_out(ids, _joins(x.dtype, net))
     rows = x.index_select(0, torch.from_numpy(layout.pair_of_slot // choices))
     piece = Piece(0, len(rows), layout.batches)
