@@ -79,7 +79,7 @@ def given_routing(ids: Int[Tensor, "T K"], weights: Float[Tensor, "T K"], num_ex
 
 def _present(ids: Int[Tensor, "T K"], num_experts: int) -> Int[Tensor, "T K"]:
     """Return the ids, -1 for what is no expert here."""
-    return torch.where((ids >= 0) & (ids < num_experts), ids, -1)
+    return ids.masked_fill(ids >= num_experts, -1).clamp_(min=-1)
 
 
 def _unscored(ids: Int[Tensor, "T K"], weights: Float[Tensor, "T K"], num_experts: int) -> Routing:
