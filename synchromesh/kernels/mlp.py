@@ -76,7 +76,10 @@ class MLPWeights:
 
     def tensors(self) -> Net:
         """Return the tensors alone."""
-        biases, scales = (self.up_bias, self.gate_bias, self.down_bias), (self.up_scale, self.gate_scale, self.down_scale)
+        biases, scales = (
+            (self.up_bias, self.gate_bias, self.down_bias),
+            (self.up_scale, self.gate_scale, self.down_scale),
+        )
         return Net(self.up, self.down, self.gate, *biases, *scales)
 
     def apart(self) -> MLPWeights:

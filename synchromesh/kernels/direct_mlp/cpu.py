@@ -81,7 +81,7 @@ def _run(x: Tensor, weights: Tensor, expert_ids: Tensor, activation: str, net: N
         out = out.index_select(0, torch.from_numpy(layout.slots))
     scale = weights.reshape(-1).index_select(0, torch.from_numpy(layout.pairs)).to(sum_dtype(x.dtype))
     y, tokens = torch.zeros(x.shape, dtype=scale.dtype), torch.from_numpy(layout.pairs // choices)
-    return y.index_add_(0, tokens, out * scale[:, None]).to(x.dtype)
+    return y.index_add_(0, tokens, out.to(scale.dtype).mul_(scale[:, None])).to(x.dtype)
 
 
 class Layout(NamedTuple):
