@@ -7,7 +7,6 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 import transformers
 from jaxtyping import Float, Int

@@ -1,7 +1,7 @@
 """direct_mlp of a single token on a CPU: its experts multiply the same row, so nothing is gathered.
 
-Calls cost as much as arithmetic here. In float32 MKL multiplies one row by one thread in `mm`, and by all of them, an expert
-each, in `bmm`, whose matrices may lie at equal distances.
+Calls cost as much as arithmetic here. In float32 MKL multiplies one row by one thread in `mm`; in `bmm` threads take an
+expert each, and matrices may lie at equal distances.
 """
 
 from __future__ import annotations

@@ -90,3 +90,18 @@ def test_blocks_that_cut_experts_change_no_result(monkeypatch, kind, dtype):
         results.append({"y": y, **{name: tensor.grad for name, tensor in own.items()}})
     for name in results[0]:
         assert_close(name, results[0][name], results[1][name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("choices", [1, 2])
+@KINDS
+def test_inference_overwrites_its_blocks_and_gives_the_bits_of_training(monkeypatch, kind, choices, dtype):
+    monkeypatch.setattr(cpu, "block_rows", lambda *_: 7)
+    rowmap, parts = row_map_of(zipf(30, 5, choices), 5), parts_of(kind, 5, dtype)
+    x, weights = torch.randn(30, WIDTH).to(dtype), torch.rand(30, choices).to(dtype)
+    own = run(CPU, rowmap, F.gelu, kind)
+    with torch.no_grad():
+        y = own(x, weights, **parts)
+    assert torch.equal(y, own(x.requires_grad_(), weights, **parts).detach())
+    assert_close("y", y, run(REFERENCE, rowmap, F.gelu, kind)(x.detach(), weights, **parts))
+    assert torch.equal(y, own(x.detach(), weights.float(), **parts))  # bfloat16 weights lose nothing as they are

@@ -1,7 +1,10 @@
+import itertools
+
 import pytest
 import torch
 
 from synchromesh.kernels import CPU
+from synchromesh.kernels.permute.cpu import weighed
 from synchromesh.testing.cases import Case, evil_cases, row_map_of
 
 CASES = pytest.mark.parametrize("case", evil_cases(), ids=lambda case: case.name)
@@ -26,3 +29,16 @@ def test_registrations_agree_with_the_kernels(case: Case):
     buffer = torch.randn(len(rowmap.pairs), 4, requires_grad=True)
     weights = torch.rand(case.expert_ids.shape, requires_grad=True)
     torch.library.opcheck(ops.combine_cpu.default, (buffer, weights, rowmap.pairs, rowmap.ends))
+
+
+@pytest.mark.parametrize(
+    ("rows", "scale", "out"), list(itertools.product((torch.float32, torch.bfloat16), repeat=3)), ids=str
+)
+def test_rows_times_their_weights_are_rounded_once(rows, scale, out):
+    a, b = torch.randn(20, 3).to(rows), torch.randn(20, 1).to(scale)
+    wanted = (a.double() * b.double()).float()  # products of float32 fit into float64
+    got = weighed(a, b, torch.full((20, 3), torch.nan, dtype=out))
+    assert got.dtype == out
+    if out == torch.bfloat16 and rows == scale == torch.bfloat16:
+        wanted = wanted.bfloat16()
+    assert torch.equal(got, wanted.to(out))
