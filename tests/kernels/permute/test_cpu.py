@@ -1,5 +1,3 @@
-import itertools
-
 import pytest
 import torch
 
@@ -31,14 +29,10 @@ def test_registrations_agree_with_the_kernels(case: Case):
     torch.library.opcheck(ops.combine_cpu.default, (buffer, weights, rowmap.pairs, rowmap.ends))
 
 
-@pytest.mark.parametrize(
-    ("rows", "scale", "out"), list(itertools.product((torch.float32, torch.bfloat16), repeat=3)), ids=str
-)
-def test_rows_times_their_weights_are_rounded_once(rows, scale, out):
+@pytest.mark.parametrize("scale", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_times_their_weights_are_rounded_once(rows, scale):
     a, b = torch.randn(20, 3).to(rows), torch.randn(20, 1).to(scale)
-    wanted = (a.double() * b.double()).float()  # products of float32 fit into float64
-    got = weighed(a, b, torch.full((20, 3), torch.nan, dtype=out))
-    assert got.dtype == out
-    if out == torch.bfloat16 and rows == scale == torch.bfloat16:
-        wanted = wanted.bfloat16()
-    assert torch.equal(got, wanted.to(out))
+    out = torch.promote_types(rows, scale)
+    wanted = (a.double() * b.double()).to(out)  # products of float32 fit into float64
+    assert torch.equal(weighed(a, b, torch.full((20, 3), torch.nan, dtype=out)), wanted)
