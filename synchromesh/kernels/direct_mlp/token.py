@@ -24,23 +24,23 @@ class Run(NamedTuple):
     Attributes:
         first: the first expert.
         step: from each to the next.
-        count: of them.
+        number: of them.
     """
 
     first: int
     step: int
-    count: int
+    number: int
 
     @property
     def experts(self) -> slice:
-        return slice(self.first, self.first + (self.count - 1) * self.step + 1, self.step)
+        return slice(self.first, self.first + (self.number - 1) * self.step + 1, self.step)
 
 
 def runs(experts: Sequence[int], most_step: int) -> list[Run]:
     """Return experts, which ascend, as runs whose steps are 1 to `most_step`.
 
     >>> runs([2, 5, 8, 9], 100)
-    [Run(first=2, step=3, count=3), Run(first=9, step=1, count=1)]
+    [Run(first=2, step=3, number=3), Run(first=9, step=1, number=1)]
     """
     found: list[Run] = []
     for expert in experts:
@@ -89,16 +89,16 @@ def _product(rows: Tensor, matrices: Tensor, bias: Tensor | None, own: Sequence[
         return _by_run(rows, matrices, bias, own[0])
     parts, at = [], 0
     for run in own:
-        parts.append(_by_run(rows if rows.shape[0] == 1 else rows[at : at + run.count], matrices, bias, run))
-        at += run.count
+        parts.append(_by_run(rows if rows.shape[0] == 1 else rows[at : at + run.number], matrices, bias, run))
+        at += run.number
     return torch.cat(parts)
 
 
 def _by_run(rows: Tensor, matrices: Tensor, bias: Tensor | None, run: Run) -> Tensor:
-    if run.count == 1 and rows.dtype.itemsize < torch.float32.itemsize:
+    if run.number == 1 and rows.dtype.itemsize < torch.float32.itemsize:
         matrix = matrices.select(0, run.first)
         return torch.mm(rows, matrix) if bias is None else torch.addmm(bias.select(0, run.first), rows, matrix)
-    each = rows.expand(run.count, 1, -1) if rows.shape[0] == 1 else rows.unsqueeze(1)
+    each = rows.expand(run.number, 1, -1) if rows.shape[0] == 1 else rows.unsqueeze(1)
     if bias is None:
         return torch.bmm(each, matrices[run.experts]).squeeze(1)
     return torch.baddbmm(bias[run.experts].unsqueeze(1), each, matrices[run.experts]).squeeze(1)

@@ -23,7 +23,7 @@ def mlp_of(kind, dtype):
 def test_runs_hold_every_expert_once_and_in_order_at_steps_that_are_allowed(experts, most_step):
     found = runs(experts, most_step)
     assert [expert for run in found for expert in list(range(9))[run.experts]] == experts
-    assert all(run.step <= most_step for run in found if run.count > 1)
+    assert all(run.step <= most_step for run in found if run.number > 1)
 
 
 def test_experts_at_equal_distances_are_one_run():
