@@ -79,13 +79,14 @@ def _forward(
     # those would lie in one half of them, and by the next block's.
     opened = [] if save else [(net.up.shape[1], x.dtype), *([wide] if gate is not None else [])]
     apart = save or joint
-    # Reused by every block: rows, output rows, their products with the weights, pre-activations, hidden rows.
+    # Reused by every block: pre-activations, hidden rows, rows, output rows, their products with the weights. What is
+    # multiplied has memory behind it, as oneDNN wants.
     most = block_rows(net.down.shape[1], x.dtype, FORWARD_BYTES)
-    parts = [narrow, narrow, (x.shape[1], total.y.dtype), *opened, *([wide] if apart else [])]
+    parts = [*opened, *([wide] if apart else []), narrow, narrow, (x.shape[1], total.y.dtype)]
     space = scratch(min(most, len(tokens)), *parts)
     for piece in pieces(counts, most, batched_here(x.dtype, net.down[0].numel()), cut=True):
         own = slice(piece.start, piece.stop)
-        rows, out, scaled, *hs = (part[: piece.stop - piece.start] for part in space)
+        *hs, rows, out, scaled = (part[: piece.stop - piece.start] for part in space)
         hidden = hs[-1]
         h_up, h_gate = (pre_up[own], pre_gate[own]) if save else (hs[0], hidden)
         torch.index_select(x, 0, tokens[own], out=rows)

@@ -36,7 +36,7 @@ def test_gradcheck(kind):
 
 
 def test_inference_never_holds_all_hidden_rows():
-    num_rows, hidden = 65536, 64
+    num_rows, hidden = 131072, 64
     rowmap = row_map_of(torch.zeros(num_rows, 1, dtype=torch.int64), 2)
     parts = parts_of("plain", 2, torch.float32, width=2, hidden=hidden)
     x, weights = torch.randn(num_rows, 2), torch.rand(num_rows, 1)
