@@ -18,6 +18,7 @@ import torch
 import tyro
 
 from synchromesh import GatedMLPExperts, LoadBalance, Local, MLPExperts, MoE, TopKRouter, aux_loss
+from synchromesh.kernels.fused_mlp import few
 from synchromesh.kernels.fused_mlp import triton as fused
 from synchromesh.kernels.gpu import TRITON
 from synchromesh.kernels.grouped_mm import tilings
@@ -43,6 +44,8 @@ SHAPES = {
     "swin, one choice": Shape(8192, 384, 1536, 8, 1, gated=False),
 }
 PRODUCTS = ("open_rows", "_product", "close_rows_backward", "_weight_gradient")
+FEW = ("_open_few", "_close_few")
+MOST_FEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,30 @@ def recorded(target: str, shape: Shape) -> tuple[Recorder, Recorder]:
     return forward, backward
 
 
+def recorded_few(shape: Shape) -> Recorder:
+    """Return the launches of a layer in inference, of as many tokens as are called few."""
+    with torch.device("meta"):
+        experts = (GatedMLPExperts if shape.gated else MLPExperts)(shape.experts, shape.width, hidden=shape.hidden)
+        router = TopKRouter(shape.width, shape.experts, k=shape.choices)
+    layer = MoE(router, experts, strategy=Local(kernels=TRITON)).to(torch.bfloat16).eval()
+    most = int(few.MOST_ROWS_PER_EXPERT * shape.experts) // shape.choices
+    x, recorder = torch.empty(min(MOST_FEW_TOKENS, most), shape.width, dtype=torch.bfloat16, device="meta"), Recorder()
+    with recorder.recording(), torch.no_grad():
+        layer(x)
+    return recorder
+
+
+def tile_of(constants: dict[str, int]) -> str:
+    """Return rows, columns and depth of a program's block."""
+    if "BF" in constants:
+        return f"{few.SHARED}x{constants['BF']}x{constants['BD']}"
+    return "x".join(str(constants[side]) for side in ("BM", "BN", "BK"))
+
+
 def intensity(constants: dict[str, int]) -> int:
     """Return operations of a tile for each byte that it reads, bfloat16; a gate's columns stand beside those of up."""
+    if "BF" in constants:
+        return few.SHARED  # two operations a row on numbers of two bytes
     rows, cols = constants["BM"], constants["BN"] * (1 + constants.get("GATED", 0) * ("SAVE" in constants))
     return rows * cols // (rows + cols)
 
@@ -110,6 +135,7 @@ def table(lines: list[dict[str, object]]) -> str:
 def lines_of(options: Options, target: str, name: str) -> list[dict[str, object]]:
     """Return one line a product, and one of what is launched."""
     passes = dict(zip(("forward", "backward"), recorded(target, SHAPES[name]), strict=True))
+    passes["few tokens"] = recorded_few(SHAPES[name])
     about = {"state": options.name, "target": target, "shape": name}
     lines = []
     for way, recorder in passes.items():
@@ -117,11 +143,11 @@ def lines_of(options: Options, target: str, name: str) -> list[dict[str, object]
             {**about, "pass": way, "kernel": "launches", "triton": len(recorder.launches)}
             | {"torch": len(recorder.operations)}
         )
-        for launch in dict.fromkeys(one for one in recorder.launches if one.kernel in PRODUCTS):
+        for launch in dict.fromkeys(one for one in recorder.launches if one.kernel in PRODUCTS + FEW):
             constants, chosen = dict(launch.constants), dict(launch.options)
-            tile = "x".join(str(constants[side]) for side in ("BM", "BN", "BK"))
             made = figures(recorder.compiled(launch, TARGETS[target]))
-            how = {"tile": tile, "warps": chosen["num_warps"], "stages": chosen["num_stages"]}
+            stages = constants.get("STAGES", chosen.get("num_stages"))
+            how = {"tile": tile_of(constants), "warps": chosen["num_warps"], "stages": stages}
             how["flop_per_byte"] = intensity(constants)
             lines.append({**about, "pass": way, "kernel": launch.kernel, **how, **asdict(made)})
     return lines

@@ -68,7 +68,7 @@ def forward(
     net, x, rows, weights = _net(mlp, joint=joint), aligned(x), rows.contiguous(), weights.contiguous()
     pre_up, pre_gate = (x.new_empty(shape) for shape in pre_activations(pairs, mlp, save=save))
     if not save and is_few(len(pairs), len(ends)):
-        out = rows_of_few(x, rows, ends, activation, net, len(pairs))
+        out = rows_of_few(x, pairs, ends, activation, net, rows.shape[1])
         return sum_rows(out, rows, weights, dtype=x.dtype), pre_up, pre_gate
     launch = _launch()
     pre = _pre(pre_up, pre_gate, joint=joint) if save else None
