@@ -14,7 +14,7 @@ BOUNDS = {
     "close_rows_backward": (245, 80, 64),
     "_weight_gradient": (240, 320, 85),
 }
-FEW = {"_open_few": 200, "_close_few": 128}  # registers: at least two programs, or four, on a multiprocessor
+FEW = {"_open_few": 128, "_close_few": 128}  # registers: four programs on a multiprocessor
 MOST_LAUNCHES = {"forward": 30, "backward": 43, "few tokens": 6}  # Triton's and torch's, losses and statistics included
 
 

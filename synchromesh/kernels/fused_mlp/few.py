@@ -55,12 +55,12 @@ def rows_of_few(x: Tensor, pairs: Tensor, ends: Tensor | None, activation: str, 
         "PAIRS": 64 if number <= 64 else max(MOST_ROWS, triton.next_power_of_2(number)),
     }
     ends = given_or(ends, pairs)
-    _open_few[(number, triton.cdiv(hidden_width, 32))](
+    _open_few[(number, triton.cdiv(hidden_width, 16))](
         x, pairs, ends, net.up, other, given_or(net.up_bias, x), given_or(net.gate_bias, x),
         given_or(net.up_scale, x), given_or(net.gate_scale, x), hidden, number, width, hidden_width, choices, experts,
         *net.up.stride(), *other.stride(), ACTIVATION=activation, GATED=net.gate is not None,
         UP_BIAS=net.up_bias is not None, GATE_BIAS=net.gate_bias is not None, SCALED=net.up_scale is not None,
-        BF=32, BD=64, STAGES=STAGES, **lookup, num_warps=WARPS,
+        BF=16, BD=64, STAGES=STAGES, **lookup, num_warps=WARPS,
     )  # fmt: skip
     _close_few[(number, triton.cdiv(width, 64))](
         hidden, pairs, ends, net.down, given_or(net.down_bias, x), given_or(net.down_scale, x), out, number, width,
@@ -125,8 +125,9 @@ def _open_few(
         first = (tl.program_id(1) * BF).to(tl.int64)
         f, d = tl.arange(0, BF), tl.arange(0, BD)
         inside = first + f < hidden_width
-        up_at = up + (e * up_e + first * up_f) + (f[:, None] * up_f + d[None, :] * up_d)
-        gate_at = gate + (e * gate_e + first * gate_f) + (f[:, None] * gate_f + d[None, :] * gate_d)
+        # A block's own numbers lie within 2^31 of its first one, which is one pointer and not one for each of them.
+        up_at, up_by = up + (e * up_e + first * up_f), f[:, None] * up_f + d[None, :] * up_d
+        gate_at, gate_by = gate + (e * gate_e + first * gate_f), f[:, None] * gate_f + d[None, :] * gate_d
         # Products by hand: tl.dot wants 16 rows. Sums go along the width here, and across threads once at the end.
         h0 = tl.zeros((BF, BD), tl.float32)
         h1, h2, h3, g0, g1, g2, g3 = h0, h0, h0, h0, h0, h0, h0
@@ -137,9 +138,9 @@ def _open_few(
             t1 = tl.load(x1 + start + d, mask=own, other=0.0).to(tl.float32)[None, :]
             t2 = tl.load(x2 + start + d, mask=own, other=0.0).to(tl.float32)[None, :]
             t3 = tl.load(x3 + start + d, mask=own, other=0.0).to(tl.float32)[None, :]
-            w = tl.load(up_at, mask=mask, other=0.0)
+            w = tl.load(up_at + up_by, mask=mask, other=0.0)
             if GATED:
-                v = tl.load(gate_at, mask=mask, other=0.0)
+                v = tl.load(gate_at + gate_by, mask=mask, other=0.0)
                 g0, g1, g2, g3 = _added(v, t0, t1, t2, t3, g0, g1, g2, g3)
             h0, h1, h2, h3 = _added(w, t0, t1, t2, t3, h0, h1, h2, h3)
             up_at += BD * up_d
@@ -202,7 +203,7 @@ def _close_few(
         first = (tl.program_id(1) * BD).to(tl.int64)
         f, d = tl.arange(0, BF), tl.arange(0, BD)
         inside = first + d < width
-        down_at = down + (e * down_e + first * down_d) + (f[:, None] * down_f + d[None, :] * down_d)
+        down_at, down_by = down + (e * down_e + first * down_d), f[:, None] * down_f + d[None, :] * down_d
         a0 = tl.zeros((BF, BD), tl.float32)
         a1, a2, a3 = a0, a0, a0
         for start in tl.range(0, hidden_width, BF, num_stages=STAGES):
@@ -211,7 +212,7 @@ def _close_few(
             t1 = tl.load(x1 + start + f, mask=own, other=0.0).to(tl.float32)[:, None]
             t2 = tl.load(x2 + start + f, mask=own, other=0.0).to(tl.float32)[:, None]
             t3 = tl.load(x3 + start + f, mask=own, other=0.0).to(tl.float32)[:, None]
-            w = tl.load(down_at, mask=own[:, None] & inside[None, :], other=0.0)
+            w = tl.load(down_at + down_by, mask=own[:, None] & inside[None, :], other=0.0)
             a0, a1, a2, a3 = _added(w, t0, t1, t2, t3, a0, a1, a2, a3)
             down_at += BF * down_f
         of = e * width + first + d
