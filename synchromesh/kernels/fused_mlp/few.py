@@ -65,7 +65,7 @@ def rows_of_few(x: Tensor, pairs: Tensor, ends: Tensor | None, activation: str, 
     _close_few[(number, triton.cdiv(width, 64))](
         hidden, pairs, ends, net.down, given_or(net.down_bias, x), given_or(net.down_scale, x), out, number, width,
         hidden_width, experts, *net.down.stride(), BIAS=net.down_bias is not None, SCALED=net.down_scale is not None,
-        BF=32, BD=64, STAGES=STAGES, **lookup, num_warps=WARPS,
+        BF=16, BD=64, STAGES=STAGES, **lookup, num_warps=WARPS,
     )  # fmt: skip
     return out
 
