@@ -4,6 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+
+from synchromesh import FixedCapacity, GatedMLPExperts, Local, MoE, TopKRouter
+from synchromesh.kernels.gpu import TRITON
+from synchromesh.testing.launches import Recorder
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # Kernel: registers of a thread, instructions of its loop, operations for each byte that a tile reads. Bounds leave room
@@ -64,6 +69,22 @@ def test_a_token_with_one_choice_needs_no_sum_over_rows(compiled):
         names = {launch.kernel for launch in recorder.launches}
         assert "_sum_rows" not in names
         assert "_fill_absent" in names
+
+
+def test_a_training_step_marks_broken_tokens_in_its_sums_and_not_in_a_pass_of_its_own():
+    with torch.device("meta"):
+        layer = MoE(TopKRouter(64, 4, k=2), GatedMLPExperts(4, 64, hidden=32), capacity=FixedCapacity(1.0))
+    layer.strategy = Local(kernels=TRITON)
+    x = torch.empty(48, 64, device="meta", requires_grad=True)
+    forward, backward = Recorder(), Recorder()
+    with forward.recording():
+        y = layer(x)
+    with backward.recording():
+        y.backward(torch.empty_like(y))
+    assert not {"masked_fill", "isnan", "any"} & {*forward.operations, *backward.operations}
+    assert {dict(one.constants)["MARKED"] for one in forward.launches if one.kernel == "_sum_rows"} == {True}
+    assert "_mark_tokens" not in {one.kernel for one in forward.launches}
+    assert [one.kernel for one in backward.launches].count("_unmark_tokens") == 1
 
 
 def test_the_file_of_figures_is_what_kernels_are_compiled_to_now(large):
