@@ -53,19 +53,38 @@ class Cost:
 
 @dataclass(frozen=True)
 class ProductCosts:
-    """Both ways of multiplying in one dtype.
+    """The ways of multiplying in one dtype.
 
     Attributes:
         alone: an expert by a product of its own.
         batched: neighbours with equally many rows in one call.
+        onednn: an expert by oneDNN, where torch itself takes another library; None where that gains nothing.
     """
 
     alone: Cost
     batched: Cost
+    onednn: Cost | None = None
+
+    def prefers_onednn(self, *, rows: int, rest: int, instead: int, numbers: int) -> bool:
+        """Tell whether an expert's rows by oneDNN and a rest of them by torch take less time than torch takes.
+
+        Args:
+            rows: that oneDNN multiplies, padding among them.
+            rest: that torch multiplies.
+            instead: that torch would multiply by itself.
+            numbers: of the expert's matrix.
+        """
+        if self.onednn is None or not rows:
+            return False
+        seconds = self.onednn.seconds(experts=1, rows=rows, numbers=numbers)
+        if rest:
+            seconds += self.alone.seconds(experts=1, rows=rest, numbers=numbers)
+        return seconds < self.alone.seconds(experts=1, rows=instead, numbers=numbers)
 
     def batches(self, *, rows: int, numbers: int) -> bool:
         """Tell whether one call for two experts costs no more than two calls, or hardly more than can be measured."""
-        alone = 2 * self.alone.seconds(experts=1, rows=rows, numbers=numbers)
+        ways = (self.alone,) if self.onednn is None else (self.alone, self.onednn)
+        alone = 2 * min(way.seconds(experts=1, rows=rows, numbers=numbers) for way in ways)
         return self.batched.seconds(experts=2, rows=rows, numbers=numbers) <= NOISE * alone
 
     def joins(self, *, experts: int, rows: int, skipped: int, count: int, numbers: int) -> bool:
@@ -112,17 +131,28 @@ class Machines:
 
     measured: tuple[Machine, ...]
 
-    def costs(self, cpu: str, threads: int, dtype: torch.dtype) -> ProductCosts:
+    def costs(self, cpu: str, threads: int, dtype: torch.dtype, *, wide: bool = True) -> ProductCosts:
         """Return the costs of a CPU, else of the first that was measured; of the nearest number of threads.
 
-        A dtype that was not measured costs what float32 does where it has as many bytes or more, and is multiplied
-        expert by expert where it has less: torch has no fast batched product of every short one.
+        Which library is the faster one depends on a CPU's maker and its vectors: others than the first one's multiply
+        by torch's own until they are measured. A dtype that was not measured costs what float32 does where it has as
+        many bytes or more, and is multiplied expert by expert where it has less: torch has no fast batched product of
+        every short one.
+
+        Args:
+            cpu: its model.
+            threads: that torch computes with.
+            dtype: of the products.
+            wide: whether the CPU has the vectors of 512 bits that the first one has.
         """
         known = [machine for machine in self.measured if machine.cpu == cpu]
+        own = bool(known) or (wide and cpu.split()[:1] == self.measured[0].cpu.split()[:1])
         known = known or [machine for machine in self.measured if machine.cpu == self.measured[0].cpu]
         machine = min(known, key=lambda one: abs(math.log2(one.threads / threads)))
         name = str(dtype).removeprefix("torch.")
         costs = machine.products.get(name, machine.products["float32"])
+        if not own or name not in machine.products:
+            costs = dataclasses.replace(costs, onednn=None)
         if name not in machine.products and dtype.itemsize < torch.float32.itemsize:
             return ProductCosts(costs.alone, dataclasses.replace(costs.alone, call=3 * costs.alone.call))
         return costs
@@ -182,7 +212,8 @@ def here() -> Machines:
 @functools.cache
 def costs_here(threads: int, dtype: torch.dtype) -> ProductCosts:
     """Return the costs on this machine."""
-    return here().costs(cpu_model(), threads, dtype)
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return here().costs(cpu_model(), threads, dtype, wide=wide)
 
 
 @functools.cache
@@ -216,6 +247,11 @@ def _machine(found: Any) -> Machine:
 
 
 def _costs(found: Any) -> ProductCosts:
-    ways = _fields(found, dict.fromkeys(("alone", "batched"), dict))
+    names = ["alone", "batched"]
+    if isinstance(found, dict) and found.get("onednn", 0) is None:
+        found = {name: costs for name, costs in found.items() if name != "onednn"}
+    elif isinstance(found, dict) and "onednn" in found:
+        names.append("onednn")
+    ways = _fields(found, dict.fromkeys(names, dict))
     kinds: dict[str, type] = dict.fromkeys(("call", "number", "row"), float)
     return ProductCosts(**{way: Cost(**_fields(costs, kinds)) for way, costs in ways.items()})

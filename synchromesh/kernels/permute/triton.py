@@ -71,6 +71,13 @@ def fill_absent(y: Tensor, rows: Tensor, marks: tuple[Tensor, Tensor] | None = N
         )
 
 
+def whole_tokens(x: Tensor, rows: Tensor, marks: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Return memory like x [T, D] for tokens of one choice, each stored by its row's product; 0 for those without."""
+    y = torch.empty_like(x)
+    fill_absent(y, rows, marks)
+    return y
+
+
 def _width(y: Tensor) -> int:
     return min(WIDEST_BLOCK, 1 << max(0, y.shape[1] - 1).bit_length())
 
