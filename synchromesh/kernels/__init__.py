@@ -66,6 +66,8 @@ class Kernels:
         mark: (y, weights, expert_ids) -> y with NaN where a weight is no number; y may be written to.
         direct_mlp: (x, weights, expert_ids, mlp, activation) -> y, without gradient.
         prefers_direct: (pairs, experts, activation) -> whether direct_mlp is faster, where no gradient is wanted.
+        marked_mlp: (x, weights, rowmap, expert_ids, mlp, activation) -> mark of fused_mlp, without a pass over y; None
+            runs one after the other. Whoever replaces either of these replaces this too.
     """
 
     gate: Callable[..., Tensor]
@@ -81,6 +83,7 @@ class Kernels:
     mark: Callable[..., Tensor]
     direct_mlp: Callable[..., Tensor]
     prefers_direct: Callable[[int, int, Activation], bool]
+    marked_mlp: Callable[..., Tensor] | None = None
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -31,8 +31,9 @@ TRITON = Kernels(
     fused_mlp=quantized_mlp.fused_mlp,
     fuses=fused_mlp.fuses,
     mark=mark.mark,
+    marked_mlp=quantized_mlp.marked_mlp,
     direct_mlp=direct_mlp.direct_mlp,
     prefers_direct=direct_mlp.prefers_direct,
 )
-GLUON = dataclasses.replace(TRITON, grouped_mm=gluon_mm.grouped_mm, fused_mlp=gluon_mlp.fused_mlp)
+GLUON = dataclasses.replace(TRITON, grouped_mm=gluon_mm.grouped_mm, fused_mlp=gluon_mlp.fused_mlp, marked_mlp=None)
 """Those with warp-specialised products (sm_90, sm_100): for an A/B test, whatever the measured table says of them."""

@@ -65,6 +65,12 @@ class Strategy(ABC):
     ) -> Float[Tensor, "T D"]:
         """Compute y[t] = sum_k weights[t, k] * expert[ids[t, k]](x[t]) over the kept pairs."""
 
+    def run_marked(
+        self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, experts: Experts, plan: Plan
+    ) -> Float[Tensor, "T D"] | None:
+        """Do `run`, and mark tokens with a NaN weight in the same pass; None where the layer marks what `run` gives."""
+        return None
+
     def direct(self, x: Float[Tensor, "T D"], routing: Routing, experts: Experts) -> Float[Tensor, "T D"] | None:
         """Compute y of all pairs without a map of rows; None where `run` is the way."""
         return None
@@ -116,6 +122,20 @@ class Local(Strategy):
         kernels, dtype = self.kernels_on(x.device), compute_dtype(x)
         whole = {name: cast(part, dtype) for name, part in _whole(experts).items()}
         return run_here(x.to(dtype), routing, rowmap, experts, whole, kernels)
+
+    def run_marked(
+        self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, experts: Experts, plan: Plan
+    ) -> Float[Tensor, "T D"] | None:
+        kernels, dtype = self.kernels_on(x.device), compute_dtype(x)
+        if (
+            kernels.marked_mlp is None or type(self).run is not Local.run
+        ):  # a strategy made of this one runs its own way
+            return None
+        whole = {name: part.to(dtype) for name, part in _whole(experts).items()}
+        mlp = experts.mlp(whole)
+        if mlp is None or not kernels.fuses(mlp[1]):
+            return None
+        return kernels.marked_mlp(x.to(dtype), routing.weights, rowmap, routing.expert_ids, *mlp)
 
     def direct(self, x: Float[Tensor, "T D"], routing: Routing, experts: Experts) -> Float[Tensor, "T D"] | None:
         ids, kernels = routing.expert_ids, self.kernels_on(x.device)
