@@ -23,6 +23,7 @@ from synchromesh.kernels.gpu import TRITON
 from synchromesh.parallel import deduplicated, pipeline
 from synchromesh.parallel.comm import collectives
 from synchromesh.testing.compare import assert_close
+from synchromesh.testing.copies import RowCopies
 from synchromesh.testing.distributed import run_ranks
 from synchromesh.testing.reads import HostReads
 
@@ -177,3 +178,26 @@ def test_a_device_is_asked_for_numbers_of_rows_once_a_level_and_sent_nothing(a_d
         layer(x, plan=plan).sum().backward()
     assert reads.found == []
     assert len(asked) == (2 if plan.two_level and plan.deduplicate else 1)
+
+
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if not plan.regather], ids=str)
+def test_between_the_gather_and_the_sum_rows_are_read_and_written_by_products_alone(a_device, monkeypatch, plan):
+    """What is left: the first level of two is put into the order of the second, each way, forward and backward.
+
+    Pieces of tokens, where these are deduplicated, are joined: their sums in forward, their gradients in backward.
+    """
+    for module in (pipeline, deduplicated):
+        monkeypatch.setattr(module, "on_host", uneven)
+    layer = MoE(TopKRouter(D, 8, k=4), GatedMLPExperts(8, D, hidden=F), strategy=Sharded(a_device, kernels=TRITON))
+    layer.to("meta", torch.bfloat16)
+    x = torch.empty(T, D, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    y, grad = layer(x, plan=plan), torch.empty(T, D, dtype=torch.bfloat16, device="meta")
+    with RowCopies(D) as copies:
+        y = layer(x, plan=plan)
+        y.backward(grad)
+    for of_others in ("div", "add", "_unsafe_view"):  # gradients of experts and of tokens, a product of the router
+        del copies.found[of_others]
+    if plan.deduplicate:
+        assert copies.found == ({"cat": 2} if plan.chunks > 1 else {})
+    else:
+        assert copies.found == ({"index_select": 4 * plan.chunks} if plan.two_level else {})
