@@ -54,7 +54,7 @@ class Slots:
         destinations = [[number[slot // each] * each + slot % each for slot in own] for own in layout.destinations]
         experts = [expert for member in order for expert in layout.experts_of(member)]
         in_order = destinations == [[expert] for expert in range(layout.num_experts)]
-        return cls(layout, *(torch.tensor(table, device=device) for table in (destinations, experts)), in_order)
+        return cls(layout, torch.tensor(destinations, device=device), torch.tensor(experts, device=device), in_order)
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ class _Model:
     def _permute(self) -> float:
         """Return the time to move rows: once on each side of each exchange, by the combine, by the activation."""
         work = self.work
-        # How often a row is read or written: each level of an exchange sends and receives rows in both directions, and two
+        # How often a row is read or written: each level of an exchange sends and receives rows in both directions, two
         # align them in between; of one that deduplicates, experts read and write pairs.
         passes = (10 if self.plan.two_level else 4) if self.sent.there else 2
         rows = passes * self.sent.computed

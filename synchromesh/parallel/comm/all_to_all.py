@@ -2,9 +2,9 @@
 
 Rows lie sorted by (member, local expert): where they are sent from, members in the order in which messages leave; where
 they arrive, in that of their numbers. No copy puts them into another order, kernels read and write them by maps
-(`dispatch`, `arrivals`). A `Route` knows how many rows go where, and carries rows *there* (to their experts) and *back*;
-each is the other's gradient. Between two levels rows are put in order on their device, from numbers that are there: the
-host reads how many go where once, and sends nothing.
+(`dispatch`, `arrivals`). A `Route` knows how many rows go where, and carries rows *there* (to their experts) and
+*back*; each is the other's gradient. Between two levels rows are put in order on their device, from numbers that are
+there: the host reads how many go where once, and sends nothing.
 """
 
 from __future__ import annotations
