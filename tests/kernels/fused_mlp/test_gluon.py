@@ -15,6 +15,7 @@ CASES = [
     *((NAMED["zipf"], kind, F.silu) for kind in ("plain", "biased", "gated", "gated_biased", "joint_biased")),
     *((NAMED[name], "gated", F.silu) for name in ("no_token", "empty_experts", "some_pairs_dropped", "nan_token")),
     (NAMED["some_pairs_absent"], "plain", F.gelu),
+    (Case("one_choice", torch.randint(3, (20, 1), generator=torch.Generator().manual_seed(0)), 3), "gated", F.silu),
     (Case("two_tiles", torch.randint(2, (150, 2), generator=torch.Generator().manual_seed(0)), 2), "plain", F.relu),
 ]
 
