@@ -91,6 +91,7 @@ def even_traffic(
     )
 
 
+@uncompiled  # which traces no asynchronous collective; one break, not one for each
 def exchange_and_compute(
     rows: Float[Tensor, "R D"],
     traffic: Traffic,
