@@ -5,9 +5,9 @@
 
 All contestants compute y = Σ_k w_k gelu(x upᵀ) down without biases, from the same routing, and are first compared with
 each other, output and gradients; where they differ no time is printed. Rounds are interleaved, times are medians.
-The limit is the fastest of a loop of products into preallocated outputs, bmm (even loads only) and grouped_mm, on
-rows already sorted. Peak memory is the resident set at its highest during one run above what it was before, gradients
-included (Linux: /proc/self/clear_refs and VmHWM).
+The limit is the fastest of a loop of products into preallocated outputs, bmm (even loads only), grouped_mm and, in
+float32, a loop of oneDNN's products, on rows already sorted. Peak memory is the resident set at its highest during one
+run above what it was before, gradients included (Linux: /proc/self/clear_refs and VmHWM).
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from synchromesh import MLPExperts, MoE, TopKRouter
 from synchromesh.kernels import CPU
+from synchromesh.kernels.matmul import has_onednn, turned_by_onednn
 from synchromesh.kernels.pages import pages
 from synchromesh.testing.cases import balanced, routing_of, zipf
 from synchromesh.testing.compare import assert_close
+from synchromesh.torch_private import onednn_linear
 
 SHAPES = [
     (4096, 2048, 2048, 2, 2),
@@ -205,8 +207,20 @@ def limits(p: Problem, *, backward: bool) -> dict[str, Callable[[], None]]:
             F.grouped_mm(d_h.t(), rows, offs=ends)
             F.grouped_mm(d_h, up, offs=ends)
 
+    def onednn() -> None:
+        for e, (rows_e, grads_e) in enumerate(zip(rows.split(sizes), grads.split(sizes), strict=True)):
+            if len(rows_e):
+                h_e = onednn_linear(rows_e, up[e], None, gelu=False)
+                onednn_linear(h_e, down[e].t(), None, gelu=False)
+                if backward:
+                    d_h_e = onednn_linear(grads_e, down[e], None, gelu=False)
+                    d_down[e] = turned_by_onednn(h_e, grads_e)
+                    d_up[e] = turned_by_onednn(d_h_e, rows_e)
+                    onednn_linear(d_h_e, up[e].t(), None, gelu=False)
+
     even = {"bmm": bmm} if len(set(sizes)) == 1 else {}
-    return {"loop": loop, **even, "grouped_mm": grouped}
+    other = {"oneDNN": onednn} if has_onednn(p.x.dtype) else {}
+    return {"loop": loop, **even, "grouped_mm": grouped, **other}
 
 
 def forget(p: Problem, contestants: dict[str, Contestant]) -> None:

@@ -38,6 +38,9 @@ FOREACH_NORM: Any = getattr(torch, "_foreach_norm")  # noqa: B009 - its stubs do
 UNSCALE: Any = getattr(torch, "_amp_foreach_non_finite_check_and_unscale_")  # noqa: B009
 
 
+# oneDNN's linear layer with an activation, which inductor calls; None where torch was built without oneDNN.
+ONEDNN_LINEAR: Any = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
+
 # `torch.compiler.disable`, which imports the compiler at the first call and not before: half a second.
 BREAKS_GRAPH: Any = _disable_dynamo
 
@@ -165,9 +168,10 @@ def job_store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
-def has_forward_hooks(module: nn.Module) -> bool:
-    """Tell whether a call of the module runs hooks besides its forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether a call of the module runs anything besides its forward, there or in backward."""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(own) or bool(nn.modules.module._has_any_global_hook())
 
 
 def unaliased(tensor: Tensor, shape: torch.Size) -> Tensor:
@@ -185,7 +189,7 @@ def onednn_linear(
 ) -> Float[Tensor, "*T F"]:
     """Return x weight^T + bias, passed through gelu if asked, in one call of oneDNN; without gradient."""
     activation = ("gelu", [], "none") if gelu else ("none", [], "")
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *activation)
+    return ONEDNN_LINEAR(x, weight, bias, *activation)
 
 
 def onednn_has_bfloat16() -> bool:

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from synchromesh.data.images import MemoryImages, Preprocess
+from synchromesh.kernels import matmul
 from synchromesh.tasks.classification import LabelledImages
 from synchromesh.testing.browser import Browser, find_browser
 from synchromesh.testing.poison import poisoned_memory
@@ -62,6 +63,12 @@ def _known_start(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with poisoned_memory():
         yield
+
+
+@pytest.fixture
+def everything_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this machine oneDNN multiplies faster than torch, however few the rows are."""
+    monkeypatch.setattr(matmul, "_is_faster", lambda threads, rows, rest, instead, numbers: rows > 0)
 
 
 @pytest.fixture(scope="session")

@@ -142,14 +142,29 @@ def test_the_store_of_a_job_is_found_and_shared():
     assert run_ranks(told_through_the_store, 2) == [b"here", b"here"]
 
 
-@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
-def test_hooks_of_a_forward_are_seen(register):
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
+def test_hooks_of_a_call_are_seen(register):
     layer = nn.Linear(2, 2)
-    assert not torch_private.has_forward_hooks(layer)
+    assert not torch_private.has_hooks(layer)
     handle = getattr(layer, register)(lambda *_: None)
-    assert torch_private.has_forward_hooks(layer)
+    assert torch_private.has_hooks(layer)
     handle.remove()
-    assert not torch_private.has_forward_hooks(layer)
+    assert not torch_private.has_hooks(layer)
+
+
+def test_hooks_of_all_modules_are_seen():
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert torch_private.has_hooks(nn.Linear(2, 2))
+    handle.remove()
+    assert not torch_private.has_hooks(nn.Linear(2, 2))
 
 
 def test_a_child_registered_under_two_names_is_listed_twice():

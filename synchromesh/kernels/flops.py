@@ -7,13 +7,14 @@ Counted are rows of the buffer, which without a capacity are all pairs; 2 operat
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from synchromesh import kernels
+from synchromesh import kernels, torch_private
 
 Shape = Sequence[int]
 
@@ -54,6 +55,10 @@ def _quantized_mlp(
     return 2 * pairs[0] * sum(map(_numbers, net[:3]))
 
 
+def _onednn_linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
 def _numbers(matrix: Shape | None) -> int:
     """Return the numbers of one expert's matrix."""
     return 0 if matrix is None else matrix[1] * matrix[2]
@@ -73,6 +78,8 @@ def _register(device: str) -> None:
 
 
 _register("cpu")
+if torch_private.ONEDNN_LINEAR is not None:
+    register_flop_formula(torch_private.ONEDNN_LINEAR)(_onednn_linear)
 if kernels.HAS_TRITON:
     importlib.import_module("synchromesh.kernels.gpu")  # defines the ops of GPUs
     _register("triton")

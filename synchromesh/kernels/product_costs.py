@@ -53,19 +53,38 @@ class Cost:
 
 @dataclass(frozen=True)
 class ProductCosts:
-    """Both ways of multiplying in one dtype.
+    """The ways of multiplying in one dtype.
 
     Attributes:
         alone: an expert by a product of its own.
         batched: neighbours with equally many rows in one call.
+        onednn: an expert by oneDNN, where torch itself takes another library; None where that gains nothing.
     """
 
     alone: Cost
     batched: Cost
+    onednn: Cost | None = None
+
+    def prefers_onednn(self, *, rows: int, rest: int, instead: int, numbers: int) -> bool:
+        """Tell whether an expert's rows by oneDNN and a rest of them by torch take less time than torch takes.
+
+        Args:
+            rows: that oneDNN multiplies, padding among them.
+            rest: that torch multiplies.
+            instead: that torch would multiply by itself.
+            numbers: of the expert's matrix.
+        """
+        if self.onednn is None or not rows:
+            return False
+        seconds = self.onednn.seconds(experts=1, rows=rows, numbers=numbers)
+        if rest:
+            seconds += self.alone.seconds(experts=1, rows=rest, numbers=numbers)
+        return seconds < self.alone.seconds(experts=1, rows=instead, numbers=numbers)
 
     def batches(self, *, rows: int, numbers: int) -> bool:
         """Tell whether one call for two experts costs no more than two calls, or hardly more than can be measured."""
-        alone = 2 * self.alone.seconds(experts=1, rows=rows, numbers=numbers)
+        ways = (self.alone,) if self.onednn is None else (self.alone, self.onednn)
+        alone = 2 * min(way.seconds(experts=1, rows=rows, numbers=numbers) for way in ways)
         return self.batched.seconds(experts=2, rows=rows, numbers=numbers) <= NOISE * alone
 
     def joins(self, *, experts: int, rows: int, skipped: int, count: int, numbers: int) -> bool:
@@ -115,14 +134,18 @@ class Machines:
     def costs(self, cpu: str, threads: int, dtype: torch.dtype) -> ProductCosts:
         """Return the costs of a CPU, else of the first that was measured; of the nearest number of threads.
 
-        A dtype that was not measured costs what float32 does where it has as many bytes or more, and is multiplied
-        expert by expert where it has less: torch has no fast batched product of every short one.
+        Which library is the faster one is known of measured CPUs alone: others multiply by torch's own. A dtype that
+        was not measured costs what float32 does where it has as many bytes or more, and is multiplied expert by
+        expert where it has less: torch has no fast batched product of every short one.
         """
         known = [machine for machine in self.measured if machine.cpu == cpu]
+        own = bool(known)
         known = known or [machine for machine in self.measured if machine.cpu == self.measured[0].cpu]
         machine = min(known, key=lambda one: abs(math.log2(one.threads / threads)))
         name = str(dtype).removeprefix("torch.")
         costs = machine.products.get(name, machine.products["float32"])
+        if not own or name not in machine.products:
+            costs = dataclasses.replace(costs, onednn=None)
         if name not in machine.products and dtype.itemsize < torch.float32.itemsize:
             return ProductCosts(costs.alone, dataclasses.replace(costs.alone, call=3 * costs.alone.call))
         return costs
@@ -216,6 +239,11 @@ def _machine(found: Any) -> Machine:
 
 
 def _costs(found: Any) -> ProductCosts:
-    ways = _fields(found, dict.fromkeys(("alone", "batched"), dict))
+    names = ["alone", "batched"]
+    if isinstance(found, dict) and found.get("onednn", 0) is None:
+        found = {name: costs for name, costs in found.items() if name != "onednn"}
+    elif isinstance(found, dict) and "onednn" in found:
+        names.append("onednn")
+    ways = _fields(found, dict.fromkeys(names, dict))
     kinds: dict[str, type] = dict.fromkeys(("call", "number", "row"), float)
     return ProductCosts(**{way: Cost(**_fields(costs, kinds)) for way, costs in ways.items()})

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from synchromesh.kernels.matmul import has_onednn
 from synchromesh.kernels.product_costs import Cost, Machine, ProductCosts, cpu_model
+from synchromesh.torch_private import onednn_linear
 
 EXPERTS = 128  # whose matrices are more than caches hold, as those of a layer are when its turn comes again
 SMALL = (8, 64)  # rows, and the width of matrices, of products that cost little more than their call
@@ -40,20 +43,32 @@ def fitted(small: float, few: float, many: float, *, calls: int) -> Cost:
 
 def _measured(dtype: torch.dtype, seconds: float) -> ProductCosts:
     timings = [_timed(dtype, rows, width, seconds) for rows, width in (SMALL, *((rows, WIDTH) for rows in ROWS))]
-    alone, batched = zip(*timings, strict=True)
-    return ProductCosts(fitted(*alone, calls=EXPERTS), fitted(*batched, calls=1))
+    alone, batched, *onednn = zip(*timings, strict=True)
+    costs = ProductCosts(fitted(*alone, calls=EXPERTS), fitted(*batched, calls=1))
+    return dataclasses.replace(costs, onednn=fitted(*onednn[0], calls=EXPERTS)) if onednn else costs
 
 
 def _timed(dtype: torch.dtype, rows: int, width: int, seconds: float) -> list[float]:
-    """Return the seconds of both ways: one by one, and in one call."""
+    """Return the seconds of the ways: one by one, in one call, and by oneDNN where torch takes another library."""
     a, out = torch.randn(2, EXPERTS, rows, width).to(dtype)
     matrices = torch.randn(EXPERTS, width, width).to(dtype)
-    return _quickest([lambda: _each(a, matrices, out), lambda: torch.bmm(a, matrices, out=out)], seconds)
+    runs = [lambda: _each(a, matrices, out, _by_torch), lambda: torch.bmm(a, matrices, out=out)]
+    if has_onednn(dtype):
+        runs.append(lambda: _each(a, matrices, out, _by_onednn))
+    return _quickest(runs, seconds)
 
 
-def _each(a: Tensor, matrices: Tensor, out: Tensor) -> None:
+def _each(a: Tensor, matrices: Tensor, out: Tensor, multiply: Callable[[Tensor, Tensor, Tensor], object]) -> None:
     for own, matrix, to in zip(a.unbind(0), matrices.unbind(0), out.unbind(0), strict=True):
-        torch.mm(own, matrix, out=to)
+        multiply(own, matrix, to)
+
+
+def _by_torch(a: Tensor, b: Tensor, out: Tensor) -> None:
+    torch.mm(a, b, out=out)
+
+
+def _by_onednn(a: Tensor, b: Tensor, out: Tensor) -> None:
+    out.copy_(onednn_linear(a, b.t(), None, gelu=False))
 
 
 def _quickest(runs: Sequence[Callable[[], object]], seconds: float) -> list[float]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from synchromesh.kernels.matmul import add_matmul, matmul, matmul_turned
 from synchromesh.kernels.product_costs import costs_here
 
 Batched = Callable[[int], bool]  # of the rows of each: whether neighbours are multiplied in one call
@@ -125,10 +126,8 @@ def multiply(a: Tensor, by: Matrices, piece: Piece, out: Tensor, bias: Matrices 
             else:
                 added = bias.all[batch.experts, None]
                 torch.baddbmm(added, batch.of(own), by.all[batch.experts], out=batch.of(to))
-        elif bias is None:
-            torch.mm(own, by.each[batch.first], out=to)
         else:
-            torch.addmm(bias.each[batch.first], own, by.each[batch.first], out=to)
+            matmul(own, by.each[batch.first], to, None if bias is None else bias.each[batch.first])
 
 
 def add_product(a: Tensor, by: Matrices, piece: Piece, out: Tensor) -> None:
@@ -137,7 +136,7 @@ def add_product(a: Tensor, by: Matrices, piece: Piece, out: Tensor) -> None:
         if batch.stop - batch.first > 1:
             batch.of(to).baddbmm_(batch.of(own), by.all[batch.experts])
         else:
-            to.addmm_(own, by.each[batch.first])
+            add_matmul(own, by.each[batch.first], to)
 
 
 def multiply_rows(a: Tensor, b: Tensor, piece: Piece, out: Matrices) -> None:
@@ -149,7 +148,7 @@ def multiply_rows(a: Tensor, b: Tensor, piece: Piece, out: Matrices) -> None:
         if batch.stop - batch.first > 1:
             torch.bmm(batch.of(left).mT, batch.of(right), out=out.all[batch.experts])
         else:
-            torch.mm(left.t(), right, out=out.each[batch.first])
+            matmul_turned(left, right, out.each[batch.first])
 
 
 def sum_rows(a: Tensor, piece: Piece, out: Matrices) -> None:

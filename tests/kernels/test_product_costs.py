@@ -48,6 +48,21 @@ def test_the_own_cpu_comes_first_then_the_nearest_threads():
     assert machines.costs("unknown", 1, torch.float32) == CALLS
 
 
+def test_the_library_is_chosen_by_measurements_of_the_same_cpu_alone():
+    costs = dataclasses.replace(CALLS, onednn=Cost(1.0, 1.0, 0.05))
+    machines = Machines((machine("a", 1, costs),))
+    assert Machines.from_json(machines.to_json()) == machines
+    assert machines.costs("a", 4, torch.float32).onednn == Cost(1.0, 1.0, 0.05)
+    assert machines.costs("unknown", 1, torch.float32).onednn is None
+    assert machines.costs("a", 1, torch.float64).onednn is None
+
+
+def test_a_batch_is_weighed_against_the_faster_library():
+    costs = dataclasses.replace(FREE_CALLS, onednn=Cost(0.0, 0.5, 0.5))
+    assert FREE_CALLS.batches(rows=4, numbers=2)
+    assert not costs.batches(rows=4, numbers=2)
+
+
 def test_short_dtypes_that_nobody_measured_are_not_batched():
     machines = Machines((machine("a", 1, dtype="bfloat16"),))
     assert machines.costs("a", 1, torch.bfloat16).batches(rows=1, numbers=1)
@@ -89,6 +104,8 @@ GOOD = json.loads(Machines((machine("a", 1),)).to_json())
         (("measured", 0, "products", "float32", "alone", "call"), -1.0),
         (("measured", 0, "products", "float32", "alone", "call"), float("nan")),
         (("measured", 0, "products", "float32", "alone", "row"), "1"),
+        (("measured", 0, "products", "float32", "onednn"), 1.0),
+        (("measured", 0, "products", "float32", "onednn"), {"call": 1.0}),
     ],
 )
 def test_what_is_no_table_is_refused_by_name_of_the_file(tmp_path: Path, place, value):

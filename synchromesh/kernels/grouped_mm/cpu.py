@@ -14,6 +14,7 @@ from torch import Tensor
 
 from synchromesh.kernels.autocast import autocast_alike
 from synchromesh.kernels.grouped_mm import op
+from synchromesh.kernels.matmul import matmul, matmul_turned
 from synchromesh.kernels.memory import room, room_like
 
 
@@ -46,10 +47,14 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> N
     # outᵀ = bᵀ·aᵀ is the same product, with a result that is contiguous.
     if not out.is_contiguous() and out.t().is_contiguous() and bias is None:
         a, b, out = b.t(), a.t(), out.t()
-    if bias is None:
-        torch.mm(a, b, out=out)
-    else:
-        torch.addmm(bias, a, b, out=out)
+    matmul(a, b, out, bias)
+
+
+def _multiply_turned(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write aᵀ·b into out, which may be a transposed view."""
+    if not out.is_contiguous() and out.t().is_contiguous():
+        a, b, out = b, a, out.t()
+    matmul_turned(a, b, out)
 
 
 def forward(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
@@ -73,7 +78,7 @@ def backward(
         if needs[0] and stop > start:
             multiply(d_out, weight[expert].t(), d_rows[start:stop])
         if rows is not None:
-            multiply(rows[start:stop].t(), d_out, d_weight[expert])  # zero where there are no rows
+            _multiply_turned(rows[start:stop], d_out, d_weight[expert])  # zero where there are no rows
         if needs[2]:
             torch.sum(d_out, 0, out=d_bias[expert])
     if needs[0]:

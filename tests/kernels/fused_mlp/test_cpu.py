@@ -46,6 +46,19 @@ def test_inference_never_holds_all_hidden_rows():
     assert 0 < largest < num_rows * hidden * 4 / 2
 
 
+@pytest.mark.usefixtures("everything_by_onednn")
+@KINDS
+def test_both_libraries_give_the_reference_and_its_gradients(kind):
+    rowmap = row_map_of(zipf(200, 5, 2), 5)
+    parts = {name: part.requires_grad_() for name, part in parts_of(kind, 5, torch.float32).items()}
+    x, weights = torch.randn(200, WIDTH, requires_grad=True), torch.rand(200, 2, requires_grad=True)
+    inputs, grad = [x, weights, *parts.values()], torch.randn(200, WIDTH)
+    got, wanted = (run(kernels, rowmap, F.gelu, kind)(x, weights, **parts) for kernels in (CPU, REFERENCE))
+    assert_close("y", got, wanted)
+    for own, other in zip(*(torch.autograd.grad(y, inputs, grad) for y in (got, wanted)), strict=True):
+        assert_close("gradient", own, other)
+
+
 @KINDS
 def test_registrations_agree_with_the_kernel(kind):
     rowmap, joint = row_map_of(torch.tensor([[0, 2], [2, 1], [0, 1]]), 4), "joint" in kind
