@@ -131,15 +131,22 @@ class Machines:
 
     measured: tuple[Machine, ...]
 
-    def costs(self, cpu: str, threads: int, dtype: torch.dtype) -> ProductCosts:
+    def costs(self, cpu: str, threads: int, dtype: torch.dtype, *, wide: bool = True) -> ProductCosts:
         """Return the costs of a CPU, else of the first that was measured; of the nearest number of threads.
 
-        Which library is the faster one is known of measured CPUs alone: others multiply by torch's own. A dtype that
-        was not measured costs what float32 does where it has as many bytes or more, and is multiplied expert by
-        expert where it has less: torch has no fast batched product of every short one.
+        Which library is the faster one depends on a CPU's maker and its vectors: others than the first one's multiply
+        by torch's own until they are measured. A dtype that was not measured costs what float32 does where it has as
+        many bytes or more, and is multiplied expert by expert where it has less: torch has no fast batched product of
+        every short one.
+
+        Args:
+            cpu: its model.
+            threads: that torch computes with.
+            dtype: of the products.
+            wide: whether the CPU has the vectors of 512 bits that the first one has.
         """
         known = [machine for machine in self.measured if machine.cpu == cpu]
-        own = bool(known)
+        own = bool(known) or (wide and cpu.split()[:1] == self.measured[0].cpu.split()[:1])
         known = known or [machine for machine in self.measured if machine.cpu == self.measured[0].cpu]
         machine = min(known, key=lambda one: abs(math.log2(one.threads / threads)))
         name = str(dtype).removeprefix("torch.")
@@ -205,7 +212,8 @@ def here() -> Machines:
 @functools.cache
 def costs_here(threads: int, dtype: torch.dtype) -> ProductCosts:
     """Return the costs on this machine."""
-    return here().costs(cpu_model(), threads, dtype)
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return here().costs(cpu_model(), threads, dtype, wide=wide)
 
 
 @functools.cache

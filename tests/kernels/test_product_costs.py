@@ -48,13 +48,16 @@ def test_the_own_cpu_comes_first_then_the_nearest_threads():
     assert machines.costs("unknown", 1, torch.float32) == CALLS
 
 
-def test_the_library_is_chosen_by_measurements_of_the_same_cpu_alone():
-    costs = dataclasses.replace(CALLS, onednn=Cost(1.0, 1.0, 0.05))
-    machines = Machines((machine("a", 1, costs),))
+def test_the_library_is_chosen_by_measurements_of_the_same_kind_of_cpu_alone():
+    onednn = Cost(1.0, 1.0, 0.05)
+    machines = Machines((machine("AMD one", 1, dataclasses.replace(CALLS, onednn=onednn)), machine("Other 2", 1)))
     assert Machines.from_json(machines.to_json()) == machines
-    assert machines.costs("a", 4, torch.float32).onednn == Cost(1.0, 1.0, 0.05)
-    assert machines.costs("unknown", 1, torch.float32).onednn is None
-    assert machines.costs("a", 1, torch.float64).onednn is None
+    assert machines.costs("AMD one", 4, torch.float32, wide=False).onednn == onednn
+    assert machines.costs("AMD two", 4, torch.float32).onednn == onednn
+    assert machines.costs("AMD two", 4, torch.float32, wide=False).onednn is None
+    for cpu in ("Intel one", "Other 2", ""):
+        assert machines.costs(cpu, 1, torch.float32).onednn is None
+    assert machines.costs("AMD one", 1, torch.float64).onednn is None
 
 
 def test_a_batch_is_weighed_against_the_faster_library():
