@@ -25,6 +25,7 @@ from synchromesh.parallel.comm import collectives
 from synchromesh.testing.compare import assert_close
 from synchromesh.testing.copies import RowCopies
 from synchromesh.testing.distributed import run_ranks
+from synchromesh.testing.launches import Recorder
 from synchromesh.testing.reads import HostReads
 
 D, F, T = 8, 16, 24
@@ -201,3 +202,36 @@ def test_between_the_gather_and_the_sum_rows_are_read_and_written_by_products_al
         assert copies.found == ({"cat": 2} if plan.chunks > 1 else {})
     else:
         assert copies.found == ({"index_select": 4 * plan.chunks} if plan.two_level else {})
+
+
+def launches_of_a_step(grid, chunks):
+    strategy, plan = Sharded(grid, kernels=TRITON), Plan(chunks=chunks)
+    layer = MoE(TopKRouter(D, 8, k=4), GatedMLPExperts(8, D, hidden=F), strategy=strategy).to("meta", torch.bfloat16)
+    x = torch.empty(T, D, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with Recorder().recording() as recorder:
+        layer(x, plan=plan).sum().backward()
+    return len(recorder.operations), [launch.kernel for launch in recorder.launches]
+
+
+def test_a_further_piece_adds_few_launches_and_one_of_them_maps_its_rows(a_device, monkeypatch):
+    monkeypatch.setattr(pipeline, "on_host", uneven)
+    two, four = (launches_of_a_step(a_device, chunks) for chunks in (2, 4))
+    assert four[1].count("_map_segments") == 4
+    assert (four[0] - two[0]) / 2 <= 9, "operations of torch"
+    assert (len(four[1]) - len(two[1])) / 2 <= 12, "kernels of Triton"
+
+
+def twice(plan):
+    torch.manual_seed(0)
+    layer = MoE(TopKRouter(D, 4, k=2), MLPExperts(4, D, hidden=F), strategy=Sharded(Grid.from_group(dist.group.WORLD)))
+    x = torch.randn(T, D, requires_grad=True)
+    y = layer(x, plan=plan).square().sum()
+    y.backward(retain_graph=True)
+    once = [x.grad.clone(), *(p.grad.clone() for p in layer.parameters())]
+    y.backward()
+    for one, both in zip(once, [x.grad, *(p.grad for p in layer.parameters())], strict=True):
+        assert_close("a gradient", both, 2 * one)
+
+
+def test_a_graph_that_is_kept_goes_backward_twice():
+    run_ranks(twice, 2, Plan(chunks=3))
