@@ -1,6 +1,7 @@
 """What Triton's kernels are compiled to: registers, spills, shared memory, the loop around the products. No GPU needed.
 
     python benchmarks/compiled.py --out benchmarks/results/compiled.jsonl --name after
+    python benchmarks/compiled.py --out benchmarks/results/compiled.jsonl --name gluon --gluon --targets sm_90 sm_100
 
 The launches are those of a layer's forward and backward at a shape of Qwen3-235B, on tensors without numbers; each is
 compiled ahead of time. Lines of one name are replaced, others stay, so that two names are a before and an after. The
@@ -9,7 +10,9 @@ table is printed; nothing here is a time.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -18,9 +21,10 @@ import torch
 import tyro
 
 from synchromesh import GatedMLPExperts, LoadBalance, Local, MLPExperts, MoE, TopKRouter, aux_loss
+from synchromesh.kernels import Kernels
 from synchromesh.kernels.fused_mlp import triton as fused
-from synchromesh.kernels.gpu import TRITON
-from synchromesh.kernels.grouped_mm import tilings
+from synchromesh.kernels.gpu import GLUON, TRITON
+from synchromesh.kernels.grouped_mm import gluon, tilings
 from synchromesh.kernels.grouped_mm import triton as grouped
 from synchromesh.testing.launches import TARGETS, Recorder, figures
 
@@ -43,6 +47,7 @@ SHAPES = {
     "swin, one choice": Shape(8192, 384, 1536, 8, 1, gated=False),
 }
 PRODUCTS = ("open_rows", "_product", "close_rows_backward", "_weight_gradient")
+GLUON_PRODUCTS = ("opening_product", "grouped_product", "closing_gradient", "weight_product")
 
 
 @dataclass(frozen=True)
@@ -54,28 +59,42 @@ class Options:
         name: of this state of the code, such as "before".
         targets: architectures of Nvidia's.
         shapes: of layers.
+        gluon: the Gluon kernels instead of Triton's.
     """
 
     out: Path | None = None
     name: str = "now"
     targets: tuple[str, ...] = ("sm_90",)
     shapes: tuple[str, ...] = tuple(SHAPES)
+    gluon: bool = False
 
 
-def recorded(target: str, shape: Shape) -> tuple[Recorder, Recorder]:
-    """Return the launches of a layer's forward, and those of its backward."""
+@contextlib.contextmanager
+def as_on(target: str) -> Iterator[None]:
+    """Let launchers choose what they would on an architecture."""
+    from synchromesh.kernels.gluon import launch
 
     def known(dtype: torch.dtype, device: torch.device, *, rows_per_expert: int) -> tilings.Tilings:
         return tilings.tilings_for(target, dtype, rows_per_expert)
 
+    with contextlib.ExitStack() as patches:
+        for module in (grouped, fused):
+            patches.enter_context(patch.object(module, "tilings_of", known))
+        for module in (gluon, launch):
+            patches.enter_context(patch.object(module, "architecture_of", lambda device: target))
+        yield
+
+
+def recorded(target: str, shape: Shape, kernels: Kernels = TRITON) -> tuple[Recorder, Recorder]:
+    """Return the launches of a layer's forward, and those of its backward."""
     with torch.device("meta"):
         experts = (GatedMLPExperts if shape.gated else MLPExperts)(shape.experts, shape.width, hidden=shape.hidden)
         router = TopKRouter(shape.width, shape.experts, k=shape.choices)
-    layer = MoE(router, experts, losses=(LoadBalance(0.01),), strategy=Local(kernels=TRITON)).to(torch.bfloat16)
+    layer = MoE(router, experts, losses=(LoadBalance(0.01),), strategy=Local(kernels=kernels)).to(torch.bfloat16)
     x = torch.empty(shape.tokens, shape.width, dtype=torch.bfloat16, device="meta", requires_grad=True)
     dy = torch.empty_like(x)
     forward, backward = Recorder(), Recorder()
-    with patch.object(grouped, "tilings_of", known), patch.object(fused, "tilings_of", known):
+    with as_on(target):
         with forward.recording():
             y, loss = layer(x), aux_loss(layer)
         with backward.recording():
@@ -87,6 +106,11 @@ def intensity(constants: dict[str, int]) -> int:
     """Return operations of a tile for each byte that it reads, bfloat16; a gate's columns stand beside those of up."""
     rows, cols = constants["BM"], constants["BN"] * (1 + constants.get("GATED", 0) * ("SAVE" in constants))
     return rows * cols // (rows + cols)
+
+
+def is_product(kernel: str) -> bool:
+    """Tell whether a kernel multiplies."""
+    return kernel in PRODUCTS or kernel.removesuffix("_tmem") in GLUON_PRODUCTS
 
 
 def table(lines: list[dict[str, object]]) -> str:
@@ -109,7 +133,8 @@ def table(lines: list[dict[str, object]]) -> str:
 
 def lines_of(options: Options, target: str, name: str) -> list[dict[str, object]]:
     """Return one line a product, and one of what is launched."""
-    passes = dict(zip(("forward", "backward"), recorded(target, SHAPES[name]), strict=True))
+    kernels = GLUON if options.gluon else TRITON
+    passes = dict(zip(("forward", "backward"), recorded(target, SHAPES[name], kernels), strict=True))
     about = {"state": options.name, "target": target, "shape": name}
     lines = []
     for way, recorder in passes.items():
@@ -117,11 +142,15 @@ def lines_of(options: Options, target: str, name: str) -> list[dict[str, object]
             {**about, "pass": way, "kernel": "launches", "triton": len(recorder.launches)}
             | {"torch": len(recorder.operations)}
         )
-        for launch in dict.fromkeys(one for one in recorder.launches if one.kernel in PRODUCTS):
+        for launch in dict.fromkeys(one for one in recorder.launches if is_product(one.kernel)):
             constants, chosen = dict(launch.constants), dict(launch.options)
             tile = "x".join(str(constants[side]) for side in ("BM", "BN", "BK"))
             made = figures(recorder.compiled(launch, TARGETS[target]))
-            how = {"tile": tile, "warps": chosen["num_warps"], "stages": chosen["num_stages"]}
+            how = {
+                "tile": tile,
+                "warps": chosen["num_warps"],
+                "stages": constants.get("STAGES", chosen.get("num_stages")),
+            }
             how["flop_per_byte"] = intensity(constants)
             lines.append({**about, "pass": way, "kernel": launch.kernel, **how, **asdict(made)})
     return lines

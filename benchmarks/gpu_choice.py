@@ -72,7 +72,7 @@ def ways(asked: Asked, device: str, *, with_gluon: bool = False) -> dict[str, Pr
 def measured(asked: Asked, session: Session) -> Cell | str:
     """Return a cell, or why there is none: results that differ have no times."""
     rows, shape = torch.empty(1, 8, device=session.device).bfloat16(), (asked.experts, asked.depth, asked.width)
-    able = session.args.gluon and gluon.takes(rows, shape, (asked.kind,))
+    able = session.args.gluon and gluon.takes(rows, shape)
     runs = ways(asked, session.device, with_gluon=able)
     wanted = runs["torch"]()
     error = max(max(map(relative_rms, run(), wanted)) for run in runs.values())

@@ -1,6 +1,6 @@
 """The Gluon kernels as contestants of benchmarks/gpu.py, and alone: checked against float64, then beside Triton's.
 
-    python benchmarks/gpu_gluon.py        # on an sm_90; elsewhere it says so
+    python benchmarks/gpu_gluon.py        # on an sm_90 or sm_100; elsewhere it says so
 
 They have been compiled and emulated, but no card has run them: each contestant is checked before its time counts.
 """
@@ -110,7 +110,7 @@ def gluon_part(session: Session) -> bool:
 def main() -> int:
     """Check every shape, then time those of the tables; return 1 where a check fails."""
     if not torch.cuda.is_available() or not gluon.takes(torch.empty(1, 8, device="cuda").bfloat16(), (1, 8, 8)):
-        print("The Gluon kernels are for sm_90: nothing to run here.")
+        print("The Gluon kernels are for sm_90 and sm_100: nothing to run here.")
         return 0
     failed = 0
     for one in contestants("cuda"):

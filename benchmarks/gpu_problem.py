@@ -115,7 +115,7 @@ def fused(p: Problem) -> Contestant:
 def fused_by_gluon(p: Problem) -> Contestant:
     """Use the Gluon kernels, whatever the measured table says of them. Raises ValueError where they do not run."""
     if not gluon.takes(p.x, tuple(p.mlp.down.shape)):
-        raise ValueError("the Gluon kernels are for bfloat16 and float16 on sm_90")
+        raise ValueError("the Gluon kernels are for bfloat16 and float16 on sm_90 and sm_100")
     activation = F.silu if p.shape.gated else F.gelu
     return Contestant(lambda: GLUON.fused_mlp(p.x, p.routing.weights, p.rowmap, p.mlp, activation))
 

@@ -37,4 +37,4 @@ TRITON = Kernels(
     prefers_direct=direct_mlp.prefers_direct,
 )
 GLUON = dataclasses.replace(TRITON, grouped_mm=gluon_mm.grouped_mm, fused_mlp=gluon_mlp.fused_mlp)
-"""Those with warp-specialised products, on sm_90: for an A/B test, whatever the measured table says of them."""
+"""Those with warp-specialised products (sm_90, sm_100): for an A/B test, whatever the measured table says of them."""

@@ -10,110 +10,17 @@ import builtins
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from synchromesh.testing.gluon_machine import THREADS_PER_WARP, Barrier, Event, Machine, ProtocolError, Shared
+from synchromesh.testing.gluon_machine import THREADS_PER_WARP, Barrier, Grid, Machine, ProtocolError, Shared
+from synchromesh.testing.gluon_memory import Descriptor, Numbers, Pointer, Sums, TensorMemory, value_of
 
 
-class Value(Tensor):
-    """A number or a block of them: unlike a tensor it never changes, `x += y` makes another."""
-
-    def __iadd__(self, other: Any) -> Any:
-        return self + other
-
-    def __isub__(self, other: Any) -> Any:
-        return self - other
-
-    def __imul__(self, other: Any) -> Any:
-        return self * other
-
-
-def value_of(given: Any, dtype: torch.dtype | None = None) -> Value:
-    """Return a number or a tensor as a value."""
-    return torch.as_tensor(given, dtype=dtype).as_subclass(Value)
-
-
-class Pointer:
-    """Addresses in the memory of a tensor, as `tensor + offsets`; every access must lie inside.
-
-    Args:
-        memory: one number after the other.
-        offset: into it, one or many.
-        written: how often each number was written.
-    """
-
-    def __init__(self, memory: Tensor, offset: Any, written: Tensor) -> None:
-        self.memory, self.offset, self.written = memory, offset, written
-        self.dtype = SimpleNamespace(element_ty=memory.dtype)
-
-    @staticmethod
-    def to(tensor: Tensor) -> Pointer:
-        """Return the address of a tensor's first number."""
-        last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-        memory = tensor.as_strided((last + 1 if tensor.numel() else 0,), (1,))
-        return Pointer(memory, 0, torch.zeros(len(memory), dtype=torch.int32))
-
-    def __add__(self, offset: Any) -> Pointer:
-        return Pointer(self.memory, self.offset + offset, self.written)
-
-    def __sub__(self, offset: Any) -> Pointer:
-        return self + -offset
-
-    def _at(self, mask: Any, shape: torch.Size) -> Tensor:
-        at = torch.as_tensor(self.offset).expand(shape)[mask]
-        if at.numel() and (int(at.min()) < 0 or int(at.max()) >= len(self.memory)):
-            raise ProtocolError(f"addresses {int(at.min())} .. {int(at.max())} of {len(self.memory)} numbers")
-        return at.long()
-
-    def load(self, mask: Any = None, other: Any = 0.0) -> Tensor:
-        mask, shape = _masked(mask, self.offset)
-        found = torch.full(shape, other, dtype=self.memory.dtype)
-        found[mask] = self.memory[self._at(mask, shape)]
-        return value_of(found)
-
-    def store(self, value: Tensor, mask: Any = None) -> None:
-        mask, shape = _masked(mask, self.offset)
-        at = self._at(mask, shape)
-        self.memory[at] = value.expand(shape)[mask].to(self.memory.dtype)
-        self.written[at] += 1
-
-
-class Descriptor:
-    """A TMA descriptor: blocks of a matrix, zeros where they reach outside."""
-
-    def __init__(self, tensor: Tensor, block: Sequence[int]) -> None:
-        """Raises ProtocolError where TMA cannot read the tensor."""
-        steps = [step * tensor.element_size() for step in tensor.stride()[:-1]]
-        if tensor.stride(-1) != 1 or any(step % 16 for step in steps):
-            raise ProtocolError(f"TMA takes rows without gaps, and steps of 16 bytes, not {tensor.stride()}")
-        self.tensor, self.dtype, self.layout = tensor, tensor.dtype, None
-        size = tensor.element_size() * int(torch.tensor(block).prod())
-        self.block_type = SimpleNamespace(shape=list(block), nbytes=size)
-
-    def block(self, begin: Sequence[Any]) -> Tensor:
-        found = torch.zeros(self.block_type.shape, dtype=self.dtype)
-        inside = self.tensor
-        for dim, (start, size) in enumerate(zip(map(int, begin), found.shape, strict=True)):
-            inside = inside.narrow(dim, min(start, inside.shape[dim]), max(0, min(size, inside.shape[dim] - start)))
-        found[tuple(slice(0, size) for size in inside.shape)] = inside
-        return found
-
-
-class Sums:
-    """What wgmma adds up: numbers once every product has been waited for."""
-
-    def __init__(self, value: Tensor, pending: tuple[Event, ...] = ()) -> None:
-        self.value, self.pending = value, pending
-
-    def __getattr__(self, name: str) -> Any:
-        raise ProtocolError(f"sums are used (.{name}) before their products were waited for")
-
-
-@torch.no_grad()
 def run_kernel(
     kernel: Any,
     arguments: Mapping[str, Any],
@@ -123,7 +30,7 @@ def run_kernel(
     haste: float = 0.5,
     replaced: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Run every program of a kernel; return how often each number of each tensor was written.
+    """Run every program of a kernel, all at once; return how often each number of each tensor was written.
 
     Args:
         kernel: made by gluon.jit.
@@ -137,29 +44,16 @@ def run_kernel(
         ProtocolError: the kernel breaks a rule of barriers or of memory.
     """
     given = {name: _argument(value) for name, value in arguments.items()}
-    for program in range(programs):
-        language = _Language(Machine(seed + program, haste=haste), program, programs)
-        language.emulated(kernel, dict(replaced or {}))(**given)
+    grid = Grid(seed)
+
+    def run(program: int) -> None:
+        machine = Machine(seed + program, haste=haste, between=lambda: grid.pause(program))
+        with torch.no_grad():  # which a thread does not inherit
+            _Language(machine, program, programs).emulated(kernel, dict(replaced or {}))(**given)
+
+    grid.run([partial(run, program) for program in range(programs)])
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     return {name: given[name].written.as_strided(value.shape, value.stride()) for name, value in tensors.items()}
-
-
-class TensorMemory:
-    """Sums in tensor memory: a tile's may be read once every product into it is over."""
-
-    def __init__(self, data: Tensor, events: list[list[Event]]) -> None:
-        self.data, self.events = data, events
-
-    def index(self, number: Any) -> TensorMemory:
-        return TensorMemory(self.data[int(number)], [self.events[int(number)]])
-
-    def slice(self, start: int, length: int) -> TensorMemory:
-        return TensorMemory(self.data[..., start : start + length], self.events)
-
-    def load(self, layout: None) -> Value:
-        if not all(event.done for events in self.events for event in events):
-            raise ProtocolError("sums in tensor memory are read before their products are over")
-        return value_of(self.data.clone())
 
 
 def _argument(value: Any) -> Any:
@@ -180,13 +74,15 @@ class _Language:
         self.gl = SimpleNamespace(
             **both,
             load=lambda at, mask=None, other=0.0: at.load(mask, other),
-            store=lambda at, value, mask=None: at.store(value, mask),
+            store=lambda at, value, mask=None: at.store(value_of(value), mask),
             arange=lambda start, end, layout: value_of(torch.arange(start, end), torch.int32),
             convert_layout=lambda value, layout: value,
             reshape=lambda value, shape: value.reshape(*shape),
             permute=lambda value, order: value.permute(*order),
             split=lambda value: value.unbind(-1),
-            sum=lambda value, axis: value.sum(axis),
+            sum=lambda value, axis: value.sum(axis).to(value.dtype),
+            full=lambda shape, value, dtype, layout: value_of(torch.full(tuple(shape), int(value), dtype=dtype)),
+            num_warps=lambda: self.machine.current.warps,
             SliceLayout=lambda dim, parent: None,
             static_range=builtins.range,
             program_id=lambda axis: value_of(program, torch.int32),
@@ -195,8 +91,15 @@ class _Language:
             warp_specialize=self._specialize,
         )
         special = {"sigmoid": torch.sigmoid, "erf": torch.erf, "exp": torch.exp}
-        self.tl = SimpleNamespace(**both, **special, static_assert=lambda *_: None)
-        self.tma = SimpleNamespace(async_copy_global_to_shared=self._tma)
+        self.tl = SimpleNamespace(
+            **both,
+            **special,
+            static_assert=lambda *_: None,
+            store=self.gl.store,
+            num_programs=self.gl.num_programs,
+            atomic_add=self._add,
+        )
+        self.tma = SimpleNamespace(async_copy_global_to_shared=self._tma, async_gather=self._gather)
         self.mbarrier = SimpleNamespace(
             MBarrierLayout=lambda: None, init=self._init, expect=self._expect, arrive=self._arrive, wait=self._wait
         )
@@ -240,6 +143,8 @@ class _Language:
     def _allocate(self, dtype: torch.dtype, shape: Sequence[int], layout: None) -> Any:
         if dtype == torch.int64:
             return _Barriers(shape[0])
+        if dtype == torch.int32:
+            return Numbers(self.machine, shape[0])
         return Shared.allocated(shape, dtype)
 
     def _specialize(self, functions: Sequence[Any], warps: Sequence[int], registers: Sequence[int]) -> None:
@@ -261,16 +166,25 @@ class _Language:
     def _wait(self, barrier: Any, phase: Any) -> None:
         self.machine.pause(lambda: barrier.passed(int(phase)))
 
-    def _tma(self, descriptor: Descriptor, begin: Sequence[Any], barrier: Any, into: Shared) -> None:
+    def _add(self, at: Pointer, number: int, sem: str) -> Tensor:
         self.machine.pause()
-        block = descriptor.block(begin)
+        return at.added(number)
+
+    def _tma(self, descriptor: Descriptor, begin: Sequence[Any], barrier: Any, into: Shared) -> None:
+        self._land(descriptor.block(begin), barrier, into)
+
+    def _gather(self, descriptor: Descriptor, rows: Tensor, column: Any, barrier: Any, into: Shared) -> None:
+        self._land(descriptor.rows(rows, column, descriptor.block_type.shape[1]), barrier, into)
+
+    def _land(self, block: Tensor, barrier: Any, into: Shared) -> None:
+        self.machine.pause()
         if list(block.shape) != into.shape:
             raise ProtocolError(f"TMA writes {list(block.shape)} to {into.shape}")
         into.begin_write()
 
         def land() -> None:
             into.end_write(block, time=0)
-            barrier.landed(descriptor.block_type.nbytes)
+            barrier.landed(block.numel() * block.element_size())
 
         self.machine.later(land)
 
@@ -367,13 +281,6 @@ def _names(function: FunctionType) -> Iterator[str]:
 def _range(*bounds: Any) -> Iterator[Tensor]:
     for number in builtins.range(*map(int, bounds)):
         yield value_of(number, torch.int32)
-
-
-def _masked(mask: Any, offset: Any) -> tuple[Tensor, torch.Size]:
-    offset = torch.as_tensor(offset)
-    mask = torch.tensor(True) if mask is None else torch.as_tensor(mask)
-    shape = torch.broadcast_shapes(mask.shape, offset.shape)
-    return mask.expand(shape), shape
 
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype, layout: None = None) -> Tensor:

@@ -1,8 +1,8 @@
 """What a Gluon kernel runs on, in place of a GPU: partitions in turn, barriers, copies and products that end late.
 
-Partitions run one at a time, and change at every operation that others can see. What is asynchronous on a GPU (TMA,
-cp.async, wgmma) waits in a list and happens later, when chance says so. A block of shared memory knows what is in
-flight to it and who still reads it, so that a missing wait is an error, not a lucky result.
+Programs and their partitions run one at a time, and partitions change at every operation that others can see. What is
+asynchronous on a GPU (TMA, cp.async, wgmma) waits in a list and happens later, when chance says so. A block of shared
+memory knows what is in flight to it and who still reads it, so that a missing wait is an error, not a lucky result.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 THREADS_PER_WARP = 32
 REGISTERS = 65536  # of a multiprocessor
+SWITCHES = 0.1  # how often another program goes on, of the times that one might
 WARPS_PER_GROUP = 4  # registers are handed from one group of warps to another
 
 
@@ -163,16 +164,72 @@ class Partition:
     over: bool = False
 
 
+class Grid:
+    """Programs that run at once: one goes on at a time, and where it pauses chance says which one is next.
+
+    Args:
+        seed: of the order in which programs go on.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.chance, self._back, self._stop = random.Random(seed), threading.Semaphore(0), False
+        self._turns: list[threading.Semaphore] = []
+        self._over = False
+
+    def run(self, programs: Sequence[Callable[[], None]]) -> None:
+        """Run all programs; raise what the first broken one breaks with."""
+        self._turns = [threading.Semaphore(0) for _ in programs]
+        with ThreadPoolExecutor(max(1, len(programs))) as threads:
+            started = [threads.submit(self._body, *each) for each in enumerate(programs)]
+            waiting = list(range(len(programs)))
+            try:
+                while waiting:
+                    number = self.chance.choice(waiting)
+                    self._turns[number].release()
+                    self._back.acquire()
+                    if self._over:
+                        waiting.remove(number)
+                        started[number].result()
+            finally:
+                self._stop = True
+                for turn in self._turns:
+                    turn.release()
+
+    def pause(self, number: int) -> None:
+        """Let a program stand still, now and then, while others go on."""
+        if self.chance.random() < SWITCHES:
+            self._hand_back(number, over=False)
+
+    def _hand_back(self, number: int, *, over: bool) -> None:
+        self._over = over
+        self._back.release()
+        if not over:
+            self._turns[number].acquire()
+            if self._stop:
+                raise _Stopped
+
+    def _body(self, number: int, program: Callable[[], None]) -> None:
+        self._turns[number].acquire()
+        try:
+            if not self._stop:
+                program()
+        except _Stopped:
+            pass
+        finally:
+            self._hand_back(number, over=True)
+
+
 class Machine:
     """One program of a kernel on one multiprocessor.
 
     Args:
         seed: of the order in which partitions and events happen.
         haste: how likely an event that may happen happens before a partition goes on; 0 is as late as can be.
+        between: called between two things that happen: others may go on there.
     """
 
-    def __init__(self, seed: int, *, haste: float = 0.5) -> None:
-        self.chance, self.haste = random.Random(seed), haste
+    def __init__(self, seed: int, *, haste: float = 0.5, between: Callable[[], None] = lambda: None) -> None:
+        self.chance, self.haste, self._between = random.Random(seed), haste, between
         self.time, self.events, self.partitions = 1, [], []
         self._back, self._stop = threading.Semaphore(0), False
         self._local = threading.local()
@@ -209,6 +266,7 @@ class Machine:
                 own.result = threads.submit(self._body, own)
             try:
                 while not all(own.over for own in self.partitions):
+                    self._between()
                     self._step()
             finally:
                 self._stop = True

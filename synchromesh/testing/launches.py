@@ -90,8 +90,9 @@ class Recorder:
 
     def compiled(self, launch: Launch, target: GPUTarget) -> Any:
         """Compile a launch for a target."""
-        source = ASTSource(
-            self._kernels[launch.kernel], dict(launch.signature), dict(launch.constants),
+        kernel = self._kernels[launch.kernel]
+        source = _source_of(kernel)(
+            kernel, dict(launch.signature), dict(launch.constants),
             {(index,): [["tt.divisibility", 16]] for index in launch.divisible},
         )  # fmt: skip
         return triton.compile(source, target=target, options=dict(launch.options))
@@ -109,12 +110,24 @@ class Recorder:
             elif isinstance(value, Tensor):
                 signature[name] = f"*{NAMES[value.dtype]}"
                 divisible.append(index)
-            else:
+            elif isinstance(value, int):
                 signature[name] = "i32"
                 divisible += [index] * (value % 16 == 0 and not declared.do_not_specialize)
+            else:  # a descriptor that TMA reads by
+                block = f"{NAMES[value.base.dtype]}{list(value.block_shape)}"
+                signature[name] = f"tensordesc<{block},{value.layout!r}>"
         found = tuple(signature.items()), tuple(constants.items())
         self.launches.append(Launch(kernel.__name__, *found, tuple(divisible), tuple(options.items())))
         self._kernels[kernel.__name__] = kernel
+
+
+def _source_of(kernel: Any) -> type[ASTSource]:
+    """Return how the compiler takes a kernel, of Triton or of Gluon, which not every Triton has."""
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 class _Operations(TorchDispatchMode):

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from synchromesh.kernels.gpu import GLUON, TRITON
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # Kernel: registers of a thread, instructions of its loop, operations for each byte that a tile reads. Bounds leave room
 # for another compiler's taste; 255 registers is where spilling begins.
@@ -54,8 +56,9 @@ def test_no_product_spills_at_other_sizes(compiled, target, name):
         assert line.get("shared", 0) <= 227 * 1024, line
 
 
-def test_a_token_with_one_choice_needs_no_sum_over_rows(compiled):
-    for recorder in compiled.recorded("sm_90", compiled.SHAPES["swin, one choice"]):
+@pytest.mark.parametrize("family", [TRITON, GLUON], ids=["triton", "gluon"])
+def test_a_token_with_one_choice_needs_no_sum_over_rows(compiled, family):
+    for recorder in compiled.recorded("sm_90", compiled.SHAPES["swin, one choice"], family):
         names = {launch.kernel for launch in recorder.launches}
         assert "_sum_rows" not in names
         assert "_fill_absent" in names
@@ -69,3 +72,15 @@ def test_the_file_of_figures_is_what_kernels_are_compiled_to_now(large):
     for was, now in zip(kept, large, strict=True):
         for name in ("tile", "stages", "spilled", "unit", "triton"):
             assert was.get(name) == now.get(name), (was, now)
+
+
+def test_the_file_of_figures_is_what_gluon_kernels_are_compiled_to_now(compiled):
+    name = "swin, one choice"
+    now = compiled.lines_of(compiled.Options(name="gluon", gluon=True), "sm_100", name)
+    lines = [json.loads(line) for line in (BENCHMARKS / "results" / "compiled.jsonl").read_text().splitlines()]
+    kept = [line for line in lines if (line["state"], line["target"], line["shape"]) == ("gluon", "sm_100", name)]
+    assert [line["kernel"] for line in kept] == [line["kernel"] for line in now]
+    for was, line in zip(kept, now, strict=True):
+        assert line.get("spilled", 0) == 0, line
+        for figure in ("tile", "stages", "unit", "shared", "triton"):
+            assert was.get(figure) == line.get(figure), (was, line)

@@ -74,6 +74,11 @@ def summed(buffer: Tensor, rows: Tensor, weights: Tensor | None, *, dtype: torch
     return found.sum(1).to(dtype)
 
 
+def zeroed_where_absent(x: Tensor, rows: Tensor) -> Tensor:
+    """Return fresh memory like x [T, D], zero for tokens whose one choice has no row."""
+    return torch.full_like(x, torch.nan).masked_fill_(rows < 0, 0)
+
+
 class Emulator:
     """Runs launches of Gluon kernels from their source; how often each number was written stays in `written`."""
 
@@ -83,6 +88,7 @@ class Emulator:
     def started(self, kernel: Any, programs: int, **arguments: Any) -> None:
         options = {"seed": self.seed, "haste": self.haste, "replaced": self.replaced}
         self.written = run_kernel(kernel, arguments, programs=programs, **options)
+        assert not arguments["turn"].any(), "the next kernel would find items taken"
 
 
 @pytest.fixture
@@ -97,6 +103,7 @@ def emulator(monkeypatch: pytest.MonkeyPatch) -> Emulator:
     for family in (grouped_mm, fused_mlp):
         monkeypatch.setattr(family, "tiles_of", tiles_by_loops)
     monkeypatch.setattr(fused_mlp, "sum_rows", summed)
+    monkeypatch.setattr(fused_mlp, "whole_tokens", zeroed_where_absent)
     return made
 
 

@@ -1,15 +1,18 @@
 """Kernels with one mistake each: the emulator must see every one of them."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from synchromesh.testing.gluon_language import Descriptor, Pointer, run_kernel, value_of
+from synchromesh.testing.gluon_language import run_kernel
 from synchromesh.testing.gluon_machine import ProtocolError
 
 gluon = pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
 gl = pytest.importorskip("triton.experimental.gluon.language")
 hopper = pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 launch = pytest.importorskip("synchromesh.kernels.gluon.launch")
+items = pytest.importorskip("synchromesh.kernels.gluon.items")
 mbarrier, fence_async_shared = hopper.mbarrier, hopper.fence_async_shared
 warpgroup_mma_wait = hopper.warpgroup_mma_wait
 
@@ -66,6 +69,28 @@ def barriers_of_one(COUNT, ARRIVALS):
 
 
 @gluon.jit
+def received_at_once(items, number):
+    numbers, _given, read = items
+    slot = number % 4
+    e = gl.sum(numbers.index(4 * slot).load(None), 0)
+    mbarrier.arrive(read.index(slot), count=1)
+    return e, e, e, e
+
+
+@gluon.jit
+def handed_on_at_once(items, number, e, start, end, place):
+    numbers, given, _read = items
+    slot = number % 4
+    numbers.index(4 * slot).store(gl.full([1], e, gl.int32, None))
+    mbarrier.arrive(given.index(slot), count=1)
+
+
+@gluon.jit
+def never_committed(barrier):
+    pass
+
+
+@gluon.jit
 def one_more_outstanding(num_outstanding, deps):
     return warpgroup_mma_wait(num_outstanding=num_outstanding + 1, deps=deps)
 
@@ -73,7 +98,7 @@ def one_more_outstanding(num_outstanding, deps):
 MISTAKES = [
     ("acquired", acquired_at_once, "overwritten|arrivals"),
     ("acquired", acquired_in_the_wrong_phase, "deadlock"),
-    ("arrived", arrived_at_once, "has not arrived"),
+    ("arrived", arrived_at_once, "has not arrived|nobody has written"),
     ("arrived", arrived_without_a_fence, "without a fence"),
     ("released", released_too_early, "overwritten|arrivals|deadlock"),
     ("released", never_released, "deadlock"),
@@ -83,53 +108,88 @@ MISTAKES = [
 ]
 
 
-def opened(monkeypatch, **options):
-    """Run the opening product of 70 rows, 10 steps deep: its ring goes round twice and a half."""
+SUMS_MISTAKES = [
+    ("acquired", acquired_at_once, "overwritten|arrivals|are read before"),
+    ("arrived", arrived_at_once, "has not arrived|are read before|nobody has written"),
+    ("barriers", barriers_of_one_more, "deadlock"),
+    ("tcgen05_commit", never_committed, "deadlock"),
+]
+ITEM_MISTAKES = [
+    ("received", received_at_once, "nobody has written"),
+    ("_hand_on", handed_on_at_once, "nobody has written|arrivals"),
+]
+
+
+def emulate(monkeypatch, architecture, **options):
+    """Let launchers run kernels of an architecture in the emulator, by one program."""
+    monkeypatch.setattr(launch, "architecture_of", lambda device: architecture)
     monkeypatch.setattr(
         launch, "started", lambda kernel, programs, **given: run_kernel(kernel, given, programs=1, **options)
     )
-    ends = torch.tensor([70], dtype=torch.int32)
-    tiles = launch.Tiles(
-        *(torch.tensor([n], dtype=torch.int32) for n in (0, 0, 70)), torch.ones(1).int(), torch.zeros(2).int(), 128
-    )
-    x, up = torch.randn(70, 640).bfloat16(), torch.randn(1, 64, 640).bfloat16()
-    pairs = torch.arange(70).flip(0)
-    hidden = torch.empty(int(ends[-1]), 64, dtype=torch.bfloat16)
-    return launch.opening(x, up, None, tiles, (pairs, 1), "relu", hidden=hidden)
+
+
+def tiles_of_one():
+    parts = (torch.tensor([n], dtype=torch.int32) for n in (0, 0, 70))
+    return launch.Tiles(*parts, torch.ones(1).int(), torch.zeros(2).int(), 128)
+
+
+def opened(monkeypatch, architecture="sm_90", **options):
+    """Run the opening product of 70 rows, 10 steps deep and two tiles wide: its ring goes round five times."""
+    emulate(monkeypatch, architecture, **options)
+    x, up = torch.randn(70, 640).bfloat16(), torch.randn(1, 264, 640).bfloat16()
+    hidden = torch.empty(70, 264, dtype=torch.bfloat16)
+    return launch.opening(x, up, None, tiles_of_one(), torch.arange(70).flip(0).int(), "relu", hidden=hidden)
+
+
+def multiplied():
+    a, w = torch.randn(70, 640).bfloat16(), torch.randn(1, 640, 264).bfloat16()
+    return launch.product(a, w, tiles_of_one(), out=torch.empty(70, 264).bfloat16())
+
+
+def closed_backward():
+    grad, down, pre = torch.randn(70, 640).bfloat16(), torch.randn(1, 264, 640).bfloat16(), torch.randn(70, 264)
+    by = torch.arange(70), torch.arange(70).int()
+    return launch.closing_gradient(grad, down, torch.ones(70, 1), tiles_of_one(), by, "relu", (pre.bfloat16(), None))
+
+
+def gradient_of_matrices():
+    left, right = torch.randn(610, 264).bfloat16(), torch.randn(610, 264).bfloat16()
+    ends = torch.tensor([600], dtype=torch.int32)
+    return launch.weight_gradient(left, right, ends, out=torch.empty(1, 264, 264).bfloat16())
 
 
 def opened_every_way(monkeypatch, **options):
-    return [opened(monkeypatch, haste=haste, **options) for haste in (0.0, 0.05, 0.5)]
+    ways = [(seed, haste) for seed in range(2) for haste in (0.0, 0.05, 0.5)]
+    return [opened(monkeypatch, seed=seed, haste=haste, **options) for seed, haste in ways]
 
 
-@pytest.mark.parametrize(("name", "mistake", "said"), MISTAKES, ids=lambda one: getattr(one, "__name__", ""))
+named = partial(pytest.mark.parametrize, ids=lambda one: getattr(one, "__name__", ""))
+
+
+@named(("name", "mistake", "said"), [*MISTAKES, *ITEM_MISTAKES])
 def test_a_mistake_in_the_protocol_is_seen(monkeypatch, name, mistake, said):
     with pytest.raises(ProtocolError, match=said):
         opened_every_way(monkeypatch, replaced={name: mistake})
 
 
-def test_without_a_mistake_all_is_well(monkeypatch):
-    assert all(hidden.isfinite().all() for hidden in opened_every_way(monkeypatch))
+@named(("name", "mistake", "said"), [*SUMS_MISTAKES, *ITEM_MISTAKES])
+def test_a_mistake_with_sums_in_tensor_memory_is_seen(monkeypatch, name, mistake, said):
+    with pytest.raises(ProtocolError, match=said):
+        opened_every_way(monkeypatch, architecture="sm_100", replaced={name: mistake})
 
 
-def test_values_do_not_change():
-    one = value_of(torch.arange(3))
-    other = one
-    other += 1
-    assert one.tolist() == [0, 1, 2]
+@pytest.mark.parametrize("run", [multiplied, closed_backward, gradient_of_matrices])
+@named(("name", "mistake", "said"), SUMS_MISTAKES)
+def test_a_mistake_in_any_kernel_with_tensor_memory_is_seen(monkeypatch, run, name, mistake, said):
+    def run_every_way(**options):
+        for seed, haste in ((0, 0.0), (1, 0.05), (2, 0.5)):
+            emulate(monkeypatch, "sm_100", seed=seed, haste=haste, **options)
+            run()
+
+    with pytest.raises(ProtocolError, match=said):
+        run_every_way(replaced={name: mistake})
 
 
-def test_addresses_outside_a_tensor_are_an_error():
-    at = Pointer.to(torch.zeros(4))
-    assert at.load(torch.tensor([True, False])[:1]).shape == (1,)
-    with pytest.raises(ProtocolError, match=r"addresses 4 \.\. 4 of 4"):
-        (at + 4).load()
-    with pytest.raises(ProtocolError, match="addresses -1"):
-        (at - 1).store(torch.zeros(()))
-
-
-def test_tma_reads_zeros_outside_and_refuses_odd_steps():
-    block = Descriptor(torch.ones(3, 8, dtype=torch.bfloat16), [4, 16]).block([1, 0])
-    assert block.sum() == 2 * 8
-    with pytest.raises(ProtocolError, match="steps of 16 bytes"):
-        Descriptor(torch.ones(3, 9, dtype=torch.bfloat16)[:, :8], [4, 16])
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
+def test_without_a_mistake_all_is_well(monkeypatch, architecture):
+    assert all(hidden.isfinite().all() for hidden in opened_every_way(monkeypatch, architecture=architecture))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from synchromesh.testing.gluon_machine import Barrier, Machine, ProtocolError, Shared
+from synchromesh.testing.gluon_machine import Barrier, Grid, Machine, ProtocolError, Shared
 
 
 def test_a_phase_ends_when_all_have_arrived_and_all_bytes_are_there():
@@ -70,3 +70,34 @@ def test_what_is_in_flight_at_the_end_is_an_error():
 def test_more_registers_than_there_are_is_an_error():
     with pytest.raises(ProtocolError, match="registers"):
         Machine(0).specialize([lambda: None] * 3, [4, 4, 4], [240, 280])
+
+
+def test_programs_of_a_grid_run_at_once_and_in_another_order_each_time():
+    def orders(seed):
+        grid, said = Grid(seed), []
+
+        def program(number):
+            for _ in range(200):
+                said.append(number)
+                grid.pause(number)
+
+        grid.run([lambda number=number: program(number) for number in range(2)])
+        return said
+
+    assert sorted(orders(0)) == [0] * 200 + [1] * 200
+    assert orders(0) not in ([0] * 200 + [1] * 200, [1] * 200 + [0] * 200)
+    assert orders(0) == orders(0) != orders(1)
+
+
+def test_a_broken_program_ends_the_others():
+    grid = Grid(0)
+
+    def broken():
+        raise ProtocolError("broken")
+
+    def endless():
+        while True:
+            grid.pause(1)
+
+    with pytest.raises(ProtocolError, match="broken"):
+        grid.run([broken, endless])

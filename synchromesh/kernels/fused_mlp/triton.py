@@ -37,7 +37,7 @@ from synchromesh.kernels.grouped_mm.triton import (
 )
 from synchromesh.kernels.launch import given_or, on_its_device
 from synchromesh.kernels.mlp import Activation, MLPWeights, Net
-from synchromesh.kernels.permute.triton import combine, fill_absent, gather, sum_rows
+from synchromesh.kernels.permute.triton import combine, gather, sum_rows, whole_tokens
 from synchromesh.kernels.tiles import Tiles, Tiling, programs_of, tiles_of
 from synchromesh.types import RowMap
 
@@ -70,7 +70,7 @@ def _forward(
     joint: bool, *mlp: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if gluon.is_faster(x, pairs, mlp[1]):
-        return gluon.forward(x, weights, pairs, rows, ends, activation, save, joint, *mlp)
+        return gluon.forward(x, weights, pairs, rows, ends, tokens, activation, save, joint, *mlp)
     net, x, rows, weights = _net(mlp, joint=joint), x.contiguous(), rows.contiguous(), weights.contiguous()
     pre_up, pre_gate = (x.new_empty(shape) for shape in pre_activations(pairs, mlp, save=save))
     pre = _pre(pre_up, pre_gate, joint=joint)
@@ -82,19 +82,12 @@ def _forward(
     tiles = tiles_of(ends, len(pairs), tilings.opening.rows)
     _open(x, net, tiles, tilings.opening, tokens, activation, pre if save else None, hidden)
     if rows.shape[1] == 1 and not native.is_faster(Kind.PRODUCT, hidden, net.down.shape):
-        y = _whole_tokens(x, rows)
+        y = whole_tokens(x, rows)
         to = Scatter(tokens, weights)
         product(hidden, net.down, tiles, tilings.product, out=y, bias=net.down_bias, scatter=to)
         return y, pre_up, pre_gate
     out = faster_product(hidden, net.down, ends, tiles, tilings.product, bias=net.down_bias)
     return sum_rows(out, rows, weights, dtype=x.dtype), pre_up, pre_gate
-
-
-def _whole_tokens(x: Tensor, rows: Tensor) -> Tensor:
-    """Return memory like x [T, D] for tokens of one choice, each stored by its row's product; 0 for those without."""
-    y = torch.empty_like(x)
-    fill_absent(y, rows)
-    return y
 
 
 def _net(mlp: Sequence[Tensor | None], *, joint: bool) -> Net:
@@ -147,7 +140,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     x, weights, pairs, rows, ends, tokens, *kept = saved
     if gluon.is_faster(x, pairs, mlp[1]):
-        return gluon.backward(grad, [*saved[:5], *saved[-2:]], mlp, activation, joint, needs)
+        return gluon.backward(grad, saved, mlp, activation, joint, needs)
     net, pre, grad = _net(mlp, joint=joint), _pre(*kept, joint=joint), grad.contiguous()
     x, weights, rows = x.contiguous(), weights.contiguous(), rows.contiguous()
     d_mlp = wanted(mlp, needs, torch.empty_like)
@@ -175,7 +168,7 @@ def _backward(
     if second is None and native.is_faster(Kind.PRODUCT, d_up, net.up.shape):
         d_rows = native.product(d_up, net.up, ends)
     elif rows.shape[1] == 1:
-        d_x = _whole_tokens(x, rows)
+        d_x = whole_tokens(x, rows)
         product(d_up, net.up, tiles, tilings.product, out=d_x, second=second, scatter=Scatter(tokens))
         return d_x, d_weights, d_mlp
     else:

@@ -13,22 +13,23 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from synchromesh.kernels.activations_triton import activated, derivative
-from synchromesh.kernels.gluon.layouts import rows_layout, stored_layout, sums_layout
+from synchromesh.kernels.gluon.items import item_ring, received
+from synchromesh.kernels.gluon.layouts import own_layout, rows_layout, stored_layout, sums_layout
 from synchromesh.kernels.gluon.producer import load_gathered
-from synchromesh.kernels.gluon.ring import arrived, barriers, halves, matrix, placed, released
+from synchromesh.kernels.gluon.ring import arrived, barriers, halves, matrix, released
 
 COLS_OF_A_PART = gl.constexpr(32)
 
 
 @gluon.jit
 def closing_gradient(
-    grad, down, weights, pairs, pre_up, pre_gate, hidden, d_up, d_gate, partial, expert, first, stop, count,
-    depth8, width8, choices, num_rows, ACTIVATION: gl.constexpr, GATED: gl.constexpr,
+    grad, down, weights, pairs, tokens, pre_up, pre_gate, hidden, d_up, d_gate, partial, expert, first, stop, count,
+    turn, depth8, width8, num_rows, ACTIVATION: gl.constexpr, GATED: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Write A s, dpre' s of up and of gate, and <dA', A> over blocks of BN columns to partial [across, R].
 
-    down: descriptor of [E, width, depth]; the token of row r is pairs[r] // choices, s its pair's weight.
+    down: descriptor of [E, width, depth]; the token of row r is tokens[r], s its pair's weight.
     depth8, width8: sizes in parts of 8, so that the compiler knows that they are multiples of it.
     """
     dtype: gl.constexpr = grad.dtype.element_ty
@@ -37,18 +38,22 @@ def closing_gradient(
     # A slot is ready when each of the 128 threads has its bytes, and those that TMA was told to expect are there.
     ready = barriers(STAGES, 129)
     free = barriers(STAGES, 2)
+    items = item_ring()
     fence_async_shared()  # TMA must see the barriers
     across = (width8 * 8 + BN - 1) // BN
     steps = (depth8 * 8 + BK - 1) // BK
     tiles = gl.load(count)
     ring = (rows, downs, downs, ready, free)
-    order = (expert, first, stop, tiles, across, steps)
+    order = (expert, first, stop, turn, tiles, across, steps)
     results = (weights, pairs, pre_up, pre_gate, hidden, d_up, d_gate, partial, width8, num_rows)
     gl.warp_specialize(
         [
-            (_multiply, (ring, order, results, 0, ACTIVATION, GATED, BN, STAGES, GROUP)),
-            (_multiply, (ring, order, results, 1, ACTIVATION, GATED, BN, STAGES, GROUP)),
-            (load_gathered, (grad, down, down, pairs, ring, order, depth8, choices, False, BM, BN, BK, STAGES, GROUP)),
+            (_multiply, (ring, items, steps, results, 0, ACTIVATION, GATED, BN, STAGES)),
+            (_multiply, (ring, items, steps, results, 1, ACTIVATION, GATED, BN, STAGES)),
+            (
+                load_gathered,
+                (grad, down, down, tokens, ring, items, order, depth8, False, False, BM, BN, BK, STAGES, GROUP),
+            ),
         ],
         [4, 4],
         [224, 56],
@@ -57,15 +62,14 @@ def closing_gradient(
 
 @gluon.jit
 def _multiply(
-    ring, order, results, PART: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, GROUP: gl.constexpr,
+    ring, items, steps, results, PART: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     rows, downs, _downs, ready, free = ring
-    expert, first, stop, tiles, across, steps = order
-    num_rows = results[9]
     step = 0
-    for item in range(gl.program_id(0), tiles * across, gl.num_programs(0)):
-        _e, start, end, column = placed(item, tiles, across, expert, first, stop, GROUP)
+    number = 0
+    e, start, end, column = received(items, number)
+    while e >= 0:
         d = gl.zeros([64, BN], gl.float32, sums_layout(BN))
         for k in range(steps):
             slot = arrived(ready, step, True, STAGES)
@@ -79,26 +83,34 @@ def _multiply(
         begin = start + 64 * PART
         # Parts are added in one order, and blocks of columns by whoever adds up `partial`: no atomics.
         dots = _finish(d, results, begin, end, column * BN, ACTIVATION, GATED)
-        row = begin + gl.arange(0, 64, gl.SliceLayout(1, stored_layout(COLS_OF_A_PART)))
-        gl.store(results[7] + column.to(gl.int64) * num_rows + row, dots, mask=row < end)
+        store_dots(dots, results, begin, end, column)
+        number += 1
+        e, start, end, column = received(items, number)
+
+
+@gluon.jit
+def store_dots(dots, results, begin, end, column):
+    """Write <dA', A> of each row over a block of columns."""
+    row = begin + gl.arange(0, dots.shape[0], own_layout(dots))
+    gl.store(results[7] + column.to(gl.int64) * results[9] + row, dots, mask=row < end)
 
 
 @gluon.jit
 def _finish(d, results, begin, end, col, ACTIVATION: gl.constexpr, GATED: gl.constexpr):
-    """Do `_finish_part` for all columns, part by part."""
+    """Do `finish_closing` for all columns, part by part."""
     if d.shape[1] > COLS_OF_A_PART:
         left, right = halves(d)
         dots = _finish(left, results, begin, end, col, ACTIVATION, GATED)
         return dots + _finish(right, results, begin, end, col + d.shape[1] // 2, ACTIVATION, GATED)
     else:  # noqa: RET505 -- without it Triton compiles what follows as well
-        return _finish_part(d, results, begin, end, col, ACTIVATION, GATED)
+        return finish_closing(d, results, begin, end, col, ACTIVATION, GATED)
 
 
 @gluon.jit
-def _finish_part(sums, results, begin, end, col, ACTIVATION: gl.constexpr, GATED: gl.constexpr):
-    """Write what follows from dA' [64, cols], begin and col its first row and column; return <dA', A> of each row."""
+def finish_closing(sums, results, begin, end, col, ACTIVATION: gl.constexpr, GATED: gl.constexpr):
+    """Write what follows from dA' [rows, cols], begin and col its first row and column; return <dA', A> of each row."""
     weights, pairs, pre_up, pre_gate, hidden, d_up, d_gate, _partial, width8, _num_rows = results
-    STORED: gl.constexpr = stored_layout(sums.shape[1])
+    STORED: gl.constexpr = stored_layout(sums.shape[0], sums.shape[1])
     width = width8 * 8
     d = gl.convert_layout(sums, STORED)
     row = gl.arange(0, sums.shape[0], gl.SliceLayout(1, STORED))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.blackwell import TensorMemoryLayout, get_tmem_reg_layout
@@ -17,27 +19,54 @@ def sums_layout(cols):
 
 
 @gluon.constexpr_function
-def stored_layout(cols):
-    """Return a layout of [64, cols] in one warpgroup in which a thread stores 16 bytes and 8 threads a segment.
+def stored_layout(rows, cols):
+    """Return a layout of [rows, cols] in one warpgroup in which a thread stores 16 bytes and 8 threads a segment.
 
-    Rows stay in the warp that holds them in `sums_layout`, so that no warp waits for another.
+    Rows stay in the warp that holds them in `sums_layout`, or in `tmem_rows_layout`, so that no warp waits for another.
     """
     across = [[0, 8 << i] for i in range((cols // 8).bit_length() - 1)]
     lanes = across[:3]  # 64 numbers, 128 bytes; the other lanes take rows, and so do registers after columns
-    down = [[1, 0], [2, 0], [4, 0], [8, 0]]
+    down = [[1 << i, 0] for i in range((rows // 4).bit_length() - 1)]
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [0, 4], *down[5 - len(lanes) :], *across[3:]],
         lane_bases=[*lanes, *down[: 5 - len(lanes)]],
-        warp_bases=[[16, 0], [32, 0]],
+        warp_bases=[[rows // 4, 0], [rows // 2, 0]],
         block_bases=[],
-        shape=[64, cols],
+        shape=[rows, cols],
     )
+
+
+@gluon.constexpr_function
+def own_layout(block):
+    """Return the layout that a block of numbers has."""
+    return block.type.layout
+
+
+@gluon.constexpr_function
+def number_layout(warps):
+    """Return the layout of one number that all threads hold."""
+    return gl.BlockedLayout([1], [32], [warps], [0])
+
+
+@gluon.constexpr_function
+def number_shared_layout():
+    """Return how one number lies in shared memory."""
+    return gl.SwizzledSharedLayout(1, 1, 1, [0])
 
 
 @gluon.constexpr_function
 def gathered_layout():
     """Return a layout of [rows, 64] in the producer's warps in which a thread copies 16 bytes at a time."""
     return gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def row_numbers_layout(by_tma):
+    """Return the layout of the numbers of rows that the producer's warps gather: by TMA, or as `gathered_layout`."""
+    if by_tma:  # each warp asks for four rows at a time, whose numbers all its threads hold
+        return gl.SliceLayout(0, gl.BlockedLayout([1, 4], [32, 1], [1, PRODUCER_WARPS], [1, 0]))
+    gathered: Any = gathered_layout()
+    return gl.SliceLayout(1, gathered)
 
 
 @gluon.constexpr_function

@@ -13,21 +13,22 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from synchromesh.kernels.activations_triton import activated
-from synchromesh.kernels.gluon.layouts import rows_layout, sums_layout
+from synchromesh.kernels.gluon.items import item_ring, received
+from synchromesh.kernels.gluon.layouts import own_layout, rows_layout, sums_layout
 from synchromesh.kernels.gluon.producer import load_gathered
-from synchromesh.kernels.gluon.ring import arrived, barriers, halves, matrix, placed, released, store
+from synchromesh.kernels.gluon.ring import arrived, barriers, halves, matrix, released, store
 
 
 @gluon.jit
 def opening_product(
-    x, up, gate, up_bias, gate_bias, pairs, pre_up, pre_gate, hidden, expert, first, stop, count,
-    depth8, width8, choices, ACTIVATION: gl.constexpr, GATED: gl.constexpr, SAVE: gl.constexpr,
+    x, up, gate, up_bias, gate_bias, tokens, pre_up, pre_gate, hidden, expert, first, stop, count, turn,
+    depth8, width8, ACTIVATION: gl.constexpr, GATED: gl.constexpr, SAVE: gl.constexpr,
     UP_BIAS: gl.constexpr, GATE_BIAS: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Write act(x[token] · up[e]ᵀ), or act of gate's product times up's, to hidden[r]; if SAVE, products too.
 
-    up, gate: descriptors of [E, width, depth]; the token of row r is pairs[r] // choices.
+    up, gate: descriptors of [E, width, depth]; the token of row r is tokens[r].
     depth8, width8: sizes in parts of 8, so that the compiler knows that they are multiples of it.
     """
     dtype: gl.constexpr = x.dtype.element_ty
@@ -39,18 +40,22 @@ def opening_product(
     # A slot is ready when each of the 128 threads has its bytes, and those that TMA was told to expect are there.
     ready = barriers(STAGES, 129)
     free = barriers(STAGES, 2)
+    items = item_ring()
     fence_async_shared()  # TMA must see the barriers
     across = (width8 * 8 + BN - 1) // BN
     steps = (depth8 * 8 + BK - 1) // BK
     tiles = gl.load(count)
     ring = (rows, ups, gates, ready, free)
-    order = (expert, first, stop, tiles, across, steps)
+    order = (expert, first, stop, turn, tiles, across, steps)
     results = (up_bias, gate_bias, pre_up, pre_gate, hidden, width8)
     gl.warp_specialize(
         [
-            (_multiply, (ring, order, results, 0, ACTIVATION, GATED, SAVE, UP_BIAS, GATE_BIAS, BN, STAGES, GROUP)),
-            (_multiply, (ring, order, results, 1, ACTIVATION, GATED, SAVE, UP_BIAS, GATE_BIAS, BN, STAGES, GROUP)),
-            (load_gathered, (x, up, gate, pairs, ring, order, depth8, choices, GATED, BM, BN, BK, STAGES, GROUP)),
+            (_multiply, (ring, items, steps, results, 0, ACTIVATION, GATED, SAVE, UP_BIAS, GATE_BIAS, BN, STAGES)),
+            (_multiply, (ring, items, steps, results, 1, ACTIVATION, GATED, SAVE, UP_BIAS, GATE_BIAS, BN, STAGES)),
+            (
+                load_gathered,
+                (x, up, gate, tokens, ring, items, order, depth8, GATED, False, BM, BN, BK, STAGES, GROUP),
+            ),
         ],
         [4, 4],
         [224, 56],
@@ -59,15 +64,15 @@ def opening_product(
 
 @gluon.jit
 def _multiply(
-    ring, order, results, PART: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, SAVE: gl.constexpr,
-    UP_BIAS: gl.constexpr, GATE_BIAS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    ring, items, steps, results, PART: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, SAVE: gl.constexpr,
+    UP_BIAS: gl.constexpr, GATE_BIAS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     rows, ups, gates, ready, free = ring
-    expert, first, stop, tiles, across, steps = order
     SUMS: gl.constexpr = sums_layout(BN)
     step = 0
-    for item in range(gl.program_id(0), tiles * across, gl.num_programs(0)):
-        e, start, end, column = placed(item, tiles, across, expert, first, stop, GROUP)
+    number = 0
+    e, start, end, column = received(items, number)
+    while e >= 0:
         h = gl.zeros([64, BN], gl.float32, SUMS)  # of up; g is of gate
         g = h
         for k in range(steps):
@@ -96,6 +101,8 @@ def _multiply(
         _finish_half(h_left, g_left, results, e, begin, end, col, ACTIVATION, GATED, SAVE, UP_BIAS, GATE_BIAS)
         col += BN // 2
         _finish_half(h_right, g_right, results, e, begin, end, col, ACTIVATION, GATED, SAVE, UP_BIAS, GATE_BIAS)
+        number += 1
+        e, start, end, column = received(items, number)
 
 
 @gluon.jit
@@ -107,32 +114,32 @@ def _finish_half(
     g_left, g_right = h_left, h_right
     if GATED:
         g_left, g_right = halves(g)
-    _finish(h_left, g_left, results, e, begin, end, col, ACTIVATION, GATED, SAVE, UP_BIAS, GATE_BIAS)
+    finish_opening(h_left, g_left, results, e, begin, end, col, ACTIVATION, GATED, SAVE, UP_BIAS, GATE_BIAS)
     col += h.shape[1] // 2
-    _finish(h_right, g_right, results, e, begin, end, col, ACTIVATION, GATED, SAVE, UP_BIAS, GATE_BIAS)
+    finish_opening(h_right, g_right, results, e, begin, end, col, ACTIVATION, GATED, SAVE, UP_BIAS, GATE_BIAS)
 
 
 @gluon.jit
-def _finish(
+def finish_opening(
     h, g, results, e, begin, end, col, ACTIVATION: gl.constexpr, GATED: gl.constexpr, SAVE: gl.constexpr,
     UP_BIAS: gl.constexpr, GATE_BIAS: gl.constexpr,
 ):  # fmt: skip
-    """Add biases to sums of up and of gate [64, cols], write them if SAVE, and the hidden rows."""
+    """Add biases to sums of up and of gate [rows, cols], write them if SAVE, and the hidden rows."""
     up_bias, gate_bias, pre_up, pre_gate, hidden, width8 = results
     width = width8 * 8
-    cols = col + gl.arange(0, h.shape[1], gl.SliceLayout(0, sums_layout(h.shape[1])))
+    cols = col + gl.arange(0, h.shape[1], gl.SliceLayout(0, own_layout(h)))
     inside = cols < width
     if GATED:
         if GATE_BIAS:
             g += gl.load(gate_bias + e * width + cols, mask=inside, other=0.0).to(gl.float32)[None, :]
         if SAVE:
-            store(pre_gate, g, begin, end, col, width)
+            store(pre_gate, g, begin, end, col, width, None, False)
     if UP_BIAS:
         h += gl.load(up_bias + e * width + cols, mask=inside, other=0.0).to(gl.float32)[None, :]
     if SAVE:
-        store(pre_up, h, begin, end, col, width)
+        store(pre_up, h, begin, end, col, width, None, False)
     if GATED:
         h *= activated(g, ACTIVATION)
     else:
         h = activated(h, ACTIVATION)
-    store(hidden, h, begin, end, col, width)
+    store(hidden, h, begin, end, col, width, None, False)

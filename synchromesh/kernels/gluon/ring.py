@@ -1,10 +1,10 @@
-"""The ring of buffers through which a producer hands blocks to the warpgroups that multiply them, for sm_90.
+"""The ring of buffers through which a producer hands blocks to the warps that multiply them.
 
-A program is a warpgroup that loads (the producer) and two that multiply 64 rows each (the consumers). Block number
-`step` of a program lies in slot step % STAGES. Each slot has two barriers: `ready` completes when its bytes have
-arrived, `free` when both consumers have read them; a slot's round (step // STAGES) is odd or even in turn, and so is
-the phase that is waited for. A barrier that never completed counts as having completed the phase before its first, so
-the producer's first round does not wait.
+On sm_90 a program is a warpgroup that loads (the producer) and two that multiply 64 rows each (the consumers); sm_100's
+programs are told in `tmem.py`. Block number `step` of a program lies in slot step % STAGES. Each slot has two barriers:
+`ready` completes when its bytes have arrived, `free` when all consumers have read them; a slot's round (step // STAGES)
+is odd or even in turn, and so is the phase that is waited for. A barrier that never completed counts as having
+completed the phase before its first, so the producer's first round does not wait.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -16,7 +16,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier
 
 from synchromesh.kernels.gluon.layouts import gathered_layout, stored_layout, sums_layout
-from synchromesh.kernels.tiles import swizzled
 
 
 @gluon.jit
@@ -56,13 +55,6 @@ def released(free, step, pred, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def placed(item, tiles, across, expert, first, stop, GROUP: gl.constexpr):
-    """Return an item's expert, first row, one past its last row, and column of blocks."""
-    tile, column = swizzled(item, tiles, across, GROUP)
-    return gl.load(expert + tile), gl.load(first + tile), gl.load(stop + tile), column
-
-
-@gluon.jit
 def gather_rows(source, rows, own, begin, width, into):
     """Start to copy source[rows, begin : begin + cols] of a matrix [., width] into a block [BK rows, cols].
 
@@ -86,8 +78,10 @@ def copied_rows(bar):
 
 @gluon.jit
 def matrix(block, TRANSPOSED: gl.constexpr):
-    """Return a block [1, depth, width] of an expert's matrix, or [1, width, depth] if TRANSPOSED, as [depth, width]."""
-    flat = block.reshape([block.shape[1], block.shape[2]])
+    """Return a block of a matrix, or [1, depth, width] of an expert's; TRANSPOSED: the block is the other way round."""
+    flat = block
+    if len(block.shape) == 3:
+        flat = block.reshape([block.shape[1], block.shape[2]])
     if TRANSPOSED:
         return flat.permute([1, 0])
     else:  # noqa: RET505 -- without it Triton compiles what follows as well
@@ -104,12 +98,20 @@ def halves(total):
 
 
 @gluon.jit
-def store(out, total, begin, end, col, width):
-    """Write sums [64, cols] to rows begin .. end of out [R, width], from column col on."""
-    STORED: gl.constexpr = stored_layout(total.shape[1])
+def store(out, total, begin, end, col, width, to, SCATTERED: gl.constexpr):
+    """Write sums [rows, cols] to rows begin .. end of out [R, width], from column col on.
+
+    SCATTERED: row r goes to out[to[r]].
+    """
+    STORED: gl.constexpr = stored_layout(total.shape[0], total.shape[1])
     value = gl.convert_layout(total.to(out.dtype.element_ty), STORED)
     row = gl.arange(0, total.shape[0], gl.SliceLayout(1, STORED))
     cols = col + gl.arange(0, total.shape[1], gl.SliceLayout(0, STORED))
-    # 64 bits for the first row only: offsets inside a tile fit into 32.
-    at = out + begin.to(gl.int64) * width + (row[:, None] * width + cols[None, :])
-    gl.store(at, value, mask=(begin + row < end)[:, None] & (cols < width)[None, :])
+    own = begin + row < end
+    mask = own[:, None] & (cols < width)[None, :]
+    if SCATTERED:
+        place = gl.load(to + begin + row, mask=own, other=0).to(gl.int64)
+        gl.store(out + (place[:, None] * width + cols[None, :]), value, mask=mask)
+    else:
+        # 64 bits for the first row only: offsets inside a tile fit into 32.
+        gl.store(out + begin.to(gl.int64) * width + (row[:, None] * width + cols[None, :]), value, mask=mask)

@@ -19,21 +19,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from synchromesh.kernels.gluon.items import item_ring, next_matrix_block, received
 from synchromesh.kernels.gluon.layouts import gathered_layout, sums_layout
 from synchromesh.kernels.gluon.ring import acquired, arrived, barriers, copied_rows, gather_rows, released, store
-from synchromesh.kernels.tiles import swizzled
+from synchromesh.kernels.tiles import leave
 
 
 @gluon.jit
 def weight_product(
-    left, right, left_at, right_at, pairs, ends, out, out_e8, experts, high8, wide8, choices,
+    left, right, left_at, right_at, tokens, ends, turn, out, out_e8, experts, high8, wide8,
     GATHER: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):  # fmt: skip
     """Write the sum over an expert's rows of left[r]ᵀ · right[r] to out[e], [high, wide]; zero where it has none.
 
     left, right: descriptors of [R, high] and [R, wide], left_at and right_at where these begin. GATHER: right is of
-    tokens, that of row r is pairs[r] // choices.
+    tokens, that of row r is tokens[r].
     out_e8, high8, wide8: a step of out and sizes in parts of 8, so that the compiler knows that they are multiples.
     """
     dtype: gl.constexpr = left.dtype
@@ -42,18 +43,22 @@ def weight_product(
     rights = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], right.layout)
     ready = barriers(STAGES, 129)
     free = barriers(STAGES, 2)
+    items = item_ring()
     fence_async_shared()  # TMA must see the barriers
     high = high8 * 8
     wide = wide8 * 8
     down = (high + BM - 1) // BM
     across = (wide + BN - 1) // BN
     ring = (lefts, rights, ready, free)
-    order = (ends, experts, down, across, high, wide)
+    order = (ends, turn, experts, down, across, high, wide)
     gl.warp_specialize(
         [
-            (_multiply, (ring, order, out, out_e8, 0, BM, BN, BK, STAGES, GROUP)),
-            (_multiply, (ring, order, out, out_e8, 1, BM, BN, BK, STAGES, GROUP)),
-            (_load, (left, right, left_at, right_at, pairs, choices, ring, order, GATHER, BM, BN, BK, STAGES, GROUP)),
+            (_multiply, (ring, items, order, out, out_e8, 0, BM, BN, BK, STAGES)),
+            (_multiply, (ring, items, order, out, out_e8, 1, BM, BN, BK, STAGES)),
+            (
+                _load,
+                (left, right, left_at, right_at, tokens, ring, items, order, GATHER, BM, BN, BK, STAGES, GROUP),
+            ),
         ],
         [4, 4],
         [208, 88],
@@ -61,25 +66,18 @@ def weight_product(
 
 
 @gluon.jit
-def _of_item(item, ends, down, across, GROUP: gl.constexpr):
-    """Return an item's expert, its first row, one past its last, and its tile and column of blocks."""
-    e = item // (down * across)
-    tile, column = swizzled(item % (down * across), down, across, GROUP)
-    start = gl.load(ends + gl.maximum(e, 1) - 1)
-    return e, gl.where(e > 0, start, 0), gl.load(ends + e), tile, column
-
-
-@gluon.jit
 def _load(
-    left, right, left_at, right_at, pairs, choices, ring, order, GATHER: gl.constexpr,
+    left, right, left_at, right_at, tokens, ring, items, order, GATHER: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     lefts, rights, ready, free = ring
-    ends, experts, down, across, high, wide = order
+    _ends, turn, _experts, _down, across, high, wide = order
     GATHERED: gl.constexpr = gathered_layout()
     step = 0
-    for item in range(gl.program_id(0), experts * down * across, gl.num_programs(0)):
-        _, start, end, tile, column = _of_item(item, ends, down, across, GROUP)
+    number = 0
+    e, start, end, block = next_matrix_block(items, number, order, GROUP)
+    while e >= 0:
+        tile, column = block // across, block % across
         for done in range(start, end, BK):
             slot = acquired(free, step, STAGES)
             bar = ready.index(slot)
@@ -87,7 +85,7 @@ def _load(
             own = row < end
             source = row
             if GATHER:
-                source = (gl.load(pairs + row, mask=own, other=0) // choices).to(gl.int32)
+                source = gl.load(tokens + row, mask=own, other=0)
             if done + BK <= end:
                 if GATHER:
                     mbarrier.expect(bar, 2 * left.block_type.nbytes)
@@ -107,18 +105,22 @@ def _load(
                 gather_rows(right_at, source, own, column * BN, wide, rights.index(slot))
             copied_rows(bar)
             step += 1
+        number += 1
+        e, start, end, block = next_matrix_block(items, number, order, GROUP)
+    leave(turn)
 
 
 @gluon.jit
 def _multiply(
-    ring, order, out, out_e8, PART: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr, GROUP: gl.constexpr,
+    ring, items, order, out, out_e8, PART: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     lefts, rights, ready, free = ring
-    ends, experts, down, across, high, wide = order
+    _ends, _turn, _experts, _down, across, high, wide = order
     step = 0
-    for item in range(gl.program_id(0), experts * down * across, gl.num_programs(0)):
-        e, start, end, tile, column = _of_item(item, ends, down, across, GROUP)
+    number = 0
+    e, start, end, block = received(items, number)
+    while e >= 0:
         total = gl.zeros([64, BN], gl.float32, sums_layout(BN))
         for done in range(start, end, BK):
             slot = arrived(ready, step, True, STAGES)
@@ -129,5 +131,8 @@ def _multiply(
             step += 1
         total = warpgroup_mma_wait(num_outstanding=0, deps=[total])
         released(free, step, end > start, STAGES)
-        begin = tile * BM + 64 * PART
-        store(out + e.to(gl.int64) * out_e8 * 8, total, begin, high, column * BN, wide)
+        begin = block // across * BM + 64 * PART
+        col = block % across * BN
+        store(out + e.to(gl.int64) * out_e8 * 8, total, begin, high, col, wide, None, False)
+        number += 1
+        e, start, end, block = received(items, number)

@@ -27,7 +27,7 @@ LEVEL_SIDE = 512  # up to it a Triton layer was level with separate grouped prod
 LEAST_ROWS = 128  # of an expert: with fewer, Triton's tiles are lower than those counted here
 RIVALS = {  # elsewhere torch reads on the host
     "sm_90": {Way.TORCH: (Kind.PRODUCT, Kind.WEIGHTS), Way.GLUON: tuple(Kind)},
-    "sm_100": {Way.TORCH: (Kind.PRODUCT, Kind.WEIGHTS), Way.GLUON: (Kind.PRODUCT,)},
+    "sm_100": {Way.TORCH: (Kind.PRODUCT, Kind.WEIGHTS), Way.GLUON: tuple(Kind)},
 }
 RUN_ON_A_CARD: frozenset[Way] = frozenset()
 """Ways beside Triton's and torch's that a card has run; a measured cell admits its own."""
@@ -175,9 +175,9 @@ def favoured(
     if not rivals:
         return Favoured(Way.TRITON, OnlyWay(_why_none(shape, architecture)))
     if architecture != COUNTED:
-        return Favoured(
-            Way.TRITON, Unmeasured(f"the arithmetic is for {COUNTED}, and no run on {architecture} is known")
-        )
+        others = " or ".join(way.value for way in rivals)
+        why = f"the arithmetic is for {COUNTED}, and no run of {others} on {architecture} is known"
+        return Favoured(Way.TRITON, Unmeasured(why))
     fractions = {way: predicted(shape, way) for way in (Way.TRITON, *rivals)}
     held_back = tuple(way for way in rivals if way != Way.TORCH and way not in RUN_ON_A_CARD)
     best = Way.TRITON

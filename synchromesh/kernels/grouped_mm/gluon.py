@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -22,8 +22,8 @@ from synchromesh.kernels.grouped_mm.favoured import ProductShape, asked_rows, ru
 from synchromesh.kernels.launch import on_its_device
 from synchromesh.kernels.tiles import Tiles, tiles_of
 
-KINDS = {"sm_90": tuple(Kind), "sm_100": (Kind.PRODUCT,)}
-"""The products that there are kernels for, by architecture: instructions of one are unknown to the other."""
+ARCHITECTURES = ("sm_90", "sm_100")
+"""Each has kernels of its own: instructions of one are unknown to the other."""
 
 
 def grouped_mm(
@@ -38,17 +38,16 @@ def grouped_mm(
     """
     rows, (weight_, bias_) = autocast_alike(rows, [weight, bias])
     assert weight_ is not None
-    if not takes(rows, weight_.shape, [Kind.PRODUCT]):
+    if not takes(rows, weight_.shape):
         return _triton().grouped_mm(rows, weight_, ends, bias_)
     return _grouped_mm(rows, weight_, ends, bias_)
 
 
-def takes(rows: Tensor, shape: Sequence[int], kinds: Collection[Kind] = tuple(Kind)) -> bool:
-    """Tell whether the Gluon kernels have these products of such rows and a shape [E, I, O] where the rows are."""
+def takes(rows: Tensor, shape: Sequence[int]) -> bool:
+    """Tell whether the Gluon kernels have products of such rows and a shape [E, I, O] where the rows are."""
     whole = all(size > 0 and size % 8 == 0 for size in shape[1:]) and shape[0] > 0
     narrow = rows.dtype in (torch.bfloat16, torch.float16)
-    known = KINDS.get(architecture_of(rows.device), ())
-    return whole and narrow and all(kind in known for kind in kinds) and _has_gluon()
+    return whole and narrow and architecture_of(rows.device) in ARCHITECTURES and _has_gluon()
 
 
 def is_faster(kind: Kind, rows: Tensor, shape: Sequence[int], *, num_rows: int | None = None) -> bool:
@@ -56,7 +55,7 @@ def is_faster(kind: Kind, rows: Tensor, shape: Sequence[int], *, num_rows: int |
 
     num_rows: R, where rows are tokens that are gathered.
     """
-    if not takes(rows, shape, [kind]):
+    if not takes(rows, shape):
         return False
     experts, depth, width = shape
     each = asked_rows(len(rows) if num_rows is None else num_rows, experts)
@@ -87,20 +86,17 @@ def rows_gradient(grad: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return d_rows.masked_fill_(tail[:, None], 0)
 
 
-def weight_gradient(
-    left: Tensor, right: Tensor, ends: Tensor, *, like: Tensor, tokens: tuple[Tensor, int] | None = None
-) -> Tensor:
+def weight_gradient(left: Tensor, right: Tensor, ends: Tensor, *, like: Tensor) -> Tensor:
     """Return the sum over an expert's rows of left[r]ᵀ · right[r], laid out as `like` [E, M, N] is.
 
     Args:
         left: [R, M], contiguous.
-        right: [R, N], contiguous; [T, N] with tokens.
+        right: [R, N], contiguous.
         ends: int32 [E], running sum of the rows of each expert.
         like: [E, M, N]; only its layout is read.
-        tokens: pairs [R] and K, where right holds tokens: that of row r is right[pairs[r] // K].
     """
     out = torch.empty_like(like)
-    return _launch().weight_gradient(_aligned(left), _aligned(right), ends, out=out, tokens=tokens)
+    return _launch().weight_gradient(_aligned(left), _aligned(right), ends, out=out)
 
 
 @on_its_device
@@ -117,8 +113,7 @@ def _backward(
     if needs[0]:
         d_rows = rows_gradient(grad, weight, ends)
     if rows is not None:
-        ours = takes(grad, weight.shape, [Kind.WEIGHTS])
-        d_weight = (weight_gradient if ours else _triton().tiled_gradient)(rows.contiguous(), grad, ends, like=weight)
+        d_weight = weight_gradient(rows.contiguous(), grad, ends, like=weight)
     if needs[2]:
         d_bias = grad.new_empty(len(ends), grad.shape[1])
         _triton().column_sums(grad, ends, out=d_bias)

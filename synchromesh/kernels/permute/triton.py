@@ -56,6 +56,13 @@ def fill_absent(y: Tensor, rows: Tensor) -> None:
         _fill_absent[(len(y), triton.cdiv(y.shape[1], wide))](rows, y, y.shape[1], BD=wide)
 
 
+def whole_tokens(x: Tensor, rows: Tensor) -> Tensor:
+    """Return memory like x [T, D] for tokens of one choice, each stored by its row's product; 0 for those without."""
+    y = torch.empty_like(x)
+    fill_absent(y, rows)
+    return y
+
+
 def _width(y: Tensor) -> int:
     return min(WIDEST_BLOCK, 1 << max(0, y.shape[1] - 1).bit_length())
 

@@ -15,7 +15,8 @@ CASES = [
     *((NAMED["zipf"], kind, F.silu) for kind in ("plain", "biased", "gated", "gated_biased", "joint_biased")),
     *((NAMED[name], "gated", F.silu) for name in ("no_token", "empty_experts", "some_pairs_dropped", "nan_token")),
     (NAMED["some_pairs_absent"], "plain", F.gelu),
-    (Case("one_choice", torch.randint(3, (20, 1), generator=torch.Generator().manual_seed(0)), 3), "gated", F.silu),
+    (NAMED["all_to_one_expert"], "gated_biased", F.silu),
+    (Case("one_choice_dropped", torch.tensor([[0], [1], [0], [-1], [0], [1]]), 3, capacity=2), "biased", F.relu),
     (Case("two_tiles", torch.randint(2, (150, 2), generator=torch.Generator().manual_seed(0)), 2), "plain", F.relu),
 ]
 
@@ -27,10 +28,20 @@ def layer(kernels, rowmap, activation, joint):
     return y
 
 
+@pytest.fixture(params=["sm_90", "sm_100"])
+def architecture(request, monkeypatch, emulator):
+    from synchromesh.kernels.gluon import launch
+
+    for module in (launch, gluon.gluon):
+        monkeypatch.setattr(module, "architecture_of", lambda device: request.param)
+    return emulator
+
+
+@pytest.mark.usefixtures("architecture")
 @pytest.mark.parametrize(
     ("routed", "kind", "activation"), CASES, ids=lambda one: getattr(one, "name", getattr(one, "__name__", str(one)))
 )
-def test_output_and_every_gradient(emulator, routed, kind, activation):
+def test_output_and_every_gradient(routed, kind, activation):
     torch.manual_seed(0)
     mlp = network_parts(kind, routed.num_experts, torch.bfloat16, width=16, hidden=40)
     inputs = {"x": routed.tokens(16, torch.bfloat16), "weights": routed.weights(torch.bfloat16), **mlp}

@@ -53,8 +53,8 @@ def architecture(request, monkeypatch):
     return request.param
 
 
-PRODUCTS = [("uneven", kind) for kind in ("biased", "scaled", "biased_scaled", "second")]
-PRODUCTS += [(load, "plain") for load in LOADS]
+PRODUCTS = [("uneven", kind) for kind in ("biased", "second", "scattered_second")]
+PRODUCTS += [(load, kind) for load in LOADS for kind in ("plain", "biased_scattered_scaled")]
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["rows_of_k", "columns_of_k"])
@@ -69,21 +69,23 @@ def test_products(emulator, tiled, load, turned, kind):
     if turned:
         w, w2 = (each.mT.contiguous().mT for each in (w, w2))
     bias = torch.randn(experts, 136).bfloat16() if "biased" in kind else None
-    weights = torch.rand(num_rows // 2 + 1, 2)
-    pairs = torch.randperm(num_rows)
-    pairs[int(ends[-1]) :] = -1
-    scale = (pairs, weights) if "scaled" in kind else None
-    second = (a2, w2) if kind == "second" else None
-    out = launch.product(a, w, tiled(ends), out=fresh(num_rows, 136), bias=bias, scale=scale, second=second)
+    scale = torch.rand(num_rows + 1, 1) if "scaled" in kind else None
+    tokens = torch.randperm(num_rows).int()
+    tokens[int(ends[-1]) :] = -1
+    second = (a2, w2) if "second" in kind else None
+    scatter = launch.Scatter(tokens, scale) if "scattered" in kind else None
+    out = launch.product(a, w, tiled(ends), out=fresh(num_rows, 136), bias=bias, second=second, scatter=scatter)
     wanted, kept = multiplied(a, w, ends), slice(0, int(ends[-1]))
     for e, own in ranges(ends):
         wanted[own] += 0 if bias is None else bias[e].float()
-    if kind == "second":
+    if second is not None:
         wanted += multiplied(a2, w2, ends)
     if scale is not None:
-        wanted *= weights.view(-1)[pairs, None]
-    assert_close("rows", out[kept], wanted[kept].bfloat16())
-    assert each_once(emulator.written["out"], ends)
+        wanted *= scale[tokens]
+    order = torch.arange(num_rows)[kept] if scatter is None else tokens[kept].long()
+    assert_close("rows", out[order], wanted[kept].bfloat16())
+    written = emulator.written["out"]
+    assert each_once(torch.cat([written[order], written[~torch.isin(torch.arange(num_rows), order)]]), ends)
 
 
 @pytest.mark.parametrize(("seed", "haste"), SEEDS)
@@ -96,11 +98,35 @@ def test_a_ring_that_goes_round_many_times(emulator, tiled, seed, haste):
     assert_close("rows", out, multiplied(a, w, ends).bfloat16())
 
 
+@pytest.mark.parametrize(("seed", "haste"), SEEDS)
+@pytest.mark.usefixtures("architecture")
+def test_sums_of_rows_while_many_items_follow_each_other(emulator, seed, haste):
+    """Experts of no row, of one and of many, in turn: sums are stored while the next are multiplied."""
+    emulator.seed, emulator.haste = seed, haste
+    ends = torch.tensor([1, 1, 131, 133, 133, 200], dtype=torch.int32)
+    left, right = rows_of(ends, 202, 264), rows_of(ends, 202, 72)
+    out = launch.weight_gradient(left, right, ends, out=fresh(6, 264, 72))
+    wanted = torch.stack([left[own].float().T @ right[own].float() for _, own in ranges(ends)])
+    assert_close("gradient", out, wanted.bfloat16())
+
+
+@pytest.mark.parametrize(("seed", "haste"), SEEDS)
+@pytest.mark.usefixtures("architecture")
+def test_opening_tiles_that_follow_each_other(emulator, tiled, seed, haste):
+    emulator.seed, emulator.haste = seed, haste
+    ends = torch.tensor([200, 330], dtype=torch.int32)
+    x, (up, gate) = torch.randn(330, 200).bfloat16(), torch.randn(2, 2, 136, 200).bfloat16() / 14
+    hidden = launch.opening(x, up, gate, tiled(ends), torch.arange(330).int(), "relu", hidden=fresh(330, 136))
+    h, g = (multiplied(x, each.mT, ends) for each in (up, gate))
+    assert_close("hidden", hidden, (g.relu() * h).bfloat16())
+
+
 OPENINGS = [(kind, "silu", save) for kind in ("plain", "biased", "gated", "gated_biased") for save in (True, False)]
 OPENINGS += [("gated", activation, True) for activation in KNOWN if activation != "silu"]
 
 
 @pytest.mark.parametrize(("kind", "activation", "save"), OPENINGS)
+@pytest.mark.usefixtures("architecture")
 def test_opening(emulator, tiled, activation, kind, save):
     torch.manual_seed(0)
     counts, choices = [70, 0, 131, 3], 3
@@ -114,7 +140,7 @@ def test_opening(emulator, tiled, activation, kind, save):
     gated = "gated" in kind
     pre = (fresh(num_rows, 136), fresh(num_rows, 136)) if save else None
     hidden = launch.opening(
-        x, up, gate if gated else None, tiled(ends), (pairs, choices), activation,
+        x, up, gate if gated else None, tiled(ends), (pairs // choices).int(), activation,
         hidden=fresh(num_rows, 136), biases=(biases[0], biases[1] if gated else None), pre=pre,
     )  # fmt: skip
     rows = x[pairs.clamp(min=0) // choices]
@@ -136,6 +162,7 @@ GRADIENTS += [(load, "contiguous") for load in LOADS]
 
 @pytest.mark.parametrize(("load", "layout"), GRADIENTS)
 @pytest.mark.parametrize("gathered", [True, False], ids=["gathered", "in_order"])
+@pytest.mark.usefixtures("architecture")
 def test_weight_gradients(emulator, load, layout, gathered):
     torch.manual_seed(0)
     ends, num_rows = load_of(load)
@@ -151,13 +178,15 @@ def test_weight_gradients(emulator, load, layout, gathered):
         out = fresh(experts, 72, 136).mT
     if layout == "part_of_a_joint_one":
         out = fresh(experts, 2 * 136, 72)[:, 136:]
-    got = launch.weight_gradient(left, right, ends, out=out, tokens=(pairs, choices) if gathered else None)
+    got = launch.weight_gradient(left, right, ends, out=out, tokens=(pairs // choices).int() if gathered else None)
     assert got.data_ptr() == out.data_ptr()
     source = right[pairs.clamp(min=0) // choices] if gathered else right
     wanted = torch.stack([left[own].float().T @ source[own].float() for _, own in ranges(ends)])
     assert_close("gradient", out, wanted.bfloat16())
+    assert layout == "turned" or (emulator.written["out"] == 1).all()
 
 
+@pytest.mark.usefixtures("architecture")
 def test_an_infinite_row_stays_with_its_expert(emulator):
     ends = torch.tensor([70, 100], dtype=torch.int32)
     left, right = rows_of(ends, 100, 128), rows_of(ends, 100, 128)
@@ -188,6 +217,7 @@ def test_matrices_with_gaps_are_laid_out_first():
 
 @pytest.mark.parametrize("width", [136, 264])
 @pytest.mark.parametrize(("gated", "activation"), [(True, "silu"), (True, "gelu"), (False, "relu")])
+@pytest.mark.usefixtures("architecture")
 def test_closing_backward(emulator, tiled, gated, activation, width):
     torch.manual_seed(0)
     counts, choices = [70, 0, 131, 3], 3
@@ -199,7 +229,7 @@ def test_closing_backward(emulator, tiled, gated, activation, width):
     weights = torch.rand(num_rows // choices, choices)
     u, g = (rows_of(ends, num_rows, width) for _ in range(2))
     got = launch.closing_gradient(
-        grad, down, weights, tiled(ends), (pairs, choices), activation, (u, g if gated else None)
+        grad, down, weights, tiled(ends), (pairs, (pairs // choices).int()), activation, (u, g if gated else None)
     )
     up, gate = (each.float().requires_grad_() for each in (u, g))
     s = weights.view(-1)[pairs.clamp(min=0), None]

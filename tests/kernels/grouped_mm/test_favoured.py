@@ -87,9 +87,8 @@ def test_torchs_kernel_runs_where_arithmetic_leaves_no_doubt():
         (LARGE, "gfx942", "gfx942"),
         (dataclasses.replace(LARGE, dtype=torch.float32), "sm_90", "float32"),
         (dataclasses.replace(LARGE, depth=1020), "sm_90", "1020"),
-        (dataclasses.replace(LARGE, kind=Kind.OPENING), "sm_100", "sm_100"),
     ],
-    ids=["sm_80", "gfx942", "float32", "depth_1020", "opening_sm_100"],
+    ids=["sm_80", "gfx942", "float32", "depth_1020"],
 )
 def test_where_there_is_no_choice_the_reason_says_so(shape, architecture, said):
     got = favoured(shape, architecture, choices=NOTHING)
@@ -101,7 +100,9 @@ def test_where_there_is_no_choice_the_reason_says_so(shape, architecture, said):
 def test_the_arithmetic_of_one_card_decides_nothing_on_another():
     got = favoured(LARGE, "sm_100", choices=NOTHING)
     assert (got.way, type(got.reason)) == (Way.TRITON, Unmeasured)
-    assert "sm_100" in str(got.reason)
+    assert "of torch or gluon on sm_100" in str(got.reason)
+    opening = favoured(dataclasses.replace(LARGE, kind=Kind.OPENING), "sm_100", choices=NOTHING)
+    assert "of gluon on sm_100" in str(opening.reason)
     assert favoured(LARGE, "sm_100", choices=measured("sm_100", triton=2e-3, gluon=1e-3)).way == Way.GLUON
 
 
