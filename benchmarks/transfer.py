@@ -108,6 +108,7 @@ class Args:
         scenes: to tune with.
         pre_epochs: of pretexts; 0 for 12, or 6 for scenes.
         fine_epochs: of tuning; 0 for 50, or 24 of scenes.
+        simmim_lr: of SimMIM at its highest; the recipe's is too high for so few photographs (seed 100 told).
         threads: of the processor.
         tiny: few of everything, for tests.
         work: folder of the runs that are not done with.
@@ -123,6 +124,7 @@ class Args:
     scenes: int = 64
     pre_epochs: int = 0
     fine_epochs: int = 0
+    simmim_lr: float = 2e-3
     threads: int = 1
     tiny: bool = False
     work: Path = Path("runs/transfer")
@@ -236,6 +238,8 @@ def pretext(row: Row, args: Args) -> TrainConfig:
     if row.pictures(args) == "digits":
         task = of_digits(task, digits_folder(args.work, most=40 if args.tiny else 4000))
     optim = dataclasses.replace(config.optim, warmup_epochs=min(config.optim.warmup_epochs, place.pre_epochs / 4))
+    if isinstance(task, SimMIM):
+        optim = dataclasses.replace(optim, lr=args.simmim_lr)
     config = dataclasses.replace(config, task=task, model=backbone(row, place), twin=None, optim=optim)
     return alone(config, row.seed, place.pre_epochs)
 
