@@ -17,6 +17,7 @@ from synchromesh.kernels.positions import triton as positions
 from synchromesh.kernels.quantized_mlp import triton as quantized_mlp
 from synchromesh.kernels.row_map import triton as row_map
 from synchromesh.kernels.scaled_mm import triton as scaled_mm
+from synchromesh.kernels.segment_map import triton as segment_map
 from synchromesh.kernels.select import triton as select
 
 TRITON = Kernels(
@@ -24,6 +25,7 @@ TRITON = Kernels(
     select=select.select,
     positions=positions.positions,
     row_map=row_map.row_map,
+    segment_map=segment_map.segment_map,
     gather=permute.gather,
     combine=permute.combine,
     grouped_mm=grouped_mm.grouped_mm,

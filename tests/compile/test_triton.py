@@ -74,6 +74,7 @@ def recorded(arch, dtype, *, gated, width=512, hidden=1024, tokens=512):
                 places, counts = TRITON.positions(ids, 4, priority)
             for capacity in (None, 7, counts.max()):
                 TRITON.row_map(ids, places, counts, num_rows=ids.numel(), capacity=capacity)
+            TRITON.segment_map(counts[None].expand(8, 4), num_rows=8 * ids.numel())
             TRITON.fused_mlp(x, weights[:, :1], row_map_of(ids[:, :1], 4), mlp, F.silu).sum().backward()
             for k in (1, 2):
                 some = row_map_of(ids[:, :k], 4, capacity=tokens // 4)
@@ -115,7 +116,7 @@ ARCHITECTURES = pytest.mark.parametrize("arch", TILED)
 EVERY = {
     "_map_tiles", "_map_rows", "_add_blocks", "_count_block", "_place_block", "_copy_rows", "_fill_absent", "_sum_rows",
     "_spread_rows", "_column_sums", "_zero_tail", "sum_parts", "_open_few", "_close_few", "_select", "_add_programs",
-    "_select_backward", "_mark_tokens", "_unmark_tokens",
+    "_select_backward", "_mark_tokens", "_unmark_tokens", "_map_segments",
 } | PRODUCTS  # fmt: skip
 
 
