@@ -20,6 +20,9 @@ from synchromesh.torch_private import onednn_linear
 # it is given whole multiples.
 STEP = 32
 
+# Of a result, and of rows that are turned, at a time: both are in memory of oneDNN's own, and better in a cache.
+PART_BYTES = 2**19
+
 
 def has_onednn(dtype: torch.dtype) -> bool:
     """Tell whether oneDNN can multiply this dtype, and torch by itself does not."""
@@ -43,7 +46,8 @@ def matmul(a: Float[Tensor, "R I"], b: Float[Tensor, "I O"], out: Float[Tensor, 
     """Write a b, plus a bias [O], into out."""
     rows = _padded(a, b.numel())
     if rows is not None:
-        out.copy_(onednn_linear(rows, b.t(), bias, gelu=False)[: len(a)])
+        for to, own in zip(_parts(out), _parts(rows, like=out), strict=False):
+            to.copy_(onednn_linear(own, b.t(), bias, gelu=False)[: len(to)])
     elif bias is None:
         torch.mm(a, b, out=out)
     else:
@@ -53,10 +57,11 @@ def matmul(a: Float[Tensor, "R I"], b: Float[Tensor, "I O"], out: Float[Tensor, 
 def add_matmul(a: Float[Tensor, "R I"], b: Float[Tensor, "I O"], out: Float[Tensor, "R O"]) -> None:
     """Add a b to out."""
     rows = _padded(a, b.numel())
-    if rows is not None:
-        out += onednn_linear(rows, b.t(), None, gelu=False)[: len(a)]
-    else:
+    if rows is None:
         out.addmm_(a, b)
+        return
+    for to, own in zip(_parts(out), _parts(rows, like=out), strict=False):
+        to += onednn_linear(own, b.t(), None, gelu=False)[: len(to)]
 
 
 def matmul_turned(a: Float[Tensor, "R I"], b: Float[Tensor, "R O"], out: Float[Tensor, "I O"]) -> None:
@@ -65,9 +70,26 @@ def matmul_turned(a: Float[Tensor, "R I"], b: Float[Tensor, "R O"], out: Float[T
     if not _prefers(a.dtype, most, len(a) - most, out.numel()):
         torch.mm(a.t(), b, out=out)
         return
-    out.copy_(turned_by_onednn(a[:most], b[:most]))
+    for columns, to in zip(_parts(a.t(), like=out), _parts(out), strict=True):
+        _add_turned(columns.t()[:most], b[:most], to)
     if most < len(a):
         out.addmm_(a[most:].t(), b[most:])
+
+
+def _add_turned(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write a^T b into out, some rows at a time: one side is copied turned."""
+    narrow = min(a, b, key=lambda side: side.shape[1])
+    lengths = [len(part) for part in _parts(narrow)]
+    for number, (left, right) in enumerate(zip(a.split(lengths), b.split(lengths), strict=True)):
+        product = turned_by_onednn(left, right)
+        out.add_(product) if number else out.copy_(product)
+
+
+def _parts(rows: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Return the rows in parts, of each of which those of the output (like) take so much memory."""
+    width = rows.shape[1] if like is None else like.shape[1]
+    most = max(1, PART_BYTES // max(1, width * rows.element_size() * STEP)) * STEP
+    return rows.split(most) if len(rows) > most else (rows,)
 
 
 def _padded(a: Tensor, numbers: int) -> Tensor | None:

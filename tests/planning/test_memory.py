@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
 
 from synchromesh import Grid, MLPExperts, MoE, Plan, Sharded
+from synchromesh.kernels.matmul import PART_BYTES
 from synchromesh.planning.lattice import Ranks
 from synchromesh.planning.memory import layer_bytes
 from synchromesh.testing.cases import DrawnRouter, EvenRouter
@@ -90,8 +91,9 @@ def test_the_peak_of_a_step_is_that_of_the_formula(experts):
         for plan, measured in found.items():
             work = Workload(2 * T, K, D, F, experts, torch.float32, True, vectors=vectors)
             b = layer_bytes(work, plan, Ranks(4, 2))
-            ratio = measured / (b.gradients + b.gathered + b.activations + b.buffers)
+            formula = b.gradients + b.gathered + b.activations + b.buffers
+            ratio, least = measured / formula, 0.55 if plan == Plan(gather=4) else 0.75
             most = (
                 1.45 if plan.two_level and plan.deduplicate else 1.25
             )  # a relay has the rows of others, not its share
-            assert (0.55 if plan == Plan(gather=4) else 0.75) < ratio < most, f"{plan}: {ratio:.2f}"
+            assert least < ratio < most + PART_BYTES / formula, f"{plan}: {ratio:.2f}"  # a part of oneDNN's on top
