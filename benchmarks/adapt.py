@@ -5,12 +5,18 @@ A line of JSON for every model that was trained. All arms of a seed start from t
     python benchmarks/adapt.py emoe --seeds 10      # rotated digits, scored at angles that none was trained on
     python benchmarks/adapt.py upcycle --seeds 5    # dense SwinV2, trained on or made SwinV2-MoE at the same cost
     python benchmarks/adapt.py sparse --seeds 5     # sparse pre-training on a pretext, few labels afterwards
+    python benchmarks/adapt.py simmim --seeds 5     # the same with SimMIM as the pretext
+    python benchmarks/adapt.py experts --seeds 5    # 4 experts with 75 % zeros beside a dense block of as many numbers
     python benchmarks/adapt.py bytes --seeds 2      # a language model of bytes on docstrings that are installed
     python benchmarks/adapt.py products             # torch's sparse products on this CPU beside dense ones
+
+Any of them takes arms by name: `emoe --arms dense "k-means, k = 8"`. An arm alone gives the numbers that it gives among
+the others.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import json
@@ -30,9 +36,14 @@ from torch import Tensor, nn
 
 from synchromesh import RandomGroups, SplitFFN, StaticSparsity, Upcycle, aux_loss, count_entries, densify, seeds
 from synchromesh.adapt.adaptation import adapt, after_step
+from synchromesh.data.hiding import random_cells
 from synchromesh.models.costs import costs
 from synchromesh.models.heads.classifier import Classifier
+from synchromesh.models.heads.pixels import PixelDecoder, masked_l1
+from synchromesh.models.mixtures import ExpertsConfig, LinearGate
 from synchromesh.models.swin_v2 import SwinV2Config
+from synchromesh.moe.capacity import Dropless
+from synchromesh.moe.losses import LoadBalance
 
 SWIN = SwinV2Config(
     image_size=8, in_channels=1, embed_dim=32, depths=(1, 2), num_heads=(2, 4), patch_size=2, window_size=4,
@@ -52,17 +63,23 @@ class Args:
         what: which demonstration.
         seeds: how many.
         first: seed.
+        arms: which, by name; none for all.
         epochs: of each part of a training; 0 for the demonstration's own number.
         tiny: a few steps only, for tests.
         out: file to append to.
     """
 
-    what: tyro.conf.Positional[Literal["emoe", "upcycle", "sparse", "bytes", "products"]]
+    what: tyro.conf.Positional[Literal["emoe", "upcycle", "sparse", "simmim", "experts", "bytes", "products"]]
     seeds: int = 5
     first: int = 0
+    arms: tuple[str, ...] = ()
     epochs: int = 0
     tiny: bool = False
     out: Path = Path(__file__).parent / "results" / "adapt.jsonl"
+
+
+Wanted = Callable[[str], bool]
+"""Whether an arm is to be run."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +114,10 @@ def turned(images: Tensor, degrees: Tensor) -> Tensor:
     return (F.grid_sample(images, grid, align_corners=False) - 0.3) / 0.37
 
 
-def model_of(seed: int, classes: int = 10) -> nn.Module:
+def model_of(seed: int, classes: int = 10, *, hiding: bool = False, experts: ExpertsConfig | None = None) -> Classifier:
+    config = dataclasses.replace(SWIN.hiding() if hiding else SWIN, experts=experts)
     with seeds.torch_seeded(torch.device("cpu"), seed, seeds.INIT):
-        model = Classifier(SWIN.build(), classes)
+        model = Classifier(config.build(), classes)
         model.backbone.reset_parameters()
         return model
 
@@ -152,7 +170,7 @@ def at(model: nn.Module, digits: Digits, angles: tuple[int, ...]) -> float:
     return sum(scores) / len(scores)
 
 
-def emoe(seed: int, epochs: int) -> Iterator[dict[str, Any]]:
+def emoe(seed: int, epochs: int, wanted: Wanted) -> Iterator[dict[str, Any]]:
     """Train dense on upright digits; then on turned ones: dense as long, split by k-means, split at random."""
     digits, steps = Digits.of(seed), epochs * 14
     base = model_of(seed)
@@ -161,8 +179,10 @@ def emoe(seed: int, epochs: int) -> Iterator[dict[str, Any]]:
         "dense": None,
         "k-means": SplitFFN(num_experts=16, k=4),
         "random": SplitFFN(num_experts=16, k=4, grouping=RandomGroups(seed)),
+        "k-means, k = 8": SplitFFN(num_experts=16, k=8),
+        "random, k = 8": SplitFFN(num_experts=16, k=8, grouping=RandomGroups(seed)),
     }
-    for arm, factory in arms.items():
+    for arm, factory in ((name, own) for name, own in arms.items() if wanted(name)):
         model = model_of(seed)
         model.load_state_dict(base.state_dict())
         adaptation = None if factory is None else adapt(model, FFN, factory)
@@ -174,7 +194,7 @@ def emoe(seed: int, epochs: int) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def upcycle(seed: int, epochs: int) -> Iterator[dict[str, Any]]:
+def upcycle(seed: int, epochs: int, wanted: Wanted) -> Iterator[dict[str, Any]]:
     """Train dense on digits at all seen angles; then train on, or make experts of it, for as many multiply-adds."""
     digits, steps = Digits.of(seed), epochs * 14
     base = model_of(seed)
@@ -187,7 +207,7 @@ def upcycle(seed: int, epochs: int) -> Iterator[dict[str, Any]]:
         "8 half experts, k = 2, noise 0.1": Upcycle(num_experts=8, k=2, slices=2, noise=0.1, seed=seed),
         "4 copies, k = 2": Upcycle(num_experts=4, k=2, seed=seed),
     }
-    for arm, factory in arms.items():
+    for arm, factory in ((name, own) for name, own in arms.items() if wanted(name)):
         model = model_of(seed)
         model.load_state_dict(base.state_dict())
         if factory is not None:
@@ -199,25 +219,64 @@ def upcycle(seed: int, epochs: int) -> Iterator[dict[str, Any]]:
         yield row | {"unseen": at(model, digits, UNSEEN), "multiply_adds": cost}
 
 
-def sparse(seed: int, epochs: int) -> Iterator[dict[str, Any]]:
+def sparse(seed: int, epochs: int, wanted: Wanted) -> Iterator[dict[str, Any]]:
     """Learn by which of four right angles digits are turned, sparse; then 100 labels, dense or still sparse."""
+
+    def learned(model: Classifier, digits: Digits, steps: int) -> float:
+        train(model, _quarter_turns(digits.train, seed), steps, rate=2e-3)
+        return accuracy(model, *next(_quarter_turns(digits.test, seed + 1)))
+
+    yield from _sparse_first(seed, epochs, wanted, learned)
+
+
+def simmim(seed: int, epochs: int, wanted: Wanted) -> Iterator[dict[str, Any]]:
+    """Learn to draw hidden patches of digits, sparse; then 100 labels, dense or still sparse."""
+
+    def learned(model: Classifier, digits: Digits, steps: int) -> float:
+        with seeds.torch_seeded(torch.device("cpu"), seed, seeds.INIT):
+            decoder = PixelDecoder(model.backbone, 1)
+        own = torch.optim.AdamW(decoder.parameters(), lr=2e-3, weight_decay=0.05, betas=(0.9, 0.99))
+        batches = _hidden(digits.train, seed)
+        decoder.train()
+        for step in range(steps):
+            for group in own.param_groups:
+                group["lr"] = 2e-3 * min(1, (step + 1) / 10) * (1 + np.cos(np.pi * step / steps)) / 2
+            own.zero_grad()
+            _hidden_error(decoder, *next(batches)).backward()
+            own.step()
+        with torch.no_grad():
+            return float(_hidden_error(decoder.eval(), *next(_hidden(digits.test, seed + 1))))
+
+    yield from _sparse_first(seed, epochs, wanted, learned, hiding=True)
+
+
+def _sparse_first(
+    seed: int,
+    epochs: int,
+    wanted: Wanted,
+    learned: Callable[[Classifier, Digits, int], float],
+    *,
+    hiding: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Learn a pretext at several shares of zeros, each an arm by its number; then tune on 100 labels."""
     digits, steps = Digits.of(seed), epochs * 14
     few = digits.train[:100], digits.train_labels[:100]
     for sparsity in (None, 0.0, 0.5, 0.75):
-        model = model_of(seed)
-        row: dict[str, Any] = {"sparsity": sparsity if sparsity is not None else "no pre-training"}
+        arm = str(sparsity) if sparsity is not None else "no pre-training"
+        if not wanted(arm):
+            continue
+        model = model_of(seed, hiding=hiding)
+        row: dict[str, Any] = {"sparsity": sparsity if sparsity is not None else arm}
         if sparsity is not None:
             adapt(model, MATRICES, StaticSparsity(sparsity, seed))
             counted, dense = count_entries(model), costs(model_of(seed)).multiply_adds
-            train(model, _quarter_turns(digits.train, seed), 2 * steps, rate=2e-3)
-            row |= {"kept": counted.kept, "all": counted.all, "multiply_adds": dense}
-            rng = _quarter_turns(digits.test, seed + 1)
-            row["pretext"] = accuracy(model, *next(rng))
+            pretext = learned(model, digits, 2 * steps)
+            row |= {"kept": counted.kept, "all": counted.all, "multiply_adds": dense, "pretext": pretext}
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         for tuned in ("dense", "still sparse") if sparsity else ("dense",):
             model.load_state_dict(state)
             if tuned == "dense" and sparsity is not None:
-                own = model_of(seed)
+                own = model_of(seed, hiding=hiding)
                 adapt(own, MATRICES, StaticSparsity(sparsity, seed))
                 own.load_state_dict(state)
                 densify(own)
@@ -225,6 +284,47 @@ def sparse(seed: int, epochs: int) -> Iterator[dict[str, Any]]:
                 own = model
             train(own, batches_of(*few, seed + 100, (0,)), 60 if epochs > 1 else 2, rate=1e-3)
             yield row | {"tuned": tuned, "test": at(own, digits, (0,))}
+
+
+def _hidden(images: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield images and, of each, 60 % of its patches to be hidden."""
+    rng = np.random.default_rng([seed, 5])
+    while True:
+        chosen = torch.tensor(rng.permutation(len(images))[:BATCH])
+        cells = [random_cells(8, 8, cell=SWIN.patch_size, ratio=0.6, rng=rng) for _ in chosen]
+        yield turned(images[chosen], torch.zeros(len(chosen))), torch.from_numpy(np.stack(cells))
+
+
+def _hidden_error(decoder: nn.Module, images: Tensor, hidden: Tensor) -> Tensor:
+    return masked_l1(decoder(images, hidden), images, hidden) / hidden.sum()
+
+
+def experts(seed: int, epochs: int, wanted: Wanted) -> Iterator[dict[str, Any]]:
+    """Train dense blocks, or four experts in place of each of as many non-zero numbers together, from random weights.
+
+    With k = 4 a token is multiplied with as many of them as in the dense block, with k = 1 with a quarter.
+    """
+    digits, steps = Digits.of(seed), 2 * epochs * 14
+    for arm, k in (("dense", 0), *((f"4 experts, 75 % zeros, k = {k}", k) for k in (1, 2, 4))):
+        if not wanted(arm):
+            continue
+        mixture = ExpertsConfig(
+            num_experts=4, k=max(k, 1), blocks=((), (0, 1)), router=LinearGate(noise=0.0, norm_topk=True),
+            capacity=Dropless(), losses=(LoadBalance(0.01),), dropout=0.0, down_bias=True,
+        )  # fmt: skip
+        model = model_of(seed, experts=mixture if k else None)
+        dense = sum(p.numel() for name, p in model_of(seed).named_parameters() if _of_last_blocks(name) and p.ndim > 1)
+        row: dict[str, Any] = {"arm": arm, "numbers": dense, "products": dense}
+        if k:
+            adapt(model, "*.ffn.experts", StaticSparsity(0.75, seed))
+            counted = count_entries(model)
+            row |= {"numbers": counted.kept, "products": counted.kept * k // 4}
+        train(model, batches_of(digits.train, digits.train_labels, seed, SEEN), steps, rate=2e-3)
+        yield row | {"seen": at(model, digits, SEEN), "unseen": at(model, digits, UNSEEN)}
+
+
+def _of_last_blocks(name: str) -> bool:
+    return name.startswith("backbone.stages.1.") and ".ffn." in name
 
 
 def _quarter_turns(images: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -274,14 +374,14 @@ def learn_bytes(model: nn.Module, text: Tensor, seed: int, steps: int, rate: flo
         own.step()
 
 
-def bytes_(seed: int, epochs: int) -> Iterator[dict[str, Any]]:
+def bytes_(seed: int, epochs: int, wanted: Wanted) -> Iterator[dict[str, Any]]:
     """Pre-train on docstrings of numpy and torch, tune on half of scipy.stats', score on its other half."""
     pre, tune = (30, 10) if epochs == 1 else (25 * epochs, 7 * epochs)
     text = torch.cat([docstrings("numpy", 400_000), docstrings("torch", 400_000)])
     task = docstrings("scipy.stats", 300_000)
     half = len(task) // 2
     held = task[half:][: 97 * 200].unfold(0, 97, 97)
-    for sparsity in (0.0, 0.5, 0.75):
+    for sparsity in (share for share in (0.0, 0.5, 0.75) if wanted(str(share))):
         model = language_model(seed)
         select = ("*.q_proj", "*.k_proj", "*.v_proj", "*.o_proj", "*.mlp.*")
         adapt(model, select, StaticSparsity(sparsity, seed))
@@ -307,13 +407,13 @@ def _score(model: nn.Module, held: Tensor) -> float:
     return float(torch.stack([bits(model, rows) for rows in held.split(50)]).mean())
 
 
-def products(seed: int, epochs: int) -> Iterator[dict[str, Any]]:
+def products(seed: int, epochs: int, wanted: Wanted) -> Iterator[dict[str, Any]]:
     """Multiply tokens by a matrix, dense and as torch's sparse formats have it; processor seconds, interleaved."""
     torch.manual_seed(seed)
     repeats = 2 if epochs == 1 else 7
     for side in (512, 1024):
         x = torch.randn(256, side)
-        for sparsity in (0.5, 0.75, 0.9, 0.95, 0.99):
+        for sparsity in (share for share in (0.5, 0.75, 0.9, 0.95, 0.99) if wanted(str(share))):
             weight = StaticSparsity(sparsity)("w", nn.Linear(side, side, bias=False))
             assert weight is not None
             dense = weight.get_parameter("parametrizations.weight.original").detach()
@@ -333,10 +433,12 @@ def products(seed: int, epochs: int) -> Iterator[dict[str, Any]]:
             yield {"side": side, "tokens": 256, "sparsity": sparsity, **{f"{w}_ms": v for w, v in best.items()}}
 
 
-DEMONSTRATIONS: dict[str, tuple[Callable[[int, int], Iterator[dict[str, Any]]], int]] = {
+DEMONSTRATIONS: dict[str, tuple[Callable[[int, int, Wanted], Iterator[dict[str, Any]]], int]] = {
     "emoe": (emoe, 6),
     "upcycle": (upcycle, 6),
     "sparse": (sparse, 6),
+    "simmim": (simmim, 6),
+    "experts": (experts, 6),
     "bytes": (bytes_, 6),
     "products": (products, 6),
 }
@@ -346,14 +448,24 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)
     run, own = DEMONSTRATIONS[args.what]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
+    asked: list[str] = []
+
+    def wanted(arm: str) -> bool:
+        asked.append(arm)
+        return not args.arms or arm in args.arms
+
     for seed in range(args.first, args.first + (1 if args.what == "products" else args.seeds)):
         start = time.process_time()
-        for row in run(seed, 1 if args.tiny else args.epochs or own):
+        for row in run(seed, 1 if args.tiny else args.epochs or own, wanted):
             seconds = round(time.process_time() - start, 1)
             line = {"what": args.what, "seed": seed, **row, "cpu_seconds": seconds, "commit": commit.strip()}
             print(json.dumps(line), flush=True)
             with args.out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+        if unknown := set(args.arms) - set(asked):
+            raise SystemExit(
+                f"{args.what} has no arm {', '.join(sorted(unknown))}: wanted some of {list(dict.fromkeys(asked))}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Backbones beside each other: what they learn, dense and with experts, and how fast they are beside transformers'.
 
-    python benchmarks/backbones.py learn                      # digits, textures and boxes; 3 seeds; hours on a laptop
-    python benchmarks/backbones.py learn --tasks digits --seeds 1 --epochs 4
+    python benchmarks/backbones.py learn --tasks digits       # 3 seeds; about a quarter of an hour on one idle core
+    python benchmarks/backbones.py learn --tasks textures     # likewise
+    python benchmarks/backbones.py learn --tasks boxes        # likewise
+    python benchmarks/backbones.py learn --tasks digits --backbones ViT --seeds 1 --epochs 4
     python benchmarks/backbones.py speed                      # images/s of published sizes, transformers' below ours
     python benchmarks/backbones.py speed --quick              # tiny sizes, for a look whether all runs
     python benchmarks/backbones.py table                      # the tables of what was measured
@@ -10,7 +12,8 @@
 token, as large as the feed-forward that they stand for: a picture costs the same multiply-adds, but for routers and,
 in PVT v2, the convolution inside of a feed-forward that experts take the place of. Widths and depths are alike, rates
 are those of the recipes and tuned for none. Digits are scikit-learn's; textures are 32 x 32 crops of scikit-image's
-brick, grass and gravel, left halves to learn from and right halves to score on; boxes are those of `detect_demo`.
+brick, grass and gravel, left halves to learn from and right halves to score on; boxes are those of `detect_demo`, of
+one to three digits on scenes of 64 pixels.
 
 *speed* takes training steps (forward, cross-entropy, backward, without an optimizer) and inference of the same
 weights: interleaved rounds, medians, one thread unless told otherwise, stochastic depth off. Logits are compared first;
@@ -75,7 +78,17 @@ from synchromesh.training.codec import encode
 RESULTS = Path(__file__).parent / "results" / "backbones.jsonl"
 TEXTURES = ("brick", "grass", "gravel")
 SIDE = 32  # of a texture's crop
-EPOCHS = {"digits": 30, "textures": 10, "boxes": 8}
+EPOCHS = {"digits": 20, "textures": 12, "boxes": 5}
+# Of grey crops of these photographs. Mirrored, never turned or zoomed: grain and direction are what tells them apart.
+TEXTURE_OPTIONS = (
+    *("--data.preprocess.image-size=32", "--data.preprocess.channels=1", "--data.preprocess.mean", "0.45"),
+    *("--data.preprocess.std", "0.2", "--augment.affine", "none", "--augment.flip=0.5", "--batch-size=32"),
+)
+# Scenes of 64 pixels: maps of 16 x 16 and 8 x 8 positions.
+BOX_OPTIONS = (
+    *("--data.preprocess.image-size=64", "--data.source.train=1024", "--data.source.test=100"),
+    *("--data.source.fewest=1", "--data.source.most=3", "--head.width=32"),
+)
 HEADLINE = {"digits": "test_accuracy", "textures": "test_accuracy", "boxes": "test_AP"}
 
 
@@ -214,10 +227,9 @@ def options_of(task: str, folder: Path) -> tuple[list[str], Mapping[str, Backbon
     if task == "textures":
         if not (folder / "train").exists():
             texture_folders(folder)
-        size = ["--data.preprocess.image-size=32", "--data.preprocess.channels=1"]
-        return ["demo", f"--data={folder}", "--twin=none", *size], small(4, 32, (1, 2), 4)
+        return ["demo", f"--data={folder}", "--twin=none", *TEXTURE_OPTIONS], small(4, 32, (1, 2), 4)
     if task == "boxes":
-        return ["detect_demo", "--twin=none"], small(4, 48, (2, 4), 6)
+        return ["detect_demo", "--twin=none", *BOX_OPTIONS], small(4, 32, (1, 2), 4)
     raise SystemExit(f"there is no task {task!r}, wanted one of {', '.join(EPOCHS)}")
 
 
@@ -252,7 +264,7 @@ def learn(args: Learn) -> None:
 
 
 def _sized(config: BackboneConfig, task: str) -> BackboneConfig:
-    side = {"digits": 8, "textures": SIDE, "boxes": 96}[task]
+    side = {"digits": 8, "textures": SIDE, "boxes": 64}[task]
     return config.sized(image_size=side, channels=1)
 
 
@@ -432,8 +444,9 @@ def tables(args: Tables) -> None:
     lines = [json.loads(line) for line in args.file.read_text().splitlines()]
     learnt = [one for one in lines if one["what"] == "learn"]
     for task in dict.fromkeys(one["task"] for one in learnt):
-        print(f"\n{task}\n| backbone | M multiply-adds | dense | with experts | parameters |\n|---|---|---|---|---|")
-        own = [one for one in learnt if one["task"] == task]
+        own = _latest([one for one in learnt if one["task"] == task])
+        print(f"\n{task}, {own[0]['epochs']} epochs, seeds {sorted({one['seed'] for one in own})}")
+        print("| backbone | M multiply-adds | dense | with experts | parameters |\n|---|---|---|---|---|")
         for name in dict.fromkeys(one["backbone"] for one in own):
             rows = {
                 kind: [o for o in own if o["backbone"] == name and o["kind"] == kind] for kind in ("dense", "experts")
@@ -450,6 +463,12 @@ def tables(args: Tables) -> None:
             f"{one[f'{whose}_{how}']:.2f}" for how in ("trained", "inferred") for whose in ("ours", "theirs", "limit")
         ]
         print(f"| {one['backbone']} | {' | '.join(cells)} |")
+
+
+def _latest(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the last line of each run among those of as many epochs as the last one of all."""
+    kept = [one for one in lines if one["epochs"] == lines[-1]["epochs"]]
+    return list({(one["backbone"], one["kind"], one["seed"]): one for one in kept}.values())
 
 
 def _spread(scores: list[float]) -> str:

@@ -62,6 +62,7 @@ _HOMES = {
         "OverRanks",
         "ZLoss",
     ),
+    "moe.places": ("PlacedRouter",),
     "moe.quantized": ("QuantizedExperts",),
     "moe.record": (
         "aux_loss",

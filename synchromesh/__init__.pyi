@@ -34,6 +34,7 @@ from synchromesh.moe.losses import LoadBalance as LoadBalance
 from synchromesh.moe.losses import Loss as Loss
 from synchromesh.moe.losses import OverRanks as OverRanks
 from synchromesh.moe.losses import ZLoss as ZLoss
+from synchromesh.moe.places import PlacedRouter as PlacedRouter
 from synchromesh.moe.quantized import QuantizedExperts as QuantizedExperts
 from synchromesh.moe.record import aux_loss as aux_loss
 from synchromesh.moe.record import load_stats as load_stats

@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import tyro
@@ -89,6 +90,49 @@ def test_the_table_of_matches_runs_and_knows_an_untrained_model(tmp_path):
     assert record["pair"] == "motorcycle"
     assert 0.4 < record["by_raw_pixels"] < 0.7  # both pictures are of one scene in one light
     assert 0.02 < record["by_chance"] < 0.08 < record["untrained"] != record["found_again"]
+
+
+def test_pretexts_are_compared_with_scratch_and_what_is_there_is_not_done_again(tmp_path):
+    out, tasks = tmp_path / "figures.jsonl", ("classify", "detect")
+    command = [BENCHMARKS / "transfer.py", "--tiny", "--seeds", 0, "--models", "moe", "--tasks", *tasks, "--arms"]
+    command += ["scratch", "cotap", "mixed_ae", "--pictures", "digits", "--out", out, "--work", tmp_path / "work"]
+    done = run_program(*command)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    names = [(record["task"], record["arm"]) for record in records]
+    digits, scenes = [("classify", arm) for arm in ("scratch", "cotap", "mixed_ae")], ["scratch", "cotap"]
+    assert names == [*digits, *(("detect", arm) for arm in scenes)]  # MixedAE wants a ViT, and has no heads for scenes
+    assert all(0 <= record["score"] <= 1 for record in records)
+    assert all(("pretext_seconds" in record) == (not record["arm"].startswith("scratch")) for record in records)
+    assert not list((tmp_path / "work" / "pretexts").glob("*"))
+    again = run_program(*command)
+    assert "minus scratch" in again.stdout
+    assert len(out.read_text().splitlines()) == len(records)
+
+
+def test_loads_of_hidden_and_visible_tokens_are_watched_while_experts_learn(tmp_path):
+    out, picture = tmp_path / "figures.jsonl", tmp_path / "gaps.svg"
+    size = ("--tiny", "--seeds", 0, "--where", "early")
+    done = run_program(BENCHMARKS / "masked_routing.py", *size, "--out", out, "--picture", picture)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    models = [("early", 0), ("early", 4)]
+    assert [(one["where"], one["places"]) for one in records if one["step"] == 0] == models
+    assert [sorted(one["layers"]) for one in records if one.get("last")][:1] == [
+        ["stage 1, block 1", "stage 1, block 2"]
+    ]
+    for layer in (layer for one in records for layer in one["layers"].values()):
+        assert layer["gap"] == pytest.approx(
+            sum(abs(a - b) for a, b in zip(layer["hidden"], layer["visible"], strict=True)) / 2, abs=1e-4
+        )
+    assert [one["step"] for one in records] == [0, 1] * len(models)
+    first = [one["layers"] for one in records if one["step"] == 0]
+    assert first[0] == first[1]  # a code of places is zero before it learns
+    drawn = ElementTree.parse(picture).getroot()
+    assert drawn.tag.endswith("svg")
+    assert len(drawn.findall("{*}svg")) == len(models)
+    again = run_program(BENCHMARKS / "masked_routing.py", *size, "--out", out, "--picture", picture)
+    assert len(out.read_text().splitlines()) == len(records), again.stderr
 
 
 def test_the_benchmark_of_pretraining_compares_losses_before_it_times_steps(tmp_path):
@@ -274,9 +318,11 @@ def test_the_benchmark_of_a_long_list_reads_it_all_in_bounded_memory(tmp_path):
 @pytest.mark.parametrize(
     ("what", "rows"),
     [
-        ("emoe", 3),
-        ("sparse", 6),
+        ("emoe", 5),
+        ("simmim", 6),
+        ("experts", 4),
         ("products", 10),
+        pytest.param("sparse", 6, marks=pytest.mark.exhaustive),
         pytest.param("upcycle", 4, marks=pytest.mark.exhaustive),
         pytest.param("bytes", 5, marks=pytest.mark.exhaustive),
     ],
@@ -289,6 +335,20 @@ def test_the_demonstrations_of_adapted_models_run(what, rows, tmp_path):
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(records) == rows
     assert {(record["what"], record["seed"]) for record in records} == {(what, 0)}
+
+
+def test_an_arm_alone_gives_the_numbers_that_it_gives_among_others_and_a_wrong_one_is_named(tmp_path):
+    found = []
+    for number, arms in enumerate((["dense", "4 experts, 75 % zeros, k = 4"], ["4 experts, 75 % zeros, k = 4"])):
+        out = tmp_path / f"{number}.jsonl"
+        done = run_program(BENCHMARKS / "adapt.py", "experts", "--tiny", "--seeds=1", "--out", out, "--arms", *arms)
+        assert done.returncode == 0, done.stderr
+        found.append([json.loads(line) for line in out.read_text().splitlines()])
+    dense, last = found[0]
+    assert dense["numbers"] == dense["products"] == last["numbers"] == last["products"]
+    assert [last[name] for name in ("seen", "unseen")] == [found[1][0][name] for name in ("seen", "unseen")]
+    wrong = run_program(BENCHMARKS / "adapt.py", "experts", "--tiny", "--seeds=1", "--out", out, "--arms", "sparse")
+    assert "experts has no arm sparse: wanted some of ['dense', '4 experts" in wrong.stderr
 
 
 def test_the_gluon_contestants_have_a_reference_and_say_where_they_cannot_run(monkeypatch):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from synchromesh.adapt.linear_layers import LinearLayer, is_linear
 from synchromesh.moe.experts import Activation, GatedMLPExperts, MLPExperts, StackedExperts
 
 KNOWN: tuple[Activation, ...] = (F.gelu, F.silu, F.relu, partial(F.gelu, approximate="tanh"))
@@ -50,14 +51,12 @@ class FeedForwardBlock:
         return self.linear(self.up).out_features
 
     @property
-    def first(self) -> nn.Linear:
+    def first(self) -> LinearLayer:
         """The linear layer whose rows say which tokens a hidden unit answers to: that before the activation."""
         return self.linear(self.gate or self.up)
 
-    def linear(self, name: str) -> nn.Linear:
-        found = self.module.get_submodule(name)
-        assert isinstance(found, nn.Linear)
-        return found
+    def linear(self, name: str) -> LinearLayer:
+        return LinearLayer(self.module.get_submodule(name))
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights as those of one expert, by the names of `StackedExperts`: matrices [F, D], biases."""
@@ -101,8 +100,7 @@ class FeedForwardBlock:
         named = {"up": self.up, "down": self.down, **({} if self.gate is None else {"gate": self.gate})}
         with torch.no_grad():
             for kind, path in named.items():
-                linear = made.get_submodule(path)
-                assert isinstance(linear, nn.Linear)
+                linear = LinearLayer(made.get_submodule(path))
                 linear.weight.copy_(weights[kind].mT if kind == "down" else weights[kind])
                 if linear.bias is not None:
                     linear.bias.copy_(weights[f"{kind}_bias"])
@@ -120,16 +118,17 @@ def read_feed_forward(module: nn.Module, name: str = "") -> FeedForwardBlock:
         ValueError: it is no such block: another number of linear layers, a convolution or a norm between them, a
             forward that wants more than rows.
     """
-    linears = {path: part for path, part in module.named_modules() if isinstance(part, nn.Linear)}
+    linears = {path: LinearLayer(part) for path, part in module.named_modules() if is_linear(part)}
     what = f"{name or 'the block'} ({type(module).__name__})"
     pairs = list(_arranged(linears))
     if not pairs:
         sizes = [f"{path} {part.in_features} to {part.out_features}" for path, part in linears.items()]
         raise ValueError(
             f"{what} is no feed-forward block: got the linear layers {sizes}, wanted one to a hidden width and one "
-            "back, or two there where one gates: select the block itself, such as `mlp`, not a layer around it"
+            "back, or two there where one gates: select the block itself, such as `mlp`, not a layer around it; where "
+            "these are neighbours in a model, as in BERT, `join_feed_forwards` makes one module of them"
         )
-    own = {id(p) for part in linears.values() for p in part.parameters()}
+    own = {id(p) for part in linears.values() for p in part.module.parameters()}
     others = [path for path, parameter in module.named_parameters() if id(parameter) not in own]
     if others:
         raise ValueError(f"{what} cannot be read: got other parameters in it, {', '.join(others[:4])}, wanted none")
@@ -146,7 +145,7 @@ def read_feed_forward(module: nn.Module, name: str = "") -> FeedForwardBlock:
     )
 
 
-def _arranged(linears: Mapping[str, nn.Linear]) -> Iterator[tuple[str, str, str | None]]:
+def _arranged(linears: Mapping[str, LinearLayer]) -> Iterator[tuple[str, str, str | None]]:
     """Yield the ways, (up, down, gate), in which linear layers can be a block."""
     names = list(linears)
     shape = {name: (part.in_features, part.out_features) for name, part in linears.items()}
@@ -172,7 +171,7 @@ def _trial(module: nn.Module) -> tuple[nn.Module, Tensor]:
             parameter.copy_(
                 spread * torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
             )
-    width = next(part for part in trial.modules() if isinstance(part, nn.Linear)).in_features
+    width = next(LinearLayer(part) for part in trial.modules() if is_linear(part)).in_features
     return trial, torch.randn(ROWS, width, generator=generator, dtype=torch.float64, device="cpu")
 
 

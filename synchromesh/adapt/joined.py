@@ -1,35 +1,45 @@
-"""Feed-forward blocks that a model keeps as two neighbours, as transformers' Swinv2 does, as one module each."""
+"""Feed-forward blocks that a model keeps as two neighbours, as transformers' Swinv2 and BERT do, as one module each."""
 
 from __future__ import annotations
 
+import inspect
+
 from torch import Tensor, nn
 
+from synchromesh.adapt.linear_layers import is_linear
 from synchromesh.torch_private import children_of
 
 
 class JoinedFeedForward(nn.Module):
-    """Two modules that run one after the other, the second one kept where the first one stood."""
+    """Two modules that run one after the other, the second one kept where the first one stood.
 
-    def __init__(self, up: nn.Module, down: nn.Module) -> None:
+    Attributes:
+        up, down: the two.
+        place: where the second one stood, a dotted name beside the first one's.
+    """
+
+    def __init__(self, up: nn.Module, down: nn.Module, place: str) -> None:
         super().__init__()
-        self.up, self.down = up, down
+        self.up, self.down, self.place = up, down, place
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.up(x))
 
 
 def join_feed_forwards(model: nn.Module, up: str = "intermediate", down: str = "output") -> list[str]:
-    """Make one module of neighbours that a forward calls as `down(up(x))`, in place; return their names.
+    """Make one module of neighbours that a forward calls one after the other, in place; return their names.
 
     The joined module stands where the first one stood, and nn.Identity where the second one did; so the model computes
-    the same, and `adapt` can take the whole block. `part_feed_forwards` undoes it. Parameters keep their identity.
+    the same, and `adapt` can take the whole block. Where the second one is called with more than what comes from the
+    first, as BERT's, which adds a residual and normalises, its linear layer alone is joined, and the rest stays.
+    `part_feed_forwards` undoes it. Parameters keep their identity.
 
     Args:
         model: any model.
         up, down: own names of the two children, of every module that has both with a linear layer in each.
 
     Raises:
-        ValueError: no module has both.
+        ValueError: no module has both, or a second one that adds something has several linear layers.
 
     >>> class Layer(nn.Module):
     ...     def __init__(self):
@@ -41,7 +51,7 @@ def join_feed_forwards(model: nn.Module, up: str = "intermediate", down: str = "
     found = [
         (path, parent)
         for path, parent in model.named_modules()
-        if _has_linear(children_of(parent).get(up)) and _has_linear(children_of(parent).get(down))
+        if _linears(children_of(parent).get(up)) and _linears(children_of(parent).get(down))
     ]
     found = [(path, parent) for path, parent in found if not isinstance(parent, JoinedFeedForward)]
     if not found:
@@ -49,14 +59,15 @@ def join_feed_forwards(model: nn.Module, up: str = "intermediate", down: str = "
             f"got {type(model).__name__}, wanted modules in it with the children {up!r} and {down!r}, each of "
             "which has a linear layer"
         )
-    for _, parent in found:
-        first, second = parent.get_submodule(up), parent.get_submodule(down)
-        setattr(parent, up, JoinedFeedForward(first, second).train(first.training))
-        setattr(parent, down, nn.Identity().train(second.training))
+    places = [_place(f"{path}.{down}".lstrip("."), down, parent.get_submodule(down)) for path, parent in found]
+    for (_, parent), place in zip(found, places, strict=True):
+        first, second = parent.get_submodule(up), parent.get_submodule(place)
+        setattr(parent, up, JoinedFeedForward(first, second, place).train(first.training))
+        parent.set_submodule(place, nn.Identity().train(second.training))
     return [f"{path}.{up}".lstrip(".") for path, _ in found]
 
 
-def part_feed_forwards(model: nn.Module, down: str = "output") -> list[str]:
+def part_feed_forwards(model: nn.Module) -> list[str]:
     """Make two neighbours again of every joined block, in place; return the names of the first ones.
 
     Raises:
@@ -72,9 +83,24 @@ def part_feed_forwards(model: nn.Module, down: str = "output") -> list[str]:
         raise ValueError(f"{type(model).__name__} has no joined block: merge or undo what was adapted first")
     for _, parent, name, child in found:
         setattr(parent, name, child.up)
-        setattr(parent, down, child.down)
+        parent.set_submodule(child.place, child.down)
     return [f"{path}.{name}".lstrip(".") for path, _, name, _ in found]
 
 
-def _has_linear(module: nn.Module | None) -> bool:
-    return module is not None and any(isinstance(part, nn.Linear) for part in module.modules())
+def _place(path: str, name: str, module: nn.Module) -> str:
+    """Return what of the second module is joined: itself, or its linear layer where it takes more than one input."""
+    wanted = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
+    if len([p for p in wanted if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) < 2:
+        return name
+    linears = _linears(module)
+    if len(linears) != 1:
+        raise ValueError(
+            f"{path} ({type(module).__name__}) takes more than one input and has {len(linears)} linear layers, wanted "
+            "one, which is joined alone"
+        )
+    return f"{name}.{linears[0]}" if linears[0] else name
+
+
+def _linears(module: nn.Module | None) -> list[str]:
+    """Return the names of the linear layers in a module, perhaps itself."""
+    return [] if module is None else [name for name, part in module.named_modules() if is_linear(part)]

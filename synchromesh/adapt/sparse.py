@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from synchromesh import seeds
 from synchromesh.adapt.adaptation import AdaptedTensor, merge_tensors
 from synchromesh.adapt.factories import ModuleFactory
+from synchromesh.adapt.linear_layers import is_linear
 from synchromesh.moe.experts import StackedExperts
 
 
@@ -56,7 +57,7 @@ class StaticSparsity(ModuleFactory):
             )
 
     def __call__(self, name: str, module: nn.Module) -> nn.Module | None:
-        if not isinstance(module, (nn.Linear, StackedExperts)):
+        if not is_linear(module) and not isinstance(module, StackedExperts):
             return None
         masked = copy.deepcopy(module)
         for own, weight in [(own, p) for own, p in masked.named_parameters(recurse=False) if _is_matrix(own, p)]:

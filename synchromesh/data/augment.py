@@ -59,6 +59,19 @@ def normalize(images: UInt8[Tensor, "B C H W"], preprocess: Preprocess) -> Float
     return _standardize(images.float().div_(255), preprocess)
 
 
+def normalize_turned(
+    images: UInt8[Tensor, "B C H W"], degrees: Float[Tensor, " B"], preprocess: Preprocess
+) -> Float[Tensor, "B C H W"]:
+    """Return images turned about their middles, bilinear, with zeros from outside, and then normalised, in float32."""
+    x = images.float().div_(255)
+    angle, zero = degrees.to(x).deg2rad(), torch.zeros(len(x), device=x.device)
+    theta = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero], 1).view(-1, 2, 3)
+    if len(x):
+        grid = affine_grid(theta, list(x.shape), align_corners=False)
+        x = grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return _standardize(x, preprocess)
+
+
 def denormalized(x: Float[Tensor, "B C H W"], preprocess: Preprocess) -> UInt8[Tensor, "B C H W"]:
     """Undo `normalize`, to the nearest 8-bit value."""
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (preprocess.mean, preprocess.std))

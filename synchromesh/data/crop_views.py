@@ -63,6 +63,18 @@ def random_view(
     return CropView(left, top, across, down, bool(rng.random() < flip))
 
 
+def shared(one: CropView, other: CropView) -> float:
+    """Return the common area of two crops of a picture, as a share of the smaller one.
+
+    >>> shared(CropView(0, 0, 10, 10), CropView(5, 0, 10, 20))
+    0.5
+    """
+    across = min(one.left + one.width, other.left + other.width) - max(one.left, other.left)
+    down = min(one.top + one.height, other.top + other.height) - max(one.top, other.top)
+    smaller = min(one.width * one.height, other.width * other.height)
+    return max(0.0, across) * max(0.0, down) / smaller
+
+
 def centres(views: Float[Tensor, "B 5"], rows: int, columns: int) -> Float[Tensor, "B L 2"]:
     """Return where the centres of a map's cells lie in the pictures: (x, y) in pixels, row by row.
 

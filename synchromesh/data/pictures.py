@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 LEAST_SIDE = 192  # pixels that the longer side of a small picture is enlarged to
+SHOWN_WIDTH = 390  # pixels that a report has for a picture, about
 COLORS = ((37, 99, 235), (217, 119, 6), (13, 148, 136), (190, 24, 93), (101, 163, 13), (147, 51, 234))
 TRUTH = (255, 255, 255)  # colour of true boxes, and of text
 _INK, _PAPER = (31, 41, 51), (245, 247, 250)
@@ -45,11 +46,15 @@ def factor_of(height: int, width: int, side: int = LEAST_SIDE) -> int:
 
 
 def captioned(picture: UInt8[np.ndarray, "H W 3"], text: str) -> UInt8[np.ndarray, "H2 W 3"]:
-    """Return a picture with a line of text under it."""
+    """Return a picture with a line of text under it, larger below a wide one, which reports show as small as others."""
     height, width = picture.shape[:2]
-    page = Image.new("RGB", (width, height + 22), _PAPER)
+    times = max(1, round(width / SHOWN_WIDTH))
+    page = Image.new("RGB", (width, height + 22 * times), _PAPER)
     page.paste(Image.fromarray(picture), (0, 0))
-    ImageDraw.Draw(page).text((4, height + 4), text, fill=_INK, font=_font(13))
+    pen, at, size = ImageDraw.Draw(page), (4 * times, height + 4 * times), 13 * times
+    while size > 13 and pen.textlength(text, font=_font(size)) > width - 8 * times:
+        size -= 1
+    pen.text(at, text, fill=_INK, font=_font(size))
     return np.asarray(page)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -28,7 +29,7 @@ BACKGROUND_SCALE = (0.15, 0.6)  # least and most side of a background over its p
 
 @dataclass(frozen=True)
 class ComposedScenes:
-    """Digits of MNIST pasted on crops of photographs: every training scene is a new one.
+    """Digits of MNIST pasted on crops of photographs: every training scene is a new one, unless they are few.
 
     Scenes to learn from and scenes to score on share neither digits nor photographs.
 
@@ -40,6 +41,8 @@ class ComposedScenes:
         most: digits of a scene, at most.
         smallest: side of a digit, pixels, at least.
         largest: side of a digit, pixels, at most.
+        fixed: seed of the scenes to learn from, which then are the same ones in every epoch, as where few were
+            annotated; none for new ones.
     """
 
     photographs: PhotographSource = field(default_factory=PackagePhotographs)
@@ -49,6 +52,7 @@ class ComposedScenes:
     most: int = 5
     smallest: int = 16
     largest: int = 39
+    fixed: int | None = None
 
     def __post_init__(self) -> None:
         at_least("data.source.", self, train=1, test=1, fewest=0, most=0, smallest=4)
@@ -70,7 +74,7 @@ class ComposedScenes:
         for images, own, count in zip((digits.train, digits.test), photographs, (self.train, self.test), strict=True):
             pixels = torch.stack([images.read(i)[0] for i in range(len(images))])
             sets.append(SceneSet(self, preprocess.image_size, pixels, images.labels, own, count))
-        return sets[0], sets[1]
+        return dataclasses.replace(sets[0], fixed=self.fixed), sets[1]
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class SceneSet:
         labels: its class.
         photographs: of the backgrounds.
         count: scenes in all.
+        fixed: seed of scenes that are never new; none for new ones where one learns.
     """
 
     settings: ComposedScenes
@@ -92,14 +97,15 @@ class SceneSet:
     labels: Tensor
     photographs: Photographs
     count: int
+    fixed: int | None = None
 
     def __len__(self) -> int:
         return self.count
 
     def read(self, index: int, draw: Callable[[], np.random.Generator] | None = None) -> Scene:
         """Return a scene: a new one where `draw` is given, else the fixed one of this number."""
-        rng = seeds.numpy_generator(0, seeds.SPLIT, index) if draw is None else draw()
-        return self._composed(rng)
+        fresh = draw if self.fixed is None else None
+        return self._composed(seeds.numpy_generator(self.fixed or 0, seeds.SPLIT, index) if fresh is None else fresh())
 
     def _composed(self, rng: np.random.Generator) -> Scene:
         ground = self.photographs.crop(self.size, rng, scale=BACKGROUND_SCALE).float() * BACKGROUND_BRIGHTNESS

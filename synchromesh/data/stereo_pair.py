@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +11,7 @@ from PIL import Image
 
 from synchromesh.data.annotated import Annotated
 from synchromesh.data.depth_maps import DepthMap, DepthPicture, Part
-from synchromesh.errors import InputError, UnreadableError
+from synchromesh.data.stereo_scenes import Motorcycle, read_array
 
 # Of the files as scikit-image has them, a quarter of the benchmark's size (docstring of its stereo_motorcycle).
 FOCAL_LENGTH = 994.978  # pixels
@@ -34,11 +32,7 @@ class Disparity:
 
     def read(self) -> DepthMap:
         """Read it. Raises UnreadableError."""
-        try:
-            with np.load(self.path, allow_pickle=False) as arrays:
-                disparity = np.asarray(arrays[arrays.files[0]], dtype=np.float64)
-        except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
-            raise UnreadableError(self.path, str(error)) from error
+        disparity = read_array(self.path)
         known = np.isfinite(disparity) & (disparity + SHIFT > 0)
         metres = np.divide(FOCAL_LENGTH * BASELINE, disparity + SHIFT, where=known, out=np.zeros_like(disparity))
         return DepthMap(metres.astype(np.float32))
@@ -91,11 +85,8 @@ class StereoPair:
 
     def load(self) -> Annotated[DepthPicture]:
         """Return the pictures. Raises InputError where scikit-image is not installed."""
-        found = importlib.util.find_spec("skimage")
-        folder = Path(found.origin).parent / "data" if found and found.origin else Path()
-        path, disparity = folder / "motorcycle_left.png", Disparity(folder / "motorcycle_disp.npz")
-        if not (path.is_file() and disparity.path.is_file()):
-            raise InputError("the stereo pair comes with the package scikit-image: pip install 'synchromesh[vision]'")
+        files = Motorcycle().files()
+        path, disparity = files.left, Disparity(files.truth)
         border = round(self.train_share * WIDTH)
         parts: list[Part] = [(0, 0, border, HEIGHT)]
         if self.split == "test":

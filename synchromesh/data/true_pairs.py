@@ -7,7 +7,6 @@ covariant regions of Oxford: a wall seen from two sides).
 
 from __future__ import annotations
 
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,9 +19,12 @@ from torch import Tensor
 
 from synchromesh.data.crop_views import CropView, centres
 from synchromesh.data.files import read_picture
+from synchromesh.data.stereo_scenes import Aloe, Motorcycle, StereoFiles, opencv_files
 from synchromesh.data.view_pairs import ViewPair
 from synchromesh.data.voc import read_xml
-from synchromesh.errors import InputError, UnreadableError
+from synchromesh.errors import UnreadableError
+
+GRAF = ("graf1.png", "graf3.png", "H1to3p.xml")
 
 Points = Float[np.ndarray, "N 2"]
 
@@ -87,27 +89,20 @@ class Homography(TruePair):
 
 def packaged_pairs() -> list[TruePair]:
     """Return the motorcycle. Raises InputError where scikit-image is not installed."""
-    found = importlib.util.find_spec("skimage")
-    folder = Path(found.origin).parent / "data" if found and found.origin else Path()
-    file = folder / "motorcycle_disp.npz"
-    if not file.is_file():
-        raise InputError("the stereo pair comes with the package scikit-image: pip install 'synchromesh[vision]'")
-    with np.load(file, allow_pickle=False) as arrays:
-        disparity = np.asarray(arrays[arrays.files[0]], dtype=np.float64)
-    known = np.where(np.isfinite(disparity), disparity, np.nan)
-    return [Stereo("motorcycle", folder / "motorcycle_left.png", folder / "motorcycle_right.png", known)]
+    return [stereo("motorcycle", Motorcycle().files())]
 
 
 def opencv_pairs(folder: Path) -> list[TruePair]:
-    """Return Aloe and graf from the folder of opencv-doc's pictures. Raises InputError where one is missing."""
-    names = ("aloeL.jpg", "aloeR.jpg", "aloeGT.png", "graf1.png", "graf3.png", "H1to3p.xml")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise InputError(f"{folder} lacks {', '.join(missing)}: make it by benchmarks/samples.py samples --opencv")
-    left, right, truth, graf1, graf3, matrix = (folder / name for name in names)
-    values = np.array(read_picture(truth, 1), dtype=np.float64)
-    aloe = Stereo("aloe", left, right, np.where(values > 0, values, np.nan))
+    """Return Aloe and graf from a folder with opencv-doc's pictures. Raises InputError where one is missing."""
+    aloe = stereo("aloe", Aloe(folder).files())
+    graf1, graf3, matrix = opencv_files(folder, GRAF)
     return [aloe, Homography("graf", graf1, graf3, read_matrix(matrix))]
+
+
+def stereo(name: str, files: StereoFiles) -> Stereo:
+    """Return a stereo scene as a pair. Raises UnreadableError."""
+    disparity = files.disparity().astype(np.float64)
+    return Stereo(name, files.left, files.right, np.where(disparity > 0, disparity, np.nan))
 
 
 def read_matrix(path: Path) -> Float[np.ndarray, "3 3"]:

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from synchromesh import seeds
 from synchromesh.data.colors import RandomColors
-from synchromesh.data.crop_views import CropView, places_in, random_view
+from synchromesh.data.crop_views import CropView, places_in, random_view, shared
 from synchromesh.data.images import Preprocess
 from synchromesh.data.photographs import PackagePhotographs, Photographs, PhotographSource
 from synchromesh.errors import UnreadableError, at_least
+
+LEAST_SHARED = 0.1  # of the smaller crop, in pairs to score on
+MOST_DRAWN = 1000  # pairs, before one is taken as it is: of crops far smaller than any that one learns from
 
 
 @dataclass(frozen=True)
@@ -84,15 +87,23 @@ class ViewPairs:
         return self.count
 
     def read(self, index: int, draw: Callable[[], np.random.Generator] | None = None) -> ViewPair:
-        """Return a pair: a new one where `draw` is given, else the fixed one of this number."""
+        """Return a pair: a new one where `draw` is given, else the fixed one of this number, whose crops overlap."""
         rng = seeds.numpy_generator(0, seeds.SPLIT, index) if draw is None else draw()
         pixels = self.photographs.pixels[rng.integers(len(self.photographs))]
         if isinstance(pixels, UnreadableError):
             raise UnreadableError(pixels.path, pixels.reason)
-        data, size = self.data, self.data.preprocess.image_size
-        views = [random_view(pixels.shape[1], pixels.shape[2], rng, area=data.area, flip=data.flip) for _ in range(2)]
+        views, size = self._views(pixels.shape[1], pixels.shape[2], rng), self.data.preprocess.image_size
+        for _ in range(MOST_DRAWN if draw is None else 0):
+            if shared(*views) >= LEAST_SHARED:
+                break
+            views = self._views(pixels.shape[1], pixels.shape[2], rng)  # there was nothing to find again
         first, second = (self._coloured(view.cut(pixels, size), rng) for view in views)
         return ViewPair(first, second, views[0], views[1], places_in(views[0], views[1], size))
+
+    def _views(self, height: int, width: int, rng: np.random.Generator) -> tuple[CropView, CropView]:
+        area, flip = self.data.area, self.data.flip
+        one, other = (random_view(height, width, rng, area=area, flip=flip) for _ in range(2))
+        return one, other
 
     def _coloured(self, image: UInt8[Tensor, "C S S"], rng: np.random.Generator) -> UInt8[Tensor, "C S S"]:
         return image if self.data.colors is None else self.data.colors(image, rng)

@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from synchromesh.models.features import BackboneConfig, FromData
+from synchromesh.models.features import FromData
 from synchromesh.models.heads.classifier import Classifier
 from synchromesh.models.initialize import initialize
 from synchromesh.models.linear import apply
 from synchromesh.models.mixtures import FeedForwardFactory, feed_forwards
 from synchromesh.models.pyramid import (
+    DoublingConfig,
     Mixer,
     MixerBlock,
     PatchEmbedding,
@@ -41,7 +42,7 @@ from synchromesh.models.pyramid import (
 
 @final
 @dataclass(frozen=True)
-class FocalNetConfig(BackboneConfig):
+class FocalNetConfig(DoublingConfig):
     """What a FocalNet is made of.
 
     Attributes:
@@ -109,25 +110,9 @@ class FocalNetConfig(BackboneConfig):
     def build(self, *, ffn: FeedForwardFactory | None = None) -> FocalNet:
         return FocalNet(self, ffn=ffn)
 
-    def sized(self, *, image_size: int, channels: int) -> FocalNetConfig:
-        return dataclasses.replace(self, image_size=image_size, in_channels=channels)
-
-    def hiding(self) -> FocalNetConfig:
-        return dataclasses.replace(self, mask_token=True)
-
     def ffn(self) -> FeedForwardFactory:
         """Return what makes the feed-forward of each block. Raises ValueError for experts in no block of it."""
         return feed_forwards(self.depths, self.mlp_ratio, experts=self.experts, dropout=self.dropout)
-
-    def map_size(self, stage: int) -> tuple[int, int]:
-        """Height and width of a stage's map for an image of the configured size; partial patches count."""
-        height, width = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
-        unit = self.patch_size << stage
-        return -(-height // unit), -(-width // unit)
-
-    def width(self, stage: int) -> int:
-        """Channels of a stage."""
-        return self.embed_dim * 2**stage
 
 
 class FocalModulation(Mixer):

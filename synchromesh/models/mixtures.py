@@ -20,8 +20,9 @@ from synchromesh.moe.capacity import Capacity, FixedCapacity, batch_prioritized
 from synchromesh.moe.experts import MLPExperts
 from synchromesh.moe.layer import MoE
 from synchromesh.moe.losses import ImportanceLoad, Loss
+from synchromesh.moe.places import PlacedRouter
 from synchromesh.moe.rounding import TokenRounding
-from synchromesh.moe.routing import BiasBalance, CosineRouter, Softmax, TopKRouter
+from synchromesh.moe.routing import BiasBalance, CosineRouter, Router, Softmax, TopKRouter
 
 FeedForwardFactory = Callable[[int, int, int], nn.Module]
 """(stage, block, width) -> the block's feed-forward module, [... width] -> [... width]."""
@@ -47,18 +48,27 @@ class LinearGate(Gate):
         norm_topk: weights of a token are the softmax over its experts alone, so that they sum to one.
         bias_rate: balance by a bias of the selection that moves at this rate; 0 for none.
         tile: give each expert a multiple of this many tokens while training (token rounding); 0 for whatever it gets.
+        places: frequencies of a learnt code of a token's place in its map, which the router sees beside the token; 0
+            for a router that sees the token alone. For models of maps: a ViT has none.
     """
 
     noise: float = 1.0
     norm_topk: bool = False
     bias_rate: float = 0.0
     tile: int = 0
+    places: int = 0
 
     def __call__(self, width: int, num_experts: int, k: int) -> nn.Module:
         balance = BiasBalance(num_experts, self.bias_rate) if self.bias_rate > 0 else None
         scores = Softmax(after_selection=self.norm_topk)
         router = TopKRouter(width, num_experts, k=k, noise=self.noise, scores=scores, balance=balance)
-        return router if self.tile == 0 else TokenRounding(router, tile=self.tile)
+        return wrapped(router, tile=self.tile, places=self.places)
+
+
+def wrapped(router: Router, *, tile: int, places: int) -> Router:
+    """Return a router that rounds its experts' tokens to tiles and sees places, each where it is not 0."""
+    router = router if tile == 0 else TokenRounding(router, tile=tile)
+    return router if places == 0 else PlacedRouter(router, frequencies=places)
 
 
 @final
@@ -72,6 +82,7 @@ class CosineGate(Gate):
         noise: as for `LinearGate`.
         norm_topk: as for `LinearGate`.
         tile: as for `LinearGate`.
+        places: as for `LinearGate`.
     """
 
     dim: int = 256
@@ -79,13 +90,14 @@ class CosineGate(Gate):
     noise: float = 1.0
     norm_topk: bool = False
     tile: int = 0
+    places: int = 0
 
     def __call__(self, width: int, num_experts: int, k: int) -> nn.Module:
         scores, temperature = Softmax(after_selection=self.norm_topk), self.temperature
         router = CosineRouter(
             width, num_experts, k=k, dim=self.dim, temperature=temperature, noise=self.noise, scores=scores
         )
-        return router if self.tile == 0 else TokenRounding(router, tile=self.tile)
+        return wrapped(router, tile=self.tile, places=self.places)
 
 
 @final

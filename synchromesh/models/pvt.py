@@ -12,7 +12,6 @@ Shape letters: B images, C D channels, H W rows and columns, N M positions, h he
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -24,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from synchromesh.models.attention import dot_product_attention
-from synchromesh.models.features import BackboneConfig, Features, FromData
+from synchromesh.models.features import Features, FromData
 from synchromesh.models.heads.classifier import Classifier
 from synchromesh.models.initialize import initialize
 from synchromesh.models.linear import apply
@@ -35,6 +34,7 @@ from synchromesh.models.pyramid import (
     PatchEmbedding,
     PatchProjection,
     Pyramid,
+    PyramidConfig,
     Stage,
     drop_path_rate,
     run_blocks,
@@ -53,7 +53,7 @@ class PVTVersion(Enum):
 
 @final
 @dataclass(frozen=True)
-class PVTConfig(BackboneConfig):
+class PVTConfig(PyramidConfig):
     """What a PVT is made of.
 
     Attributes:
@@ -119,12 +119,6 @@ class PVTConfig(BackboneConfig):
     def build(self, *, ffn: FeedForwardFactory | None = None) -> PVT:
         return PVT(self, ffn=ffn)
 
-    def sized(self, *, image_size: int, channels: int) -> PVTConfig:
-        return dataclasses.replace(self, image_size=image_size, in_channels=channels)
-
-    def hiding(self) -> PVTConfig:
-        return dataclasses.replace(self, mask_token=True)
-
     def ffn(self) -> FeedForwardFactory:
         """Return what makes the feed-forward of each block. Raises ValueError for experts in no block of it."""
         plain = partial(ConvFeedForward, relu=self.version is PVTVersion.V2_LINEAR)
@@ -136,11 +130,8 @@ class PVTConfig(BackboneConfig):
             plain=FeedForward if self.version is PVTVersion.V1 else plain,
         )
 
-    def map_size(self, stage: int) -> tuple[int, int]:
-        """Height and width of a stage's map for an image of the configured size; partial patches count."""
-        height, width = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
-        unit = self.patch_size << stage
-        return -(-height // unit), -(-width // unit)
+    def width(self, stage: int) -> int:
+        return self.widths[stage]
 
     def patches(self, stage: int) -> dict[str, Any]:
         """Return the shape of a stage's patches, as `PatchProjection` takes it."""

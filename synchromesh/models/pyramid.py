@@ -9,10 +9,11 @@ Shape letters: B images, C D channels, H W rows and columns.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,63 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from synchromesh.models.features import Backbone, Features, Place
+from synchromesh.models.features import Backbone, BackboneConfig, Features, Place
 from synchromesh.models.mixtures import multiply_adds_per_token, takes_mask
 from synchromesh.torch_private import has_hooks, transformed
+
+OwnConfig = TypeVar("OwnConfig", bound="PyramidConfig")
+
+# settings
+
+
+class PyramidConfig(BackboneConfig):
+    """Settings of a pyramid whose maps halve from stage to stage, partial patches included.
+
+    No dataclass of its own: a leaf declares these fields, in the order in which its files and its help have them.
+
+    Attributes:
+        image_size: height and width, or both at once, that costs are counted for.
+        patch_size: pixels between two patches of the first stage.
+        in_channels: of the images.
+        depths: blocks of each stage.
+        mask_token: whether there is a learned token for hidden patches.
+    """
+
+    image_size: Any
+    patch_size: int
+    in_channels: Any
+    depths: tuple[int, ...]
+    mask_token: Any
+
+    def sized(self: OwnConfig, *, image_size: int, channels: int) -> OwnConfig:
+        return dataclasses.replace(self, image_size=image_size, in_channels=channels)
+
+    def hiding(self: OwnConfig) -> OwnConfig:
+        return dataclasses.replace(self, mask_token=True)
+
+    def map_size(self, stage: int) -> tuple[int, int]:
+        """Height and width of a stage's map for an image of the configured size; partial patches count."""
+        height, width = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+        unit = self.patch_size << stage
+        return -(-height // unit), -(-width // unit)
+
+    @abstractmethod
+    def width(self, stage: int) -> int:
+        """Channels of a stage."""
+
+
+class DoublingConfig(PyramidConfig):
+    """Settings of a pyramid whose width doubles from stage to stage; no dataclass of its own either.
+
+    Attributes:
+        embed_dim: width of the first stage.
+    """
+
+    embed_dim: int
+
+    def width(self, stage: int) -> int:
+        return self.embed_dim * 2**stage
+
 
 # residual branches
 

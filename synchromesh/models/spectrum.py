@@ -14,7 +14,6 @@ Shape letters: B images, C channels, H W rows and columns, N positions or freque
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Annotated, final
@@ -25,12 +24,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from synchromesh.models.attention import grid_places
-from synchromesh.models.features import BackboneConfig, FromData
+from synchromesh.models.features import FromData
 from synchromesh.models.heads.classifier import Classifier
 from synchromesh.models.initialize import initialize
 from synchromesh.models.linear import apply
 from synchromesh.models.mixtures import FeedForwardFactory, feed_forwards
 from synchromesh.models.pyramid import (
+    DoublingConfig,
     Mixer,
     MixerBlock,
     PatchEmbedding,
@@ -125,7 +125,7 @@ def _along(x: Float[Tensor, "B H W C"], matrix: Float[Tensor, "N N"], dim: int) 
 
 @final
 @dataclass(frozen=True)
-class SpectrumNetConfig(BackboneConfig):
+class SpectrumNetConfig(DoublingConfig):
     """What a SpectrumNet is made of.
 
     Attributes:
@@ -172,25 +172,9 @@ class SpectrumNetConfig(BackboneConfig):
     def build(self, *, ffn: FeedForwardFactory | None = None) -> SpectrumNet:
         return SpectrumNet(self, ffn=ffn)
 
-    def sized(self, *, image_size: int, channels: int) -> SpectrumNetConfig:
-        return dataclasses.replace(self, image_size=image_size, in_channels=channels)
-
-    def hiding(self) -> SpectrumNetConfig:
-        return dataclasses.replace(self, mask_token=True)
-
     def ffn(self) -> FeedForwardFactory:
         """Return what makes the feed-forward of each block. Raises ValueError for experts in no block of it."""
         return feed_forwards(self.depths, self.mlp_ratio, experts=self.experts, dropout=self.dropout)
-
-    def map_size(self, stage: int) -> tuple[int, int]:
-        """Height and width of a stage's map for an image of the configured size; partial patches count."""
-        height, width = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
-        unit = self.patch_size << stage
-        return -(-height // unit), -(-width // unit)
-
-    def width(self, stage: int) -> int:
-        """Channels of a stage."""
-        return self.embed_dim * 2**stage
 
 
 @final

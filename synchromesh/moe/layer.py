@@ -16,9 +16,10 @@ from synchromesh.moe.carry import InBackward, carry
 from synchromesh.moe.experts import Experts, experts_in
 from synchromesh.moe.forward import chosen, note, workload_of
 from synchromesh.moe.losses import AgreeSum, Loss, OverRanks
+from synchromesh.moe.places import places_of
 from synchromesh.moe.recompute import Decisions
 from synchromesh.moe.record import Record
-from synchromesh.moe.routing import routed
+from synchromesh.moe.routing import Places, routed
 from synchromesh.moe.strategy import Local, Strategy, compute_dtype
 from synchromesh.torch_private import batched, unaliased, unseen_by_policies
 from synchromesh.types import Plan, Routing, RowMap
@@ -58,7 +59,8 @@ class MoE(nn.Module):
         y[t] = sum_k weights[t, k] * expert[ids[t, k]](x[t])  (+ shared(x[t]))
 
     Args:
-        router: tokens to `Routing`; any module with forward(x [T D], k) will do.
+        router: tokens to `Routing`; any module with forward(x [T D], k) will do. One whose forward has an argument
+            `places` is told where each token lies in its map; the input is [B, H, W, D] then.
         experts: `MLPExperts`, `GatedMLPExperts`, `ModuleExperts` or an `Experts` of your own.
         capacity: which pairs are kept; `Dropless()` keeps all.
         losses: read with `aux_loss(model)` after each training forward.
@@ -133,15 +135,16 @@ class MoE(nn.Module):
         x_TD = _checked(x, experts, self.router).reshape(-1, x.shape[-1])
         options = Options(k, capacity, plan, mask).over(self.options)
         real = self._decisions.once(lambda: _real_tokens(options.mask, x))
+        places = places_of(x) if getattr(self.router, "takes_places", False) else None
         if real is None:
-            return unaliased(self._run(x_TD, options, routing), x.shape)
-        y = self._run(x_TD[real], options, routing)
+            return unaliased(self._run(x_TD, options, routing, places), x.shape)
+        y = self._run(x_TD[real], options, routing, None if places is None else places[real])
         padded = x_TD.new_zeros(x_TD.shape, dtype=y.dtype).index_copy(0, real, y)
         return unaliased(padded, x.shape)
 
-    def _run(self, x_TD: Tensor, options: Options, given: Routing | None) -> Tensor:
+    def _run(self, x_TD: Tensor, options: Options, given: Routing | None, places: Places | None) -> Tensor:
         choice = self._decisions.once(lambda: self._choose(x_TD, options))
-        routing = self._routed(x_TD, choice, given)
+        routing = self._routed(x_TD, choice, given, places)
         self.strategy.see(self.experts)
         y_TD = self.experts(x_TD, partial(self._compute, routing, choice))
         if choice.capacity.drops:  # a NaN weight of a pair that was dropped must show too
@@ -185,10 +188,10 @@ class MoE(nn.Module):
         )
         return Choice(options.k, capacity, chosen(self.strategy, workload, capacity, options.plan))
 
-    def _routed(self, x_TD: Tensor, choice: Choice, given: Routing | None) -> Routing:
+    def _routed(self, x_TD: Tensor, choice: Choice, given: Routing | None, places: Places | None) -> Routing:
         with self._decisions.same_random(x_TD.device):
             kernels = self.strategy.kernels_on(x_TD.device)
-            routing = routed(self.router, x_TD, choice.k, kernels) if given is None else given
+            routing = routed(self.router, x_TD, choice.k, kernels, places) if given is None else given
         if not isinstance(routing, Routing):
             raise ValueError(f"the router returned {type(routing).__name__}, wanted synchromesh.Routing")
         got, wanted = (

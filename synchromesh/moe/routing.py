@@ -17,6 +17,9 @@ from synchromesh.kernels import Kernels, kernels_for
 from synchromesh.kernels.select.reference import scores_of, weights_of
 from synchromesh.types import Routing
 
+Places: TypeAlias = Float[Tensor, "T 2"]
+"""Row and column of each token in its map, as shares of the map's sides."""
+
 
 @dataclass(frozen=True)
 class Softmax:
@@ -147,22 +150,28 @@ class Router(nn.Module, ABC):
 
     Attributes:
         takes_kernels: whether `forward` has an argument `kernels`, and is given those of its layer.
+        takes_places: whether it has an argument `places`, and is given where each token lies in its map.
     """
 
     takes_kernels: ClassVar[bool] = False
+    takes_places: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.takes_kernels = "kernels" in inspect.signature(cls.forward).parameters
+        arguments = inspect.signature(cls.forward).parameters
+        cls.takes_kernels, cls.takes_places = "kernels" in arguments, "places" in arguments
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "T D"], k: int | None = None) -> Routing:
         """Route tokens of width D; k overrides the number of choices for this call."""
 
 
-def routed(router: nn.Module, x: Float[Tensor, "T D"], k: int | None, kernels: Kernels | None) -> Any:
-    """Call a router of any kind, and return what it returns; one that selects by kernels is given these."""
-    return router(x, k, kernels=kernels) if getattr(router, "takes_kernels", False) else router(x, k)
+def routed(
+    router: nn.Module, x: Float[Tensor, "T D"], k: int | None, kernels: Kernels | None, places: Places | None = None
+) -> Any:
+    """Call a router of any kind, and return what it returns; it is given kernels and places where it takes them."""
+    named = {"kernels": kernels} if getattr(router, "takes_kernels", False) else {}
+    return router(x, k, **named, places=places) if getattr(router, "takes_places", False) else router(x, k, **named)
 
 
 class TopKRouter(Router):

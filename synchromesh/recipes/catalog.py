@@ -47,8 +47,9 @@ from synchromesh.recipes.croco_demo import croco_demo
 from synchromesh.recipes.demo import demo
 from synchromesh.recipes.depth_demo import depth_demo
 from synchromesh.recipes.detect_demo import detect_demo
-from synchromesh.recipes.digits import digits
+from synchromesh.recipes.digits import digits, digits_dense
 from synchromesh.recipes.disparity_demo import disparity_demo
+from synchromesh.recipes.emoe_demo import emoe_demo
 from synchromesh.recipes.few_shot import few_shot
 from synchromesh.recipes.finetune_1k import finetune_1k
 from synchromesh.recipes.from_pictures import of_data
@@ -61,8 +62,10 @@ from synchromesh.recipes.pixpro_demo import pixpro_demo
 from synchromesh.recipes.segment_demo import segment_demo
 from synchromesh.recipes.simmim_demo import simmim_demo
 from synchromesh.recipes.simmim_sizes import simmim_b, simmim_g, simmim_h, simmim_l
+from synchromesh.recipes.spdf_demo import spdf_demo
 from synchromesh.recipes.swinv2_moe_b_22k import swinv2_moe_b_22k
 from synchromesh.recipes.swinv2_moe_s_22k import swinv2_moe_s_22k
+from synchromesh.recipes.upcycle_demo import upcycle_demo
 from synchromesh.tasks.classification import Classification
 from synchromesh.tasks.croco import CroCo
 from synchromesh.tasks.dense_twins import ViewTwins
@@ -74,6 +77,7 @@ from synchromesh.tasks.multi_task import MultiTask
 from synchromesh.tasks.panoptic import Panoptic
 from synchromesh.tasks.segmentation import Segmentation
 from synchromesh.tasks.simmim import SimMIM
+from synchromesh.tasks.turned_images import TurnedImages
 from synchromesh.tasks.upgrade import upgrade_recipe, upgrade_state
 from synchromesh.training.catalog import Catalog
 from synchromesh.training.rules import RULES, UpdateRule
@@ -83,6 +87,7 @@ RECIPES = MappingProxyType(
     {
         "demo": demo,
         "digits": digits,
+        "digits_dense": digits_dense,
         "detect_demo": detect_demo,
         "instance_demo": instance_demo,
         "segment_demo": segment_demo,
@@ -96,6 +101,9 @@ RECIPES = MappingProxyType(
         "pixpro_demo": pixpro_demo,
         "cotap_demo": cotap_demo,
         "mtlora_demo": mtlora_demo,
+        "emoe_demo": emoe_demo,
+        "upcycle_demo": upcycle_demo,
+        "spdf_demo": spdf_demo,
         "croco_demo": croco_demo,
         "disparity_demo": disparity_demo,
         "mixed_ae_demo": mixed_ae_demo,
@@ -124,6 +132,7 @@ CATALOG = Catalog(
                 CroCo,
                 Disparity,
                 MixedAE,
+                TurnedImages,
             ),
             BackboneConfig: (SwinV2Config, ViTConfig, FocalNetConfig, PVTConfig, SpectrumNetConfig),
             ObjectHead: (CentreBoxes, CascadeMaskRCNN, *hf.BOXES, *hf.MASKS),

@@ -34,3 +34,9 @@ def digits() -> TrainConfig:
         batch_size=64,
         keep=Keep(best=False),
     )
+
+
+def digits_dense() -> TrainConfig:
+    """Return the same without experts: what `emoe_demo` and `upcycle_demo` make experts of."""
+    mixture = digits()
+    return dataclasses.replace(mixture, name="digits_dense", model=dataclasses.replace(mixture.model, experts=None))

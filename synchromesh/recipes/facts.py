@@ -19,6 +19,7 @@ FACTS: Mapping[str, Facts] = MappingProxyType(
     {
         "demo": DIGITS,
         "digits": DIGITS,
+        "digits_dense": DIGITS,
         "detect_demo": DIGITS,
         "instance_demo": DIGITS,
         "segment_demo": _classes(11),  # digits, and what is behind them
@@ -32,6 +33,9 @@ FACTS: Mapping[str, Facts] = MappingProxyType(
         "pixpro_demo": {},
         "cotap_demo": {},
         "mtlora_demo": {**_classes(11), "things": [True] * 10 + [False]},
+        "emoe_demo": DIGITS,
+        "upcycle_demo": DIGITS,
+        "spdf_demo": DIGITS,
         "croco_demo": {},
         "disparity_demo": {},
         "mixed_ae_demo": {},

@@ -74,6 +74,7 @@ class ViewTwins(Task):
         Number("by_chance", "by chance", "{:.1%}"),
         Number("cosine_gap", "cosine of matched cells over others", "{:.3f}"),
     )
+    watched = (Number("spread", "spread of cells, 0 where all are alike", "{:.3f}"),)
 
     def __post_init__(self) -> None:
         if not self.radius > 0:

@@ -103,6 +103,8 @@ class MixedAE(Task):
         Number("homologous_chance", "by chance", "{:.4f}"),
     )
 
+    watched = (Number("contrast", "contrast of patches", "{:.3f}", more_is_better=False),)
+
     def __post_init__(self) -> None:
         if self.group < 2 or not 1 <= self.mixtures <= self.group or self.patch < 1 or self.projection < 1:
             raise ValueError(

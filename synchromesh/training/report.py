@@ -67,8 +67,9 @@ def _written(folder: Path, catalog: Catalog) -> Path:
 
 
 def main_title(config: TrainConfig) -> str:
-    """Return what the model of a run is called beside its twin."""
-    return "dense" if config.model.experts is None else "MoE"
+    """Return what the model of a run is called beside its twin: of an adapted one, what it became."""
+    adapting = config.start.adapt
+    return type(adapting.into).__name__ if adapting else "dense" if config.model.experts is None else "MoE"
 
 
 def summary_rows(config: TrainConfig, summary: dict[str, Any]) -> list[list[str]]:
@@ -115,7 +116,7 @@ def _tiles(task: Task, summary: dict[str, Any]) -> Element:
 
 
 def _curves(series: Sequence[figures.Series], task: Task) -> list[Element | None]:
-    drawn = [figures.number_figure(series, number) for number in task.numbers]
+    drawn = [figures.number_figure(series, number) for number in (*task.numbers, *task.watched)]
     if "loss" not in {number.name for number in task.numbers}:
         drawn.append(figures.training_loss_figure(series))
     return [*drawn, figures.rate_figure(series), figures.throughput_figure(series, task.unit)]
@@ -126,7 +127,8 @@ def _table(config: TrainConfig, summary: dict[str, Any]) -> Element | None:
     if "dense_parameters" not in summary:
         return None
     first, *rest = summary_rows(config, summary)
-    return card("Beside the dense twin", table(first, rest), about="the same without experts", room="broad")
+    about = "the same without experts" if config.start.adapt is None else "the same as it was, trained as long"
+    return card("Beside the dense twin", table(first, rest), about=about, room="broad")
 
 
 def _read_panels(folder: Path, summary: dict[str, Any]) -> list[Panel]:

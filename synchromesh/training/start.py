@@ -159,7 +159,8 @@ def _read(path: Path, catalog: Catalog) -> dict[str, Tensor]:
             return model.state_dict()
         raise InputError(f"{path} is neither the folder of a run nor a checkpoint")
     if not path.is_file():
-        raise InputError(f"the file of weights {path} does not exist")
+        made = f": make it first, by `synchromesh train {path.name} --run {path}`"
+        raise InputError(f"the weights {path} do not exist{made if path.name in catalog.recipes else ''}")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)

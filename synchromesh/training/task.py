@@ -209,6 +209,7 @@ class Task(ABC):
     Attributes:
         unit: what samples are called.
         numbers: what a model is scored by; the first one is the headline, and chooses the best checkpoint.
+        watched: terms of its training lines that a report draws beside the numbers.
         values_folder: name of the folder for files of an answer's values; "" where there are none.
         pipeline: what the hub calls such a task; "" for no name there.
         extremes: what a report calls the samples that a model did worst on, and those that it did best on.
@@ -216,6 +217,7 @@ class Task(ABC):
 
     unit: ClassVar[str] = "images"
     numbers: ClassVar[tuple[Number, ...]]
+    watched: ClassVar[tuple[Number, ...]] = ()
     values_folder: ClassVar[str] = ""
     pipeline: ClassVar[str] = ""
     extremes: ClassVar[tuple[str, str]] = ("What it did worst on", "What it did best on")

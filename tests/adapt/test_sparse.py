@@ -248,3 +248,38 @@ def test_ranks_hold_their_part_of_the_mask_of_the_whole(world, first, plan, tmp_
     read_tensors(tmp_path, model_tensors(other, alone), alone)
     for name, wanted in model.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "select", "tensors"),
+    [
+        ("GPT2", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8}, ("*.attn.*", "*.mlp.*"), 4),
+        (
+            "Bert",
+            {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48},
+            ("*.attention.*", "*.dense"),
+            6,
+        ),
+    ],
+    ids=["gpt2", "bert"],
+)
+def test_matrices_of_transformers_models_stay_sparse_until_densify_changes_nothing(kind, settings, select, tensors):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(vocab_size=32, **settings))
+    blocks = (model.h if kind == "GPT2" else model.encoder).double()
+    names, ids = list(model.state_dict()), torch.randint(0, 32, (2, 5))
+    adapt(blocks, select, StaticSparsity(0.75))
+    optimizer = torch.optim.AdamW(model.double().parameters(), lr=0.01, weight_decay=0.1)
+    for _ in range(2):
+        model(input_ids=ids).last_hidden_state[..., :3].sum().backward()
+        optimizer.step()
+    entries = count_entries(model)
+    assert entries.kept * 4 == entries.all
+    model.eval()
+    sparse = model(input_ids=ids).last_hidden_state
+    dense = densify(model, optimizer)
+    assert len(dense) == tensors
+    assert sum(int((model.get_parameter(name) != 0).sum()) for name in dense) == entries.kept
+    assert torch.equal(model(input_ids=ids).last_hidden_state, sparse)
+    assert sorted(model.state_dict()) == sorted(names)

@@ -267,3 +267,21 @@ def test_padding_in_a_backbone_reaches_no_adapted_expert(into):
     (load,) = loads.values()
     kept = (8 * 16 + 16 * 4) // 4  # a token for each 2 x 2 pixels
     assert int(load.tokens_per_expert.sum()) == kept * into.k
+
+
+@pytest.mark.parametrize("into", [SplitFFN(num_experts=8, k=8), Upcycle(num_experts=4, k=2)], ids=["split", "upcycled"])
+def test_one_call_makes_experts_of_a_gpt2_whose_matrices_lie_the_other_way_round(into):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=32, n_positions=8, n_embd=16, n_layer=2, n_head=2)
+    model, ids = transformers.GPT2LMHeadModel(config).double().eval(), torch.randint(0, 32, (2, 5))
+    wanted, state = model(input_ids=ids).logits, copy.deepcopy(model.state_dict())
+    adaptation = adapt(model, "*.mlp", into)
+    assert len(adaptation.names) == 2
+    assert (model(input_ids=ids).logits - wanted).abs().max() < 1e-12
+    model(input_ids=ids).logits.sum().backward()
+    assert all(p.grad is not None for name, p in adaptation.trained().items() if "router" not in name)
+    merged = adaptation.merge().state_dict()
+    assert list(merged) == list(state)
+    assert all(torch.equal(merged[name], tensor) for name, tensor in state.items())
+    assert torch.equal(model(input_ids=ids).logits, wanted)

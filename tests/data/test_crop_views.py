@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from synchromesh.data.crop_views import CropView, centres, diagonals, matching, random_view
+from synchromesh.data.crop_views import CropView, centres, diagonals, matching, places_in, random_view
 
 PICTURE = (120, 160)
 
@@ -28,6 +28,19 @@ def test_centres_of_cells_lie_where_the_crop_was_cut(flipped):
     cut = cut.flip(2) if flipped else cut
     wanted = torch.nn.functional.adaptive_avg_pool2d(cut, (6, 8)).permute(1, 2, 0).flatten(0, 1)
     torch.testing.assert_close(centres(numbers(view), 6, 8)[0], wanted.double(), rtol=0, atol=1e-5)
+
+
+def test_places_of_one_crop_in_another_lead_back_to_themselves():
+    rng, size = np.random.default_rng(0), 32
+    at = (torch.arange(size) + 0.5).expand(size, size)
+    for _ in range(50):
+        one, other = (random_view(*PICTURE, rng, area=(0.1, 1.0)) for _ in range(2))
+        there, back = places_in(one, other, size).double(), places_in(other, one, size).double()
+        # Along each axis the way back is a straight line: read off at its two ends, and followed beyond them.
+        steps = (back[0, 0, -1] - back[0, 0, 0]) / (size - 1), (back[1, -1, 0] - back[1, 0, 0]) / (size - 1)
+        x, y = (back[axis, 0, 0] + steps[axis] * (there[axis] - 0.5) for axis in (0, 1))
+        torch.testing.assert_close(x.float(), at, rtol=0, atol=1e-3)
+        torch.testing.assert_close(y.float(), at.mT, rtol=0, atol=1e-3)
 
 
 def test_the_same_crop_twice_matches_its_own_cells_alone():

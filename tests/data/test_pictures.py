@@ -43,6 +43,16 @@ def test_pictures_stand_in_a_row_with_a_line_under_them() -> None:
     assert np.array_equal(page[:10], row)
 
 
+def test_the_line_under_a_wide_picture_is_as_legible_where_it_is_shown_small_and_stays_inside() -> None:
+    wide = np.zeros((10, 800, 3), np.uint8)
+    said, long = captioned(wide, "short"), captioned(wide, 7 * "word by word ")
+    assert said.shape == long.shape == (10 + 44, 800, 3)
+    heights = [int(np.ptp((page[10:].min(2) < 128).any(1).nonzero()[0])) + 1 for page in (said, long)]
+    plain = captioned(wide[:, :300], "short")[10:]
+    assert heights[0] > 1.5 * (np.ptp((plain.min(2) < 128).any(1).nonzero()[0]) + 1)
+    assert not (long[10:, -8:].min(2) < 128).any()
+
+
 def test_a_png_file_holds_the_picture() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     assert np.array_equal(np.array(Image.open(io.BytesIO(png(picture)))), picture)

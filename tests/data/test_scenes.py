@@ -38,6 +38,16 @@ def test_a_numbered_scene_is_always_the_same_and_a_drawn_one_new(sets) -> None:
     assert not same(train.read(2, lambda: rng), train.read(2, lambda: rng))
 
 
+def test_few_scenes_are_the_same_in_every_epoch_and_others_by_another_seed(sets) -> None:
+    size = Preprocess(image_size=SIZE, channels=1)
+    (few, scored), (others, _) = (ComposedScenes(train=8, test=4, fixed=seed).load(size) for seed in (0, 1))
+    rng = np.random.default_rng(0)
+    assert same(few.read(2, lambda: rng), few.read(2, lambda: rng))
+    assert not same(few.read(2, lambda: rng), few.read(3, lambda: rng))
+    assert not same(few.read(2, lambda: rng), others.read(2, lambda: rng))
+    assert same(scored.read(1), sets[1].read(1))
+
+
 def test_boxes_are_tight_around_the_ink_and_share_little(sets) -> None:
     _, test = sets
     objects = 0

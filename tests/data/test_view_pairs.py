@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from synchromesh.data.crop_views import CropView, places_in
+from synchromesh.data.crop_views import CropView, places_in, shared
 from synchromesh.data.images import Preprocess
 from synchromesh.data.photographs import Photographs
 from synchromesh.data.view_pairs import ViewData, ViewPairs
@@ -24,6 +24,15 @@ def test_a_number_is_the_same_pair_and_a_draw_another(tmp_path, photo):
     drawn = own.read(2, lambda: np.random.default_rng(7))
     assert drawn.first_view != own.read(2).first_view
     assert drawn.first_view != drawn.second_view
+
+
+def test_crops_to_score_on_overlap_and_others_need_not(tmp_path, photo):
+    own = pairs(tmp_path, photo, area=(0.02, 0.1))
+    fixed = [own.read(number) for number in range(20)]
+    assert min(shared(pair.first_view, pair.second_view) for pair in fixed) >= 0.1
+    rng = np.random.default_rng(0)
+    drawn = [own.read(0, lambda: rng) for _ in range(20)]
+    assert min(shared(pair.first_view, pair.second_view) for pair in drawn) == 0
 
 
 def test_places_of_a_pixel_are_where_both_views_show_the_same_point(tmp_path, photo):

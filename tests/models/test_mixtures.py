@@ -9,6 +9,7 @@ from synchromesh import seeds
 from synchromesh.kernels import Float8Products, MXFloat8Products, Products
 from synchromesh.models.mixtures import CosineGate, Gate, LinearGate
 from synchromesh.moe.experts import MLPExperts
+from synchromesh.moe.places import PlacedRouter
 from synchromesh.moe.rounding import TokenRounding
 from synchromesh.moe.routing import CosineRouter, TopKRouter
 from synchromesh.recipes.catalog import CATALOG
@@ -64,6 +65,8 @@ def test_a_run_with_8_bit_products_has_nearly_the_losses_of_one_without(splits: 
         (CosineGate(dim=8), CosineRouter),
         (LinearGate(tile=8), TokenRounding),
         (CosineGate(dim=8, tile=8), TokenRounding),
+        (LinearGate(places=3), PlacedRouter),
+        (CosineGate(dim=8, tile=8, places=3), PlacedRouter),
     ],
     ids=str,
 )
@@ -71,6 +74,8 @@ def test_a_gate_makes_the_router_it_says(gate: Gate, router: type) -> None:
     made = gate(16, 4, 2)
     assert type(made) is router
     assert made.k == 2
-    inner = made.router if isinstance(made, TokenRounding) else made
+    placed = made.router if isinstance(made, PlacedRouter) else made
+    assert isinstance(placed, TokenRounding) == (gate.tile > 0)
+    inner = placed.router if isinstance(placed, TokenRounding) else placed
     assert inner.scores.after_selection == getattr(gate, "norm_topk", False)
     assert (getattr(inner, "balance", None) is not None) == (getattr(gate, "bias_rate", 0) > 0)

@@ -12,6 +12,7 @@ EMBEDDED = (
     "panoptic_demo",
     "simmim_demo",
     "mtlora_demo",
+    "emoe_demo",
     "croco_demo",
     "disparity_demo",
     "mixed_ae_demo",

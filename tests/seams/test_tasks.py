@@ -16,11 +16,11 @@ from synchromesh.testing.programs import run_job, run_program
 from synchromesh.testing.squares import write_squares
 
 DIES = Path(__file__).parent.parent / "commands" / "dies.py"
-MODEL = [
-    "--model.embed-dim=8", "--model.depths", "1", "1", "--model.num-heads", "1", "2", "--model.experts.blocks.1", "0",
-    "--model.experts.num-experts=4", "--no-bf16", "--optim.eps=1e-3", "--epochs=3", "--twin=none",
-    "--loading.workers=1", "--keep.log-steps=1", "--keep.checkpoint-steps=2",
+DENSE = [
+    "--model.embed-dim=8", "--model.depths", "1", "1", "--model.num-heads", "1", "2", "--no-bf16", "--optim.eps=1e-3",
+    "--epochs=3", "--twin=none", "--loading.workers=1", "--keep.log-steps=1", "--keep.checkpoint-steps=2",
 ]  # fmt: skip
+MODEL = [*DENSE, "--model.experts.blocks.1", "0", "--model.experts.num-experts=4"]
 
 VIT = [
     "--model.width=8", "--model.depth=2", "--model.num-heads=2", "--model.patch-size=16", "--model.experts.blocks.0",
@@ -101,6 +101,13 @@ TRIALS = {
         ("mixed_ae_demo", *VIT, "--patch=16", "--mixtures=2", "--accumulate=2",
          "--model.experts.losses.0.loss.weight=0"),
         "groups", "restored_mse", "error of restored patches", "homologous",
+    ),
+    # A dense model whose feed-forwards are split into experts, which a token does not all see.
+    "turned": Trial(
+        ("emoe_demo", "--start.weights=None", *DENSE, "--data.shots=3", "--batch-size=6", "--eval-batch-size=200",
+         "--start.adapt.into.num-experts=4", "--start.adapt.into.k=2", "--model.init-std=0.1",
+         "--model.drop-path=0"),
+        "pictures", "seen", "right at unseen angles", "class", scored=397,
     ),
     "segmentation": Trial(
         ("segment_demo", *MODEL, "--data.source.train=24", "--data.source.test=7", "--data.preprocess.image-size=64",
@@ -183,6 +190,17 @@ def test_a_run_killed_by_kill_9_goes_on_bit_for_bit(done: Done, tmp_path: Path, 
     assert weights(tmp_path / "cut") == weights(done.folder)
 
 
+def test_a_run_whose_cells_become_alike_ends_with_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alike = ["--siamese.limits.spread=0.999", "--siamese.limits.steps=2"]  # more than features of images ever have
+    command = ["train", *TRIALS["pixpro"].options, *alike, "--nproc=1", f"--run={tmp_path / 'run'}"]
+    assert cli.main(command) == 3
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"spread is 0\.\d+, and was below 0\.999 for 2 steps", said), said
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
 def test_report_and_summary_name_the_numbers_of_the_task_and_show_its_samples(done: Done) -> None:
     summary = json.loads((done.folder / "summary.json").read_text())
     assert isinstance(summary[f"test_{done.trial.headline}"], float)
@@ -192,10 +210,11 @@ def test_report_and_summary_name_the_numbers_of_the_task_and_show_its_samples(do
     said = re.sub(r"<(script|style).*?</\1>", "", page, flags=re.DOTALL).lower()
     assert "accuracy" not in said or done.trial.headline == "mIoU"
     assert done.trial.title.lower() in said
+    assert ("spread of cells" in said) == ("pixpro_demo" in done.trial.options)
     assert {name.partition("-")[0] for name in summary["pictures"]} == {"worst", "best"}
     for name, caption in summary["pictures"].items():
         assert (done.folder / "pictures" / name).read_bytes().startswith(b"\x89PNG")
-        assert caption in page
+        assert all(line in page for line in caption.splitlines())
     (done.folder / "report.html").unlink()
     assert cli.main(["report", str(done.folder)]) == 0
     assert (done.folder / "report.html").read_text() == page

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from synchromesh.adapt.adapting import Adapting
 from synchromesh.errors import InputError
 from synchromesh.recipes.catalog import CATALOG
 from synchromesh.testing.browser import Browser, contrast
 from synchromesh.testing.pages import Node, loose_ends, parse_page
-from synchromesh.training.config import TrainConfig
+from synchromesh.training.config import Start, TrainConfig
 from synchromesh.training.report import write_report
 
 Written = Callable[..., None]
@@ -51,6 +52,13 @@ def test_models_and_their_training_are_told_apart(tiny: TrainConfig, written: Wr
     rows = page.figure("Beside the dense twin").cells()
     assert rows[0] == ["", "MoE", "dense twin"]
     assert ["parameters", "1,234,567", "1,234,567"] in rows
+
+
+def test_an_adapted_model_is_called_by_what_it_became(tiny: TrainConfig, written: Written, tmp_path: Path) -> None:
+    written(tmp_path, dataclasses.replace(tiny, start=Start(adapt=Adapting())))
+    figure = report(tmp_path).figure("Beside the dense twin")
+    assert figure.cells()[0] == ["", "SplitFFN", "dense twin"]
+    assert "the same as it was, trained as long" in figure.text
 
 
 def test_the_panels_of_a_task_are_in_the_report(tiny: TrainConfig, written: Written, tmp_path: Path) -> None:

@@ -117,6 +117,17 @@ def test_a_missing_file_or_a_folder_of_something_else_is_named(tiny: TrainConfig
         load_weights(model_for(tiny, 8), tmp_path / name, CATALOG)
 
 
+@pytest.mark.parametrize("name", ["digits", "digits.pt"])
+def test_the_missing_run_of_a_recipe_is_named_with_the_command_that_makes_it(
+    tiny: TrainConfig, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / name
+    with pytest.raises(InputError, match=f"the weights {path} do not exist") as refused:
+        load_weights(model_for(tiny, 8), path, CATALOG)
+    command = f": make it first, by `synchromesh train digits --run {path}`"
+    assert str(refused.value).endswith(command) is (name == "digits")
+
+
 def test_freezing_leaves_the_right_parameters_trainable(tiny: TrainConfig) -> None:
     model = model_for(tiny, 8)
     freeze(model, Freeze.MOE)

@@ -46,6 +46,7 @@ from synchromesh.tasks.panoptic import Panoptic
 from synchromesh.tasks.pixels import PixelData
 from synchromesh.tasks.segmentation import Segmentation
 from synchromesh.tasks.simmim import CropData, SimMIM
+from synchromesh.tasks.turned_images import TurnedImages
 from synchromesh.tasks.view_pairs import PairData
 from synchromesh.testing.compare import assert_close
 from synchromesh.testing.distributed import run_ranks
@@ -254,6 +255,7 @@ SHIPPED = {
     "classification": Classification(
         Data(ScikitDigits(), Preprocess(image_size=16)), Augment(crop=RandomCrop(), affine=Affine(), mixing=Mixing())
     ),
+    "turned": TurnedImages(Data(ScikitDigits(), Preprocess(image_size=16))),
     "detection": Detection(SceneData(SCENES, Preprocess(image_size=64))),
     "segmentation": Segmentation(PixelData(SCENES, Preprocess(image_size=64)), SemanticFPN(width=8)),
     "panoptic": Panoptic(

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from synchromesh.models.heads.dense_agreement import Agreement, AgreementConfig, Cells, PixelContrast, Seen, wide
+from synchromesh.parallel.grid_module import GridModule
 
 LEAST_TARGET = 1e-3  # that another one is divided by: gradients stay finite
 
@@ -52,7 +53,7 @@ class GradedRanking(AgreementConfig):
         temperature: of its ranks.
         prototypes: that cells are expressed by before they are compared; 0 compares cells as they are.
         sharpness: cosines are divided by this before cells choose their prototypes.
-        across: rank the cells of the next picture of the batch too.
+        across: rank the cells of another picture too, the one before in the batch of all ranks.
     """
 
     base: PixelContrast = field(default_factory=PixelContrast)
@@ -92,8 +93,11 @@ class ObjectFilter(nn.Module):
         return torch.softmax(F.normalize(cells, dim=2) @ keys.mT / self.sharpness, 2) @ self.prototypes
 
 
-class GradedRankingLoss(Agreement):
-    """The base loss, and 1 - average precision of each cell's ranking of others, mean over cells."""
+class GradedRankingLoss(Agreement, GridModule):
+    """The base loss, and 1 - average precision of each cell's ranking of others, mean over cells.
+
+    Cells of the picture before come from another rank where it lies there, and their gradients go back to it.
+    """
 
     def __init__(self, width: int, config: GradedRanking) -> None:
         super().__init__()
@@ -111,6 +115,15 @@ class GradedRankingLoss(Agreement):
             tuple(self.filter(wide(cells)) for cells in cells_of) for cells_of in (seen.student, seen.twin)
         )
         lost = self.ranking((one, other), (first, second))
-        if self.config.across and len(one) > 1:
-            lost = (lost + self.ranking((one, other.roll(1, 0)), (first, second.roll(1, 0)))) / 2
+        if self.config.across:
+            mine, theirs = (self.before(cells) for cells in (other, second))
+            if mine is not None and theirs is not None:
+                lost = (lost + self.ranking((one, mine), (first, theirs))) / 2
         return self.base.one_way(seen) + self.config.weight * lost
+
+    def before(self, cells: Cells) -> Cells | None:
+        """Return, for each picture, the cells of the one before in the batch of all ranks; None where it is alone."""
+        everyone, first = self.gathered(cells.flatten(1))
+        if len(everyone) < 2:
+            return None
+        return everyone.roll(1, 0)[first : first + len(cells)].view_as(cells)

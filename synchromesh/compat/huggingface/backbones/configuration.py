@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
+from synchromesh.compat.huggingface.backbones.dense import dense_fields
 from synchromesh.compat.huggingface.swin.configuration import check_choices, default_blocks, experts_of
 from synchromesh.models.features import BackboneConfig
 from synchromesh.models.focalnet import FocalNetConfig
@@ -20,6 +21,7 @@ from synchromesh.models.pvt import PVTConfig
 from synchromesh.models.spectrum import SpectrumNetConfig
 from synchromesh.models.vit import ViTConfig
 
+Config = TypeVar("Config", bound="SettingsConfig")
 EXPERTS: dict[str, Any] = {
     "moe_blocks": None,
     "num_experts": 8,
@@ -46,6 +48,7 @@ class SettingsConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     settings_class: ClassVar[type[BackboneConfig]]
+    dense_types: ClassVar[tuple[str, ...]] = ()  # of transformers' models that these are with experts
     attribute_map = {"num_channels": "in_channels"}  # noqa: RUF012
 
     def __init__(self, **fields: Any) -> None:
@@ -66,6 +69,17 @@ class SettingsConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(**chosen)
         super().__init__(**fields)
 
+    @classmethod
+    def from_dense(cls: type[Config], dense: PreTrainedConfig, **experts: Any) -> Config:
+        """Return the configuration of a dense model of transformers with experts; fields of both may be overridden.
+
+        Raises:
+            ValueError: a model of another kind, or a field that these do not have.
+        """
+        fields = dense_fields(dense, cls.dense_types)
+        named = ("id2label", "label2id") if "num_labels" in experts else ()  # of as many classes as the dense one has
+        return cls(**{name: value for name, value in fields.items() if name not in named} | experts)
+
     def settings(self) -> BackboneConfig:
         """Return this in the library's own words, experts included. Raises ValueError where they contradict."""
         given = {
@@ -82,6 +96,7 @@ class ViTMoEConfig(SettingsConfig):
 
     model_type = "vit_moe"
     settings_class = ViTConfig
+    dense_types = ("vit",)
     __init__ = SettingsConfig.__init__
 
 
@@ -90,6 +105,7 @@ class FocalNetMoEConfig(SettingsConfig):
 
     model_type = "focalnet_moe"
     settings_class = FocalNetConfig
+    dense_types = ("focalnet",)
     __init__ = SettingsConfig.__init__
 
 
@@ -98,6 +114,7 @@ class PVTMoEConfig(SettingsConfig):
 
     model_type = "pvt_moe"
     settings_class = PVTConfig
+    dense_types = ("pvt", "pvt_v2")
     __init__ = SettingsConfig.__init__
 
 
@@ -116,8 +133,6 @@ def _depths(config: Any) -> tuple[int, ...]:
 def _widths(settings: Any) -> tuple[int, ...]:
     if isinstance(settings, ViTConfig):
         return (settings.width,)
-    if isinstance(settings, PVTConfig):
-        return settings.widths
     return tuple(settings.width(stage) for stage in range(len(settings.depths)))
 
 

@@ -109,6 +109,10 @@ class SwinV2MoEConfig(BackboneConfigMixin, PreTrainedConfig):
         carried = {name: getattr(dense, name) for name in CARRIED}
         return cls(**carried | {"out_features": dense.out_features} | experts)
 
+    def settings(self) -> SwinV2Config:
+        """Return this in the library's own words, experts included; also called `swin`."""
+        return self.swin()
+
     def swin(self) -> SwinV2Config:
         """Return this in the library's own words, experts included."""
         height, width = self.image_size if isinstance(self.image_size, Sequence) else (self.image_size,) * 2
