@@ -22,6 +22,7 @@ import tyro
 
 from synchromesh import GatedMLPExperts, LoadBalance, Local, MLPExperts, MoE, TopKRouter, aux_loss
 from synchromesh.kernels import Kernels
+from synchromesh.kernels.fused_mlp import few
 from synchromesh.kernels.fused_mlp import triton as fused
 from synchromesh.kernels.gpu import GLUON, TRITON
 from synchromesh.kernels.grouped_mm import gluon, tilings
@@ -47,6 +48,8 @@ SHAPES = {
     "swin, one choice": Shape(8192, 384, 1536, 8, 1, gated=False),
 }
 PRODUCTS = ("open_rows", "_product", "close_rows_backward", "_weight_gradient")
+FEW = ("_open_few", "_close_few")
+MOST_FEW_TOKENS = 64
 GLUON_PRODUCTS = ("opening_product", "grouped_product", "closing_gradient", "weight_product")
 
 
@@ -102,8 +105,30 @@ def recorded(target: str, shape: Shape, kernels: Kernels = TRITON) -> tuple[Reco
     return forward, backward
 
 
+def recorded_few(shape: Shape) -> Recorder:
+    """Return the launches of a layer in inference, of as many tokens as are called few."""
+    with torch.device("meta"):
+        experts = (GatedMLPExperts if shape.gated else MLPExperts)(shape.experts, shape.width, hidden=shape.hidden)
+        router = TopKRouter(shape.width, shape.experts, k=shape.choices)
+    layer = MoE(router, experts, strategy=Local(kernels=TRITON)).to(torch.bfloat16).eval()
+    most = int(few.MOST_ROWS_PER_EXPERT * shape.experts) // shape.choices
+    x, recorder = torch.empty(min(MOST_FEW_TOKENS, most), shape.width, dtype=torch.bfloat16, device="meta"), Recorder()
+    with recorder.recording(), torch.no_grad():
+        layer(x)
+    return recorder
+
+
+def tile_of(constants: dict[str, int]) -> str:
+    """Return rows, columns and depth of a program's block."""
+    if "BF" in constants:
+        return f"{few.SHARED}x{constants['BF']}x{constants['BD']}"
+    return "x".join(str(constants[side]) for side in ("BM", "BN", "BK"))
+
+
 def intensity(constants: dict[str, int]) -> int:
     """Return operations of a tile for each byte that it reads, bfloat16; a gate's columns stand beside those of up."""
+    if "BF" in constants:
+        return few.SHARED  # two operations a row on numbers of two bytes
     rows, cols = constants["BM"], constants["BN"] * (1 + constants.get("GATED", 0) * ("SAVE" in constants))
     return rows * cols // (rows + cols)
 
@@ -135,6 +160,8 @@ def lines_of(options: Options, target: str, name: str) -> list[dict[str, object]
     """Return one line a product, and one of what is launched."""
     kernels = GLUON if options.gluon else TRITON
     passes = dict(zip(("forward", "backward"), recorded(target, SHAPES[name], kernels), strict=True))
+    if not options.gluon:
+        passes["few tokens"] = recorded_few(SHAPES[name])
     about = {"state": options.name, "target": target, "shape": name}
     lines = []
     for way, recorder in passes.items():
@@ -142,12 +169,11 @@ def lines_of(options: Options, target: str, name: str) -> list[dict[str, object]
             {**about, "pass": way, "kernel": "launches", "triton": len(recorder.launches)}
             | {"torch": len(recorder.operations)}
         )
-        for launch in dict.fromkeys(one for one in recorder.launches if is_product(one.kernel)):
+        for launch in dict.fromkeys(one for one in recorder.launches if is_product(one.kernel) or one.kernel in FEW):
             constants, chosen = dict(launch.constants), dict(launch.options)
-            tile = "x".join(str(constants[side]) for side in ("BM", "BN", "BK"))
             made = figures(recorder.compiled(launch, TARGETS[target]))
             how = {
-                "tile": tile,
+                "tile": tile_of(constants),
                 "warps": chosen["num_warps"],
                 "stages": constants.get("STAGES", chosen.get("num_stages")),
             }

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from synchromesh.kernels import REFERENCE, Float8Products, Kernels, MLPWeights, MXFloat8Products
+from synchromesh.kernels import REFERENCE, Float8Products, Kernels, MLPWeights, MXFloat8Products, quantize
 from synchromesh.kernels.gpu import TRITON
 from synchromesh.kernels.grouped_mm import native
 from synchromesh.kernels.tiles import interpreted
@@ -31,11 +31,14 @@ from synchromesh.testing.poison import poisoned_memory
 from synchromesh.types import RowMap
 
 MEDIUM = [Shape(1000, 200, 328, 7, 3), Shape(2048, 512, 1024, 16, 2)]  # checked
+FEW = [Shape(64, 512, 1024, 128, 8), Shape(8, 200, 328, 7, 3)]  # checked of `direct_mlp`
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}
 KERNELS = [
     *[("fused_mlp", "plain", "gelu"), ("fused_mlp", "plain", "silu"), ("fused_mlp", "biased", "relu")],
     *[("fused_mlp", "gated", "silu"), ("fused_mlp", "gated", "relu"), ("fused_mlp", "gated_biased", "gelu")],
     *[("grouped_mm", "plain", ""), ("grouped_mm", "biased", ""), ("gather", "plain", ""), ("combine", "plain", "")],
+    *[("direct_mlp", "gated", "silu"), ("direct_mlp", "biased", "gelu"), ("direct_mlp", "int8 gated_biased", "silu")],
+    *[("marked_mlp", "gated", "silu"), ("marked_mlp", "biased", "gelu")],
     *[("scaled_mm", "float8 biased", ""), ("scaled_mm", "mxfloat8 biased", "")],
 ]
 TORCHS = [("torch's grouped_mm", "plain", ""), ("torch's grouped_mm", "biased", "")]  # in bfloat16 alone
@@ -77,9 +80,20 @@ def probe(task: Task, case: Case, sizes: tuple[int, int], rowmap: RowMap) -> tup
         given = {"rows": buffer, "weight": mlp["up"].mT, "bias": mlp["up_bias"]}
         return lambda k, **given: k.scaled_mm(**given, ends=rowmap.ends, products=products)[:kept], given
     mlp = {n: t for n, t in mlp.items() if ("gated" in task.kind or "gate" not in n) and (biased or "bias" not in n)}
+    ids = case.expert_ids.to(rowmap.rows.device)
+    if task.kernel == "marked_mlp":  # of some tokens a pair that was dropped, or all that were kept, are broken
+        broken = ((rowmap.rows < 0) & (ids >= 0)).cpu()
+        weights[broken & (torch.arange(tokens) % 2 == 0)[:, None]] = torch.nan
 
     def layer(k: Kernels, x: Tensor, weights: Tensor, **mlp: Tensor) -> Tensor:
-        return k.fused_mlp(x, weights, rowmap, MLPWeights(**mlp), ACTIVATIONS[task.activation])
+        net, activation = MLPWeights(**mlp), ACTIVATIONS[task.activation]
+        if task.kernel == "direct_mlp":
+            net = quantize(net, torch.int8) if "int8" in task.kind else net
+            return k.direct_mlp(x, weights, ids, net, activation)
+        if task.kernel == "marked_mlp" and k.marked_mlp is not None:
+            return k.marked_mlp(x, weights, rowmap, ids, net, activation)
+        y = k.fused_mlp(x, weights, rowmap, net, activation)
+        return k.mark(y, weights, ids) if task.kernel == "marked_mlp" else y
 
     return layer, {"x": x, "weights": weights, **mlp}
 
@@ -103,6 +117,21 @@ def outcome(run: Callable[..., Tensor], inputs: dict[str, Tensor], dtype: torch.
     return outputs | {f"gradient of {name}": tensor.grad for name, tensor in own.items()}
 
 
+def bits_that_differ_alone(task: Task, case: Case, sizes: tuple[int, int], device: str) -> int:
+    """Return in how many numbers the tokens of a batch differ from the same tokens, each run alone."""
+    run, inputs = probe(task, case, sizes, case.rowmap())
+    own = {name: tensor.to(device, task.dtype) for name, tensor in inputs.items()}
+    with torch.no_grad():
+        together, found = run(TRITON, **own), 0
+        for token in range(len(case.expert_ids)):
+            one = slice(token, token + 1)
+            less = replace(case, expert_ids=case.expert_ids[one])
+            alone, _ = probe(task, less, sizes, less.rowmap())
+            y = alone(TRITON, **{**own, "x": own["x"][one], "weights": own["weights"][one]})
+            found += int(((y != together[one]) & ~(y.isnan() & together[one].isnan())).sum())
+    return found
+
+
 def errors(task: Task, case: Case, sizes: tuple[int, int], device: str) -> dict[str, float]:
     """Return the error of each result of a kernel."""
     m, real = case.rowmap(), task.dtype.is_floating_point
@@ -111,6 +140,10 @@ def errors(task: Task, case: Case, sizes: tuple[int, int], device: str) -> dict[
     narrow = {name: tensor.to(device, task.dtype if real else tensor.dtype) for name, tensor in inputs.items()}
     wide = {name: tensor.double() if real else tensor for name, tensor in narrow.items()}
     own = replace(TRITON, grouped_mm=native.grouped_mm) if task.kernel == "torch's grouped_mm" else TRITON
+    if task.kernel == "direct_mlp":  # which has no gradient
+        with torch.no_grad():
+            error = relative_rms(run(own, **narrow), run(REFERENCE, **wide))
+        return {"output": error, "bits that differ alone": bits_that_differ_alone(task, case, sizes, device)}
     got, wanted = (outcome(partial(run, k), given, task.dtype) for k, given in ((own, narrow), (REFERENCE, wide)))
     strange = [name for name in wanted if (got[name].dtype, got[name].shape) != (task.dtype, wanted[name].shape)]
     assert not strange, f"dtype or shape of {strange} in {case.name}"
@@ -121,10 +154,14 @@ def checked(task: Task, device: str, tiny: bool) -> list[Record]:
     """Check one task on every case."""
     torch.manual_seed(0)
     truncates = 2 if interpreted() and task.dtype == torch.bfloat16 else 1  # where a GPU rounds
-    limit, shapes = truncates * TOLERANCE.get(task.dtype, 0.0), TINY if tiny else MEDIUM
+    limit = truncates * TOLERANCE.get(task.dtype, 0.0)
+    shapes = TINY if tiny else FEW if task.kernel == "direct_mlp" else MEDIUM
     cases = [(Case(str(s), zipf(s.tokens, s.experts, s.choices), s.experts), (s.width, s.hidden)) for s in shapes]
     sizes = (16, 40) if task.kernel == "torch's grouped_mm" else (10, 37)  # it takes multiples of 8 alone
     cases += [(case, sizes) for case in evil_cases() if len(case.expert_ids) < 1000 or not tiny]
+    if task.kernel == "direct_mlp":  # for few tokens of which none is dropped
+        cases = [(case, sizes) for case, sizes in cases if case.expert_ids.numel() <= 512]
+        cases = [(case, sizes) for case, sizes in cases if case.capacity is None and case.max_pairs is None]
     records = []
     with poisoned_memory():
         for case, sizes in cases:

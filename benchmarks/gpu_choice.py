@@ -1,5 +1,7 @@
 """Which products torch's own grouped_mm computes faster: what `benchmarks/gpu.py --part choose` measures.
 
+Before that, few tokens are run with tiles and without at some loads; records named "few" keep both times.
+
 The table goes to synchromesh/kernels/grouped_mm/measured.json, in place of what was measured on this architecture
 before; from then on the kernels choose by it. Where torch reads ends on the host it is never chosen, and not measured.
 """
@@ -9,16 +11,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-from gpu_problem import timed
+from gpu_problem import Problem, Shape, fused, problem_of, timed
 from gpu_session import Session
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import synchromesh.kernels.grouped_mm as family
+from synchromesh.kernels.fused_mlp import triton as fused_mlp
 from synchromesh.kernels.grouped_mm import gluon, native
 from synchromesh.kernels.grouped_mm.choice import FILE, Cell, Choices, Kind, Measurement, architecture_of
 from synchromesh.kernels.grouped_mm.triton import tiled_gradient, tiled_product
@@ -28,6 +33,7 @@ from synchromesh.testing.compare import TOLERANCE, relative_rms
 ROWS = (1024, 4096, 256, 64, 16)  # a cut run knows those of training
 SIDES = (2048, 4096, 1024, 512, 8192)
 MOST_ROWS, MOST_EXPERTS = 65536, 64
+MEANS = (0.5, 1.0, 2.0, 3.0, 4.0)  # rows an expert, on average, of few tokens: at most 512 in all
 KINDS = (Kind.PRODUCT, Kind.WEIGHTS)  # that both have: an opening is not one of torch's
 Product = Callable[[], list[Tensor]]
 
@@ -82,13 +88,41 @@ def measured(asked: Asked, session: Session) -> Cell | str:
     return Cell(dtype="bfloat16", **{**dataclasses.asdict(asked), "kind": asked.kind}, **seconds)
 
 
+def few_part(session: Session) -> bool:
+    """Time few tokens with and without tiles at some loads; records say which was faster. Tell whether they agreed."""
+    width, hidden, experts, choices = (32, 64, 4, 2) if session.args.tiny else (4096, 1536, 128, 8)
+    limit, right = TOLERANCE[torch.bfloat16] * (2 if interpreted() else 1), True
+    for mean in MEANS[1::3] if session.args.tiny else MEANS:
+        if session.late():
+            break
+        shape = Shape(int(mean * experts) // choices, width, hidden, experts, choices)
+        error, seconds = both_ways(problem_of(shape, "zipf", session.device), session.args.seconds)
+        record = {"rows_per_expert": mean, "shape": str(shape), "error": error, "passed": error <= limit}
+        session.write("few", {**record, **seconds, "faster": min(seconds, key=seconds.__getitem__)})
+        right = right and error <= limit
+    return right
+
+
+def both_ways(p: Problem, seconds: float) -> tuple[float, dict[str, float]]:
+    """Return by how much a problem without tiles differs from one with tiles, and the times of both."""
+
+    def run(few: bool) -> Tensor:
+        fused_mlp.is_few = lambda *_: few
+        return p.run(fused(p), backward=False)
+
+    with patch.object(fused_mlp, "is_few"):
+        runs = {"few": partial(run, True), "tiles": partial(run, False)}
+        return relative_rms(runs["few"](), runs["tiles"]()), timed(runs, seconds)
+
+
 def choose_part(session: Session) -> bool:
-    """Measure every cell, write the table, show it; tell whether all results agreed."""
+    """Time few tokens both ways, measure every cell, write the table, show it; tell whether all results agreed."""
+    agreed = few_part(session)
     device, cells, differing = torch.device(session.device), [], []
     rows = torch.empty(1, 8, device=device, dtype=torch.bfloat16)
     if not native.takes(rows, (1, 8, 8)):
         print(f"On {session.about['device']} torch's grouped_mm reads on the host: nothing to choose.")
-        return True
+        return agreed
     table = Table("kind", "experts", "rows each", "depth", "width", "Triton, ms", "torch, ms", "faster")
     for asked in grid(tiny=session.args.tiny):
         if session.late():
@@ -105,7 +139,7 @@ def choose_part(session: Session) -> bool:
         table.add_row(*map(str, about), *(f"{1e3 * s:.3f}" for s in (cell.triton, cell.torch)), cell.faster.value)
     Console(width=160).print(table)
     print("->", save(cells, session, architecture_of(device)))
-    return not differing
+    return agreed and not differing
 
 
 def save(cells: list[Cell], session: Session, architecture: str) -> Path:

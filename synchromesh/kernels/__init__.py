@@ -29,6 +29,7 @@ from synchromesh.kernels.row_map import reference as row_map_reference
 from synchromesh.kernels.scaled_mm import cpu as scaled_mm_cpu
 from synchromesh.kernels.scaled_mm import reference as scaled_mm_reference
 from synchromesh.kernels.scaled_mm.reference import Float8Products, MXFloat8Products, Products
+from synchromesh.kernels.segment_map import reference as segment_map_reference
 from synchromesh.kernels.select import reference as select_reference
 from synchromesh.kernels.select.reference import Selection
 from synchromesh.torch_private import transformed, vmapped
@@ -57,6 +58,7 @@ class Kernels:
         select: (logits, k, gate=, normalize=, bias=, sums=) -> scores, expert_ids, weights, score_sums, choice_counts.
         positions: (expert_ids, num_experts, priority=None) -> places, counts.
         row_map: (expert_ids, places, counts, num_rows=, capacity=) -> the RowMap.
+        segment_map: (counts, num_rows=, part=, parts=) -> the RowMap of rows that came through an exchange.
         gather: (x, rowmap) -> rows.
         combine: (buffer, weights, rowmap) -> y.
         grouped_mm: (rows, weight, ends, bias=None) -> rows.
@@ -66,12 +68,15 @@ class Kernels:
         mark: (y, weights, expert_ids) -> y with NaN where a weight is no number; y may be written to.
         direct_mlp: (x, weights, expert_ids, mlp, activation) -> y, without gradient.
         prefers_direct: (pairs, experts, activation) -> whether direct_mlp is faster, where no gradient is wanted.
+        marked_mlp: (x, weights, rowmap, expert_ids, mlp, activation) -> mark of fused_mlp, without a pass over y; None
+            runs one after the other. Whoever replaces either of these replaces this too.
     """
 
     gate: Callable[..., Tensor]
     select: Callable[..., Selection]
     positions: Callable[..., tuple[Tensor, Tensor]]
     row_map: Callable[..., RowMap]
+    segment_map: Callable[..., RowMap]
     gather: Callable[..., Tensor]
     combine: Callable[..., Tensor]
     grouped_mm: Callable[..., Tensor]
@@ -81,6 +86,7 @@ class Kernels:
     mark: Callable[..., Tensor]
     direct_mlp: Callable[..., Tensor]
     prefers_direct: Callable[[int, int, Activation], bool]
+    marked_mlp: Callable[..., Tensor] | None = None
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -99,6 +105,7 @@ REFERENCE = Kernels(
     select=select_reference.select,
     positions=positions_reference.positions,
     row_map=row_map_reference.row_map,
+    segment_map=segment_map_reference.segment_map,
     gather=permute_reference.gather,
     combine=permute_reference.combine,
     grouped_mm=grouped_mm_reference.grouped_mm,
@@ -114,6 +121,7 @@ CPU = Kernels(
     select=select_reference.select,
     positions=positions_cpu.positions,
     row_map=row_map_reference.row_map,
+    segment_map=segment_map_reference.segment_map,
     gather=permute_cpu.gather,
     combine=permute_cpu.combine,
     grouped_mm=grouped_mm_cpu.grouped_mm,

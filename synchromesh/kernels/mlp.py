@@ -76,7 +76,11 @@ class MLPWeights:
 
     def tensors(self) -> Net:
         """Return the tensors alone."""
-        return Net(*(getattr(self, name) for name in Net._fields))
+        biases, scales = (
+            (self.up_bias, self.gate_bias, self.down_bias),
+            (self.up_scale, self.gate_scale, self.down_scale),
+        )
+        return Net(self.up, self.down, self.gate, *biases, *scales)
 
     def apart(self) -> MLPWeights:
         """Return the same weights with gate and up as separate tensors: views of a joint one."""

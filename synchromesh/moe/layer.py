@@ -146,20 +146,29 @@ class MoE(nn.Module):
         choice = self._decisions.once(lambda: self._choose(x_TD, options))
         routing = self._routed(x_TD, choice, given, places)
         self.strategy.see(self.experts)
-        y_TD = self.experts(x_TD, partial(self._compute, routing, choice))
-        if choice.capacity.drops:  # a NaN weight of a pair that was dropped must show too
+        marked: list[Tensor] = []
+        y_TD = self.experts(x_TD, partial(self._compute, routing, choice, marked))
+        # A NaN weight of a pair that was dropped must show too, whatever wraps the experts or changes their result.
+        if choice.capacity.drops and not any(y_TD is one for one in marked):
             y_TD = self.strategy.kernels_on(y_TD.device).mark(y_TD, routing.weights, routing.expert_ids)
         return y_TD if self.shared is None else y_TD + _checked_shared(self.shared(x_TD), x_TD)
 
-    def _compute(self, routing: Routing, choice: Choice, x_TD: Tensor, experts: Experts) -> Tensor:
-        """Do what a layer does with its experts, inside their call."""
+    def _compute(
+        self, routing: Routing, choice: Choice, marked: list[Tensor], x_TD: Tensor, experts: Experts
+    ) -> Tensor:
+        """Do what a layer does with its experts, inside their call; `marked` takes a result that is marked already."""
         y_TD = self._direct(x_TD, routing, choice, experts)
-        if y_TD is None:
-            rowmap = mapped(choice.capacity, routing, self._agree_max, self.strategy.kernels_on(x_TD.device))
-            y_TD = self.strategy.run(x_TD, routing, rowmap, experts, choice.plan)
-            loss = self._note(routing, rowmap, choice.plan)
-            if loss is not None and self.losses_in_backward is not None:
-                y_TD = carry(y_TD, loss, self.losses_in_backward)
+        if y_TD is not None:
+            return y_TD
+        rowmap = mapped(choice.capacity, routing, self._agree_max, self.strategy.kernels_on(x_TD.device))
+        given = (x_TD, routing, rowmap, experts, choice.plan)
+        own = self.strategy.run_marked(*given) if choice.capacity.drops else None
+        y_TD = self.strategy.run(*given) if own is None else own
+        loss = self._note(routing, rowmap, choice.plan)
+        if loss is not None and self.losses_in_backward is not None:
+            y_TD = carry(y_TD, loss, self.losses_in_backward)
+        if own is not None:
+            marked.append(y_TD)
         return y_TD
 
     def distribute(self, strategy: Strategy) -> None:

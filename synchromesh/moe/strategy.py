@@ -65,6 +65,12 @@ class Strategy(ABC):
     ) -> Float[Tensor, "T D"]:
         """Compute y[t] = sum_k weights[t, k] * expert[ids[t, k]](x[t]) over the kept pairs."""
 
+    def run_marked(
+        self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, experts: Experts, plan: Plan
+    ) -> Float[Tensor, "T D"] | None:
+        """Do `run`, and mark tokens with a NaN weight in the same pass; None where the layer marks what `run` gives."""
+        return None
+
     def direct(self, x: Float[Tensor, "T D"], routing: Routing, experts: Experts) -> Float[Tensor, "T D"] | None:
         """Compute y of all pairs without a map of rows; None where `run` is the way."""
         return None
@@ -117,8 +123,23 @@ class Local(Strategy):
         whole = {name: cast(part, dtype) for name, part in _whole(experts).items()}
         return run_here(x.to(dtype), routing, rowmap, experts, whole, kernels)
 
+    def run_marked(
+        self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, experts: Experts, plan: Plan
+    ) -> Float[Tensor, "T D"] | None:
+        kernels, dtype = self.kernels_on(x.device), compute_dtype(x)
+        if (
+            kernels.marked_mlp is None or type(self).run is not Local.run
+        ):  # a strategy made of this one runs its own way
+            return None
+        whole = {name: part.to(dtype) for name, part in _whole(experts).items()}
+        mlp = experts.mlp(whole)
+        if mlp is None or not kernels.fuses(mlp[1]):
+            return None
+        return kernels.marked_mlp(x.to(dtype), routing.weights, rowmap, routing.expert_ids, *mlp)
+
     def direct(self, x: Float[Tensor, "T D"], routing: Routing, experts: Experts) -> Float[Tensor, "T D"] | None:
-        return run_few_here(x, routing, experts, _whole(experts), self.kernels_on(x.device))  # casts what it runs
+        ids, kernels = routing.expert_ids, self.kernels_on(x.device)
+        return run_few_here(x, ids, routing.weights, experts, _whole(experts), kernels)  # casts what it runs
 
     def kernels_on(self, device: torch.device) -> Kernels:
         return kernels_for(device, self.kernels)
@@ -152,13 +173,18 @@ def run_here(
 
 
 def run_few_here(
-    x: Float[Tensor, "T D"], routing: Routing, experts: RowNetworks, weights: Mapping[str, Tensor], kernels: Kernels
+    x: Float[Tensor, "T D"],
+    expert_ids: Int[Tensor, "T K"],
+    weights: Float[Tensor, "T K"],
+    experts: RowNetworks,
+    parts: Mapping[str, Tensor],
+    kernels: Kernels,
 ) -> Float[Tensor, "T D"] | None:
     """Run all pairs without a map of rows; None where `run_here` is faster, or a gradient is wanted."""
-    mlp = None if torch.is_grad_enabled() else experts.mlp(weights)
-    if mlp is None or not kernels.prefers_direct(routing.expert_ids.numel(), len(mlp[0].up), mlp[1]):
+    mlp = None if torch.is_grad_enabled() else experts.mlp(parts)
+    if mlp is None or not kernels.prefers_direct(expert_ids.numel(), mlp[0].up.shape[0], mlp[1]):
         return None
-    return kernels.direct_mlp(x, routing.weights, routing.expert_ids, *mlp)
+    return kernels.direct_mlp(x, weights, expert_ids, *mlp)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

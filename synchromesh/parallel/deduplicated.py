@@ -220,5 +220,7 @@ def _rows_of(pairs: Pairs, local_experts: int, kernels: Kernels) -> tuple[Routin
 
 
 def _pieces(tensor: Tensor, chunks: int) -> list[Tensor]:
+    if chunks == 1:
+        return [tensor]  # whose gradient then is not joined of pieces
     cuts = [len(tensor) * chunk // chunks for chunk in range(chunks + 1)]
     return list(tensor.split([after - before for before, after in pairwise(cuts)]))

@@ -1,8 +1,8 @@
 r"""Dispatch: where each routed row lies in the buffer that a rank sends, for any plan.
 
 A slot is one member's copy, or shard, of an expert (`Layout.destinations`). The buffer is sorted by (piece, slot),
-pieces being the chunks of the pipeline. One of W = 2 ranks, with E = 4 experts a to d, gather degree 1 and 10 kept
-pairs:
+pieces being the chunks of the pipeline; slots lie in the order in which messages leave (`AllToAll.order`). One of W = 2
+ranks, with E = 4 experts a to d, gather degree 1 and 10 kept pairs:
 
     as tokens chose          b c a d a c a a b c                by (token, choice)
     capacity's RowMap        a a a a|b b|c c c|d                by expert; with one piece it is sent as it is
@@ -11,12 +11,13 @@ pairs:
                              \_____/ \_____/
                              member 0  member 1
 
-Each piece is one all-to-all. What arrives lies by (sender, local expert); `exchange` brings it into the order of local
-experts, on which `Experts.compute` runs. Results return the same way, and `SendMap.combine` sums them per token.
+Each piece is one all-to-all. What arrives lies by (sender, local expert), and kernels read it so (`arrivals`). Results
+return the same way, and `SendMap.combine` sums them per token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,21 +35,26 @@ class Slots:
 
     Attributes:
         layout: of the plan.
-        destinations: int64, the r slots of each expert.
+        destinations: int64, the r slots of each expert, numbered as they lie.
         expert: int64, the expert of each of the X * N slots.
+        in_expert_order: whether slots are the experts, one each and in order: rows sorted by expert are then sorted by
+            slot.
     """
 
     layout: Layout
     destinations: Int[Tensor, "E r"]
     expert: Int[Tensor, " S"]
+    in_expert_order: bool
 
     @classmethod
-    def on(cls, device: torch.device, layout: Layout) -> Slots:
-        return cls(
-            layout,
-            torch.tensor(layout.destinations, device=device),
-            torch.tensor(layout.expert_of_slot, device=device),
-        )
+    def on(cls, device: torch.device, layout: Layout, order: Sequence[int]) -> Slots:
+        """Make the slots of members whose rows lie in an order."""
+        number = {member: place for place, member in enumerate(order)}
+        each = layout.local_experts
+        destinations = [[number[slot // each] * each + slot % each for slot in own] for own in layout.destinations]
+        experts = [expert for member in order for expert in layout.experts_of(member)]
+        in_order = destinations == [[expert] for expert in range(layout.num_experts)]
+        return cls(layout, torch.tensor(destinations, device=device), torch.tensor(experts, device=device), in_order)
 
 
 @dataclass(frozen=True)
@@ -84,14 +90,14 @@ class SendMap:
 
 
 def rows_per_slot(rowmap: RowMap, slots: Slots) -> Int[Tensor, "X N"]:
-    """Return how many rows go to each member's local experts."""
+    """Return how many rows go to each member's local experts, members in the order of the slots."""
     return _counts(rowmap)[slots.expert].unflatten(0, (slots.layout.members, slots.layout.local_experts))
 
 
 def ragged_map(routing: Routing, rowmap: RowMap, slots: Slots, chunks: int) -> SendMap:
     """Map the kept pairs to a buffer of real rows only; each slot's rows are cut into pieces as `piece` cuts them."""
     layout = slots.layout
-    if chunks == 1 and layout.in_expert_order:
+    if chunks == 1 and slots.in_expert_order:
         return SendMap(rowmap.rows, rowmap.pairs, rowmap.ends)
     slot_TKr, place_TK, count_TK = _places(routing, rowmap, slots)
     # Piece c of n rows holds those from floor(n c / chunks) on, so the row at a place is in this piece:

@@ -96,13 +96,3 @@ class Layout:
             for place, expert in enumerate(self.experts_of(member)):
                 table[expert].append(member * self.local_experts + place)
         return table
-
-    @cached_property
-    def expert_of_slot(self) -> list[int]:
-        """The expert of each of the X * N slots."""
-        return [expert for member in range(self.members) for expert in self.experts_of(member)]
-
-    @cached_property
-    def in_expert_order(self) -> bool:
-        """Whether slots are the experts, one each and in order: rows sorted by expert are then sorted by slot."""
-        return self.destinations == [[expert] for expert in range(self.num_experts)]

@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from synchromesh.kernels import Kernels
 from synchromesh.kernels.grouped_mm import equal
 from synchromesh.moe.experts import Experts
+from synchromesh.parallel.arrivals import Arrivals
 from synchromesh.parallel.comm.all_to_all import AllToAll, Route
 from synchromesh.parallel.comm.collectives import on_host
 from synchromesh.parallel.comm.segments import Segments
 from synchromesh.parallel.comm.uncompiled import uncompiled
 from synchromesh.parallel.dispatch import SendMap, Slots, even_map, ragged_map, rows_per_slot
-from synchromesh.parallel.exchange import Exchange
+from synchromesh.parallel.exchange import Exchange, Home, finish_all, start_all
 from synchromesh.parallel.waiting import Waiting
 from synchromesh.parallel.wire import Wire
 from synchromesh.types import Routing, RowMap
@@ -38,14 +39,14 @@ class Traffic:
         send: where rows lie in the send buffer.
         sizes: rows of the send buffer in each piece.
         routes: of each piece.
-        ends: of each piece, running sum of the rows that each local expert receives.
+        arrivals: of each piece, how its rows lie when they have arrived.
         kernels: that suit what experts receive.
     """
 
     send: SendMap
     sizes: list[int]
     routes: list[Route]
-    ends: list[Tensor]
+    arrivals: list[Arrivals]
     kernels: Kernels
 
 
@@ -58,15 +59,17 @@ def ragged_traffic(
     numbers = torch.cat([counts.flatten(), between.exchange_counts(counts)])
     known = Segments(on_host(numbers), numbers)
     sent = known.of(lambda both: both[: counts.numel()].reshape(*counts.shape))
-    routes = between.routes(known.of(lambda both: both[counts.numel() :]), sent, chunks)
-    ends = [_ends(route.received) for route in routes]
+    read = known.of(lambda both: both[counts.numel() :])
+    routes, received = between.routes(read, sent, chunks), between.received(read).device
+    arrivals = [
+        Arrivals(
+            kernels.segment_map(received, num_rows=int(route.received.sum()), part=chunk, parts=chunks),
+            in_order=1 in route.received.shape,
+        )
+        for chunk, route in enumerate(routes)
+    ]
     sizes = [route.num_sent for route in routes]
-    return Traffic(ragged_map(routing, rowmap, slots, chunks), sizes, routes, ends, kernels)
-
-
-def _ends(received: Segments) -> Int[Tensor, " N"]:
-    assert received.device is not None
-    return received.device.sum(0).cumsum(0).to(torch.int32)
+    return Traffic(ragged_map(routing, rowmap, slots, chunks), sizes, routes, arrivals, kernels)
 
 
 def even_traffic(
@@ -77,16 +80,18 @@ def even_traffic(
     rows = max(1, math.ceil(rowmap.capacity / chunks))
     layout = slots.layout
     route = between.even_route(layout.local_experts, rows)
-    ends = torch.arange(1, layout.local_experts + 1, device=rowmap.ends.device, dtype=torch.int32)
+    counts = torch.full((layout.members, layout.local_experts), rows, device=rowmap.ends.device)
+    arrivals = Arrivals(kernels.segment_map(counts, num_rows=route.num_sent), in_order=1 in counts.shape)
     return Traffic(
         even_map(routing, rowmap, slots, chunks=chunks, rows=rows),
         [route.num_sent] * chunks,
         [route] * chunks,
-        [ends * (layout.members * rows)] * chunks,
+        [arrivals] * chunks,
         dataclasses.replace(kernels, grouped_mm=equal.grouped_mm),
     )
 
 
+@uncompiled  # which traces no asynchronous collective; one break, not one for each
 def exchange_and_compute(
     rows: Float[Tensor, "R D"],
     traffic: Traffic,
@@ -100,19 +105,20 @@ def exchange_and_compute(
 
     `weights` is called once the rows are on their way, and waits for what the experts compute with.
     """
-    *pieces, _ = rows.split([*traffic.sizes, len(rows) - sum(traffic.sizes)])
-    going, coming = (
-        [Exchange(route, wire, waiting, there=there) for route in traffic.routes] for there in (True, False)
-    )
+
+    def exchanges(home: Home, *, there: bool) -> list[Exchange]:
+        numbered = enumerate(traffic.routes)
+        return [Exchange(route, wire, waiting, there=there, home=(home, number)) for number, route in numbered]
+
+    gradients, results = Home(traffic.sizes, len(rows)), Home(traffic.sizes, sum(traffic.sizes))
+    going, coming = exchanges(gradients, there=True), exchanges(results, there=False)
     # On two levels a piece is relayed when the one before it arrives, so that its second hop runs under compute too.
     for first, second in pairwise(going):
         first.ahead = second
     for first, second in pairwise(reversed(coming)):  # gradients go there in the other order
         first.ahead = second
-    tokens = [exchange.start(piece) for exchange, piece in zip(going, pieces, strict=True)]
+    tokens = start_all(rows, going, gradients)
     ready, sent_back = weights(), []
-    for there, token, ends, back in zip(going, tokens, traffic.ends, coming, strict=True):
-        out = experts.compute(there.finish(token), ends, ready, traffic.kernels)
-        sent_back.append(back.start(out))
-    returned = [back.finish(token) for back, token in zip(coming, sent_back, strict=True)]
-    return returned[0] if len(returned) == 1 else torch.cat(returned)
+    for there, token, arrivals, back in zip(going, tokens, traffic.arrivals, coming, strict=True):
+        sent_back.append(back.start(arrivals.through(there.finish(token), experts, ready, traffic.kernels)))
+    return finish_all(sent_back, coming, results)

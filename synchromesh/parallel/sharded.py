@@ -61,7 +61,7 @@ class Sharded(Strategy):
         self.grid, self.plan, self.chooser, self.kernels, self.wire = grid, plan, chooser, kernels, wire
         self._waiting = Waiting()
         self._layouts: dict[tuple[int, int, bool], Layout] = {}
-        self._sent: dict[tuple[Layout, torch.device], Slots] = {}
+        self._sent: dict[tuple[Layout, bool, torch.device], Slots] = {}
         self._exchanges: dict[tuple[tuple[int, ...], bool], AllToAll] = {}
         self._known_hops: dict[tuple[Layout, bool, torch.device], tuple[Hop, ...]] = {}
         self._refusals: dict[tuple[Plan, int, bool, bool], str | None] = {}
@@ -140,9 +140,9 @@ class Sharded(Strategy):
             with pool.forgetting():
                 y = exchange_tokens(x, routing, rowmap, hops, experts, chunks=plan.chunks, means=means, pool=begin)
             return clock.leave(pool.reopen(y))
-        slots = self._slots(layout, x.device)
+        slots, between = self._slots(layout, plan, x.device), self._between(layout, plan)
         traffic_of = ragged_traffic if plan.ragged else even_traffic
-        traffic = traffic_of(routing, rowmap, slots, self._between(layout, plan), chunks=plan.chunks, kernels=kernels)
+        traffic = traffic_of(routing, rowmap, slots, between, chunks=plan.chunks, kernels=kernels)
         weights = begin()  # after the counts, so that these do not queue behind the weights
         rows = traffic.send.gather(x, kernels)
         with pool.forgetting():
@@ -177,10 +177,11 @@ class Sharded(Strategy):
             self._layouts[key] = Layout(self.grid.size, num_experts, plan.gather, plan.near)
         return self._layouts[key]
 
-    def _slots(self, layout: Layout, device: torch.device) -> Slots:
-        if (layout, device) not in self._sent:
-            self._sent[layout, device] = Slots.on(device, layout)
-        return self._sent[layout, device]
+    def _slots(self, layout: Layout, plan: Plan, device: torch.device) -> Slots:
+        key = (layout, plan.two_level, device)
+        if key not in self._sent:
+            self._sent[key] = Slots.on(device, layout, self._between(layout, plan).order)
+        return self._sent[key]
 
     def _between(self, layout: Layout, plan: Plan) -> AllToAll:
         key = (layout.exchange_group(self.grid.rank), plan.two_level)

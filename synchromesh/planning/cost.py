@@ -194,9 +194,9 @@ class _Model:
     def _permute(self) -> float:
         """Return the time to move rows: once on each side of each exchange, by the combine, by the activation."""
         work = self.work
-        # How often a row is read or written: an exchange aligns, sends and receives rows in both directions; one that
-        # deduplicates aligns nothing, and what the experts read and write are pairs.
-        passes = (10 if self.plan.two_level else 6) if self.sent.there else 2
+        # How often a row is read or written: each level of an exchange sends and receives rows in both directions, two
+        # align them in between; of one that deduplicates, experts read and write pairs.
+        passes = (10 if self.plan.two_level else 4) if self.sent.there else 2
         rows = passes * self.sent.computed
         if self.plan.deduplicate:
             rows = 4 * (self.sent.rows + self.sent.relayed) + 2 * self.sent.computed

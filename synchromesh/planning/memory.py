@@ -57,7 +57,8 @@ def layer_bytes(work: Workload, plan: Plan, ranks: Ranks, sent: Traffic | None =
     elif sent.there:
         hidden = sent.rows * work.hidden / shards
         kept = 2 * sent.rows * work.width + (work.matrices - 1) * hidden
-        copies = 2 + 4 * plan.two_level + 2 * (plan.chunks > 1)  # a level aligns, sends, receives; pieces are joined
+        # A level sends and receives, two align in between; pieces are on their way in both directions at once.
+        copies = 2 + 2 * plan.two_level + 1.75 * (plan.chunks > 1)
         buffers = copies * sent.rows * work.width
     else:
         kept = tokens + pairs * work.hidden * (work.matrices - 1)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import triton
 
 from synchromesh.kernels import Float8Products, MLPWeights, MXFloat8Products, quantize
+from synchromesh.kernels.fused_mlp import few
 from synchromesh.kernels.fused_mlp import triton as fused
 from synchromesh.kernels.gpu import TRITON
 from synchromesh.kernels.grouped_mm import tilings
@@ -21,7 +22,7 @@ from synchromesh.kernels.grouped_mm import triton as grouped
 from synchromesh.kernels.scaled_mm import triton as scaled
 from synchromesh.kernels.select.reference import GATES
 from synchromesh.kernels.select.triton import MOST_EXPERTS, MOST_PROGRAMS
-from synchromesh.testing.cases import row_map_of, zipf
+from synchromesh.testing.cases import network_parts, row_map_of, zipf
 from synchromesh.testing.launches import TARGETS, Recorder
 
 MATRIX_UNIT = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "sm_120": "mma.sync", "gfx942": "v_mfma"}
@@ -62,6 +63,7 @@ def recorded(arch, dtype, *, gated, width=512, hidden=1024, tokens=512):
             with torch.no_grad():
                 TRITON.fused_mlp(x[:3], weights[:3], row_map_of(ids[:3], 4), mlp, F.silu)
                 TRITON.direct_mlp(x[:8], weights[:8], ids[:8], mlp, F.silu)
+                TRITON.mark(torch.ones(8, width), weights[:8], ids[:8])
                 TRITON.select(torch.ones(8, 128), 8, gate="softmax", normalize=True, sums=False)
             turns = [(gate, number) for gate in GATES for number in (tokens, 16 * MOST_PROGRAMS)]  # one, and more
             for gate, number in [*turns, ("softmax", 8)]:
@@ -72,7 +74,11 @@ def recorded(arch, dtype, *, gated, width=512, hidden=1024, tokens=512):
                 places, counts = TRITON.positions(ids, 4, priority)
             for capacity in (None, 7, counts.max()):
                 TRITON.row_map(ids, places, counts, num_rows=ids.numel(), capacity=capacity)
+            TRITON.segment_map(counts[None].expand(8, 4), num_rows=8 * ids.numel())
             TRITON.fused_mlp(x, weights[:, :1], row_map_of(ids[:, :1], 4), mlp, F.silu).sum().backward()
+            for k in (1, 2):
+                some = row_map_of(ids[:, :k], 4, capacity=tokens // 4)
+                TRITON.marked_mlp(x, weights[:, :k], some, ids[:, :k], mlp, F.silu).sum().backward()
         finally:
             patch.stopall()
     return recorder
@@ -110,7 +116,7 @@ ARCHITECTURES = pytest.mark.parametrize("arch", TILED)
 EVERY = {
     "_map_tiles", "_map_rows", "_add_blocks", "_count_block", "_place_block", "_copy_rows", "_fill_absent", "_sum_rows",
     "_spread_rows", "_column_sums", "_zero_tail", "sum_parts", "_open_few", "_close_few", "_select", "_add_programs",
-    "_select_backward",
+    "_select_backward", "_mark_tokens", "_unmark_tokens", "_map_segments",
 } | PRODUCTS  # fmt: skip
 
 
@@ -154,6 +160,32 @@ def test_numbers_of_8_bits_for_few_tokens(arch, numbers, tmp_path):
         TRITON.fused_mlp(x, torch.ones(8, 2), row_map_of(ids, 16), narrow, F.silu)
         TRITON.direct_mlp(x, torch.ones(8, 2), ids, narrow, F.silu)
     assert {"_open_few", "_close_few"} <= check(arch, recorder, tmp_path, narrow=True)
+
+
+@ARCHITECTURES
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("gated_biased", torch.float32), ("gated_biased", torch.bfloat16), ("biased", torch.float16)],
+    ids=str,
+)
+def test_few_tokens_share_a_matrix_without_spills_and_round_each_rows_products_alike(arch, kind, dtype, tmp_path):
+    """One rounding a product, as written: a compiler that may choose could give rows that share other bits."""
+    recorder = Recorder()
+    mlp = MLPWeights(**network_parts(kind, 16, dtype, width=512, hidden=1024))
+    with recorder.recording():
+        for tokens in (8, 32):
+            ids, x = zipf(tokens, 16, 2), torch.ones(tokens, 512, dtype=dtype)
+            TRITON.direct_mlp(x, torch.ones(tokens, 2), ids, mlp, F.silu)
+            TRITON.fused_mlp(x, torch.ones(tokens, 2), row_map_of(ids, 16), mlp, F.silu)
+    only = {"_open_few", "_close_few"}
+    assert check(arch, recorder, tmp_path, narrow=False, only=only) == only
+    for launch in dict.fromkeys(one for one in recorder.launches if one.kernel in only):
+        made, own = recorder.compiled(launch, TARGETS[arch]), dict(launch.constants)
+        each = few.SHARED * own["BF"] * own["BD"] // (32 * few.WARPS) * (1 + own.get("GATED", False))
+        if arch != "gfx942":
+            fused = len(re.findall(r"fma\.rn(?:\.ftz)?\.f32\s", made.asm["ptx"]))
+            pairs = len(re.findall(r"fma\.rn(?:\.ftz)?\.f32x2\s", made.asm["ptx"]))
+            assert fused + 2 * pairs >= each, launch
 
 
 @ARCHITECTURES

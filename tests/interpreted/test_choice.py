@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from synchromesh.kernels import REFERENCE, MLPWeights
+from synchromesh.kernels.fused_mlp.few import is_few
 from synchromesh.kernels.gpu import TRITON
 from synchromesh.kernels.grouped_mm import native
 from synchromesh.kernels.grouped_mm.choice import Cell, Choices, Kind, Measurement
@@ -88,7 +89,24 @@ def test_the_benchmark_writes_a_table_that_the_kernels_read(monkeypatch, tmp_pat
     kept, made = Choices.from_json(path.read_text()).measurements
     assert (kept, made.architecture, made.commit) == (old.measurements[0], "cpu", "abc")
     assert [cell.kind for cell in made.cells] == [Kind.PRODUCT, Kind.WEIGHTS]
-    assert len([json.loads(line) for line in session.out.read_text().splitlines()]) == len(made.cells)
+    records = [json.loads(line) for line in session.out.read_text().splitlines()]
+    assert [one["part"] for one in records] == ["few"] * 2 + ["choose"] * len(made.cells)
+
+
+def test_few_tokens_are_timed_with_tiles_and_without_and_a_wrong_way_is_told(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import gpu_choice
+    from gpu_session import Args, session_of
+
+    session, kernels = session_of(Args(tiny=True, out=tmp_path / "records.jsonl")), gpu_choice.fused_mlp
+    assert gpu_choice.few_part(session)
+    assert kernels.is_few is is_few
+    told = [json.loads(line) for line in session.out.read_text().splitlines()]
+    assert [one["rows_per_expert"] for one in told] == [1.0, 4.0]
+    assert all(one["few"] > 0 and one["tiles"] > 0 and one["passed"] for one in told)
+    right = kernels.rows_of_few
+    monkeypatch.setattr(kernels, "rows_of_few", lambda *given: right(*given) * 1.1)
+    assert not gpu_choice.few_part(session)
 
 
 @pytest.mark.parametrize("minutes", [0, 9])

@@ -23,6 +23,6 @@ def test_float64_goes_by_the_reference():
 
 
 def test_it_is_for_few_rows_of_each_expert():
-    assert TRITON.prefers_direct(24, 16, F.silu)
-    assert not TRITON.prefers_direct(25, 16, F.silu)
+    assert TRITON.prefers_direct(64, 16, F.silu)
+    assert not TRITON.prefers_direct(65, 16, F.silu)
     assert not TRITON.prefers_direct(4, 16, torch.sin)

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -137,6 +137,37 @@ def test_a_cut_check_has_checked_the_layers_own_kernel_and_names_the_rest(tmp_pa
     assert all(one["passed"] for one in checked)
     left = [one for one in told if "left_out" in one]
     assert {"grouped_mm", "gather", "combine", "positions"} <= {one["kernel"] for one in left}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind", "case"),
+    [
+        ("direct_mlp", "int8 gated_biased", "empty_experts"),
+        ("marked_mlp", "gated", "absent_and_dropped"),
+        ("marked_mlp", "biased", "every_pair_dropped"),
+    ],
+)
+def test_few_tokens_and_marks_are_checked(kernel, kind, case, monkeypatch):
+    import gpu_check
+
+    cases = [one for one in gpu_check.evil_cases() if one.name == case]
+    monkeypatch.setattr(gpu_check, "evil_cases", lambda: cases)
+    monkeypatch.setattr(gpu_check, "TINY", [])
+    task = gpu_check.Task(kernel, kind, "silu", torch.float32)
+    assert task.kernel in {one.kernel for one in gpu_check.tasks_of(("float32",))}
+    (found,) = gpu_check.checked(task, "cpu", True)
+    assert found["passed"], found
+
+
+def test_tokens_that_differ_with_their_company_are_found_out(monkeypatch):
+    import gpu_check
+
+    own = gpu_check.TRITON
+    company = replace(own, direct_mlp=lambda x, *given: own.direct_mlp(x, *given) + 1e-7 * len(x))
+    monkeypatch.setattr(gpu_check, "TRITON", company)
+    case = next(one for one in gpu_check.evil_cases() if one.name == "empty_experts")
+    task = gpu_check.Task("direct_mlp", "gated", "silu", torch.float32)
+    assert gpu_check.errors(task, case, (10, 17), "cpu")["bits that differ alone"] > 0
 
 
 def test_a_kernel_that_fails_fails_the_call(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from synchromesh import (
     FixedCapacity,
     Float8Products,
     GatedMLPExperts,
+    InBackward,
     LoadBalance,
     Local,
     MLPExperts,
@@ -27,6 +28,14 @@ LAYERS = {
         TopKRouter(D, E, k=2),
         GatedMLPExperts(E, D, hidden=40),
         losses=(LoadBalance(0.1),),
+        strategy=Local(kernels=TRITON),
+    ),
+    "capacity": lambda: MoE(
+        TopKRouter(D, E, k=2),
+        GatedMLPExperts(E, D, hidden=40),
+        capacity=FixedCapacity(0.7),
+        losses=(LoadBalance(0.1),),
+        losses_in_backward=InBackward(),
         strategy=Local(kernels=TRITON),
     ),
     "capacity, unfused": lambda: MoE(

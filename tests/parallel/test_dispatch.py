@@ -13,7 +13,7 @@ from synchromesh.types import Routing, RowMap
 
 
 @st.composite
-def traffic(draw: st.DrawFn) -> tuple[Routing, RowMap, Layout, int]:
+def traffic(draw: st.DrawFn) -> tuple[Routing, RowMap, Layout, int, list[int]]:
     world, experts = draw(st.sampled_from([(2, 2), (4, 2), (4, 8), (6, 3), (6, 12), (8, 2), (12, 4)]))
     layouts = [
         Layout(world, experts, g, near)
@@ -29,7 +29,14 @@ def traffic(draw: st.DrawFn) -> tuple[Routing, RowMap, Layout, int]:
     ids = ids.to(torch.int64).view(tokens, choices)
     capacity = draw(st.integers(0, 4))
     rowmap = row_map_of(ids, experts, capacity=capacity)
-    return routing_of(ids, experts, torch.rand(ids.shape)), rowmap, layout, draw(st.sampled_from([1, 2, 4, 8]))
+    order = draw(st.just(list(range(layout.members))) | st.permutations(range(layout.members)))
+    return routing_of(ids, experts, torch.rand(ids.shape)), rowmap, layout, draw(st.sampled_from([1, 2, 4, 8])), order
+
+
+def slots_of(layout: Layout, order: list[int], expert: int) -> list[int]:
+    """Number the slots of an expert as they lie, members in an order."""
+    each = layout.local_experts
+    return [order.index(slot // each) * each + slot % each for slot in layout.destinations[expert]]
 
 
 def kept_pairs_of(routing: Routing, rowmap: RowMap) -> list[tuple[int, int, int]]:
@@ -41,8 +48,8 @@ def kept_pairs_of(routing: Routing, rowmap: RowMap) -> list[tuple[int, int, int]
 @given(traffic())
 @settings(deadline=None, max_examples=150)
 def test_a_ragged_buffer_is_sorted_by_piece_and_slot_without_gaps(drawn):
-    routing, rowmap, layout, chunks = drawn
-    slots = Slots.on(torch.device("cpu"), layout)
+    routing, rowmap, layout, chunks, order = drawn
+    slots = Slots.on(torch.device("cpu"), layout, order)
     sent = ragged_map(routing, rowmap, slots, chunks)
     counts = rows_per_slot(rowmap, slots).flatten()
     both = Segments(counts.numpy(), counts)
@@ -50,7 +57,7 @@ def test_a_ragged_buffer_is_sorted_by_piece_and_slot_without_gaps(drawn):
     starts = (sizes.flatten().cumsum(0) - sizes.flatten()).view(sizes.shape)
     found = set()
     for t, k, expert in kept_pairs_of(routing, rowmap):
-        for copy, slot in enumerate(layout.destinations[expert]):
+        for copy, slot in enumerate(slots_of(layout, order, expert)):
             row = int(sent.rows[t, k * layout.copies + copy])
             inside = [c for c in range(chunks) if starts[c, slot] <= row < starts[c, slot] + sizes[c, slot]]
             assert len(inside) == 1, "a row lies outside of its slot"
@@ -64,14 +71,14 @@ def test_a_ragged_buffer_is_sorted_by_piece_and_slot_without_gaps(drawn):
 @given(traffic())
 @settings(deadline=None, max_examples=150)
 def test_an_even_buffer_gives_every_slot_the_same_room(drawn):
-    routing, rowmap, layout, chunks = drawn
+    routing, rowmap, layout, chunks, order = drawn
     rows = max(1, -(-rowmap.capacity // chunks))
-    sent = even_map(routing, rowmap, Slots.on(torch.device("cpu"), layout), chunks=chunks, rows=rows)
+    sent = even_map(routing, rowmap, Slots.on(torch.device("cpu"), layout, order), chunks=chunks, rows=rows)
     slots = layout.members * layout.local_experts
     assert len(sent.pairs) == chunks * slots * rows
     taken = 0
     for t, k, expert in kept_pairs_of(routing, rowmap):
-        for copy, slot in enumerate(layout.destinations[expert]):
+        for copy, slot in enumerate(slots_of(layout, order, expert)):
             row = int(sent.rows[t, k * layout.copies + copy])
             assert row // rows % slots == slot
             assert int(sent.pairs[row]) == t * sent.rows.shape[1] + k * layout.copies + copy
@@ -82,6 +89,6 @@ def test_an_even_buffer_gives_every_slot_the_same_room(drawn):
 @given(traffic())
 @settings(deadline=None, max_examples=50)
 def test_every_copy_of_a_row_has_the_weight_of_its_pair(drawn):
-    routing, _, layout, _ = drawn
+    routing, _, layout, *_ = drawn
     weights = weights_per_row(routing, layout).view(*routing.weights.shape, layout.copies)
     assert torch.equal(weights, routing.weights[..., None].expand_as(weights))

@@ -23,7 +23,9 @@ from synchromesh.kernels.gpu import TRITON
 from synchromesh.parallel import deduplicated, pipeline
 from synchromesh.parallel.comm import collectives
 from synchromesh.testing.compare import assert_close
+from synchromesh.testing.copies import RowCopies
 from synchromesh.testing.distributed import run_ranks
+from synchromesh.testing.launches import Recorder
 from synchromesh.testing.reads import HostReads
 
 D, F, T = 8, 16, 24
@@ -177,3 +179,59 @@ def test_a_device_is_asked_for_numbers_of_rows_once_a_level_and_sent_nothing(a_d
         layer(x, plan=plan).sum().backward()
     assert reads.found == []
     assert len(asked) == (2 if plan.two_level and plan.deduplicate else 1)
+
+
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if not plan.regather], ids=str)
+def test_between_the_gather_and_the_sum_rows_are_read_and_written_by_products_alone(a_device, monkeypatch, plan):
+    """What is left: the first level of two is put into the order of the second, each way, forward and backward.
+
+    Pieces of tokens, where these are deduplicated, are joined: their sums in forward, their gradients in backward.
+    """
+    for module in (pipeline, deduplicated):
+        monkeypatch.setattr(module, "on_host", uneven)
+    layer = MoE(TopKRouter(D, 8, k=4), GatedMLPExperts(8, D, hidden=F), strategy=Sharded(a_device, kernels=TRITON))
+    layer.to("meta", torch.bfloat16)
+    x = torch.empty(T, D, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    y, grad = layer(x, plan=plan), torch.empty(T, D, dtype=torch.bfloat16, device="meta")
+    with RowCopies(D) as copies:
+        y = layer(x, plan=plan)
+        y.backward(grad)
+    for of_others in ("div", "add", "_unsafe_view"):  # gradients of experts and of tokens, a product of the router
+        del copies.found[of_others]
+    if plan.deduplicate:
+        assert copies.found == ({"cat": 2} if plan.chunks > 1 else {})
+    else:
+        assert copies.found == ({"index_select": 4 * plan.chunks} if plan.two_level else {})
+
+
+def launches_of_a_step(grid, chunks):
+    strategy, plan = Sharded(grid, kernels=TRITON), Plan(chunks=chunks)
+    layer = MoE(TopKRouter(D, 8, k=4), GatedMLPExperts(8, D, hidden=F), strategy=strategy).to("meta", torch.bfloat16)
+    x = torch.empty(T, D, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with Recorder().recording() as recorder:
+        layer(x, plan=plan).sum().backward()
+    return len(recorder.operations), [launch.kernel for launch in recorder.launches]
+
+
+def test_a_further_piece_adds_few_launches_and_one_of_them_maps_its_rows(a_device, monkeypatch):
+    monkeypatch.setattr(pipeline, "on_host", uneven)
+    two, four = (launches_of_a_step(a_device, chunks) for chunks in (2, 4))
+    assert four[1].count("_map_segments") == 4
+    assert (four[0] - two[0]) / 2 <= 9, "operations of torch"
+    assert (len(four[1]) - len(two[1])) / 2 <= 12, "kernels of Triton"
+
+
+def twice(plan):
+    torch.manual_seed(0)
+    layer = MoE(TopKRouter(D, 4, k=2), MLPExperts(4, D, hidden=F), strategy=Sharded(Grid.from_group(dist.group.WORLD)))
+    x = torch.randn(T, D, requires_grad=True)
+    y = layer(x, plan=plan).square().sum()
+    y.backward(retain_graph=True)
+    once = [x.grad.clone(), *(p.grad.clone() for p in layer.parameters())]
+    y.backward()
+    for one, both in zip(once, [x.grad, *(p.grad for p in layer.parameters())], strict=True):
+        assert_close("a gradient", both, 2 * one)
+
+
+def test_a_graph_that_is_kept_goes_backward_twice():
+    run_ranks(twice, 2, Plan(chunks=3))

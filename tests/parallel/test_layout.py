@@ -32,7 +32,7 @@ def test_rows_reach_every_member_that_holds_a_piece_of_their_expert(layout):
             member, place = divmod(slot, layout.local_experts)
             assert layout.experts_of(member)[place] == expert
     assert layout.copies * layout.num_experts == layout.members * layout.local_experts
-    of_slot = layout.expert_of_slot
+    of_slot = [expert for member in range(layout.members) for expert in layout.experts_of(member)]
     assert [of_slot[slot] for slots in layout.destinations for slot in slots] == [
         expert for expert, slots in enumerate(layout.destinations) for _ in slots
     ]

@@ -178,9 +178,10 @@ def test_a_plan_taken_for_its_memory_is_not_called_cheap_to_move():
 
 
 def test_data_parallel_is_not_called_cheaper_to_move_where_it_is_chosen_for_something_else():
-    """Slow memory: rows that stay are not written again and again, though the weights take longer to move than they."""
+    """Slow memory and a hot expert: no rank writes and computes its rows alone, though weights take longer to move."""
     profile = dataclasses.replace(cluster((9.5, 9.5, 12.0), (-6.0, -6.0, -6.0), "nccl"), memory_rate=1e9)
-    ranks, kind = Ranks(4, 2), a_layer((10, 10, 8), 8, 2, 1)
+    ranks, kind = Ranks(4, 2), a_layer((10, 10, 9), 4, 1, 1)
+    kind = dataclasses.replace(kind, work=dataclasses.replace(kind.work, skew=1))
     assert DataParallel in held(profile, kind, ranks, 50.0)
     said = plan_model(alone(kind), profile, ranks, batch=1, training=True).remarks()
     assert any("data parallel" in one for one in said)

@@ -7,7 +7,6 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 import transformers
 from jaxtyping import Float, Int
@@ -63,19 +62,28 @@ def experts_forward(
     """
     kernels, network = kernels_for(hidden_states.device), network_of(module)
     x = hidden_states.to(network.weights.down.dtype)  # norms may leave float32 before bfloat16 weights
-    routing = given_routing(top_k_index, top_k_weights, module.num_experts)
+    ids = _present(top_k_index, module.num_experts)
     # A reentrant checkpoint runs without gradients what it computes again with them: in training both go one way.
-    y = None if module.training else run_few_here(x, routing, network, {}, kernels)
+    y = None if module.training else run_few_here(x, ids, top_k_weights, network, {}, kernels)
     if y is None:
+        routing = _unscored(ids, top_k_weights, module.num_experts)
         y = run_here(x, routing, Dropless()(routing, Local().agree_max), network, {}, kernels)
     return y.to(hidden_states.dtype)
 
 
 def given_routing(ids: Int[Tensor, "T K"], weights: Float[Tensor, "T K"], num_experts: int) -> Routing:
     """Return what a transformers router said as a `Routing`; it says nothing of scores."""
-    present = (ids >= 0) & (ids < num_experts)
+    return _unscored(_present(ids, num_experts), weights, num_experts)
+
+
+def _present(ids: Int[Tensor, "T K"], num_experts: int) -> Int[Tensor, "T K"]:
+    """Return the ids, -1 for what is no expert here."""
+    return ids.masked_fill(ids >= num_experts, -1).clamp_(min=-1)
+
+
+def _unscored(ids: Int[Tensor, "T K"], weights: Float[Tensor, "T K"], num_experts: int) -> Routing:
     scores = weights.new_zeros(()).expand(len(ids), num_experts)
-    return Routing(torch.where(present, ids, -1), weights, scores=scores, logits=scores)
+    return Routing(ids, weights, scores=scores, logits=scores)
 
 
 def _registry() -> Any:

@@ -77,11 +77,13 @@ class Network:
 
     Attributes:
         module: whose gate, activation and norm they have.
-        weights: theirs, as views, gate and up separate.
-        opening: weights [E, D, 2F] and biases of gate and up in one, where they lie together.
+        form: what the decorator says of the module.
+        weights: theirs, as views: gate and up in one where they lie so, else separate.
+        opening: weights [E, D, 2F] and biases of gate and up in turns, where they lie so.
     """
 
     module: ExpertsModule
+    form: Form
     weights: MLPWeights
     opening: tuple[Tensor, Tensor | None] | None = None
 
@@ -90,14 +92,8 @@ class Network:
 
         None where the module does more than kernels know. Its weights are its own: `weights` is not read.
         """
-        activation = plain_activation(self.module)
-        if activation is None:
-            return None
-        if self.opening is None or not Form.of(self.module).is_concatenated:
-            return self.weights, activation
-        weight, bias = self.opening
-        down, down_bias = self.weights.down, self.weights.down_bias
-        return MLPWeights(weight.mT, down, up_bias=bias, down_bias=down_bias, joint=True), activation
+        activation = plain_activation(self.module, self.form)
+        return None if activation is None else (self.weights, activation)
 
     def compute(
         self, rows: Float[Tensor, "R D"], ends: Int[Tensor, " E"], weights: Mapping[str, Tensor], kernels: Kernels
@@ -105,21 +101,22 @@ class Network:
         """Run rows sorted by expert; the tail may hold anything, before and after. `weights` is not read."""
         hidden = self._hidden(rows, ends, kernels)
         out = kernels.grouped_mm(hidden, self.weights.down, ends, self.weights.down_bias)
-        if not Form.of(self.module).has_post_expert_norm:
+        if not self.form.has_post_expert_norm:
             return out
         return self.module.post_expert_norm(_without_tail(out, ends))  # the gradient of a norm's own weight sums rows
 
     def _hidden(self, rows: Tensor, ends: Tensor, kernels: Kernels) -> Tensor:
         module, mlp = self.module, self.weights
         if mlp.gate is None:
-            return module.act_fn(self._safe(kernels.grouped_mm(rows, mlp.up.mT, ends, mlp.up_bias), ends))
+            first = self._safe(kernels.grouped_mm(rows, mlp.up.mT, ends, mlp.up_bias), ends)
+            return module._apply_gate(first) if mlp.joint else module.act_fn(first)
         if self.opening is not None:
             weight, bias = self.opening
             first = kernels.grouped_mm(rows, weight, ends, bias)
         else:
             up = kernels.grouped_mm(rows, mlp.up.mT, ends, mlp.up_bias)
             gate = kernels.grouped_mm(rows, mlp.gate.mT, ends, mlp.gate_bias)
-            first = Form.of(module).joined(gate, up)
+            first = self.form.joined(gate, up)
         return module._apply_gate(self._safe(first, ends))
 
     def _safe(self, rows: Tensor, ends: Tensor) -> Tensor:
@@ -134,26 +131,33 @@ def network_of(module: ExpertsModule) -> Network:
     Raises:
         ValueError: it lacks a weight that the decorator promises.
     """
-    return network_from(module, {name: getattr(module, name) for name in weight_names(module)})
+    form = Form.of(module)
+    weights = {name: getattr(module, name, None) for name in form.names}
+    if not all(isinstance(weight, Tensor) for weight in weights.values()):
+        weight_names(module)  # says which
+    return _network(module, form, weights)
 
 
 def network_from(module: ExpertsModule, weights: Mapping[str, Tensor]) -> Network:
     """Return the network of weights laid out as those of a module."""
-    form = Form.of(module)
+    return _network(module, Form.of(module), weights)
+
+
+def _network(module: ExpertsModule, form: Form, weights: Mapping[str, Any]) -> Network:
     first, down, *biases = (weights[name] for name in form.names)
     first_bias, down_bias = biases or (None, None)
-    opening, down = (first, down) if form.is_transposed else (first.mT, down.mT)
-    if not form.has_gate:
-        return Network(module, MLPWeights(opening.mT, down, up_bias=first_bias, down_bias=down_bias))
-    gate, up = form.halves(opening.mT)
+    up, down = (first.mT, down) if form.is_transposed else (first, down.mT)
+    if form.is_concatenated or not form.has_gate:
+        return Network(module, form, MLPWeights(up, down, None, first_bias, None, down_bias, joint=form.has_gate))
+    gate, up = form.halves(up)
     gate_bias, up_bias = (None, None) if first_bias is None else form.halves(first_bias)
-    mlp = MLPWeights(up, down, gate, up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias)
-    return Network(module, mlp, (opening, first_bias))
+    opening = (first if form.is_transposed else first.mT, first_bias)
+    return Network(module, form, MLPWeights(up, down, gate, up_bias, gate_bias, down_bias), opening)
 
 
 def weights_from(module: ExpertsModule, mlp: MLPWeights) -> dict[str, Tensor]:
     """Return weights laid out as those of a module: undo `network_from`, with copies."""
-    form = Form.of(module)
+    form, mlp = Form.of(module), mlp.apart()
     first = mlp.up if mlp.gate is None else form.joined(mlp.gate, mlp.up)
     weights = [first.mT, mlp.down] if form.is_transposed else [first, mlp.down.mT]
     if mlp.up_bias is not None:
@@ -174,9 +178,9 @@ def weight_names(module: ExpertsModule) -> list[str]:
     return names
 
 
-def plain_activation(module: ExpertsModule) -> Callable[[Tensor], Tensor] | None:
+def plain_activation(module: ExpertsModule, form: Form) -> Callable[[Tensor], Tensor] | None:
     """Return a of a network that computes (a(x gate^T) * (x up^T)) down, or a(x up^T) down; None if it does more."""
-    form, gate = Form.of(module), type(module)._apply_gate
+    gate = type(module)._apply_gate
     if form.has_post_expert_norm or (form.has_gate and gate.__module__ != "transformers.integrations.moe"):
         return None
     return _KNOWN.get(type(module.act_fn), module.act_fn)

@@ -124,7 +124,7 @@ class TransformersExperts(Experts):
     def _network(self, weights: Mapping[str, Tensor]) -> Network:
         """See the weights of some experts [N, ...]; whole ones come as [N, 1, ...]."""
         if self.in_shards:
-            return Network(self.module, MLPWeights.of(weights))
+            return Network(self.module, Form.of(self.module), MLPWeights.of(weights))
         return network_from(self.module, {name: weight.flatten(0, 1) for name, weight in weights.items()})
 
     def _keep_whole(self, cut: Cut) -> None:
@@ -144,7 +144,7 @@ class TransformersExperts(Experts):
         if Form.of(module).has_post_expert_norm:
             raise ValueError(f"{type(module).__name__} has a norm after each expert, which no slice of one can apply")
         expert, shard = divmod(cut.index, shards)
-        like, mlp = module.down_proj, network_of(module).weights
+        like, mlp = module.down_proj, network_of(module).weights.apart()
         for name in weight_names(module):
             delattr(module, name)
         for name in SHARDS:

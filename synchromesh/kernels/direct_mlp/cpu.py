@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from synchromesh.kernels.activations import KNOWN, known_name
 from synchromesh.kernels.direct_mlp.op import define, run
+from synchromesh.kernels.direct_mlp.token import one_token
 from synchromesh.kernels.mlp import Activation, MLPWeights, Net
 from synchromesh.kernels.permute.cpu import sum_dtype
 from synchromesh.kernels.positions.cpu import check_range
@@ -51,12 +53,18 @@ def _forward(
 
 
 def _run(x: Tensor, weights: Tensor, expert_ids: Tensor, activation: str, net: Net, *, joint: bool) -> Tensor:
+    num_experts = net.up.shape[0]
+    if x.shape[0] == 1 and net.up_scale is None:
+        own = expert_ids.reshape(-1).tolist()
+        if own and not -1 <= min(own) <= max(own) < num_experts:
+            check_range(expert_ids, num_experts)
+        return one_token(x, weights, own, activation, net, joint=joint)
     ids, choices = expert_ids.reshape(-1).numpy(), expert_ids.shape[1]
-    if len(ids) and not -1 <= ids.min() <= ids.max() < len(net.up):
-        check_range(expert_ids, len(net.up))
+    if len(ids) and not -1 <= ids.min() <= ids.max() < num_experts:
+        check_range(expert_ids, num_experts)
     layout = laid_out(ids, _joins(x.dtype, net))
     rows = x.index_select(0, torch.from_numpy(layout.pair_of_slot // choices))
-    piece = Piece(0, len(rows), layout.batches)
+    piece = Piece(0, rows.shape[0], layout.batches)
     opened = up = _product(rows, net.up.mT, net.up_scale, net.up_bias, piece)
     if net.gate is not None:
         opened = _product(rows, net.gate.mT, net.gate_scale, net.gate_bias, piece)
@@ -72,10 +80,8 @@ def _run(x: Tensor, weights: Tensor, expert_ids: Tensor, activation: str, net: N
     if layout.padded:
         out = out.index_select(0, torch.from_numpy(layout.slots))
     scale = weights.reshape(-1).index_select(0, torch.from_numpy(layout.pairs)).to(sum_dtype(x.dtype))
-    if len(x) == 1:
-        return torch.mv(out.t().to(scale.dtype), scale)[None].to(x.dtype)
     y, tokens = torch.zeros(x.shape, dtype=scale.dtype), torch.from_numpy(layout.pairs // choices)
-    return y.index_add_(0, tokens, out * scale[:, None]).to(x.dtype)
+    return y.index_add_(0, tokens, out.to(scale.dtype).mul_(scale[:, None])).to(x.dtype)
 
 
 class Layout(NamedTuple):
@@ -112,15 +118,8 @@ def laid_out(ids: NDArray[np.int64], joins: Joins) -> Layout:
     per_expert = np.bincount(ids[pairs])
     experts = per_expert.nonzero()[0]
     counts = per_expert[experts]
-    batches: list[Batch] = []
-    for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
-        if batches:
-            first, stop, rows = batches[-1]
-            if joins(stop - first, rows, expert - stop, count):
-                batches[-1] = Batch(first, expert + 1, max(rows, count))
-                continue
-        batches.append(Batch(expert, expert + 1, count))
-    size = sum(batch.size for batch in batches)
+    batches = _batches(experts.tolist(), counts.tolist(), joins)
+    size = sum([batch.size for batch in batches])
     if size == len(pairs):
         return Layout(pairs, np.arange(size), pairs, batches, padded=False)
     firsts, sizes, rows = (np.array(part) for part in zip(*((b.first, b.size, b.rows) for b in batches), strict=True))
@@ -132,21 +131,36 @@ def laid_out(ids: NDArray[np.int64], joins: Joins) -> Layout:
     return Layout(pairs, slots, pair_of_slot, batches, padded=True)
 
 
+def _batches(experts: Sequence[int], counts: Sequence[int], joins: Joins) -> list[Batch]:
+    if not experts:
+        return []
+    batches, first, stop, rows = [], experts[0], experts[0] + 1, counts[0]
+    for expert, count in zip(experts[1:], counts[1:], strict=True):
+        if joins(stop - first, rows, expert - stop, count):
+            rows = max(rows, count)
+        else:
+            batches.append(Batch(first, stop, rows))
+            first, rows = expert, count
+        stop = expert + 1
+    return [*batches, Batch(first, stop, rows)]
+
+
 def _joins(dtype: torch.dtype, net: Net) -> Joins:
     """Return whether a batch of more experts, with more rows each, costs no more than two; never of 8-bit weights."""
     if net.up_scale is not None:
         return lambda *_: False
-    costs, numbers = costs_here(torch.get_num_threads(), dtype), net.down.shape[1] * net.down.shape[2]
+    return functools.partial(_joined, torch.get_num_threads(), dtype, net.down.shape[1] * net.down.shape[2])
 
-    def joins(experts: int, rows: int, skipped: int, count: int) -> bool:
-        return costs.joins(experts=experts, rows=rows, skipped=skipped, count=count, numbers=numbers)
 
-    return joins
+@functools.lru_cache(2**14)  # asked for each expert in use, in each layer and step: often the same
+def _joined(threads: int, dtype: torch.dtype, numbers: int, experts: int, rows: int, skipped: int, count: int) -> bool:
+    costs = costs_here(threads, dtype)
+    return costs.joins(experts=experts, rows=rows, skipped=skipped, count=count, numbers=numbers)
 
 
 def _product(rows: Tensor, matrix: Tensor, scale: Tensor | None, bias: Tensor | None, piece: Piece) -> Tensor:
     """Return the rows of each expert times its matrix [E, I, O], times its scale [E, O], plus its bias [E, O]."""
-    out = rows.new_empty(len(rows), matrix.shape[2])
+    out = rows.new_empty(rows.shape[0], matrix.shape[2])
     if scale is None:
         # A view of each expert in use, of many experts perhaps.
         multiply(rows, Matrices(matrix, matrix), piece, out, None if bias is None else Matrices(bias, bias))

@@ -47,7 +47,7 @@ def _forward(
     up, down, gate, *others = Net(*net).apart(joint=joint)
     own = Net(up, down, gate, *(None if one is None else one.contiguous() for one in others))
     x, ids = x.contiguous(), expert_ids.contiguous()
-    out = rows_of_few(x, ids, None, activation, own, ids.numel())
+    out = rows_of_few(x, ids, None, activation, own, ids.shape[1])
     return sum_rows(out, ids, weights.contiguous(), dtype=x.dtype, experts=len(up))
 
 

@@ -19,7 +19,7 @@ from synchromesh.kernels.fused_mlp.reference import compose_mlp
 from synchromesh.kernels.grouped_mm.cpu import grouped_mm, row_counts
 from synchromesh.kernels.memory import room, room_like, scratch
 from synchromesh.kernels.mlp import Activation, MLPWeights, Net
-from synchromesh.kernels.permute.cpu import combine, gather, kept_pairs
+from synchromesh.kernels.permute.cpu import combine, gather, kept_pairs, weighed
 from synchromesh.kernels.products import (
     Matrices,
     Piece,
@@ -34,8 +34,10 @@ from synchromesh.kernels.products import (
 )
 from synchromesh.types import RowMap
 
-BLOCK_ROWS = 512  # at least, that go forward at a time: enough for a full-speed product
-BLOCK_BYTES = 4 * 2**20  # of hidden rows: as many narrow ones as stay in the last-level cache, with few calls
+BLOCK_ROWS = 512  # at least, that are computed at a time: enough for a full-speed product
+# Bytes of hidden rows of a block: as many narrow ones as stay in the last-level cache, with few calls.
+FORWARD_BYTES = 8 * 2**20
+BACKWARD_BYTES = 4 * 2**20  # it holds more beside them
 
 
 def fuses(activation: Activation) -> bool:
@@ -56,9 +58,9 @@ def fused_mlp(
     return run(_fused_mlp, x, weights, rowmap, name, mlp)
 
 
-def block_rows(hidden: int, dtype: torch.dtype) -> int:
+def block_rows(hidden: int, dtype: torch.dtype, nbytes: int) -> int:
     """Return how many rows of a hidden width are computed at a time."""
-    return max(BLOCK_ROWS, BLOCK_BYTES // max(1, hidden * dtype.itemsize))
+    return max(BLOCK_ROWS, nbytes // max(1, hidden * dtype.itemsize))
 
 
 def _forward(
@@ -67,19 +69,26 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x, (tokens, scale) = x.contiguous(), kept_pairs(weights, pairs, ends, x.dtype)
     total, net, counts = Total.of(x, weights, scale), Net(*mlp), row_counts(ends)
+    if total.single and weights.dtype == x.dtype:
+        scale = scale.to(x.dtype)  # as it was: products that are rounded at once need no wider one
     up, down, gate = Matrices.of(net.up.mT), Matrices.of(net.down), _matrices(net.gate, turned=True)
     up_bias, down_bias, gate_bias = map(_matrices, (net.up_bias, net.down_bias, net.gate_bias))
     pre_up, pre_gate = (room(shape, x.dtype) for shape in pre_activations(pairs, mlp, save=save))
     narrow, wide = (x.shape[1], x.dtype), (net.down.shape[1], x.dtype)
-    # Pre-activations that backward needs are written where they stay; others are overwritten by the next block's.
+    # Pre-activations that backward needs are written where they stay; others are overwritten, by the hidden rows unless
+    # those would lie in one half of them, and by the next block's.
     opened = [] if save else [(net.up.shape[1], x.dtype), *([wide] if gate is not None else [])]
-    # Reused by every block: rows, output rows, their products with the weights, hidden rows, pre-activations.
-    most = block_rows(net.down.shape[1], x.dtype)
-    space = scratch(min(most, len(tokens)), narrow, narrow, (x.shape[1], total.y.dtype), wide, *opened)
+    apart = save or joint
+    # Reused by every block: pre-activations, hidden rows, rows, output rows, their products with the weights. What is
+    # multiplied has memory behind it, as oneDNN wants.
+    most = block_rows(net.down.shape[1], x.dtype, FORWARD_BYTES)
+    parts = [*opened, *([wide] if apart else []), narrow, narrow, (x.shape[1], total.y.dtype)]
+    space = scratch(min(most, len(tokens)), *parts)
     for piece in pieces(counts, most, batched_here(x.dtype, net.down[0].numel()), cut=True):
         own = slice(piece.start, piece.stop)
-        rows, out, scaled, hidden, *hs = (part[: piece.stop - piece.start] for part in space)
-        h_up, h_gate = (pre_up[own], pre_gate[own]) if save else (hs[0], hs[-1])
+        *hs, rows, out, scaled = (part[: piece.stop - piece.start] for part in space)
+        hidden = hs[-1]
+        h_up, h_gate = (pre_up[own], pre_gate[own]) if save else (hs[0], hidden)
         torch.index_select(x, 0, tokens[own], out=rows)
         # Products are per expert, everything between them runs on the whole block at once.
         multiply(rows, up, piece, h_up, up_bias)
@@ -88,7 +97,7 @@ def _forward(
         h = _separate(h_up, None if gate is None else h_gate, joint=joint)
         _activate(KNOWN[activation], *h, (hidden, hidden))
         multiply(hidden, down, piece, out, down_bias)
-        total.add(tokens[own], torch.mul(out, scale[own], out=scaled))
+        total.add(tokens[own], weighed(out, scale[own], scaled))
     return total.narrowed(x.dtype), pre_up, pre_gate
 
 
@@ -134,7 +143,8 @@ def _backward(
             clear_unused(counts, d)
     # No expert is cut: its weight gradients are single products that are written once, not added up.
     batched = batched_here(x.dtype, x.shape[1] * pre_up.shape[1])
-    own_pieces = list(pieces(counts, block_rows(Net(*mlp).down.shape[1], x.dtype), batched, cut=False))
+    at_most = block_rows(Net(*mlp).down.shape[1], x.dtype, BACKWARD_BYTES)
+    own_pieces = list(pieces(counts, at_most, batched, cut=False))
     most = max((piece.stop - piece.start for piece in own_pieces), default=0)
     space = _space(most, x, total, Net(*mlp).down.shape[1], gated=pre_gate.shape[0] > 0, joint=joint)
     for piece in own_pieces:
@@ -148,7 +158,7 @@ def _backward(
             d_scale[own] = d_s
         if total is not None:
             d_rows = _rows_gradient(nets.own, piece, *d_pre, own_space.d_rows)
-            total.add(at, torch.mul(d_rows, s, out=own_space.scaled))
+            total.add(at, weighed(d_rows, s, own_space.scaled))
     d_weights = weights.new_zeros(weights.shape)
     d_weights.view(-1)[pairs[: len(scale)]] = d_scale[:, 0].to(weights.dtype)
     return x.new_empty(0) if total is None else total.narrowed(x.dtype), d_weights, d_mlp

@@ -41,7 +41,7 @@ def fused_mlp(
         from synchromesh.kernels.quantized_mlp import triton
 
         return triton.fused_mlp(x, weights, rowmap, mlp, activation)
-    return run(_fused_mlp, x, weights, rowmap, name, mlp, by_token=True)
+    return run(_fused_mlp, x, weights, rowmap, name, mlp, more=[rowmap.token_of_rows()])
 
 
 def is_faster(x: Tensor, pairs: Tensor, down: Tensor) -> bool:
@@ -70,7 +70,7 @@ def forward(
     net, x, rows, weights = _net(mlp, joint=joint), aligned(x), rows.contiguous(), weights.contiguous()
     pre_up, pre_gate = (x.new_empty(shape) for shape in pre_activations(pairs, mlp, save=save))
     if not save and is_few(len(pairs), len(ends)):
-        out = rows_of_few(x, rows, ends, activation, net, len(pairs))
+        out = rows_of_few(x, pairs, ends, activation, net, rows.shape[1])
         return sum_rows(out, rows, weights, dtype=x.dtype), pre_up, pre_gate
     launch = _launch()
     pre = _pre(pre_up, pre_gate, joint=joint) if save else None
@@ -178,4 +178,4 @@ def _launch() -> ModuleType:
     return launch
 
 
-_fused_mlp = define("gluon", forward, backward, device=None, by_token=True)
+_fused_mlp = define("gluon", forward, backward, device=None, more=("tokens",))

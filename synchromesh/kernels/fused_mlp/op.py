@@ -15,26 +15,39 @@ from torch import Tensor
 from synchromesh.kernels import composed
 from synchromesh.kernels.activations import KNOWN
 from synchromesh.kernels.autocast import autocast_alike
+from synchromesh.kernels.mark.reference import unmarked
 from synchromesh.kernels.mlp import LEARNABLE, MLPWeights, Net
 from synchromesh.types import RowMap
 
 
 def run(
-    op: Any, x: Tensor, weights: Tensor, rowmap: RowMap, activation: str, mlp: MLPWeights, *, by_token: bool = False
+    op: Any,
+    x: Tensor,
+    weights: Tensor,
+    rowmap: RowMap,
+    activation: str,
+    mlp: MLPWeights,
+    *,
+    more: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Run an op in autocast's dtype; where no gradient is wanted, nothing is kept. `by_token` is that of `define`.
+    """Run an op in autocast's dtype; where no gradient is wanted, nothing is kept. `more` is what `define` names.
 
     Raises ValueError where x and the expert weights are not of one dtype then.
     """
     x, parts = autocast_alike(x, mlp.tensors()[:LEARNABLE])
     learns = any(tensor is not None and tensor.requires_grad for tensor in (x, weights, *parts))
     save = torch.is_grad_enabled() and learns
-    maps = [rowmap.pairs, rowmap.rows, rowmap.ends, *([rowmap.token_of_rows()] if by_token else [])]
-    return op(x, weights, *maps, activation, save, mlp.joint, *parts)[0]
+    return op(x, weights, rowmap.pairs, rowmap.rows, rowmap.ends, *more, activation, save, mlp.joint, *parts)[0]
 
 
 def define(
-    name: str, forward: Callable[..., Any], backward: Callable[..., Any], *, device: str | None, by_token: bool = False
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    *,
+    device: str | None,
+    more: tuple[str, ...] = (),
+    marks: bool = False,
 ) -> Any:
     """Define `synchromesh::fused_mlp_<name>` and its backward; return the former.
 
@@ -44,9 +57,10 @@ def define(
         backward: (grad, [x, weights, pairs, rows, ends, pre_up, pre_gate], net, activation, joint, needs) -> the
             gradients of x, of weights and of each parameter, without numbers where not needed.
         device: what tensors it is for; None means any.
-        by_token: whether both take the token of each row too, int32 [R], after ends.
+        more: names of further tensors that both take after ends.
+        marks: whether the last of these is the expert of each pair, and y is marked as by `mark`.
     """
-    inputs = 6 if by_token else 5  # tensors before the activation's name
+    inputs = 5 + len(more)  # tensors before the activation's name
     kept = inputs + 2  # and both pre-activations
     op = torch.library.custom_op(
         f"synchromesh::fused_mlp_{name}",
@@ -54,7 +68,7 @@ def define(
         mutates_args=(),
         device_types=device,
         schema="(Tensor x, Tensor weights, Tensor pairs, Tensor rows, Tensor ends,"
-        f"{' Tensor tokens,' if by_token else ''} str activation, bool save, bool joint,"
+        f"{''.join(f' Tensor {one},' for one in more)} str activation, bool save, bool joint,"
         " Tensor up, Tensor down, Tensor? gate, Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias)"
         " -> (Tensor, Tensor, Tensor)",
     )
@@ -72,6 +86,7 @@ def define(
             return (None,) * len(ctx.needs_input_grad)
         tensors = list(ctx.saved_tensors)  # read once: activation checkpointing unpacks each a single time
         if torch.is_grad_enabled():  # this backward will be differentiated
+            grad = unmarked(grad, tensors[1], tensors[inputs - 1]) if marks else grad
             grads = _composed(grad, tensors[:5], tensors[kept:], ctx.activation, ctx.joint, ctx.needs)
         else:
             made = backward_op(grad, tensors[:kept], tensors[kept:], ctx.activation, ctx.joint, ctx.needs)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 import triton
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from synchromesh.kernels.activations import known_name
@@ -36,6 +36,7 @@ from synchromesh.kernels.grouped_mm.triton import (
     weight_gradient,
 )
 from synchromesh.kernels.launch import given_or, on_its_device
+from synchromesh.kernels.mark.triton import mark, mark_tokens, unmarked
 from synchromesh.kernels.mlp import Activation, MLPWeights, Net
 from synchromesh.kernels.permute.triton import combine, gather, sum_rows, whole_tokens
 from synchromesh.kernels.tiles import Tiles, Tiling, programs_of, tiles_of
@@ -61,7 +62,25 @@ def fused_mlp(
         return compose_mlp(x, weights, rowmap, mlp, activation, pieces=(gather, grouped_mm, combine))
     if x.dtype == torch.float64:
         return reference.fused_mlp(x, weights, rowmap, mlp, activation)
-    return run(_fused_mlp, x, weights, rowmap, name, mlp, by_token=True)
+    return run(_fused_mlp, x, weights, rowmap, name, mlp, more=[rowmap.token_of_rows()])
+
+
+def marked_mlp(
+    x: Float[Tensor, "T D"],
+    weights: Float[Tensor, "T K"],
+    rowmap: RowMap,
+    expert_ids: Int[Tensor, "T K"],
+    mlp: MLPWeights,
+    activation: Activation,
+) -> Float[Tensor, "T D"]:
+    """Compute mark(fused_mlp(...), weights, expert_ids): the sum over a token's rows marks it, without a pass over y.
+
+    Raises ValueError where x and the expert weights are not of one dtype.
+    """
+    name = known_name(activation)
+    if name is None or x.dtype == torch.float64:
+        return mark(fused_mlp(x, weights, rowmap, mlp, activation), weights, expert_ids)
+    return run(_marked_mlp, x, weights, rowmap, name, mlp, more=[rowmap.token_of_rows(), expert_ids])
 
 
 @on_its_device
@@ -69,25 +88,46 @@ def _forward(
     x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, tokens: Tensor, activation: str, save: bool,
     joint: bool, *mlp: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _run(x, weights, (pairs, rows, ends, tokens), None, activation, mlp, save=save, joint=joint)
+
+
+@on_its_device
+def _marked_forward(
+    x: Tensor, weights: Tensor, pairs: Tensor, rows: Tensor, ends: Tensor, tokens: Tensor, expert_ids: Tensor,
+    activation: str, save: bool, joint: bool, *mlp: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    maps, marks = (pairs, rows, ends, tokens), expert_ids.contiguous()
+    return _run(x, weights, maps, marks, activation, mlp, save=save, joint=joint)
+
+
+def _run(
+    x: Tensor, weights: Tensor, maps: tuple[Tensor, Tensor, Tensor, Tensor], marks: Tensor | None, activation: str,
+    mlp: Sequence[Tensor | None], *, save: bool, joint: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return y, marked where marks are given, and both pre-activations."""
+    pairs, rows, ends, tokens = maps
     if gluon.is_faster(x, pairs, mlp[1]):
-        return gluon.forward(x, weights, pairs, rows, ends, tokens, activation, save, joint, *mlp)
+        made = gluon.forward(x, weights, pairs, rows, ends, tokens, activation, save, joint, *mlp)
+        if marks is not None:
+            mark_tokens(made[0], weights, marks)
+        return made
     net, x, rows, weights = _net(mlp, joint=joint), x.contiguous(), rows.contiguous(), weights.contiguous()
     pre_up, pre_gate = (x.new_empty(shape) for shape in pre_activations(pairs, mlp, save=save))
     pre = _pre(pre_up, pre_gate, joint=joint)
     if not save and is_few(len(pairs), len(ends)):
-        out = rows_of_few(x, rows, ends, activation, net, len(pairs))
-        return sum_rows(out, rows, weights, dtype=x.dtype), pre_up, pre_gate
+        out = rows_of_few(x, pairs, ends, activation, net, rows.shape[1])
+        return sum_rows(out, rows, weights, dtype=x.dtype, marks=marks), pre_up, pre_gate
     hidden = x.new_empty(len(pairs), net.up.shape[1])
     tilings = _tilings(x, pairs, ends)
     tiles = tiles_of(ends, len(pairs), tilings.opening.rows)
     _open(x, net, tiles, tilings.opening, tokens, activation, pre if save else None, hidden)
     if rows.shape[1] == 1 and not native.is_faster(Kind.PRODUCT, hidden, net.down.shape):
-        y = whole_tokens(x, rows)
+        y = whole_tokens(x, rows, None if marks is None else (weights, marks))
         to = Scatter(tokens, weights)
         product(hidden, net.down, tiles, tilings.product, out=y, bias=net.down_bias, scatter=to)
         return y, pre_up, pre_gate
     out = faster_product(hidden, net.down, ends, tiles, tilings.product, bias=net.down_bias)
-    return sum_rows(out, rows, weights, dtype=x.dtype), pre_up, pre_gate
+    return sum_rows(out, rows, weights, dtype=x.dtype, marks=marks), pre_up, pre_gate
 
 
 def _net(mlp: Sequence[Tensor | None], *, joint: bool) -> Net:
@@ -210,4 +250,16 @@ def _sum_weights(
     )  # fmt: skip
 
 
-_fused_mlp = define("triton", _forward, _backward, device=None, by_token=True)
+@on_its_device
+def _marked_backward(
+    grad: Tensor, saved: list[Tensor], mlp: list[Tensor | None], activation: str, joint: bool, needs: list[bool]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    *maps, expert_ids, pre_up, pre_gate = saved
+    grad = unmarked(grad, maps[1], expert_ids)
+    return _backward(grad, [*maps, pre_up, pre_gate], mlp, activation, joint, needs)
+
+
+_fused_mlp = define("triton", _forward, _backward, device=None, more=("tokens",))
+_marked_mlp = define(
+    "marked_triton", _marked_forward, _marked_backward, device=None, more=("tokens", "expert_ids"), marks=True
+)

@@ -1,6 +1,7 @@
 """mark on a GPU: one launch that reads the weights and writes only the rows of broken tokens.
 
 Where a gradient is wanted y is not written to: it belongs to autograd, and nothing may flow back from broken tokens.
+The fused network marks its own sums then (`marked_mlp`), and `unmarked` is the first step of its backward.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -32,10 +33,7 @@ def mark(
 )
 @on_its_device
 def _mark(y: Tensor, weights: Tensor, expert_ids: Tensor) -> None:
-    choices = weights.shape[1]
-    if y.numel() and choices:
-        grid, room = (len(y),), triton.next_power_of_2(choices)
-        _mark_tokens[grid](y, weights.contiguous(), expert_ids.contiguous(), y.shape[1], choices, CHOICES=room, BD=1024)
+    mark_tokens(y, weights, expert_ids)
 
 
 @_mark.register_fake
@@ -43,13 +41,55 @@ def _(y: Tensor, weights: Tensor, expert_ids: Tensor) -> None:
     return None
 
 
+def mark_tokens(y: Tensor, weights: Tensor, expert_ids: Tensor) -> None:
+    """Write NaN to the broken tokens of y [T, D], contiguous. Inside of an op, whose device is the current one."""
+    choices = weights.shape[1]
+    if y.numel() and choices:
+        grid, room = (len(y),), triton.next_power_of_2(choices)
+        _mark_tokens[grid](y, weights.contiguous(), expert_ids.contiguous(), y.shape[1], choices, CHOICES=room, BD=1024)
+
+
+def unmarked(grad: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
+    """Compute the reference's gradient, contiguous. Inside of an op, whose device is the current one.
+
+    It is a copy: what arrives belongs to others too, such as the residual around a layer.
+    """
+    grad, choices = grad.contiguous(), weights.shape[1]
+    if not (grad.numel() and choices):
+        return grad
+    out, room, wide = torch.empty_like(grad), triton.next_power_of_2(choices), min(1024, _padded(grad.shape[1]))
+    _unmark_tokens[(len(grad), triton.cdiv(grad.shape[1], wide))](
+        grad, weights.contiguous(), expert_ids.contiguous(), out, grad.shape[1], choices, CHOICES=room, BD=wide
+    )
+    return out
+
+
+def _padded(width: int) -> int:
+    return 1 << max(0, width - 1).bit_length()
+
+
 @triton.jit
-def _mark_tokens(y, weights, ids, width, choices, CHOICES: tl.constexpr, BD: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
+def is_broken(token, weights, ids, choices, CHOICES: tl.constexpr):
+    """Tell whether a token has a NaN weight of a present pair."""
     k = tl.arange(0, CHOICES)
     w = tl.load(weights + token * choices + k, mask=k < choices, other=0.0)
     present = tl.load(ids + token * choices + k, mask=k < choices, other=-1) >= 0
-    if tl.sum(((w != w) & present).to(tl.int32), 0) > 0:
+    return tl.sum(((w != w) & present).to(tl.int32), 0) > 0
+
+
+@triton.jit
+def _unmark_tokens(grad, weights, ids, out, width, choices, CHOICES: tl.constexpr, BD: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    dy = tl.load(grad + token * width + d, mask=d < width, other=0.0)
+    kept = tl.where(is_broken(token, weights, ids, choices, CHOICES), tl.zeros_like(dy), dy)
+    tl.store(out + token * width + d, kept, mask=d < width)
+
+
+@triton.jit
+def _mark_tokens(y, weights, ids, width, choices, CHOICES: tl.constexpr, BD: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    if is_broken(token, weights, ids, choices, CHOICES):
         for start in range(0, width, BD):
             d = start + tl.arange(0, BD)
             tl.store(

@@ -37,6 +37,15 @@ def kept_pairs(weights: Tensor, pairs: Tensor, ends: Tensor, dtype: torch.dtype)
     return pairs // weights.shape[1], weights_R1.to(sum_dtype(dtype))
 
 
+def weighed(rows: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    """Return rows [n, D] times their weights [n, 1], written into out, which may be wider than rows."""
+    if rows.dtype != scale.dtype == out.dtype:
+        return out.copy_(rows).mul_(
+            scale
+        )  # of mixed dtypes `mul` makes a wide copy of its own first, for twice the time
+    return torch.mul(rows, scale, out=out)
+
+
 def _blocks(num_rows: int) -> list[slice]:
     return [slice(row, min(row + BLOCK_ROWS, num_rows)) for row in range(0, num_rows, BLOCK_ROWS)]
 
@@ -91,7 +100,8 @@ def _combine(buffer: Tensor, weights: Tensor, pairs: Tensor, ends: Tensor) -> Te
     tokens, scale = kept_pairs(weights, pairs, ends, buffer.dtype)
     total = room((weights.shape[0], buffer.shape[1]), scale.dtype).zero_()
     for block in _blocks(len(tokens)):
-        total.index_add_(0, tokens[block], buffer[block] * scale[block])
+        rows = buffer[block]
+        total.index_add_(0, tokens[block], weighed(rows, scale[block], rows.new_empty(rows.shape, dtype=scale.dtype)))
     return total.to(buffer.dtype)
 
 

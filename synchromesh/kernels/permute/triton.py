@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from synchromesh.kernels import composed
-from synchromesh.kernels.launch import on_its_device
+from synchromesh.kernels.launch import given_or, on_its_device
+from synchromesh.kernels.mark.triton import is_broken
 from synchromesh.kernels.permute import reference
 from synchromesh.types import RowMap
 
@@ -33,33 +34,47 @@ def combine(buffer: Float[Tensor, "R D"], weights: Float[Tensor, "T K"], rowmap:
 
 
 def sum_rows(
-    buffer: Tensor, rows: Tensor, weights: Tensor | None, *, dtype: torch.dtype, experts: int | None = None
+    buffer: Tensor,
+    rows: Tensor,
+    weights: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    experts: int | None = None,
+    marks: Tensor | None = None,
 ) -> Tensor:
     """Return [T, D]: the sum over k of weights[t, k] · buffer[rows[t, k]], without weights where they are None.
 
     Given the number of experts, rows are the expert of each pair instead, and buffer [T * K, D] has a row for each.
+    Given marks, the expert of each pair, contiguous, tokens with a NaN weight of a present pair are NaN, as by `mark`.
     """
     y = torch.empty(rows.shape[0], buffer.shape[1], dtype=dtype, device=buffer.device)
     if y.numel():
         wide = _width(y)
         _sum_rows[(len(y), triton.cdiv(y.shape[1], wide))](
-            buffer, rows, rows if weights is None else weights, y, y.shape[1], rows.shape[1],
-            experts or 0, WEIGHTED=weights is not None, MAPPED=experts is None, BD=wide,
+            buffer, rows, given_or(weights, rows), given_or(marks, rows), y, y.shape[1], rows.shape[1],
+            experts or 0, WEIGHTED=weights is not None, MAPPED=experts is None, MARKED=marks is not None, BD=wide,
+            CHOICES=triton.next_power_of_2(max(1, rows.shape[1])),
         )  # fmt: skip
     return y
 
 
-def fill_absent(y: Tensor, rows: Tensor) -> None:
-    """Write 0 to the tokens of y [T, D] whose one choice has no row; others are left as they are."""
+def fill_absent(y: Tensor, rows: Tensor, marks: tuple[Tensor, Tensor] | None = None) -> None:
+    """Write 0 to the tokens of y [T, D] whose one choice has no row; others are left as they are.
+
+    Given marks, weights and the expert of each pair, it is NaN where the weight of a present pair is.
+    """
     if y.numel():
         wide = _width(y)
-        _fill_absent[(len(y), triton.cdiv(y.shape[1], wide))](rows, y, y.shape[1], BD=wide)
+        weights, ids = (rows, rows) if marks is None else marks
+        _fill_absent[(len(y), triton.cdiv(y.shape[1], wide))](
+            rows, weights, ids, y, y.shape[1], MARKED=marks is not None, BD=wide
+        )
 
 
-def whole_tokens(x: Tensor, rows: Tensor) -> Tensor:
+def whole_tokens(x: Tensor, rows: Tensor, marks: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Return memory like x [T, D] for tokens of one choice, each stored by its row's product; 0 for those without."""
     y = torch.empty_like(x)
-    fill_absent(y, rows)
+    fill_absent(y, rows, marks)
     return y
 
 
@@ -175,8 +190,9 @@ def _copy_rows(x, tokens, out, width, BD: tl.constexpr):
 
 @triton.jit
 def _sum_rows(
-    buffer, rows, weights, y, width, choices, experts, WEIGHTED: tl.constexpr, MAPPED: tl.constexpr, BD: tl.constexpr
-):
+    buffer, rows, weights, ids, y, width, choices, experts,
+    WEIGHTED: tl.constexpr, MAPPED: tl.constexpr, MARKED: tl.constexpr, BD: tl.constexpr, CHOICES: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     total = tl.zeros((BD,), tl.float32)
@@ -190,15 +206,20 @@ def _sum_rows(
             if WEIGHTED:
                 part *= tl.load(weights + token * choices + k).to(tl.float32)
             total += part
+    if MARKED:  # dropped pairs have no row, and show too
+        total = tl.where(is_broken(token, weights, ids, choices, CHOICES), float("nan"), total)
     tl.store(y + token * width + d, total.to(y.dtype.element_ty), mask=d < width)
 
 
 @triton.jit
-def _fill_absent(rows, y, width, BD: tl.constexpr):
+def _fill_absent(rows, weights, ids, y, width, MARKED: tl.constexpr, BD: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     if tl.load(rows + token) < 0:
         d = tl.program_id(1) * BD + tl.arange(0, BD)
-        tl.store(y + token * width + d, tl.zeros((BD,), y.dtype.element_ty), mask=d < width)
+        value = tl.zeros((BD,), tl.float32)
+        if MARKED:
+            value = tl.where(is_broken(token, weights, ids, 1, 1), float("nan"), value)
+        tl.store(y + token * width + d, value.to(y.dtype.element_ty), mask=d < width)
 
 
 @triton.jit

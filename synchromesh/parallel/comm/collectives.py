@@ -89,17 +89,24 @@ class _Summed:
 
 
 def all_to_all(
-    rows: Tensor, group: ProcessGroup | None, received: Sequence[int] | None = None, sent: Sequence[int] | None = None
+    rows: Tensor,
+    group: ProcessGroup | None,
+    received: Sequence[int] | None = None,
+    sent: Sequence[int] | None = None,
+    into: Tensor | None = None,
 ) -> InFlight:
     """Start to send rows [n, ...] to the ranks of a group, in its order.
 
     Args:
         received, sent: rows from and to each rank; None means equal numbers.
+        into: where to write what arrives, without gaps; None is memory of its own.
     """
     rows = rows.contiguous()
     if group is None:
-        return Arrived(rows)
-    out = rows.new_empty(len(rows) if received is None else sum(received), *rows.shape[1:])
+        return Arrived(rows if into is None else into.copy_(rows))
+    out = into
+    if out is None:
+        out = rows.new_empty(len(rows) if received is None else sum(received), *rows.shape[1:])
     splits = (None, None) if received is None or sent is None else (list(received), list(sent))
     work = dist.all_to_all_single(out, rows, *splits, group=group, async_op=True)
     return Pending(out, work, rows)

@@ -40,7 +40,7 @@ class Segments:
 
     def piece(self, chunk: int, chunks: int) -> Segments:
         """Return how many of each segment's rows belong to one of `chunks` pieces; they differ by one at most."""
-        return self.of(lambda counts: counts * (chunk + 1) // chunks - counts * chunk // chunks)
+        return self.of(lambda counts: piece(counts, chunk, chunks))
 
     @property
     def T(self) -> Segments:  # noqa: N802 - as numpy's and torch's
@@ -49,6 +49,11 @@ class Segments:
     def transpose(self, rows: Tensor) -> Tensor:
         """Reorder rows that lie in these segments into column-major order of the segments."""
         return _transposed(rows, self)
+
+
+def piece(counts: Any, chunk: int, chunks: int) -> Any:
+    """Return what `Segments.piece` does, for numbers of numpy or torch."""
+    return counts * (chunk + 1) // chunks - counts * chunk // chunks
 
 
 @uncompiled  # numbers of the host decide here

@@ -175,10 +175,13 @@ def test_weights_go_back_to_the_layout_they_came_from(form):
 
 
 def test_known_activations_are_told_to_the_kernels():
-    assert plain_activation(experts_of({}, act="silu")) is F.silu
-    assert plain_activation(experts_of({}, act="gelu")) is F.gelu
-    assert plain_activation(experts_of({"has_post_expert_norm": True})) is None
-    assert plain_activation(experts_of({}, gate=interleaved_gate)) is None
+    def activation(form, **more):
+        return plain_activation(experts_of(form, **more), Form(**form))
+
+    assert activation({}, act="silu") is F.silu
+    assert activation({}, act="gelu") is F.gelu
+    assert activation({"has_post_expert_norm": True}) is None
+    assert activation({}, gate=interleaved_gate) is None
 
 
 def test_a_module_of_an_early_release_says_less():

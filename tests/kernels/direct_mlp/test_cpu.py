@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from synchromesh.kernels import CPU, REFERENCE, MLPWeights
 from synchromesh.kernels.direct_mlp import cpu
+from synchromesh.kernels.product_costs import costs_here
 from synchromesh.testing.cases import NETWORKS, Case, evil_cases, network_parts, row_map_of, zipf
 from synchromesh.testing.compare import assert_close
 
@@ -69,3 +70,13 @@ def test_every_pair_has_a_place_of_its_own_among_its_experts(joins):
     expert_of_slot = [e for batch in layout.batches for e in range(batch.first, batch.stop) for _ in range(batch.rows)]
     assert [expert_of_slot[slot] for slot in layout.slots] == ids[layout.pairs].tolist()
     assert layout.padded == (len(expert_of_slot) > len(layout.pairs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_batch_takes_in_an_expert_by_the_costs_of_this_machine(dtype):
+    net, costs = mlp_of("plain", 4, dtype).tensors(), costs_here(torch.get_num_threads(), dtype)
+    joins, sizes = cpu._joins(dtype, net), [(1, 1, 0, 1), (1, 1, 3, 2), (4, 2, 0, 1), (1, 1, 10**9, 1)]
+    wanted = [costs.joins(experts=e, rows=r, skipped=s, count=c, numbers=10 * 17) for e, r, s, c in sizes]
+    assert [joins(*own) for own in sizes] == wanted
+    assert [joins(*own) for own in sizes] == wanted  # asked again
+    assert len(set(wanted)) == 2

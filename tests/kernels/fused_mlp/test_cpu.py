@@ -36,7 +36,7 @@ def test_gradcheck(kind):
 
 
 def test_inference_never_holds_all_hidden_rows():
-    num_rows, hidden = 65536, 64
+    num_rows, hidden = 131072, 64
     rowmap = row_map_of(torch.zeros(num_rows, 1, dtype=torch.int64), 2)
     parts = parts_of("plain", 2, torch.float32, width=2, hidden=hidden)
     x, weights = torch.randn(num_rows, 2), torch.rand(num_rows, 1)
@@ -103,3 +103,18 @@ def test_blocks_that_cut_experts_change_no_result(monkeypatch, kind, dtype):
         results.append({"y": y, **{name: tensor.grad for name, tensor in own.items()}})
     for name in results[0]:
         assert_close(name, results[0][name], results[1][name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("choices", [1, 2])
+@KINDS
+def test_inference_overwrites_its_blocks_and_gives_the_bits_of_training(monkeypatch, kind, choices, dtype):
+    monkeypatch.setattr(cpu, "block_rows", lambda *_: 7)
+    rowmap, parts = row_map_of(zipf(30, 5, choices), 5), parts_of(kind, 5, dtype)
+    x, weights = torch.randn(30, WIDTH).to(dtype), torch.rand(30, choices).to(dtype)
+    own = run(CPU, rowmap, F.gelu, kind)
+    with torch.no_grad():
+        y = own(x, weights, **parts)
+    assert torch.equal(y, own(x.requires_grad_(), weights, **parts).detach())
+    assert_close("y", y, run(REFERENCE, rowmap, F.gelu, kind)(x.detach(), weights, **parts))
+    assert torch.equal(y, own(x.detach(), weights.float(), **parts))  # bfloat16 weights lose nothing as they are

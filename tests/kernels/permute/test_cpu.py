@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from synchromesh.kernels import CPU
+from synchromesh.kernels.permute.cpu import weighed
 from synchromesh.testing.cases import Case, evil_cases, row_map_of
 
 CASES = pytest.mark.parametrize("case", evil_cases(), ids=lambda case: case.name)
@@ -26,3 +27,12 @@ def test_registrations_agree_with_the_kernels(case: Case):
     buffer = torch.randn(len(rowmap.pairs), 4, requires_grad=True)
     weights = torch.rand(case.expert_ids.shape, requires_grad=True)
     torch.library.opcheck(ops.combine_cpu.default, (buffer, weights, rowmap.pairs, rowmap.ends))
+
+
+@pytest.mark.parametrize("scale", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_times_their_weights_are_rounded_once(rows, scale):
+    a, b = torch.randn(20, 3).to(rows), torch.randn(20, 1).to(scale)
+    out = torch.promote_types(rows, scale)
+    wanted = (a.double() * b.double()).to(out)  # products of float32 fit into float64
+    assert torch.equal(weighed(a, b, torch.full((20, 3), torch.nan, dtype=out)), wanted)

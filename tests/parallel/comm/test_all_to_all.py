@@ -11,6 +11,16 @@ from synchromesh.parallel.comm.segments import Segments
 from synchromesh.testing.distributed import run_ranks
 
 
+def named(member, counts, others, chunk, chunks):
+    """Return the rows of a piece that a member sends to others, in their order; each tells who sends what to whom."""
+    rows = []
+    for other in others:
+        for expert, n in enumerate(counts[other]):
+            own = range(n * chunk // chunks, n * (chunk + 1) // chunks)
+            rows += [[member, other, expert, number] for number in own]
+    return torch.tensor(rows, dtype=torch.float64).view(-1, 4)
+
+
 def carried(ranks_per_node, ranks, chunks, seed):
     """Exchange by both ways, ragged and even; return whether all arrives and returns alike."""
     world = Grid.from_group(dist.group.WORLD, ranks_per_node=ranks_per_node)
@@ -21,22 +31,33 @@ def carried(ranks_per_node, ranks, chunks, seed):
         counts = generator.integers(0, 4 if trial else 1, (len(ranks), len(ranks), 3))  # nothing at all at first
         member = ranks.index(world.rank)
         own = torch.from_numpy(counts[member])
-        rows = torch.rand(int(own.sum()), 2, dtype=torch.float64)
         results = []
         for two_level in (False, True):
             between = all_to_all_between(world, ranks, two_level=two_level)
-            read = between.exchange_counts(own)
+            order = list(between.order)
+            sent = own[order]  # rows lie so that messages take them as they are
+            read = between.exchange_counts(sent)
             pieces, taken = [], 0
-            for route in between.routes(Segments(read.numpy(), read), Segments(own.numpy(), own), chunks):
-                part = rows[taken : taken + route.num_sent]
+            for chunk, route in enumerate(
+                between.routes(Segments(read.numpy(), read), Segments(sent.numpy(), sent), chunks)
+            ):
+                part = named(member, counts[member], order, chunk, chunks)
+                assert len(part) == route.num_sent
                 taken += route.num_sent
                 there = route.there(part).wait()
-                assert np.array_equal(route.received.host, route.received.device)
+                wanted = [named(other, counts[other], [member], chunk, chunks) for other in range(len(ranks))]
+                assert torch.equal(there, torch.cat(wanted)), "what arrives lies by member"
+                returned = torch.empty_like(part)
+                assert route.back(there, returned).wait() is returned
+                assert torch.equal(returned, part)
                 assert torch.equal(route.back(there).wait(), part)
-                pieces.append((there, route.received.host))
+                pieces.append((there, route.received))
             received = sum(found for _, found in pieces)
             assert np.array_equal(received, counts[:, member])
-            assert taken == len(rows)
+            known = between.received(Segments(read.numpy(), read))
+            assert np.array_equal(known.host, received)
+            assert np.array_equal(known.host, known.device)
+            assert taken == own.sum()
             even = between.even_route(3, 2)
             block = torch.full((even.num_sent, 1), float(member))
             there = even.there(block).wait()

@@ -24,8 +24,9 @@ from synchromesh.compat.tutel.communicate.plain import (
     simple_split,
 )
 from synchromesh.parallel.comm import collectives
-from synchromesh.parallel.comm.all_to_all import all_to_all_between
+from synchromesh.parallel.comm.all_to_all import TwoLevelAllToAll, all_to_all_between
 from synchromesh.parallel.comm.collectives import InFlight
+from synchromesh.parallel.comm.segments import Segments
 from synchromesh.planning.lattice import two_level_refusal
 
 OnTensor = Callable[[Tensor], Tensor]
@@ -164,7 +165,10 @@ def _send(pieces: Tensor, group: ProcessGroup, two_level: bool) -> InFlight:
     grid = grid_of(group)
     if not two_level or two_level_refusal([grid.node_of(rank) for rank in range(grid.size)]):
         return collectives.all_to_all(pieces, group)
-    return all_to_all_between(grid, tuple(range(grid.size)), two_level=True).even_route(1, 1).there(pieces)
+    between = all_to_all_between(grid, tuple(range(grid.size)), two_level=True)
+    assert isinstance(between, TwoLevelAllToAll)
+    in_order = Segments.even(between.nodes, between.local, 1).transpose(pieces)
+    return between.even_route(1, 1).there(in_order)
 
 
 class _Arrive(Function):
