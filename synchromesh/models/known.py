@@ -41,8 +41,9 @@ class Known:
 
 def known_here(of: Sequence[Tensor]) -> bool:
     """Tell whether the numbers of such tensors can be compared at little cost: on a CPU, and not while tracing."""
-    plain = all(type(one) in (Tensor, nn.Parameter, nn.Buffer) and one.device.type == "cpu" for one in of)
-    return plain and not torch.compiler.is_compiling() and not transformed()
+    if torch.compiler.is_compiling() or transformed():
+        return False
+    return all(type(one) in (Tensor, nn.Parameter) and one.device.type == "cpu" for one in of)
 
 
 def _equal(old: Sequence[Tensor], new: Sequence[Tensor]) -> bool:
