@@ -157,7 +157,7 @@ def test_nothing_prints_the_usage_and_fails(capsys: pytest.CaptureFixture[str]) 
         (["train", "digits", "--batch-size", "0", "--run", "RUN"], "batch_size is 0, wanted at least 1"),
         (["train", "digits", "--model.experts.blocks.1", "7", "--run", "RUN"], "the model cannot be built: experts in"),
         (["train", "digits", "--keep.device", "abacus", "--run", "RUN"], "there is no device 'abacus'"),
-        (["train", "digits", "--start.weights", "/nowhere.pt", "--run", "RUN"], "/nowhere.pt does not exist"),
+        (["train", "digits", "--start.weights", "/nowhere.pt", "--run", "RUN"], "/nowhere.pt do not exist"),
         (["train", "digits", "--seed", "-1", "--run", "RUN"], "seed is -1, wanted at least 0"),
         (["predict", "a.png", "--run", "/nowhere", "--top", "0"], "--top is 0, wanted at least 1"),
         (["eval", "/nowhere"], "/nowhere does not exist"),
