@@ -46,7 +46,7 @@ def matmul(a: Float[Tensor, "R I"], b: Float[Tensor, "I O"], out: Float[Tensor, 
     """Write a b, plus a bias [O], into out."""
     rows = _padded(a, b.numel())
     if rows is not None:
-        for to, own in zip(_parts(out), _parts(rows, like=out), strict=False):
+        for to, own in zip(_parts(out), _parts(rows, like=out), strict=True):
             to.copy_(onednn_linear(own, b.t(), bias, gelu=False)[: len(to)])
     elif bias is None:
         torch.mm(a, b, out=out)
@@ -60,7 +60,7 @@ def add_matmul(a: Float[Tensor, "R I"], b: Float[Tensor, "I O"], out: Float[Tens
     if rows is None:
         out.addmm_(a, b)
         return
-    for to, own in zip(_parts(out), _parts(rows, like=out), strict=False):
+    for to, own in zip(_parts(out), _parts(rows, like=out), strict=True):
         to += onednn_linear(own, b.t(), None, gelu=False)[: len(to)]
 
 

@@ -25,7 +25,7 @@ def linear(
     if _trains(x, weight):
         y = _Linear.apply(x, weight, bias)
         return F.gelu(y) if gelu else y
-    if not _fuses(x):
+    if not _fuses(x, weight):
         y = F.linear(x, weight, bias)
         return F.gelu(y) if gelu else y
     if torch.is_autocast_enabled("cpu"):
@@ -69,13 +69,18 @@ def _trains(x: Tensor, weight: Tensor) -> bool:
     if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
     plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in (x, weight))
-    return plain and prefers_onednn(x.numel() // max(1, x.shape[-1]), weight.numel(), x.dtype)
+    return plain and _agree(x, weight) and prefers_onednn(x.numel() // max(1, x.shape[-1]), weight.numel(), x.dtype)
 
 
-def _fuses(x: Tensor) -> bool:
+def _agree(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether they can be multiplied; where not, torch says so in plainer words than oneDNN."""
+    return x.dtype == weight.dtype and x.shape[-1] == weight.shape[1]
+
+
+def _fuses(x: Tensor, weight: Tensor) -> bool:
     if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() == 0:
         return False
-    if transformed():
+    if transformed() or x.shape[-1] != weight.shape[1]:
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     if dtype == torch.bfloat16 and not onednn_has_bfloat16():

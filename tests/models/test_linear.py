@@ -112,3 +112,9 @@ def test_a_forward_put_in_its_place_is_called() -> None:
     layer.forward = lambda x: x  # as by what brings weights at each call, such as accelerate
     with torch.no_grad():
         assert apply(layer, x) is x
+
+
+@pytest.mark.usefixtures("everything_by_onednn")
+def test_another_dtype_is_refused_in_torchs_words() -> None:
+    with pytest.raises(RuntimeError, match="dtype"):
+        apply(nn.Linear(12, 9).bfloat16(), torch.randn(7, 12))

@@ -52,7 +52,8 @@ def test_an_old_run_resumes_to_the_numbers_it_would_have_had(run: Path) -> None:
         for name in names & one.keys():
             # Bit for bit where it was written. Others round sums otherwise, and that grows: moments or draws that were
             # lost would show in the first steps after the stop.
-            bound = 1e-3 if one["step"] <= STOPPED + 5 else 3e-2
+            # (Without its moments this run is off by 4e-4 at step 30.)
+            bound = 2e-4 if one["step"] <= STOPPED + 3 else 3e-2
             assert one[name] == pytest.approx(other[name], rel=bound, abs=0.05 if name == "accuracy" else 1e-9)
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["steps"], summary["best_step"]) == (42, 42)

@@ -57,15 +57,15 @@ def unmarked(grad: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
     grad, choices = grad.contiguous(), weights.shape[1]
     if not (grad.numel() and choices):
         return grad
-    out, room, wide = torch.empty_like(grad), triton.next_power_of_2(choices), min(1024, _padded(grad.shape[1]))
+    out, room, wide = (
+        torch.empty_like(grad),
+        triton.next_power_of_2(choices),
+        min(1024, triton.next_power_of_2(grad.shape[1])),
+    )
     _unmark_tokens[(len(grad), triton.cdiv(grad.shape[1], wide))](
         grad, weights.contiguous(), expert_ids.contiguous(), out, grad.shape[1], choices, CHOICES=room, BD=wide
     )
     return out
-
-
-def _padded(width: int) -> int:
-    return 1 << max(0, width - 1).bit_length()
 
 
 @triton.jit

@@ -40,9 +40,7 @@ def kept_pairs(weights: Tensor, pairs: Tensor, ends: Tensor, dtype: torch.dtype)
 def weighed(rows: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     """Return rows [n, D] times their weights [n, 1], written into out, which may be wider than rows."""
     if rows.dtype != scale.dtype == out.dtype:
-        return out.copy_(rows).mul_(
-            scale
-        )  # of mixed dtypes `mul` makes a wide copy of its own first, for twice the time
+        return out.copy_(rows).mul_(scale)  # `mul` of mixed dtypes makes a wide copy of its own, for twice the time
     return torch.mul(rows, scale, out=out)
 
 
