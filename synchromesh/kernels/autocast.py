@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from synchromesh.kernels.memory import HUGE_FROM, room
+from synchromesh.kernels.memory import HUGE_FROM, room, room_like
 from synchromesh.torch_private import transformed
 
 
@@ -20,16 +20,37 @@ def autocast(x: Tensor, others: Sequence[Tensor | None]) -> tuple[Tensor, list[T
     return _cast(x, dtype), [None if other is None else _cast(other, dtype) for other in others]
 
 
-def autocast_alike(x: Tensor, others: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
-    """Do as `autocast`, and refuse what is not of one dtype then. Raises ValueError."""
-    x, cast = autocast(x, others)
+def autocast_alike(
+    x: Tensor, others: Sequence[Tensor | None], *, narrowed: int = 0
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Do as `autocast`, and refuse what is not of one dtype then.
+
+    Args:
+        x: the input.
+        others: weights.
+        narrowed: how many of these, from the first on, the kernel casts itself, an expert at a time (`narrow`): those
+            that are large and float32 stay so.
+
+    Raises:
+        ValueError: they are of several dtypes.
+    """
+    stays = [number < narrowed and _stays(other) for number, other in enumerate(others)]
+    x, cast = autocast(x, [None if stay else other for stay, other in zip(stays, others, strict=True)])
     strange = {other.dtype for other in cast if other is not None} - {x.dtype}
     if strange:
         raise ValueError(
             f"got an input of {x.dtype} and expert weights of {', '.join(map(str, strange))}, wanted one dtype: "
             "convert the module or the input, or use torch.autocast"
         )
-    return x, cast
+    return x, [wide if stay else other for stay, wide, other in zip(stays, others, cast, strict=True)]
+
+
+def narrow(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return matrices of some experts in a dtype, laid out as they are, without gradient.
+
+    What is cast just before it is multiplied comes out of a cache; all experts together would go to memory and back.
+    """
+    return matrices if matrices.dtype == dtype else room_like(matrices, dtype).copy_(matrices)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -48,6 +69,13 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return cast(gradients[0], ctx.dtype), None
+
+
+def _stays(tensor: Tensor | None) -> bool:
+    if tensor is None or tensor.dtype != torch.float32 or not torch.is_autocast_enabled("cpu"):
+        return False
+    dtype = torch.get_autocast_dtype("cpu")
+    return dtype != tensor.dtype and _large(tensor, dtype)
 
 
 def _large(tensor: Tensor, dtype: torch.dtype) -> bool:

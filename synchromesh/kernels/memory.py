@@ -27,11 +27,12 @@ def room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(pages().take(nbytes)).view(dtype).view(*shape)
 
 
-def room_like(tensor: Tensor) -> Tensor:
-    """Return room laid out as a tensor is: contiguous, or with its last two dims swapped."""
+def room_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return room laid out as a tensor is: contiguous, or with its last two dims swapped; in another dtype if asked."""
+    dtype = tensor.dtype if dtype is None else dtype
     if tensor.is_contiguous() or not tensor.mT.is_contiguous():
-        return room(tensor.shape, tensor.dtype)
-    return room(tensor.mT.shape, tensor.dtype).mT
+        return room(tensor.shape, dtype)
+    return room(tensor.mT.shape, dtype).mT
 
 
 def scratch(num_rows: int, *parts: tuple[int, torch.dtype]) -> list[Tensor]:

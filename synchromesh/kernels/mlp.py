@@ -131,6 +131,9 @@ class Net(NamedTuple):
         return [Net(*own) for own in zip(*each, strict=True)]
 
 
+MATRICES = 3
+"""How many of a net's tensors, from the first on, are matrices."""
+
 LEARNABLE = 6
 """How many of a net's tensors, from the first on, may want a gradient: all but the scales."""
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from synchromesh.kernels.autocast import narrow
 from synchromesh.kernels.matmul import add_matmul, matmul, matmul_turned
+from synchromesh.kernels.memory import room_like
 from synchromesh.kernels.product_costs import costs_here
 
-Batched = Callable[[int], bool]  # of the rows of each: whether neighbours are multiplied in one call
+# (experts so far, rows of each) -> whether the next one, of as many rows, is multiplied in the same call.
+Batched = Callable[[int, int], bool]
+
+# Of matrices that are cast for one call: they are to stay in the last-level cache until they are multiplied.
+NARROWED_BYTES = 4 * 2**20
 
 
 class Batch(NamedTuple):
@@ -99,16 +106,24 @@ def pieces(counts: Sequence[int], most: int, batched: Batched, *, cut: bool) -> 
         yield Piece(start, row, list(_batches(members, batched)))
 
 
-def batched_here(dtype: torch.dtype, numbers: int) -> Batched:
-    """Return which way costs this machine less, for matrices of so many numbers."""
-    costs = costs_here(torch.get_num_threads(), dtype)
-    return lambda rows: costs.batches(rows=rows, numbers=numbers)
+def batched_here(dtype: torch.dtype, matrices: Tensor) -> Batched:
+    """Return which way costs this machine less, where rows of a dtype are multiplied by matrices [E, I, O]."""
+    costs, numbers = costs_here(torch.get_num_threads(), dtype), matrices.shape[1] * matrices.shape[2]
+    most = most_together(dtype, matrices)
+    return lambda experts, rows: experts < most and costs.batches(rows=rows, numbers=numbers)
+
+
+def most_together(dtype: torch.dtype, matrices: Tensor) -> int:
+    """Return how many experts are multiplied in one call at most: any number, unless they are cast for it."""
+    if matrices.dtype == dtype:
+        return sys.maxsize
+    return max(1, NARROWED_BYTES // max(1, matrices.shape[1] * matrices.shape[2] * dtype.itemsize))
 
 
 def _batches(members: Sequence[tuple[int, int]], batched: Batched) -> Iterator[Batch]:
     first, stop, rows = 0, 0, -1
     for expert, count in members:
-        if (stop, rows) == (expert, count) and batched(count):
+        if (stop, rows) == (expert, count) and batched(stop - first, count):
             stop += 1
             continue
         if rows > 0:
@@ -118,37 +133,47 @@ def _batches(members: Sequence[tuple[int, int]], batched: Batched) -> Iterator[B
 
 
 def multiply(a: Tensor, by: Matrices, piece: Piece, out: Tensor, bias: Matrices | None = None) -> None:
-    """Write the rows [R, I] of each expert times its matrix [I, O], plus its bias [O], into out [R, O]."""
+    """Write the rows [R, I] of each expert times its matrix [I, O], plus its bias [O], into out [R, O].
+
+    Matrices, here and in `add_product`, may be of a wider dtype than rows: each is cast for its product.
+    """
     for batch, own, to in piece.each(a, out):
         if batch.stop - batch.first > 1:
+            matrices = narrow(by.all[batch.experts], a.dtype)
             if bias is None:
-                torch.bmm(batch.of(own), by.all[batch.experts], out=batch.of(to))
+                torch.bmm(batch.of(own), matrices, out=batch.of(to))
             else:
-                added = bias.all[batch.experts, None]
-                torch.baddbmm(added, batch.of(own), by.all[batch.experts], out=batch.of(to))
+                torch.baddbmm(bias.all[batch.experts, None], batch.of(own), matrices, out=batch.of(to))
         else:
-            matmul(own, by.each[batch.first], to, None if bias is None else bias.each[batch.first])
+            matrix = narrow(by.each[batch.first], a.dtype)
+            matmul(own, matrix, to, None if bias is None else bias.each[batch.first])
 
 
 def add_product(a: Tensor, by: Matrices, piece: Piece, out: Tensor) -> None:
     """Add the rows [R, I] of each expert times its matrix [I, O] to out [R, O]."""
     for batch, own, to in piece.each(a, out):
         if batch.stop - batch.first > 1:
-            batch.of(to).baddbmm_(batch.of(own), by.all[batch.experts])
+            batch.of(to).baddbmm_(batch.of(own), narrow(by.all[batch.experts], a.dtype))
         else:
-            add_matmul(own, by.each[batch.first], to)
+            add_matmul(own, narrow(by.each[batch.first], a.dtype), to)
 
 
 def multiply_rows(a: Tensor, b: Tensor, piece: Piece, out: Matrices) -> None:
-    """Write aᵀ·b of each expert's rows [R, I] and [R, O] into out [E, I, O], which may be transposed."""
+    """Write aᵀ·b of each expert's rows [R, I] and [R, O] into out [E, I, O], which may be transposed, and wider."""
     if not out.all.is_contiguous() and out.all.mT.is_contiguous():
         # outᵀ = bᵀ·a is the same product, with a result that is contiguous.
         a, b, out = b, a, Matrices.of(out.all.mT)
     for batch, left, right in piece.each(a, b):
         if batch.stop - batch.first > 1:
-            torch.bmm(batch.of(left).mT, batch.of(right), out=out.all[batch.experts])
+            to = out.all[batch.experts]
+            own = to if to.dtype == a.dtype else room_like(to, a.dtype)
+            torch.bmm(batch.of(left).mT, batch.of(right), out=own)
         else:
-            matmul_turned(left, right, out.each[batch.first])
+            to = out.each[batch.first]
+            own = to if to.dtype == a.dtype else room_like(to, a.dtype)
+            matmul_turned(left, right, own)
+        if own is not to:
+            to.copy_(own)
 
 
 def sum_rows(a: Tensor, piece: Piece, out: Matrices) -> None:

@@ -119,8 +119,11 @@ class Local(Strategy):
     def run(
         self, x: Float[Tensor, "T D"], routing: Routing, rowmap: RowMap, experts: Experts, plan: Plan
     ) -> Float[Tensor, "T D"]:
-        kernels, dtype = self.kernels_on(x.device), compute_dtype(x)
-        whole = {name: cast(part, dtype) for name, part in _whole(experts).items()}
+        kernels, dtype, parts = self.kernels_on(x.device), compute_dtype(x), _whole(experts)
+        mlp = experts.mlp(parts)
+        # A fused pass under autocast casts by itself, on a CPU each expert just before it is multiplied.
+        casts = mlp is not None and kernels.fuses(mlp[1]) and torch.is_autocast_enabled(x.device.type)
+        whole = {name: part if casts and _is_wide(part, dtype) else cast(part, dtype) for name, part in parts.items()}
         return run_here(x.to(dtype), routing, rowmap, experts, whole, kernels)
 
     def run_marked(
@@ -154,6 +157,10 @@ class Local(Strategy):
 def _whole(experts: Experts) -> dict[str, Tensor]:
     """Return the parts seen with dim 0 = E."""
     return {name: part.unflatten(0, (experts.num_experts, -1)) for name, part in experts.parts().items()}
+
+
+def _is_wide(part: Tensor, dtype: torch.dtype) -> bool:
+    return part.dtype == torch.float32 and dtype.itemsize < part.dtype.itemsize
 
 
 def run_here(

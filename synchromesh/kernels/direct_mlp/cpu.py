@@ -19,7 +19,7 @@ from synchromesh.kernels.mlp import Activation, MLPWeights, Net
 from synchromesh.kernels.permute.cpu import sum_dtype
 from synchromesh.kernels.positions.cpu import check_range
 from synchromesh.kernels.product_costs import costs_here
-from synchromesh.kernels.products import Batch, Matrices, Piece, multiply
+from synchromesh.kernels.products import Batch, Matrices, Piece, most_together, multiply
 
 MOST_PAIRS = 512  # for more of them the fused way is faster
 
@@ -43,7 +43,7 @@ def direct_mlp(
 
     Raises ValueError for an id outside of -1 .. E-1, and where x and the expert weights are not of one dtype.
     """
-    return run(_direct_mlp, x, weights, expert_ids, mlp, activation)
+    return run(_direct_mlp, x, weights, expert_ids, mlp, activation, narrows=True)
 
 
 def _forward(
@@ -149,13 +149,16 @@ def _joins(dtype: torch.dtype, net: Net) -> Joins:
     """Return whether a batch of more experts, with more rows each, costs no more than two; never of 8-bit weights."""
     if net.up_scale is not None:
         return lambda *_: False
-    return functools.partial(_joined, torch.get_num_threads(), dtype, net.down.shape[1] * net.down.shape[2])
+    numbers, most = net.down.shape[1] * net.down.shape[2], most_together(dtype, net.down)
+    return functools.partial(_joined, torch.get_num_threads(), dtype, numbers, most)
 
 
 @functools.lru_cache(2**14)  # asked for each expert in use, in each layer and step: often the same
-def _joined(threads: int, dtype: torch.dtype, numbers: int, experts: int, rows: int, skipped: int, count: int) -> bool:
+def _joined(
+    threads: int, dtype: torch.dtype, numbers: int, most: int, experts: int, rows: int, skipped: int, count: int
+) -> bool:
     costs = costs_here(threads, dtype)
-    return costs.joins(experts=experts, rows=rows, skipped=skipped, count=count, numbers=numbers)
+    return experts + skipped < most and costs.joins(experts=experts, rows=rows, skipped=skipped, count=count, numbers=numbers)
 
 
 def _product(rows: Tensor, matrix: Tensor, scale: Tensor | None, bias: Tensor | None, piece: Piece) -> Tensor:

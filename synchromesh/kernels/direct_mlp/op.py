@@ -10,7 +10,7 @@ from torch import Tensor
 
 from synchromesh.kernels.activations import known_name
 from synchromesh.kernels.autocast import autocast, autocast_alike
-from synchromesh.kernels.mlp import Activation, MLPWeights
+from synchromesh.kernels.mlp import MATRICES, Activation, MLPWeights
 
 
 def define(name: str, forward: Callable[..., Tensor], *, device: str | None) -> Any:
@@ -37,8 +37,23 @@ def _alike(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def run(op: Any, x: Tensor, weights: Tensor, expert_ids: Tensor, mlp: MLPWeights, activation: Activation) -> Tensor:
-    """Run the op in autocast's dtype. Raises ValueError where x and the expert weights are not of one dtype then."""
+def run(
+    op: Any,
+    x: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    mlp: MLPWeights,
+    activation: Activation,
+    *,
+    narrows: bool = False,
+) -> Tensor:
+    """Run the op in autocast's dtype; one that narrows takes matrices in float32 beside an x that is not.
+
+    Raises ValueError where x and the expert weights are not of one dtype otherwise.
+    """
     parts: list[Tensor | None] = list(mlp.tensors())
-    x, parts = (autocast(x, [])[0], parts) if mlp.quantized else autocast_alike(x, parts)
+    if mlp.quantized:
+        x, _ = autocast(x, [])
+    else:
+        x, parts = autocast_alike(x, parts, narrowed=MATRICES if narrows else 0)
     return op(x, weights, expert_ids, known_name(activation), mlp.joint, parts)

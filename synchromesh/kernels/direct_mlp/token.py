@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from synchromesh.kernels.activations import KNOWN
+from synchromesh.kernels.autocast import narrow
 from synchromesh.kernels.mlp import Net
 from synchromesh.kernels.permute.cpu import sum_dtype
 from synchromesh.kernels.product_costs import costs_here
@@ -96,9 +97,10 @@ def _product(rows: Tensor, matrices: Tensor, bias: Tensor | None, own: Sequence[
 
 def _by_run(rows: Tensor, matrices: Tensor, bias: Tensor | None, run: Run) -> Tensor:
     if run.number == 1 and rows.dtype.itemsize < torch.float32.itemsize:
-        matrix = matrices.select(0, run.first)
+        matrix = narrow(matrices.select(0, run.first), rows.dtype)
         return torch.mm(rows, matrix) if bias is None else torch.addmm(bias.select(0, run.first), rows, matrix)
     each = rows.expand(run.number, 1, -1) if rows.shape[0] == 1 else rows.unsqueeze(1)
+    own = narrow(matrices[run.experts], rows.dtype)
     if bias is None:
-        return torch.bmm(each, matrices[run.experts]).squeeze(1)
-    return torch.baddbmm(bias[run.experts].unsqueeze(1), each, matrices[run.experts]).squeeze(1)
+        return torch.bmm(each, own).squeeze(1)
+    return torch.baddbmm(bias[run.experts].unsqueeze(1), each, own).squeeze(1)

@@ -55,7 +55,7 @@ def fused_mlp(
     name = known_name(activation)
     if name is None:
         return compose_mlp(x, weights, rowmap, mlp, activation, pieces=(gather, grouped_mm, combine))
-    return run(_fused_mlp, x, weights, rowmap, name, mlp)
+    return run(_fused_mlp, x, weights, rowmap, name, mlp, narrows=True)
 
 
 def block_rows(hidden: int, dtype: torch.dtype, nbytes: int) -> int:
@@ -84,7 +84,7 @@ def _forward(
     most = block_rows(net.down.shape[1], x.dtype, FORWARD_BYTES)
     parts = [*opened, *([wide] if apart else []), narrow, narrow, (x.shape[1], total.y.dtype)]
     space = scratch(min(most, len(tokens)), *parts)
-    for piece in pieces(counts, most, batched_here(x.dtype, net.down[0].numel()), cut=True):
+    for piece in pieces(counts, most, batched_here(x.dtype, net.down), cut=True):
         own = slice(piece.start, piece.stop)
         *hs, rows, out, scaled = (part[: piece.stop - piece.start] for part in space)
         hidden = hs[-1]
@@ -142,7 +142,7 @@ def _backward(
         if d is not None:
             clear_unused(counts, d)
     # No expert is cut: its weight gradients are single products that are written once, not added up.
-    batched = batched_here(x.dtype, x.shape[1] * pre_up.shape[1])
+    batched = batched_here(x.dtype, Net(*mlp).up)
     at_most = block_rows(Net(*mlp).down.shape[1], x.dtype, BACKWARD_BYTES)
     own_pieces = list(pieces(counts, at_most, batched, cut=False))
     most = max((piece.stop - piece.start for piece in own_pieces), default=0)

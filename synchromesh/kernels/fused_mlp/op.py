@@ -16,7 +16,7 @@ from synchromesh.kernels import composed
 from synchromesh.kernels.activations import KNOWN
 from synchromesh.kernels.autocast import autocast_alike
 from synchromesh.kernels.mark.reference import unmarked
-from synchromesh.kernels.mlp import LEARNABLE, MLPWeights, Net
+from synchromesh.kernels.mlp import LEARNABLE, MATRICES, MLPWeights, Net
 from synchromesh.types import RowMap
 
 
@@ -29,12 +29,14 @@ def run(
     mlp: MLPWeights,
     *,
     more: Sequence[Tensor] = (),
+    narrows: bool = False,
 ) -> Tensor:
     """Run an op in autocast's dtype; where no gradient is wanted, nothing is kept. `more` is what `define` names.
 
-    Raises ValueError where x and the expert weights are not of one dtype then.
+    An op that narrows takes matrices in float32 beside an x that is not. Raises ValueError where x and the expert
+    weights are not of one dtype otherwise.
     """
-    x, parts = autocast_alike(x, mlp.tensors()[:LEARNABLE])
+    x, parts = autocast_alike(x, mlp.tensors()[:LEARNABLE], narrowed=MATRICES if narrows else 0)
     learns = any(tensor is not None and tensor.requires_grad for tensor in (x, weights, *parts))
     save = torch.is_grad_enabled() and learns
     return op(x, weights, rowmap.pairs, rowmap.rows, rowmap.ends, *more, activation, save, mlp.joint, *parts)[0]
@@ -111,7 +113,8 @@ def _composed(
     rowmap = RowMap(rows, pairs, ends, None)
 
     def y(x: Tensor, weights: Tensor, *mlp: Tensor | None) -> Tensor:
-        net = MLPWeights.of(dict(zip(Net._fields, mlp, strict=False)), joint=joint)
+        parts = [None if part is None else part.to(x.dtype) for part in mlp]
+        net = MLPWeights.of(dict(zip(Net._fields, parts, strict=False)), joint=joint)
         return composed.fused_mlp(x, weights, rowmap, net, KNOWN[activation].function)
 
     return composed.differentiable_gradients(y, [x, weights, *mlp], needs, grad)

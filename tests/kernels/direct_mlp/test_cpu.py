@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from synchromesh.kernels import CPU, REFERENCE, MLPWeights
+from synchromesh.kernels import CPU, REFERENCE, MLPWeights, autocast
 from synchromesh.kernels.direct_mlp import cpu
 from synchromesh.kernels.product_costs import costs_here
 from synchromesh.testing.cases import NETWORKS, Case, evil_cases, network_parts, row_map_of, zipf
@@ -34,6 +34,18 @@ def test_autocast_chooses_the_dtype():
     ids, mlp, x = zipf(8, 4, 2), mlp_of("plain", 4, torch.float32), torch.randn(8, 10)
     with torch.autocast("cpu", torch.bfloat16):
         assert CPU.direct_mlp(x, torch.rand(8, 2), ids, mlp, F.gelu).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_experts_cast_one_by_one_under_autocast_are_those_cast_before_bit_for_bit(monkeypatch, kind):
+    mlp = mlp_of(kind, 9, torch.float32)
+    for ids in (zipf(30, 9, 3), torch.tensor([[8, 2]]), torch.tensor([[0, -1], [-1, -1], [5, 3], [0, 5]])):
+        x, weights, results = torch.randn(len(ids), 10), torch.rand(ids.shape), []
+        for from_bytes in (2**40, 1):
+            monkeypatch.setattr(autocast, "HUGE_FROM", from_bytes)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                results.append(CPU.direct_mlp(x, weights, ids, mlp, F.gelu))
+        assert torch.equal(*results)
 
 
 def test_it_is_for_few_pairs_and_known_activations():

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from synchromesh.kernels import CPU, REFERENCE, MLPWeights
+from synchromesh.kernels import CPU, REFERENCE, MLPWeights, autocast, products
 from synchromesh.kernels.fused_mlp import cpu
 from synchromesh.testing.cases import NETWORKS, network_parts, row_map_of, zipf
 from synchromesh.testing.compare import assert_close
@@ -86,6 +86,29 @@ def test_autocast_reaches_the_kernel(kind, activation):
         results.append({"y": y, **{name: tensor.grad.bfloat16() for name, tensor in own.items()}})
     for name in results[0]:
         assert_close(name, results[0][name], results[1][name])
+
+
+@KINDS
+def test_experts_cast_one_by_one_under_autocast_are_those_cast_before_bit_for_bit(monkeypatch, kind):
+    ids = torch.cat([zipf(40, 6, 2), torch.tensor([[7, 8]]).repeat(6, 1)])
+    rowmap, gradient = row_map_of(ids, 9), torch.randn(len(ids), WIDTH).bfloat16()
+    inputs = {"x": torch.randn(len(ids), WIDTH), "weights": torch.rand(ids.shape), **parts_of(kind, 9, torch.float32)}
+    results, cast, narrow = [], [], products.narrow
+    monkeypatch.setattr(products, "narrow", lambda one, dtype: cast.append(one.dtype != dtype) or narrow(one, dtype))
+    for from_bytes in (2**40, 1):
+        assert not any(cast)
+        monkeypatch.setattr(autocast, "HUGE_FROM", from_bytes)
+        own = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+        with torch.autocast("cpu", torch.bfloat16):
+            y = run(CPU, rowmap, F.gelu, kind)(**own)
+        first = torch.autograd.grad(y, list(own.values()), gradient, retain_graph=True)
+        again = torch.autograd.grad(y, list(own.values()), gradient, create_graph=True)
+        second = torch.autograd.grad(sum(d.double().square().sum() for d in again), own["x"])
+        results.append([y, *first, *again, *second])
+    assert any(cast)
+    for whole, each in zip(*results, strict=True):
+        assert whole.dtype == each.dtype
+        assert torch.equal(whole, each)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
