@@ -41,7 +41,10 @@ def test_pieces_hold_every_row_of_every_expert_once(batched, cut, most):
     for piece in pieces(COUNTS, most, batched, cut=cut):
         assert sum(batch.size for batch in piece.batches) == piece.stop - piece.start
         assert piece.stop - piece.start <= most or (not cut and len(piece.batches) == 1)
-        assert all(batch.stop == batch.first + 1 or batched(batch.stop - batch.first - 1, batch.rows) for batch in piece.batches)
+        assert all(
+            batch.stop == batch.first + 1 or batched(batch.stop - batch.first - 1, batch.rows)
+            for batch in piece.batches
+        )
         row = piece.start
         for batch in piece.batches:
             for expert in range(batch.first, batch.stop):

@@ -158,7 +158,9 @@ def _joined(
     threads: int, dtype: torch.dtype, numbers: int, most: int, experts: int, rows: int, skipped: int, count: int
 ) -> bool:
     costs = costs_here(threads, dtype)
-    return experts + skipped < most and costs.joins(experts=experts, rows=rows, skipped=skipped, count=count, numbers=numbers)
+    return experts + skipped < most and costs.joins(
+        experts=experts, rows=rows, skipped=skipped, count=count, numbers=numbers
+    )
 
 
 def _product(rows: Tensor, matrix: Tensor, scale: Tensor | None, bias: Tensor | None, piece: Piece) -> Tensor:
