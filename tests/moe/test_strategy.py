@@ -1,7 +1,7 @@
 import torch
 
 from synchromesh import Dropless, Local, MLPExperts, MoE, Plan, TopKRouter
-from synchromesh.kernels import REFERENCE
+from synchromesh.kernels import REFERENCE, autocast
 from synchromesh.moe.strategy import compute_dtype
 from synchromesh.testing.compare import assert_close
 from synchromesh.types import Workload
@@ -32,3 +32,25 @@ def test_alone_a_rank_agrees_with_itself():
     value = torch.tensor(3)
     assert Local().agree_max(value) is value
     assert Local().agree_sum(value) is value
+
+
+def test_under_autocast_a_fused_pass_keeps_no_narrow_copy_of_the_experts(monkeypatch):
+    layer, x = MoE(TopKRouter(8, 4, k=2), MLPExperts(4, 8, hidden=16)), torch.randn(20, 8)
+    kept, ys, gradients = [], [], []
+    for from_bytes in (2**40, 1):
+        monkeypatch.setattr(autocast, "HUGE_FROM", from_bytes)
+        kept.append(set())
+
+        def keep(tensor):
+            kept[-1].add((tensor.dtype, tensor.shape[1:]))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with torch.autocast("cpu", torch.bfloat16):
+                ys.append(layer(x))
+        gradients.append(torch.autograd.grad(ys[-1].float().square().sum(), list(layer.experts.parameters())))
+    narrow = (torch.bfloat16, (16, 8))
+    assert [narrow in tensors for tensors in kept] == [True, False]
+    assert torch.equal(*ys)
+    for whole, each in zip(*gradients, strict=True):
+        assert torch.equal(whole, each)
