@@ -209,6 +209,7 @@ def measure(case: Case, dtype: str, seconds: float, backend: str) -> list[dict[s
     experts = swin_v2_moe(case.config, case.classes, experts=case.experts)
     eager = copy.deepcopy(dense)
     if backend:
+        torch.compiler.reset()  # else the graphs of all figures count towards torch's limit, and later ones run eagerly
         dense.compile(backend=backend)
         experts.compile(backend=backend)
     images = torch.randn(case.batch, case.config.in_channels, case.pixels, case.pixels)

@@ -24,6 +24,7 @@ from synchromesh.kernels import Kernels, MLPWeights
 from synchromesh.moe.cut import Cut
 from synchromesh.moe.experts import Activation, StackedExperts, experts_in
 from synchromesh.moe.layer import MoE
+from synchromesh.moe.routing import Places, Router, routed
 from synchromesh.types import Routing
 
 SHARED = ""  # the stream that goes on; others have the names of tasks
@@ -42,7 +43,7 @@ class Update:
     scale: float
 
 
-class SharedColumns(nn.Module):
+class SharedColumns(Router):
     """A router that sees the shared stream of its tokens alone.
 
     Attributes:
@@ -54,9 +55,17 @@ class SharedColumns(nn.Module):
         super().__init__()
         self.router, self.columns = router, columns
         self.num_experts, self.k = getattr(router, "num_experts", None), getattr(router, "k", 1)
+        self.takes_places = getattr(router, "takes_places", False)
 
-    def forward(self, x: Float[Tensor, "T W"], k: int | None = None) -> Routing:
-        return self.router(x[:, : self.columns], k)
+    def forward(
+        self,
+        x: Float[Tensor, "T W"],
+        k: int | None = None,
+        *,
+        kernels: Kernels | None = None,
+        places: Places | None = None,
+    ) -> Routing:
+        return routed(self.router, x[:, : self.columns], k, kernels, places)
 
 
 class LowRankExperts(StackedExperts):

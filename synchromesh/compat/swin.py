@@ -43,6 +43,7 @@ from synchromesh.compat.unpickle import STORAGES, load_inert
 from synchromesh.models.heads.classifier import Classifier
 from synchromesh.models.swin_v2 import SwinV2
 from synchromesh.moe.experts import Experts
+from synchromesh.moe.places import PlacedRouter
 
 
 @dataclass(frozen=True)
@@ -125,14 +126,20 @@ def save_swin(model: nn.Module, path: Path, *, ranks: int | None = None, everyth
         everything: whether files of ranks hold what is shared too, instead of NAME.pth.master.
 
     Raises:
-        ValueError: a file is there already, experts cannot be cut so, or the release has no place for a tensor, or for
-            such a model.
+        ValueError: a file is there already, experts cannot be cut so, or the release has no place for a tensor, for
+            such a router, or for such a model.
     """
     if not isinstance(model, Classifier) or not isinstance(model.backbone, SwinV2):
         inside = type(getattr(model, "backbone", model)).__name__
         raise ValueError(
             f"got a {type(model).__name__} on {inside}, wanted a Classifier on SwinV2, which the release has"
         )
+    for name, module in model.named_modules():
+        if isinstance(module, PlacedRouter):
+            raise ValueError(
+                f"{name} sees the places of tokens, which routers of the release do not, wanted places=0: keep this "
+                "model as safetensors"
+            )
     files = {Path(f"{path}.{end}"): state for end, state in _files(model, ranks, everything=everything)}
     there = [file for file in files if file.exists()]
     if there:

@@ -154,7 +154,7 @@ class Router(nn.Module, ABC):
     """
 
     takes_kernels: ClassVar[bool] = False
-    takes_places: ClassVar[bool] = False
+    takes_places: bool = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -10,6 +10,7 @@ from synchromesh.adapt.adaptation import adapt
 from synchromesh.adapt.low_rank import LowRank
 from synchromesh.adapt.low_rank_experts import SHARED, LowRankExperts, LowRankMoE, Update
 from synchromesh.moe.cut import Cut
+from synchromesh.moe.places import PlacedRouter
 from synchromesh.testing.distributed import run_ranks
 from synchromesh.types import Plan
 from tests.adapt.conftest import moved
@@ -89,6 +90,15 @@ def test_zero_factors_are_the_frozen_layer_and_streams_follow_the_shared_routing
         assert torch.equal(stream, plain(x))
     numbers = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert numbers == (4 if per_expert else 1) * 2 * (3 + 2 + 1) * (6 + 5)
+
+
+def test_a_router_that_sees_places_sees_those_of_its_streams():
+    plain, x = layer(), torch.randn(2, 3, 4, 6).double()
+    plain.router = PlacedRouter(plain.router)
+    nn.init.normal_(plain.router.code)
+    adapted = LowRankMoE(plain, UPDATES, per_expert=False, generator=torch.Generator().manual_seed(2))
+    for stream in adapted(torch.cat((x, torch.randn(2, 3, 4, 12).double()), -1)).split(6, dim=-1):
+        assert torch.equal(stream, plain(x))
 
 
 @pytest.mark.parametrize("per_expert", [False, True])

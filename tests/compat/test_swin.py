@@ -427,6 +427,8 @@ def test_nothing_is_overwritten_and_what_cannot_be_cut_is_refused(tmp_path):
         save_swin(model, tmp_path / "b.pth", ranks=3)
     with pytest.raises(ValueError, match="hidden width 64 to cut into 128 parts"):
         save_swin(model, tmp_path / "b.pth", ranks=512)
+    with pytest.raises(ValueError, match=r"ffn\.router sees the places of tokens, .* wanted places=0"):
+        save_swin(ours(router=LinearGate(places=2)), tmp_path / "b.pth")
     assert [file.name for file in tmp_path.glob("b.pth*")] == []
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from synchromesh import CosineRouter, Dropless, MLPExperts, MoE, Softmax, TokenRounding, TopKRouter
-from synchromesh.adapt.low_rank_experts import SharedColumns
 from synchromesh.moe.places import PlacedRouter, places_of, waves
+from synchromesh.moe.routing import Router
 from synchromesh.testing.compare import assert_close
 
 D, E = 6, 4
@@ -106,7 +106,15 @@ def test_what_is_no_map_is_refused_and_a_router_that_is_told_no_places_says_so()
 
 
 def test_a_module_around_it_without_places_is_refused_in_a_sentence():
+    class Around(Router):
+        def __init__(self, router):
+            super().__init__()
+            self.router, self.k, self.num_experts = router, router.k, router.num_experts
+
+        def forward(self, x, k=None):
+            return self.router(x, k)
+
     made = layer()
-    made.router = SharedColumns(made.router, D)
+    made.router = Around(made.router)
     with pytest.raises(ValueError, match="got none"):
         made(maps())

@@ -45,9 +45,9 @@ def test_under_autocast_a_fused_pass_keeps_no_narrow_copy_of_the_experts(monkeyp
             kept[-1].add((tensor.dtype, tensor.shape[1:]))
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            with torch.autocast("cpu", torch.bfloat16):
-                ys.append(layer(x))
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            ys.append(layer(x))
         gradients.append(torch.autograd.grad(ys[-1].float().square().sum(), list(layer.experts.parameters())))
     narrow = (torch.bfloat16, (16, 8))
     assert [narrow in tensors for tensors in kept] == [True, False]
