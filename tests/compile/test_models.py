@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from synchromesh.models.heads.graded_ranking import ranked_precision
 from synchromesh.models.mixtures import LinearGate
 from synchromesh.models.swin_v2 import swin_v2_base, swin_v2_large, swin_v2_small, swin_v2_tiny
 from synchromesh.models.swin_v2_moe import (
@@ -123,3 +124,11 @@ def test_inductor_takes_the_demo_in_one_graph() -> None:
     x = images()
     with torch.no_grad():
         assert_close("logits", torch.compile(model, fullgraph=True)(x), model(x))
+
+
+def test_a_ranking_in_parts_is_one_graph_compiled() -> None:
+    scores, targets = torch.rand(2, 3, 5, requires_grad=True), torch.rand(2, 3, 5)
+    wanted, *_ = torch.autograd.grad(ranked_precision(scores, targets, temperature=0.2).sum(), scores)
+    compiled = torch.compile(ranked_precision, fullgraph=True, backend="aot_eager")
+    got, *_ = torch.autograd.grad(compiled(scores, targets, temperature=0.2).sum(), scores)
+    assert_close("gradient", got, wanted)

@@ -7,17 +7,20 @@ average precision of the field; with graded targets it reaches 1 where the score
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from synchromesh.models.heads.dense_agreement import Agreement, AgreementConfig, Cells, PixelContrast, Seen, wide
 from synchromesh.parallel.grid_module import GridModule
+from synchromesh.torch_private import transformed
 
 LEAST_TARGET = 1e-3  # that another one is divided by: gradients stay finite
+PAIRS = (2**26, 2**18)  # of items that are in memory at a time: elsewhere, and on a CPU, whose cache they are to fit
 
 
 def graded_average_precision(
@@ -40,6 +43,55 @@ def graded_average_precision(
     precision = (1 + (before * share).sum(-1)) / (1 + before.sum(-1))
     total = targets.sum(-1)
     return torch.where(total > 0, (targets * precision).sum(-1) / total.clamp(min=LEAST_TARGET), 1.0)
+
+
+def ranked_precision(
+    scores: Float[Tensor, "*N J"], targets: Float[Tensor, "*N J"], *, temperature: float
+) -> Float[Tensor, "*N"]:
+    """Compute `graded_average_precision` for targets without gradient, some queries at a time.
+
+    The J x J pairs of a query are made once, in memory that stays in a cache, and give value and derivative.
+    """
+    if torch.compiler.is_compiling() or transformed():
+        return graded_average_precision(scores, targets.detach(), temperature=temperature)
+    return _Ranked.apply(scores, targets.detach(), temperature)
+
+
+class _Ranked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        items = scores.shape[-1]
+        flat, wanted = scores.reshape(-1, items), targets.reshape(-1, items)
+        most = max(1, PAIRS[scores.device.type == "cpu"] // max(1, items**2))
+        parts = zip(flat.split(most), wanted.split(most), strict=True)
+        values, slopes = zip(*[_ranked(s, y, temperature) for s, y in parts], strict=True)
+        ctx.save_for_backward(torch.cat(slopes).view(scores.shape))
+        return torch.cat(values).view(scores.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradients[0][..., None] * ctx.saved_tensors[0], None, None
+
+
+def _ranked(s: Float[Tensor, "N J"], y: Float[Tensor, "N J"], temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the precision of each query, and its derivative by each score.
+
+    With A_i the sum of the numerator, B_i that of the denominator and P_i = A_i / B_i:
+
+        d precision / d H_ij = y_i (min(1, y_j / y_i) - P_i) / (B_i sum y)
+    """
+    before = torch.sub(s[:, None, :], s[:, :, None]).div_(temperature).sigmoid_()
+    before.diagonal(dim1=1, dim2=2).zero_()
+    share = torch.div(y[:, None, :], y[:, :, None].clamp(min=LEAST_TARGET)).clamp_(max=1)
+    below = 1 + before.sum(2)
+    precision = (1 + torch.linalg.vecdot(before, share)) / below
+    total = y.sum(1)
+    value = torch.where(total > 0, (y * precision).sum(1) / total.clamp(min=LEAST_TARGET), 1.0)
+    slope = torch.addcmul(before, before, before, value=-1, out=before)  # temperature times the sigmoid's derivative
+    by_row = y / (below * total.clamp(min=LEAST_TARGET)[:, None] * temperature)
+    slope.mul_(share.sub_(precision[:, :, None]).mul_(by_row[:, :, None]))
+    return value, slope.sum(1) - slope.sum(2)
 
 
 @final
@@ -107,7 +159,7 @@ class GradedRankingLoss(Agreement, GridModule):
     def ranking(self, mine: tuple[Cells, Cells], theirs: tuple[Cells, Cells]) -> Float[Tensor, " B"]:
         """Return 1 - the average precision of the student's cosines against the twin's, for each picture."""
         scores, targets = (F.normalize(one, dim=2) @ F.normalize(other, dim=2).mT for one, other in (mine, theirs))
-        found = graded_average_precision(scores, targets.detach().clamp(min=0), temperature=self.config.temperature)
+        found = ranked_precision(scores, targets.clamp(min=0), temperature=self.config.temperature)
         return 1 - found.mean(1)
 
     def one_way(self, seen: Seen) -> Float[Tensor, " B"]:

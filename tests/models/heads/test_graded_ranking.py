@@ -4,8 +4,14 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
+from synchromesh.models.heads import graded_ranking
 from synchromesh.models.heads.dense_agreement import PixelContrast, Seen
-from synchromesh.models.heads.graded_ranking import GradedRanking, ObjectFilter, graded_average_precision
+from synchromesh.models.heads.graded_ranking import (
+    GradedRanking,
+    ObjectFilter,
+    graded_average_precision,
+    ranked_precision,
+)
 
 B, L, D = 3, 5, 4
 
@@ -58,6 +64,30 @@ def test_it_is_what_loops_say():
     wanted = [by_loops(s, t, 0.2) for s, t in zip(scores, targets, strict=True)]
     got = graded_average_precision(scores, targets, temperature=0.2)
     torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("pairs", [1, 100, 2**20])
+@pytest.mark.parametrize("shape", [(7,), (4, 7), (2, 3, 7)])
+def test_parts_give_the_value_and_the_gradient_of_the_definition(monkeypatch, pairs, shape):
+    monkeypatch.setattr(graded_ranking, "PAIRS", (pairs, pairs))
+    targets = drawn(*shape, seed=3)
+    targets[..., 2] = 0
+    if len(shape) > 1:
+        targets.view(-1, 7)[0] = 0
+    weights, found = drawn(*(shape[:-1] or (1,)), seed=4), []
+    for precision in (graded_average_precision, ranked_precision):
+        scores = drawn(*shape).requires_grad_()
+        value = precision(scores, targets, temperature=0.2)
+        found.append((value, *torch.autograd.grad((value * weights).sum(), scores)))
+    assert found[0][1].any()
+    for wanted, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-13)
+
+
+def test_parts_are_not_what_a_transform_sees():
+    scores, targets = drawn(3, 5), drawn(3, 5, seed=3)
+    found = torch.vmap(lambda s, y: ranked_precision(s, y, temperature=0.2))(scores, targets)
+    torch.testing.assert_close(found, graded_average_precision(scores, targets, temperature=0.2))
 
 
 def test_a_query_without_targets_has_nothing_to_mend():
