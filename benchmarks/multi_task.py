@@ -5,10 +5,12 @@ with the same batches, steps and heads. Single-task models are tuned in full, on
 relative change against them.
 
     python benchmarks/multi_task.py --steps 300 --pretrain 300
+    python benchmarks/multi_task.py --experts 8      # the trunk a mixture, single-task models too
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import time
@@ -22,14 +24,15 @@ import torch
 import tyro
 from torch import nn
 
-from synchromesh import aux_loss, seeds
-from synchromesh.adapt.adaptation import adapt
+from synchromesh import Dropless, MoE, aux_loss, seeds
+from synchromesh.adapt.adaptation import adapt, matching
 from synchromesh.adapt.low_rank import LowRank
 from synchromesh.adapt.mtlora import MTLoRA
 from synchromesh.adapt.polyhistor import Polyhistor, PolyhistorLite
 from synchromesh.data.scenes import ComposedScenes
 from synchromesh.data.scores.multi_task import mean_relative_change
 from synchromesh.models.heads.multi_task import MultiTaskModel
+from synchromesh.models.mixtures import ExpertsConfig
 from synchromesh.models.swin_v2 import SWIN_MOE, SwinV2Config
 from synchromesh.tasks.dense_kinds import WORKS, DenseKind
 from synchromesh.tasks.multi_task import ALL, MultiTask
@@ -66,6 +69,7 @@ class Args:
         test: scenes to score on.
         tasks: which; classes want more steps than the others before they are better than the background everywhere.
         rank: of shared updates.
+        experts: in the last block of the trunk, one for each token; 0 for a dense trunk.
         arms: only these; all by default.
         out: file to append to.
     """
@@ -77,19 +81,26 @@ class Args:
     test: int = 100
     tasks: tuple[DenseKind, ...] = ALL
     rank: int = 8
+    experts: int = 0
     arms: tuple[str, ...] = ()
     out: Path = Path(__file__).parent / "results" / "multi_task.jsonl"
 
 
-def arms(rank: int, names: tuple[str, ...]) -> dict[str, Callable[[nn.Module], Any]]:
-    """Return what each arm does to a model before it learns."""
-    linears = ("backbone.*.qkv", "backbone.*.proj", "backbone.*.up", "backbone.*.down", "backbone.*.reduction")
-    return {
+def arms(rank: int, names: tuple[str, ...], *, mixture: bool) -> dict[str, Callable[[nn.Module], Any]]:
+    """Return what each arm does to a model before it learns; one more for a mixture of experts."""
+    linears = matching(
+        ("backbone.*.qkv", "backbone.*.proj", "backbone.*.up", "backbone.*.down", "backbone.*.reduction")
+    )
+
+    def has_matrices(name: str, module: nn.Module) -> bool:
+        return isinstance(module, MoE) or (isinstance(module, nn.Linear) and linears(name, module))
+
+    made = {
         "full tuning": lambda model: None,
         "heads only": lambda model: model.backbone.requires_grad_(False),
         "plain LoRA": lambda model: (
             model.backbone.requires_grad_(False),
-            adapt(model, linears, LowRank(rank, 4.0)),
+            adapt(model, has_matrices, LowRank(rank, 4.0)),
         ),
         "MTLoRA": lambda model: adapt(model, "backbone", MTLoRA(names, rank=rank, task_rank=4)),
         "MTLoRA, norms and embedding frozen": lambda model: adapt(
@@ -98,6 +109,10 @@ def arms(rank: int, names: tuple[str, ...]) -> dict[str, Callable[[nn.Module], A
         "Polyhistor": lambda model: adapt(model, "backbone", Polyhistor(names)),
         "Polyhistor-Lite": lambda model: adapt(model, "backbone", PolyhistorLite(names)),
     }
+    if mixture:
+        each = MTLoRA(names, rank=rank, task_rank=4, per_expert=True)
+        made["MTLoRA, factors of each expert"] = lambda model: adapt(model, "backbone", each)
+    return made
 
 
 def trained(model: nn.Module, task: Task, splits: Splits, args: Args, steps: int, rate: float) -> float:
@@ -135,11 +150,18 @@ def scored(model: nn.Module, task: MultiTask, splits: Splits, test: int) -> list
     return [found[WORKS[kind].number.name] for kind in task.tasks]
 
 
+def swin_of(args: Args) -> SwinV2Config:
+    if not args.experts:
+        return SWIN
+    experts = ExpertsConfig(num_experts=args.experts, blocks=((), (1,)), capacity=Dropless(), dropout=0.0)
+    return dataclasses.replace(SWIN, experts=experts)
+
+
 def trunk(args: Args) -> dict[str, torch.Tensor]:
     """Return the weights of a backbone that learned the pretext."""
     splits = PRETEXT.splits(seed=args.seed)
     with seeds.torch_seeded(CPU, args.seed, seeds.INIT):
-        model = PRETEXT.build(PRETEXT.sized(SWIN), splits.facts)
+        model = PRETEXT.build(PRETEXT.sized(swin_of(args)), splits.facts)
     trained(model, PRETEXT, splits, args, args.pretrain, 3e-3)
     return {name: p for name, p in model.get_submodule("backbone").state_dict().items() if name != "embed.mask_token"}
 
@@ -152,7 +174,7 @@ def main(args: Args) -> None:
 
     def begun(task: MultiTask) -> MultiTaskModel:
         with seeds.torch_seeded(CPU, args.seed, seeds.INIT, 1):
-            model = task.build(SWIN, splits.facts)
+            model = task.build(swin_of(args), splits.facts)
         assert isinstance(model, MultiTaskModel)
         model.backbone.load_state_dict(weights)
         return model
@@ -166,6 +188,7 @@ def main(args: Args) -> None:
         heads = sum(p.numel() for p in model.get_submodule("heads").parameters())
         line = {
             "arm": arm, "seed": args.seed, "steps": args.steps, "pretrain": args.pretrain, "batch": args.batch,
+            "experts": args.experts,
             "learns": learns, "of_backbone": learns - heads, "cpu_seconds": round(seconds, 1), "commit": commit.strip(),
             "scores": dict(zip([WORKS[kind].number.name for kind in task.tasks], found, strict=True)),
         }  # fmt: skip
@@ -180,7 +203,7 @@ def main(args: Args) -> None:
         task = MultiTask(TASK.data, tasks=(kind,), width=TASK.width)
         model = begun(task)
         single += say(f"alone: {kind.value}", model, task, trained(model, task, splits, args, args.steps, 2e-3))
-    for arm, change in arms(args.rank, names).items():
+    for arm, change in arms(args.rank, names, mixture=args.experts > 0).items():
         if not args.arms or arm in args.arms:
             model = begun(every)
             change(model)
