@@ -91,7 +91,7 @@ class Place:
 
 
 DIGITS = Place(DIGITS_SIZE, window=8, cell=8, crops=2048, pre_epochs=12, fine_epochs=50)
-SCENES = Place(SCENES_SIZE, window=6, cell=16, crops=512, pre_epochs=6, fine_epochs=24)
+SCENES = Place(SCENES_SIZE, window=6, cell=16, crops=512, pre_epochs=6, fine_epochs=96)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Args:
         labels: digits of each class to tune with.
         scenes: to tune with.
         pre_epochs: of pretexts; 0 for 12, or 6 for scenes.
-        fine_epochs: of tuning; 0 for 50, or 24 of scenes.
+        fine_epochs: of tuning; 0 for 50, or 96 of scenes.
         simmim_lr: of SimMIM at its highest; the recipe's is too high for so few photographs (seed 100 told).
         threads: of the processor.
         tiny: few of everything, for tests.
