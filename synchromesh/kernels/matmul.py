@@ -54,6 +54,17 @@ def matmul(a: Float[Tensor, "R I"], b: Float[Tensor, "I O"], out: Float[Tensor, 
         torch.addmm(bias, a, b, out=out)
 
 
+def matmul_anywhere(
+    a: Float[Tensor, "R I"], b: Float[Tensor, "I O"], out: Float[Tensor, "R O"], bias: Tensor | None
+) -> Float[Tensor, "R O"]:
+    """Return a b, plus a bias [O]: in out, or in memory of oneDNN's own, which saves a copy and keeps products large."""
+    rows = _padded(a, b.numel())
+    if rows is None:
+        matmul(a, b, out, bias)
+        return out
+    return onednn_linear(rows, b.t(), bias, gelu=False)[: len(a)]
+
+
 def add_matmul(a: Float[Tensor, "R I"], b: Float[Tensor, "I O"], out: Float[Tensor, "R O"]) -> None:
     """Add a b to out."""
     rows = _padded(a, b.numel())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from synchromesh.kernels.autocast import narrow
-from synchromesh.kernels.matmul import add_matmul, matmul, matmul_turned
+from synchromesh.kernels.matmul import add_matmul, matmul, matmul_anywhere, matmul_turned
 from synchromesh.kernels.memory import room_like
 from synchromesh.kernels.product_costs import costs_here
 
@@ -147,6 +147,16 @@ def multiply(a: Tensor, by: Matrices, piece: Piece, out: Tensor, bias: Matrices 
         else:
             matrix = narrow(by.each[batch.first], a.dtype)
             matmul(own, matrix, to, None if bias is None else bias.each[batch.first])
+
+
+def multiply_anywhere(a: Tensor, by: Matrices, piece: Piece, out: Tensor, bias: Matrices | None = None) -> Tensor:
+    """Do as `multiply`, and return where the products are: in out, or in memory of their own."""
+    (batch, *more) = piece.batches
+    if more or batch.stop - batch.first > 1:
+        multiply(a, by, piece, out, bias)
+        return out
+    matrix = narrow(by.each[batch.first], a.dtype)
+    return matmul_anywhere(a, matrix, out, None if bias is None else bias.each[batch.first])
 
 
 def add_product(a: Tensor, by: Matrices, piece: Piece, out: Tensor) -> None:

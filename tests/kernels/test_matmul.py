@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from synchromesh.kernels import matmul as by
-from synchromesh.kernels.matmul import STEP, add_matmul, has_onednn, matmul, matmul_turned, prefers_onednn
+from synchromesh.kernels.matmul import STEP, add_matmul, has_onednn, matmul, matmul_anywhere, matmul_turned, prefers_onednn
 from synchromesh.kernels.product_costs import Cost, ProductCosts
 from synchromesh.testing.compare import assert_close
 
@@ -27,6 +27,7 @@ def test_a_product_is_that_of_torch(rows, dtype, turned):
     matmul(a, b, biased, bias)
     add_matmul(a, b, added)
     assert_close("a b", plain, a @ b)
+    assert_close("a b, anywhere", matmul_anywhere(a, b, torch.empty(rows, 40, dtype=dtype), None), a @ b)
     assert_close("a b + bias", biased, torch.addmm(bias, a, b))
     assert_close("2 + a b", added, 2 + a @ b)
 

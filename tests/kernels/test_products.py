@@ -10,6 +10,7 @@ from synchromesh.kernels.products import (
     clear_unused,
     most_together,
     multiply,
+    multiply_anywhere,
     multiply_rows,
     pieces,
     scale_columns,
@@ -79,6 +80,8 @@ def test_products_are_those_of_a_loop(batched, dtype):
         own = slice(piece.start, piece.stop)
         multiply(a[own], Matrices.of(matrices), piece, out[own], Matrices.of(bias))
         multiply(a[own], Matrices(matrices, matrices), piece, more[own])
+        there = multiply_anywhere(a[own], Matrices.of(matrices), piece, torch.empty_like(more[own]))
+        assert_close("anywhere", there, more[own])
         add_product(a[own], Matrices.of(matrices), piece, more[own])
         scale_columns(b[own], Matrices.of(bias), piece, scaled[own])
         multiply_rows(a[own], gradient[own], piece, Matrices.of(d_matrices))

@@ -27,6 +27,7 @@ from synchromesh.kernels.products import (
     batched_here,
     clear_unused,
     multiply,
+    multiply_anywhere,
     multiply_rows,
     pieces,
     scale_columns,
@@ -88,15 +89,20 @@ def _forward(
         own = slice(piece.start, piece.stop)
         *hs, rows, out, scaled = (part[: piece.stop - piece.start] for part in space)
         hidden = hs[-1]
-        h_up, h_gate = (pre_up[own], pre_gate[own]) if save else (hs[0], hidden)
         torch.index_select(x, 0, tokens[own], out=rows)
         # Products are per expert, everything between them runs on the whole block at once.
-        multiply(rows, up, piece, h_up, up_bias)
-        if gate is not None:
-            multiply(rows, gate, piece, h_gate, gate_bias)
+        if save:
+            h_up, h_gate = pre_up[own], pre_gate[own]
+            multiply(rows, up, piece, h_up, up_bias)
+            if gate is not None:
+                multiply(rows, gate, piece, h_gate, gate_bias)
+        else:
+            h_up = h_gate = multiply_anywhere(rows, up, piece, hs[0], up_bias)
+            if gate is not None:
+                h_gate = multiply_anywhere(rows, gate, piece, hidden, gate_bias)
         h = _separate(h_up, None if gate is None else h_gate, joint=joint)
         _activate(KNOWN[activation], *h, (hidden, hidden))
-        multiply(hidden, down, piece, out, down_bias)
+        out = multiply_anywhere(hidden, down, piece, out, down_bias)
         total.add(tokens[own], weighed(out, scale[own], scaled))
     return total.narrowed(x.dtype), pre_up, pre_gate
 

@@ -59,6 +59,19 @@ def test_both_libraries_give_the_reference_and_its_gradients(kind):
         assert_close("gradient", own, other)
 
 
+@pytest.mark.usefixtures("everything_by_onednn")
+@pytest.mark.parametrize("most", [7, 40, 512])
+@KINDS
+def test_inference_by_onednn_takes_its_results_where_they_are(monkeypatch, kind, most):
+    monkeypatch.setattr(cpu, "block_rows", lambda *_: most)
+    rowmap, parts = row_map_of(zipf(200, 5, 2), 5), parts_of(kind, 5, torch.float32)
+    x, weights = torch.randn(200, WIDTH), torch.rand(200, 2)
+    y = run(CPU, rowmap, F.gelu, kind)(x, weights, **parts)
+    assert_close("y", y, run(REFERENCE, rowmap, F.gelu, kind)(x, weights, **parts))
+    learned = run(CPU, rowmap, F.gelu, kind)(x.requires_grad_(), weights, **parts).detach()
+    assert_close("y", y, learned)
+
+
 @KINDS
 def test_registrations_agree_with_the_kernel(kind):
     rowmap, joint = row_map_of(torch.tensor([[0, 2], [2, 1], [0, 1]]), 4), "joint" in kind
