@@ -2,7 +2,15 @@ import pytest
 import torch
 
 from synchromesh.kernels import matmul as by
-from synchromesh.kernels.matmul import STEP, add_matmul, has_onednn, matmul, matmul_anywhere, matmul_turned, prefers_onednn
+from synchromesh.kernels.matmul import (
+    STEP,
+    add_matmul,
+    has_onednn,
+    matmul,
+    matmul_anywhere,
+    matmul_turned,
+    prefers_onednn,
+)
 from synchromesh.kernels.product_costs import Cost, ProductCosts
 from synchromesh.testing.compare import assert_close
 
