@@ -21,7 +21,7 @@ from synchromesh.torch_private import onednn_linear
 STEP = 32
 
 # Of a result, and of rows that are turned, at a time: both are in memory of oneDNN's own, and better in a cache.
-PART_BYTES = 2**19
+PART_BYTES = 2**20
 
 
 def has_onednn(dtype: torch.dtype) -> bool:
