@@ -57,7 +57,7 @@ def matmul(a: Float[Tensor, "R I"], b: Float[Tensor, "I O"], out: Float[Tensor, 
 def matmul_anywhere(
     a: Float[Tensor, "R I"], b: Float[Tensor, "I O"], out: Float[Tensor, "R O"], bias: Tensor | None
 ) -> Float[Tensor, "R O"]:
-    """Return a b, plus a bias [O]: in out, or in memory of oneDNN's own, which saves a copy and keeps products large."""
+    """Return a b, plus a bias [O]: in out, or in oneDNN's own memory, which saves a copy and keeps products large."""
     rows = _padded(a, b.numel())
     if rows is None:
         matmul(a, b, out, bias)
