@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -44,6 +45,10 @@ class MTLoRA(ModuleFactory):
         also: patterns of the names, in the backbone, of further parameters that learn.
         per_expert: whether each expert has factors of its own.
         seed: of the first factors.
+
+    Raises:
+        ValueError: when called, for a backbone with a class token, or whose last blocks have a convolution in their
+            feed-forward: streams of tasks cannot pass there side by side.
     """
 
     tasks: tuple[str, ...] = ("semantic", "saliency", "edges", "offsets")
@@ -52,8 +57,10 @@ class MTLoRA(ModuleFactory):
     scale: float = 4.0
     task_scale: float = 4.0
     with_shared: bool = False
-    linears: tuple[str, ...] = ("*.qkv", "*.proj", "*.up", "*.down", "*.reduction")
-    streamed: tuple[str, ...] = ("*.proj", "*.up", "*.down")
+    linears: tuple[str, ...] = (
+        "*.qkv", "*.q", "*.kv", "*.enter", "*.context", "*.proj", "*.ffn.up", "*.ffn.down", "*.reduction",
+    )  # fmt: skip
+    streamed: tuple[str, ...] = ("*.proj", "*.ffn.up", "*.ffn.down")
     also: tuple[str, ...] = ("embed.*", "*norm*")
     per_expert: bool = False
     seed: int = 0
@@ -74,6 +81,7 @@ class SharedTrunk(TaskTrunk):
         shared = LowRank(settings.rank, settings.scale, settings.per_expert, settings.seed)
         own = LowRank(settings.task_rank, settings.task_scale, settings.per_expert, settings.seed)
         last = {block for blocks in blocks_of(self.trunk) for block in blocks[-1:]}
+        _check_streams(self.trunk, last)
         streams = _Streams(settings, shared, own)
         inside = {module for block in last for module in block.modules()}
         linears = matching(settings.linears)
@@ -97,6 +105,19 @@ class SharedTrunk(TaskTrunk):
             maps = tuple(x.permute(0, 3, 1, 2) for x in ends)
             seen[task] = dataclasses.replace(shared, pooled=last.mean((1, 2)), last=last, maps=maps)
         return seen
+
+
+def _check_streams(trunk: nn.Module, last: Iterable[nn.Module]) -> None:
+    """Raise ValueError where streams of tasks, side by side, would not be what each is alone."""
+    if any(name.endswith("class_token") for name, _ in trunk.named_parameters()):
+        raise ValueError("got a backbone with a class token, wanted maps alone for streams of tasks: not PVT v1")
+    ffns = [block.get_submodule("ffn") for block in last]
+    mixing = [ffn for ffn in ffns if any(isinstance(part, nn.Conv2d) for part in ffn.modules())]
+    if mixing:
+        raise ValueError(
+            f"got {type(mixing[0]).__name__} in the last block of a stage, wanted feed-forwards without a convolution, "
+            "through which streams of tasks pass: give these blocks experts, or take another backbone than PVT v2"
+        )
 
 
 @dataclass(frozen=True)

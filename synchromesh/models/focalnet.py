@@ -142,7 +142,7 @@ class FocalModulation(Mixer):
         self.proj = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W _"]:
         query, context, gates = apply(self.enter, x).split((self.width, self.width, self.levels + 1), -1)
         context, gates = context.permute(0, 3, 1, 2), gates.permute(0, 3, 1, 2)
         total = torch.zeros_like(context[:, :, :1, :1])

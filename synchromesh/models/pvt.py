@@ -165,13 +165,13 @@ class ReducedAttention(Mixer):
         self.norm = nn.LayerNorm(width, eps=config.norm_eps) if reduced else None
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Float[Tensor, "B ... C"]) -> Float[Tensor, "B ... C"]:
+    def forward(self, x: Float[Tensor, "B ... C"]) -> Float[Tensor, "B ... _"]:
         tokens = x.flatten(1, -2)
         seen = tokens if self.reduce is None else self._reduced(x)
         q = apply(self.q, tokens).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         k, v = apply(self.kv, seen).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         y = dot_product_attention(q, k, v, dropout=self.attention_dropout if self.training else 0.0)
-        return self.dropout(apply(self.proj, y)).view(x.shape)
+        return self.dropout(apply(self.proj, y)).view(*x.shape[:-1], -1)  # adapted, it may be wider
 
     def multiply_adds(self, height: int, width: int, channels: int) -> float:
         positions, seen, own = height * width, height * width, 0

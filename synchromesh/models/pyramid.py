@@ -330,7 +330,7 @@ class MixerBlock(Block):
         self.scale1 = None if layer_scale is None else LayerScale(width, layer_scale)
         self.scale2 = None if layer_scale is None else LayerScale(width, layer_scale)
 
-    def mix(self, x: Float[Tensor, "B ... C"]) -> Float[Tensor, "B ... C"]:
+    def mix(self, x: Float[Tensor, "B ... C"]) -> Float[Tensor, "B ... _"]:
         return self.mixer(x)
 
     def ends(self) -> tuple[Branch, Branch]:

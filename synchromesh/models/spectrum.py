@@ -90,7 +90,7 @@ class SpectrumMixer(Mixer):
         self.proj = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W _"]:
         height, width = x.shape[1:3]
         rows, columns = cosines(height, like=x), cosines(width, like=x)
         spectrum = _along(_along(apply(self.enter, x), rows, 1), columns, 2)

@@ -5,6 +5,11 @@ from torch import nn
 from synchromesh.adapt.adaptation import adapt
 from synchromesh.adapt.mtlora import MTLoRA, TaskBlock
 from synchromesh.adapt.task_trunk import blocks_of
+from synchromesh.models.focalnet import FocalNetConfig
+from synchromesh.models.mixtures import ExpertsConfig
+from synchromesh.models.pvt import PVTConfig, PVTVersion
+from synchromesh.models.spectrum import SpectrumNetConfig
+from synchromesh.moe.capacity import Dropless
 from tests.adapt.conftest import backbone, moved
 
 SETTINGS = MTLoRA(tasks=("a", "b"), rank=3, task_rank=2, scale=2.0, task_scale=0.5)
@@ -99,3 +104,56 @@ def test_a_training_step_on_the_tasks_changes_no_frozen_number():
         task.last.square().sum().backward(retain_graph=True)
     optimizer.step()
     assert all(torch.equal(p, seen.get_parameter(name)) for name, p in before.items())
+
+
+SIZES = {"image_size": 32, "depths": (1, 2), "drop_path": 0.0}
+EXPERTS = ExpertsConfig(num_experts=4, k=2, blocks=((0,), (1,)), capacity=Dropless(), dropout=0.0)
+PVT = {"widths": (8, 16), "num_heads": (1, 2), "reductions": (2, 1), "mlp_ratios": (2.0, 2.0)}
+BUILD = {
+    "SwinV2": lambda experts: backbone(experts=experts is not None),
+    "FocalNet": lambda experts: FocalNetConfig(
+        **SIZES, embed_dim=8, focal_levels=(2, 2), focal_windows=(3, 3), experts=experts
+    ).build(),
+    "SpectrumNet": lambda experts: SpectrumNetConfig(**SIZES, embed_dim=8, experts=experts).build(),
+    "PVT v2": lambda experts: PVTConfig(**SIZES, **PVT, version=PVTVersion.V2, experts=experts).build(),
+}
+KINDS = [(name, experts) for name in BUILD for experts in (None, EXPERTS) if (name, experts) != ("PVT v2", None)]
+
+
+def made(name: str, experts: ExpertsConfig | None) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.backbone = BUILD[name](experts).double().eval()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "experts"), KINDS, ids=lambda value: value if isinstance(value, str) else str(value is not None)
+)
+def test_streams_begin_as_the_frozen_backbone_and_learn_apart(name: str, experts: ExpertsConfig | None) -> None:
+    model, images = made(name, experts), torch.randn(2, 3, 32, 32).double()
+    frozen = model.backbone(images)
+    adaptation = adapt(model, "backbone", MTLoRA(("a", "b"), rank=2, task_rank=2))
+    for seen in (model.backbone(images), *model.backbone.of_tasks(images).values()):
+        for wanted, got in zip(frozen.maps, seen.maps, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-13)
+    moved(adaptation.trained().values())
+    found = model.backbone.of_tasks(images)
+    assert not torch.allclose(found["a"].maps[-1], found["b"].maps[-1])
+    sum(part.square().sum() for part in found["a"].maps).backward()
+    learns = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    own = {
+        task: [p for name, p in learns.items() if f"own.{task}." in name or f".{task}_" in name] for task in ("a", "b")
+    }
+    assert own["a"]
+    assert all(p.grad is not None and p.grad.any() for p in own["a"])
+    assert all(p.grad is None or not p.grad.any() for p in own["b"])
+
+
+def test_what_streams_cannot_pass_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"got ConvFeedForward in the last block .* give these blocks experts"):
+        adapt(made("PVT v2", None), "backbone", MTLoRA(("a", "b")))
+    model = nn.Module()
+    model.backbone = PVTConfig(**SIZES, **PVT, version=PVTVersion.V1).build()
+    with pytest.raises(ValueError, match="class token"):
+        adapt(model, "backbone", MTLoRA(("a", "b")))
