@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -191,9 +191,17 @@ def _computed(trial: nn.Module, block: FeedForwardBlock, x: Tensor) -> Tensor | 
         with torch.no_grad():
             up, first = trial.get_submodule(block.up)(x), trial.get_submodule(block.gate or block.up)(x)
             hidden = block.activation(first)
+            if not _is_elementwise(block.activation, first, hidden):
+                return None
             return trial.get_submodule(block.down)(hidden * up if block.gate else hidden)
     except (TypeError, ValueError, RuntimeError, IndexError):  # one of the block's callables that is no activation
         return None
+
+
+def _is_elementwise(activation: Callable[[Tensor], Tensor], x: Float[Tensor, "R F"], y: Tensor) -> bool:
+    """Tell whether hidden units are computed one by one: those of an expert are then what they were in the block."""
+    turned, first = activation(x.flip(1)), activation(x[:, :1])
+    return y.shape == x.shape and torch.allclose(turned, y.flip(1)) and torch.allclose(first, y[:, :1])
 
 
 def _agree(got: Tensor, wanted: Tensor | None) -> bool:

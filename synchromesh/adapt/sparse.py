@@ -59,6 +59,10 @@ class StaticSparsity(ModuleFactory):
     def __call__(self, name: str, module: nn.Module) -> nn.Module | None:
         if not is_linear(module) and not isinstance(module, StackedExperts):
             return None
+        if parametrize.is_parametrized(module):
+            raise ValueError(
+                f"{name} is masked or adapted already, wanted plain weights to mask: merge or densify it first"
+            )
         masked = copy.deepcopy(module)
         for own, weight in [(own, p) for own, p in masked.named_parameters(recurse=False) if _is_matrix(own, p)]:
             mask = self._mask(f"{name}.{own}", masked, weight)

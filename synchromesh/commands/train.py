@@ -252,7 +252,9 @@ def train(
             return 128 + stopped.signal
         except (NonFiniteError, CollapsedError) as error:
             kept = folder / CHECKPOINTS
-            console.print(f"error: {error}; the last good checkpoint is in {kept}", style="red", soft_wrap=True)
+            saved = kept.is_dir() and any(kept.iterdir())
+            last = f"the last good checkpoint is in {kept}" if saved else "no checkpoint was saved yet"
+            console.print(f"error: {error}; {last}", style="red", soft_wrap=True)
             return NON_FINITE
         on_first(grid, lambda: write_json(folder / SUMMARY, summary))
     if grid.rank == 0:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +31,12 @@ HELD_OUT = (
     *("skimage/data/retina.jpg", "sklearn/datasets/images/flower.jpg"),
 )
 
+KEPT = 512  # decoded photographs in memory, of 1.2 MB at most unless `longest` is larger
+
 
 @dataclass(frozen=True)
 class Photographs:
-    """Files of photographs, read when the first one is asked for.
+    """Files of photographs, each read when it is asked for.
 
     Attributes:
         paths: of the files.
@@ -48,10 +51,16 @@ class Photographs:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Photographs, (self.paths, self.channels, self.longest)  # other processes read for themselves
+
+    def pixels(self, number: int) -> UInt8[Tensor, "C _ _"] | UnreadableError:
+        """Return one of them decoded, or what is wrong with it; those asked for last are kept."""
+        return self._kept(self.paths[number])
+
     @cached_property
-    def pixels(self) -> tuple[UInt8[Tensor, "C _ _"] | UnreadableError, ...]:
-        """All of them, decoded; what is wrong with one in its place, where it is not readable."""
-        return tuple(self._read(path) for path in self.paths)
+    def _kept(self) -> Callable[[Path], Tensor | UnreadableError]:
+        return lru_cache(KEPT)(self._read)
 
     def crop(self, size: int, rng: np.random.Generator, *, scale: tuple[float, float]) -> UInt8[Tensor, "C S S"]:
         """Return a random square of a random photograph.
@@ -64,7 +73,7 @@ class Photographs:
         Raises:
             UnreadableError: that photograph is not readable; the others still are.
         """
-        pixels = self.pixels[rng.integers(len(self.pixels))]
+        pixels = self.pixels(int(rng.integers(len(self))))
         if isinstance(pixels, UnreadableError):
             raise UnreadableError(pixels.path, pixels.reason)
         height, width = pixels.shape[1:]

@@ -150,7 +150,7 @@ class _PhotographPairs:
     photographs: Photographs
 
     def cut(self, size: int, rng: np.random.Generator) -> ScenePair:
-        pixels = self.photographs.pixels[rng.integers(len(self.photographs))]
+        pixels = self.photographs.pixels(int(rng.integers(len(self.photographs))))
         if isinstance(pixels, UnreadableError):
             raise UnreadableError(pixels.path, pixels.reason)
         height, width = pixels.shape[1:]

@@ -89,7 +89,7 @@ class ViewPairs:
     def read(self, index: int, draw: Callable[[], np.random.Generator] | None = None) -> ViewPair:
         """Return a pair: a new one where `draw` is given, else the fixed one of this number, whose crops overlap."""
         rng = seeds.numpy_generator(0, seeds.SPLIT, index) if draw is None else draw()
-        pixels = self.photographs.pixels[rng.integers(len(self.photographs))]
+        pixels = self.photographs.pixels(int(rng.integers(len(self.photographs))))
         if isinstance(pixels, UnreadableError):
             raise UnreadableError(pixels.path, pixels.reason)
         views, size = self._views(pixels.shape[1], pixels.shape[2], rng), self.data.preprocess.image_size

@@ -43,6 +43,7 @@ class CollapseWatch(GridModule):
         self.last: Tensor
         self.register_buffer("low", torch.zeros((), dtype=torch.long))
         self.register_buffer("last", torch.ones(()))
+        self._sums: Tensor | None = None  # of the parts of a step so far; between steps there are none
 
     @torch.no_grad()
     def forward(self, features: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
@@ -52,15 +53,22 @@ class CollapseWatch(GridModule):
         """
         rows = nn.functional.normalize(features.detach().double(), dim=1)
         sums = self.summed(torch.cat([rows.new_full((1,), len(rows)), rows.sum(0)]))
-        mean = sums[1:] / sums[0].clamp(min=1)
-        # Unit rows: the mean of squares is 1 - |mean|^2, which loses digits only where a collapse is certain.
-        spread = (1 - mean.square().sum()).clamp(min=0).sqrt().float()
         if self.training and sums[0] > 0:
-            self.last.copy_(spread)
-            self.low.copy_(torch.where(spread < self.limits.spread, self.low + 1, torch.zeros_like(self.low)))
-        return spread
+            self._sums = sums if self._sums is None else self._sums + sums
+            self.last.copy_(_spread(self._sums))
+        return _spread(sums)
 
     def check(self) -> None:
-        """Raise CollapsedError where the features were too near for too many steps; on all ranks at once."""
+        """End a step; raise CollapsedError where features were too near for too many of them, on all ranks at once."""
+        if self._sums is not None:
+            self.low.copy_(torch.where(self.last < self.limits.spread, self.low + 1, torch.zeros_like(self.low)))
+            self._sums = None
         if int(self.low) >= self.limits.steps:
             raise CollapsedError(spread=float(self.last), limit=self.limits.spread, steps=int(self.low))
+
+
+def _spread(sums: Float[Tensor, " _"]) -> Float[Tensor, ""]:
+    """Return the spread of unit rows from their number and their sum."""
+    mean = sums[1:] / sums[0].clamp(min=1)
+    # Unit rows: the mean of squares is 1 - |mean|^2, which loses digits only where a collapse is certain.
+    return (1 - mean.square().sum()).clamp(min=0).sqrt().float()

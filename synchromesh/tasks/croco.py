@@ -6,6 +6,7 @@ Shape letters: B pairs, C channels, H W pixels, L patches.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +96,9 @@ class CroCo(Task):
             raise ValueError(
                 f"views of {self.data.preprocess.image_size} pixels do not consist of patches of {self.patch}"
             )
+        patches = (self.data.preprocess.image_size // self.patch) ** 2
+        if math.ceil(patches * self.ratio) == patches:
+            raise ValueError(f"ratio is {self.ratio}, wanted at least one of {patches} patches to be seen")
 
     def splits(self, *, seed: int) -> Splits:
         train, test = self.data.splits()

@@ -24,6 +24,7 @@ from synchromesh.data.photographs import PhotographFolder, Photographs
 from synchromesh.data.pictures import captioned, png
 from synchromesh.data.scores.cells import found_again, raw_cells
 from synchromesh.data.view_pairs import ViewData, ViewPair, ViewPairs
+from synchromesh.errors import InputError
 from synchromesh.models.features import Backbone, BackboneConfig
 from synchromesh.models.heads.dense_agreement import AgreementConfig, Propagation
 from synchromesh.models.heads.dense_twins import DenseTwins, Siamese
@@ -98,7 +99,14 @@ class ViewTwins(Task):
         return backbone.sized(image_size=size.image_size, channels=size.channels)
 
     def build(self, backbone: BackboneConfig, facts: Facts) -> nn.Module:
-        return DenseTwins(backbone.build(), self.siamese, self.agreement)
+        built = backbone.build()
+        side, stride = self.data.preprocess.image_size, cast(Backbone, built).strides[-1]
+        if side % stride:
+            raise InputError(
+                f"data.preprocess.image_size is {side}, wanted a multiple of {stride}, the pixels of a cell's side: "
+                "the cells of two crops can be matched only where they fill these"
+            )
+        return DenseTwins(built, self.siamese, self.agreement)
 
     def prepare(
         self, samples: Sequence[Any], facts: Facts, device: torch.device, rng: np.random.Generator | None

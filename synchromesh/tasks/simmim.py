@@ -75,6 +75,8 @@ class CropData:
 
     def __post_init__(self) -> None:
         at_least("data.", self, train=1, test=1, flip=0.0)
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"data.scale is {self.scale}, wanted shares of the shorter side, 0 < least <= most <= 1")
 
 
 @dataclass(frozen=True)
@@ -362,9 +364,11 @@ def _fillings(image: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, np.nda
 def _gap(shares: Mapping[str, Sequence[Sequence[float]]]) -> float:
     """Return how far apart the loads of hidden and of visible tokens are, mean over layers.
 
-    It is half the sum of their differences: 0 where both kinds go to the same experts, 1 where they share none.
+    It is half the sum of their differences: 0 where both kinds go to the same experts, 1 where they share none, and 0
+    where there is one kind alone.
     """
-    gaps = [sum(abs(one - other) for one, other in zip(*own, strict=True)) / 2 for own in shares.values()]
+    both = [own for own in shares.values() if all(map(sum, own))]
+    gaps = [sum(abs(one - other) for one, other in zip(*own, strict=True)) / 2 for own in both]
     return sum(gaps) / max(1, len(gaps))
 
 

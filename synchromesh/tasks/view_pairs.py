@@ -61,10 +61,10 @@ class PairData:
             raise ValueError(f"also_share is {self.also_share}, wanted a share of the pairs to learn from")
 
     def of_folder(self, folder: Path) -> PairData:
-        """Return pairs of a folder's photographs, a fixed fifth of which is scored on."""
+        """Return pairs of a folder's photographs, a fixed fifth of which is scored on; wrong views are of others."""
         crops = self.also or PhotographCrops()
         learnt, held = (crops.of_folder(folder, held_out=out) for out in (False, True))
-        return dataclasses.replace(self, learnt=learnt, also=None, scored=held, wrong=held)
+        return dataclasses.replace(self, learnt=learnt, also=None, scored=held, wrong=learnt)
 
     def splits(self) -> tuple[PairSet, PairSet]:
         """Return the pairs to learn from and those to score on. Raises InputError where they are not there."""

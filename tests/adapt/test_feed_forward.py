@@ -74,3 +74,14 @@ def test_a_block_is_read_where_its_numbers_are_not():
     found = read_feed_forward(block)
     assert found.activation is F.gelu
     assert found.experts(2, 4, down_bias=False).up.is_meta
+
+
+@pytest.mark.parametrize(
+    "between",
+    [nn.Softmax(-1), nn.GroupNorm(4, 24, affine=False), nn.LayerNorm(24, elementwise_affine=False)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_block_whose_hidden_units_depend_on_each_other_is_no_feed_forward_to_split(between):
+    block = nn.Sequential(nn.Linear(8, 24), between, nn.Linear(24, 8))
+    with pytest.raises(ValueError, match="block"):
+        read_feed_forward(block, "block")

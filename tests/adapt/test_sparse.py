@@ -283,3 +283,12 @@ def test_matrices_of_transformers_models_stay_sparse_until_densify_changes_nothi
     assert sum(int((model.get_parameter(name) != 0).sum()) for name in dense) == entries.kept
     assert torch.equal(model(input_ids=ids).last_hidden_state, sparse)
     assert sorted(model.state_dict()) == sorted(names)
+
+
+def test_a_second_mask_is_refused_and_not_left_out_in_silence():
+    model = nn.Sequential(nn.Linear(8, 8))
+    adapt(model, "0", StaticSparsity(0.5))
+    with pytest.raises(
+        ValueError, match="0 is masked or adapted already, wanted plain weights to mask: merge or densify"
+    ):
+        adapt(model, "0", StaticSparsity(0.9))

@@ -1,8 +1,11 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from synchromesh.data import photographs
 from synchromesh.data.photographs import PackagePhotographs, PhotographFolder, Photographs
 from synchromesh.errors import InputError, UnreadableError
 
@@ -12,7 +15,8 @@ def test_photographs_to_score_on_are_never_learnt_from() -> None:
     assert len(train) == 12
     assert len(test) == 6
     assert not {path.name for path in train.paths} & {path.name for path in test.paths}
-    assert all(len(pixels) == 3 and max(pixels.shape) <= 640 for pixels in (*train.pixels, *test.pixels))
+    found = [own.pixels(number) for own in (train, test) for number in range(len(own))]
+    assert all(len(pixels) == 3 and max(pixels.shape) <= 640 for pixels in found)
 
 
 def test_a_photograph_that_is_scored_on_elsewhere_is_left_out_by_its_name() -> None:
@@ -73,7 +77,7 @@ def test_a_crop_of_the_whole_shorter_side_at_its_own_size_is_the_photograph(phot
 
 def test_large_photographs_are_shrunk_when_they_are_read(photo, tmp_path) -> None:
     path = photo(tmp_path / "large.png", size=(64, 32))
-    assert Photographs((path,), longest=16).pixels[0].shape == (3, 8, 16)
+    assert Photographs((path,), longest=16).pixels(0).shape == (3, 8, 16)
 
 
 def test_an_unreadable_photograph_leaves_the_others_as_they_are(photo, tmp_path) -> None:
@@ -86,3 +90,16 @@ def test_an_unreadable_photograph_leaves_the_others_as_they_are(photo, tmp_path)
         except UnreadableError as error:
             seen.add(error.path)
     assert seen == {(3, 8, 8), tmp_path / "broken.png"}
+
+
+def test_photographs_are_read_when_asked_for_and_few_are_kept(tmp_path, monkeypatch) -> None:
+    read = []
+    monkeypatch.setattr(photographs, "KEPT", 2)
+    monkeypatch.setattr(photographs, "read_picture", lambda path, _: read.append(path.name) or Image.new("RGB", (8, 8)))
+    own = Photographs(tuple(tmp_path / f"{number}.png" for number in range(10**6)))
+    for number in (0, 1, 0, 2, 1):
+        own.pixels(number)
+    assert read == ["0.png", "1.png", "2.png", "1.png"]
+    small = Photographs(own.paths[:2])
+    small.pixels(0)
+    assert pickle.loads(pickle.dumps(small)) == small

@@ -36,6 +36,18 @@ def test_a_collapse_stops_a_run_with_a_sentence_and_a_short_dip_does_not():
         watch.check()
 
 
+def test_the_parts_of_a_step_count_once_and_are_judged_together():
+    watch, same = CollapseWatch(Limits(spread=0.1, steps=2)), torch.ones(8, 16)
+    for _ in range(4):
+        watch(same)
+    watch.check()
+    assert int(watch.low) == 1
+    watch(same)
+    watch(-same)  # alike in each part, opposite between them: no collapse
+    watch.check()
+    assert int(watch.low) == 0
+
+
 def test_evaluation_counts_for_nothing():
     watch = CollapseWatch(Limits(steps=1)).eval()
     watch(torch.ones(4, 16))

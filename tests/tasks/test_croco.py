@@ -110,6 +110,7 @@ def test_pairs_to_learn_from_are_new_ones_for_each_draw() -> None:
     [
         ({"patch": 0}, "patch is 0"),
         ({"ratio": 1.0}, r"ratio 1\.0"),
+        ({"ratio": 0.999}, r"at least one of \d+ patches to be seen"),
         ({"patch": 5}, "16 pixels do not consist of patches"),
     ],
 )
