@@ -283,6 +283,11 @@ class AdaptedTrunk(TaskTrunk):
 
     def __init__(self, backbone: nn.Module, settings: _Emitting) -> None:
         super().__init__(backbone, settings.tasks, settings.also)
+        if any(getattr(part, "checkpointed", False) for part in self.trunk.modules()):
+            raise ValueError(
+                "got a backbone that computes blocks again in the backward, which adapters of tasks do not: wanted "
+                "checkpointed=False"
+            )
         weight = next(self.trunk.parameters())
         generator = None if weight.is_meta else seeds.named_generator(settings.seed, seeds.ADAPT, "polyhistor")
         places = [

@@ -120,11 +120,18 @@ def densify(model: nn.Module, optimizer: Optimizer | None = None) -> list[str]:
     steps) is forgotten, since masked entries have none. Return the names of the tensors.
 
     Raises:
-        ValueError: there is no mask.
+        ValueError: there is no mask, or something else than a mask lies over a tensor too.
     """
     found = dict(_masked(model))
     if not found:
         raise ValueError(f"densify found no masked tensor in {type(model).__name__}: it is dense already")
+    for name, (module, own) in found.items():
+        parts = module.get_submodule(f"parametrizations.{own}").children()
+        over = [type(part).__name__ for part in parts if not isinstance(part, StaticMask)]
+        if over:
+            raise ValueError(
+                f"{name} has {', '.join(over)} over its mask, wanted the mask alone: merge or undo that first"
+            )
     for module, own in found.values():
         merge_tensors(module, own)
         if optimizer is not None:

@@ -5,6 +5,7 @@ from torch import nn
 
 from synchromesh.adapt.adaptation import adapt
 from synchromesh.adapt.polyhistor import Polyhistor, PolyhistorLite, Sizes
+from synchromesh.models.swin_v2 import SwinV2Config
 from tests.adapt.conftest import backbone, moved
 
 SIZES = Sizes(embedding=6, rank=2, ratio=4)
@@ -90,3 +91,12 @@ def test_widths_that_cannot_be_are_refused():
         PolyhistorLite(tasks=("a",), sizes=SIZES).matrices((8, 12), torch.Generator())
     with pytest.raises(ValueError, match="rank"):
         Sizes(rank=0)
+
+
+def test_a_backbone_that_computes_blocks_again_is_refused():
+    model = nn.Module()
+    model.backbone = SwinV2Config(image_size=32, embed_dim=8, depths=(1, 2), num_heads=(1, 2), window_size=2).build()
+    for stage in model.backbone.stages:
+        stage.checkpointed = True
+    with pytest.raises(ValueError, match="wanted checkpointed=False"):
+        adapt(model, "backbone", Polyhistor(("a", "b")))

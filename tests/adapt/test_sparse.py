@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from synchromesh import (
     GatedMLPExperts,
@@ -283,6 +284,14 @@ def test_matrices_of_transformers_models_stay_sparse_until_densify_changes_nothi
     assert sum(int((model.get_parameter(name) != 0).sum()) for name in dense) == entries.kept
     assert torch.equal(model(input_ids=ids).last_hidden_state, sparse)
     assert sorted(model.state_dict()) == sorted(names)
+
+
+def test_what_lies_over_a_mask_is_not_taken_away_with_it():
+    model = nn.Sequential(nn.Linear(8, 8))
+    adapt(model, "0", StaticSparsity(0.5))
+    parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    with pytest.raises(ValueError, match=r"0\.weight has Identity over its mask"):
+        densify(model)
 
 
 def test_a_second_mask_is_refused_and_not_left_out_in_silence():

@@ -54,8 +54,17 @@ class MultiTaskModel(nn.Module):
         self.heads = nn.ModuleDict({task: PyramidMap(backbone, width, count) for task, count in channels.items()})
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> dict[str, Float[Tensor, "B _ H W"]]:
-        """Return the map of each task, in float32."""
+        """Return the map of each task, in float32.
+
+        Raises:
+            ValueError: the backbone knows tasks, and not these; or in training others, for which nothing would learn.
+        """
         seen = features_of_tasks(self.backbone, images, tuple(self.heads))
+        idle = sorted(set(getattr(self.backbone, "tasks", ())) - set(self.heads))
+        if idle and self.training:
+            raise ValueError(
+                f"the backbone learns for {', '.join(idle)}, which have no head: wanted the same tasks in both"
+            )
         return {task: head(seen[task], images) for task, head in self.heads.items()}
 
 

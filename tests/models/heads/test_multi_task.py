@@ -55,3 +55,11 @@ def test_both_answers_weigh_the_same_in_each_image_and_images_add_up():
     torch.testing.assert_close(got, wanted)
     parts = [balanced_cross_entropy(logits[cut], truth[cut]) for cut in (slice(0, 1), slice(1, 1), slice(1, 3))]
     torch.testing.assert_close(sum(parts), got)
+
+
+def test_streams_of_a_task_without_a_head_are_refused_in_training():
+    made, x = model(), torch.randn(2, 1, 32, 32)
+    adapt(made, "backbone", MTLoRA(tasks=(*made.heads, "depth"), rank=2, task_rank=1))
+    made.eval()(x)
+    with pytest.raises(ValueError, match="learns for depth, which have no head"):
+        made.train()(x)
