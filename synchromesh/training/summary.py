@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from synchromesh.models.twin import Twin
 from synchromesh.moe.experts import experts_in
 from synchromesh.moe.layer import MoE
 from synchromesh.training.codec import encode
@@ -34,9 +35,11 @@ class ModelSize:
 
 
 def model_size(model: nn.Module) -> ModelSize:
-    """Count parameters; of E experts a token passes k."""
-    total = active = sum(p.numel() for p in model.parameters())
-    for module in model.modules():
+    """Count parameters; of E experts a token passes k. A twin that follows the model is not counted."""
+    twins = {part for twin in model.modules() if isinstance(twin, Twin) for part in twin.modules()}
+    own = [module for module in model.modules() if module not in twins]
+    total = active = sum(p.numel() for p in {p for module in own for p in module.parameters(recurse=False)})
+    for module in own:
         if isinstance(module, MoE):
             count = sum(p.numel() for p in module.experts.parameters())
             experts, k = experts_in(module.experts).num_experts, getattr(module.router, "k", 1)
