@@ -40,6 +40,7 @@ class TaskTrunk(Adapted):
         if not tasks or twice or any(not task.isidentifier() for task in tasks):
             raise ValueError(f"got the tasks {list(tasks)}, wanted one name or more, each once, such as 'edges'")
         self.tasks = tuple(tasks)
+        self._learned = {name: parameter.requires_grad for name, parameter in backbone.named_parameters()}
         self.trunk = copy.deepcopy(backbone).requires_grad_(False)
         learns = matching(tuple(also))
         for name, parameter in self.trunk.named_parameters():
@@ -54,10 +55,12 @@ class TaskTrunk(Adapted):
         """Return the backbone's features (`Features`) of each task."""
 
     def merged(self) -> nn.Module:
-        """Return the backbone with what all tasks share; what each has learned alone is not in it."""
+        """Return the backbone with what all tasks share, not with what each learned alone. It learns what it did."""
         trunk = copy.deepcopy(self.trunk)
         merge_all(trunk)
-        return trunk.requires_grad_(True)
+        for name, parameter in trunk.named_parameters():
+            parameter.requires_grad_(self._learned.get(name, True))
+        return trunk
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -157,3 +157,12 @@ def test_what_streams_cannot_pass_is_refused() -> None:
     model.backbone = PVTConfig(**SIZES, **PVT, version=PVTVersion.V1).build()
     with pytest.raises(ValueError, match="class token"):
         adapt(model, "backbone", MTLoRA(("a", "b")))
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_merged_backbone_learns_what_it_did_before(trunk: nn.Module, learns: bool) -> None:
+    trunk.backbone.requires_grad_(learns)
+    names = {name for name, _ in trunk.backbone.named_parameters()}
+    adapt(trunk, "backbone", SETTINGS).merge()
+    assert {name for name, _ in trunk.backbone.named_parameters()} == names
+    assert {parameter.requires_grad for parameter in trunk.backbone.parameters()} == {learns}
