@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from synchromesh.adapt.linear_layers import LinearLayer, is_linear
 from synchromesh.moe.experts import Activation, GatedMLPExperts, MLPExperts, StackedExperts
@@ -120,6 +121,10 @@ def read_feed_forward(module: nn.Module, name: str = "") -> FeedForwardBlock:
     """
     linears = {path: LinearLayer(part) for path, part in module.named_modules() if is_linear(part)}
     what = f"{name or 'the block'} ({type(module).__name__})"
+    if any(parametrize.is_parametrized(linear.module) for linear in linears.values()):
+        raise ValueError(
+            f"{what} is masked or adapted already, wanted plain weights: densify, merge or undo that first"
+        )
     pairs = list(_arranged(linears))
     if not pairs:
         sizes = [f"{path} {part.in_features} to {part.out_features}" for path, part in linears.items()]
@@ -190,7 +195,7 @@ def _computed(trial: nn.Module, block: FeedForwardBlock, x: Tensor) -> Tensor | 
     try:
         with torch.no_grad():
             up, first = trial.get_submodule(block.up)(x), trial.get_submodule(block.gate or block.up)(x)
-            hidden = block.activation(first)
+            hidden = block.activation(first.clone())  # some write in place
             if not _is_elementwise(block.activation, first, hidden):
                 return None
             return trial.get_submodule(block.down)(hidden * up if block.gate else hidden)
@@ -200,7 +205,7 @@ def _computed(trial: nn.Module, block: FeedForwardBlock, x: Tensor) -> Tensor | 
 
 def _is_elementwise(activation: Callable[[Tensor], Tensor], x: Float[Tensor, "R F"], y: Tensor) -> bool:
     """Tell whether hidden units are computed one by one: those of an expert are then what they were in the block."""
-    turned, first = activation(x.flip(1)), activation(x[:, :1])
+    turned, first = activation(x.flip(1)), activation(x[:, :1].clone())
     return y.shape == x.shape and torch.allclose(turned, y.flip(1)) and torch.allclose(first, y[:, :1])
 
 

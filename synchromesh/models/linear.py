@@ -35,8 +35,12 @@ def linear(
 
 
 def apply(layer: nn.Module, x: Float[Tensor, "*T D"], *, gelu: bool = False) -> Float[Tensor, "*T F"]:
-    """Call a linear layer by `linear`; with hooks or a forward of its own, or of another kind, call the module."""
-    if type(layer) is nn.Linear and not has_hooks(layer) and "forward" not in vars(layer):
+    """Call a linear layer by `linear`; with hooks or a forward of its own, or of another kind, call the module.
+
+    One whose weight is computed (masks and updates of low rank by `torch.nn.utils.parametrize`) is like any other.
+    """
+    plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    if plain and not has_hooks(layer) and "forward" not in vars(layer):
         return linear(x, layer.weight, layer.bias, gelu=gelu)
     return F.gelu(layer(x)) if gelu else layer(x)
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 
 from synchromesh.adapt.feed_forward import read_feed_forward
 from synchromesh.models.mixtures import FeedForward
@@ -34,8 +35,15 @@ def test_a_common_activation_is_the_one_that_kernels_fuse(module, activation):
     assert read_feed_forward(nn.Sequential(nn.Linear(4, 8), module, nn.Linear(8, 4))).activation is activation
 
 
-def test_an_activation_of_its_own_is_taken():
-    own = nn.Mish()
+def test_a_block_that_is_masked_is_refused_in_a_sentence():
+    block = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    parametrize.register_parametrization(block[0], "weight", nn.Identity())
+    with pytest.raises(ValueError, match="is masked or adapted already, wanted plain weights"):
+        read_feed_forward(block)
+
+
+@pytest.mark.parametrize("own", [nn.Mish(), nn.Mish(inplace=True), nn.LeakyReLU(inplace=True)], ids=str)
+def test_an_activation_of_its_own_is_taken(own):
     assert read_feed_forward(nn.Sequential(nn.Linear(4, 8), own, nn.Linear(8, 4))).activation is own
     tanh = nn.Sequential(nn.Linear(4, 8), nn.GELU(approximate="tanh"), nn.Linear(8, 4))
     assert read_feed_forward(tanh).activation is not F.gelu

@@ -1,7 +1,10 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 import synchromesh.kernels.flops  # noqa: F401 - registers the formulas
@@ -118,3 +121,18 @@ def test_a_forward_put_in_its_place_is_called() -> None:
 def test_another_dtype_is_refused_in_torchs_words() -> None:
     with pytest.raises(RuntimeError, match="dtype"):
         apply(nn.Linear(12, 9).bfloat16(), torch.randn(7, 12))
+
+
+@pytest.mark.usefixtures("everything_by_onednn")
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_layer_whose_weight_is_computed_is_multiplied_as_a_plain_one_bit_for_bit(learns):
+    plain, x = nn.Linear(24, 40), torch.randn(64, 24)
+    computed = copy.deepcopy(plain)
+    parametrize.register_parametrization(computed, "weight", nn.Identity())
+    with torch.set_grad_enabled(learns):
+        one, other = apply(plain, x, gelu=True), apply(computed, x, gelu=True)
+    assert torch.equal(one, other)
+    if learns:
+        wanted, *_ = torch.autograd.grad(one.sum(), plain.weight)
+        got, *_ = torch.autograd.grad(other.sum(), computed.parametrizations.weight.original)
+        assert torch.equal(got, wanted)
