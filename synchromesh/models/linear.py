@@ -39,8 +39,8 @@ def apply(layer: nn.Module, x: Float[Tensor, "*T D"], *, gelu: bool = False) -> 
 
     One whose weight is computed (masks and updates of low rank by `torch.nn.utils.parametrize`) is like any other.
     """
-    plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
-    if plain and not has_hooks(layer) and "forward" not in vars(layer):
+    plain = type(layer).forward is nn.Linear.forward and "forward" not in vars(layer) and not has_hooks(layer)
+    if isinstance(layer, nn.Linear) and plain:
         return linear(x, layer.weight, layer.bias, gelu=gelu)
     return F.gelu(layer(x)) if gelu else layer(x)
 
