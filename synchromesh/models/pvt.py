@@ -171,7 +171,8 @@ class ReducedAttention(Mixer):
         q = apply(self.q, tokens).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         k, v = apply(self.kv, seen).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         y = dot_product_attention(q, k, v, dropout=self.attention_dropout if self.training else 0.0)
-        return self.dropout(apply(self.proj, y)).view(*x.shape[:-1], -1)  # adapted, it may be wider
+        y = self.dropout(apply(self.proj, y))
+        return y.view(*x.shape[:-1], y.shape[-1])  # adapted, it may be wider
 
     def multiply_adds(self, height: int, width: int, channels: int) -> float:
         positions, seen, own = height * width, height * width, 0
