@@ -109,6 +109,11 @@ class SharedTrunk(TaskTrunk):
 
 def _check_streams(trunk: nn.Module, last: Iterable[nn.Module]) -> None:
     """Raise ValueError where streams of tasks, side by side, would not be what each is alone."""
+    adapted = [name for name, part in trunk.named_modules() if isinstance(part, Adapted)]
+    if adapted:
+        raise ValueError(
+            f"{adapted[0]} is adapted already, wanted a plain backbone for streams of tasks: merge it first"
+        )
     if any(name.endswith("class_token") for name, _ in trunk.named_parameters()):
         raise ValueError("got a backbone with a class token, wanted maps alone for streams of tasks: not PVT v1")
     ffns = [block.get_submodule("ffn") for block in last]

@@ -4,6 +4,7 @@ from torch import nn
 
 from synchromesh.adapt.adaptation import adapt
 from synchromesh.adapt.mtlora import MTLoRA, TaskBlock
+from synchromesh.adapt.split import SplitFFN
 from synchromesh.adapt.task_trunk import blocks_of
 from synchromesh.models.focalnet import FocalNetConfig
 from synchromesh.models.mixtures import ExpertsConfig
@@ -157,6 +158,14 @@ def test_what_streams_cannot_pass_is_refused() -> None:
     model.backbone = PVTConfig(**SIZES, **PVT, version=PVTVersion.V1).build()
     with pytest.raises(ValueError, match="class token"):
         adapt(model, "backbone", MTLoRA(("a", "b")))
+
+
+def test_a_backbone_whose_blocks_were_split_is_refused() -> None:
+    model = nn.Module()
+    model.backbone = backbone()
+    adapt(model, "backbone.stages.1.blocks.1.ffn", SplitFFN(4, 2))
+    with pytest.raises(ValueError, match=r"stages\.1\.blocks\.1\.ffn is adapted already, .* merge it first"):
+        adapt(model, "backbone", SETTINGS)
 
 
 @pytest.mark.parametrize("learns", [False, True])
