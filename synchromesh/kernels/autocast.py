@@ -34,8 +34,9 @@ def autocast_alike(
     Raises:
         ValueError: they are of several dtypes.
     """
-    stays = [number < narrowed and _stays(other) for number, other in enumerate(others)]
-    x, cast = autocast(x, [None if stay else other for stay, other in zip(stays, others, strict=True)])
+    x, _ = autocast(x, [])
+    stays = [number < narrowed and _stays(other, x.dtype) for number, other in enumerate(others)]
+    _, cast = autocast(x, [None if stay else other for stay, other in zip(stays, others, strict=True)])
     strange = {other.dtype for other in cast if other is not None} - {x.dtype}
     if strange:
         raise ValueError(
@@ -71,11 +72,11 @@ class _Cast(torch.autograd.Function):
         return cast(gradients[0], ctx.dtype), None
 
 
-def _stays(tensor: Tensor | None) -> bool:
+def _stays(tensor: Tensor | None, dtype: torch.dtype) -> bool:
+    """Tell whether autocast would narrow a large tensor of a CPU to the dtype of the input."""
     if tensor is None or tensor.dtype != torch.float32 or not torch.is_autocast_enabled("cpu"):
         return False
-    dtype = torch.get_autocast_dtype("cpu")
-    return dtype != tensor.dtype and _large(tensor, dtype)
+    return dtype.itemsize < tensor.dtype.itemsize and _large(tensor, dtype)
 
 
 def _large(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -91,5 +91,5 @@ def test_a_block_is_read_where_its_numbers_are_not():
 )
 def test_a_block_whose_hidden_units_depend_on_each_other_is_no_feed_forward_to_split(between):
     block = nn.Sequential(nn.Linear(8, 24), between, nn.Linear(24, 8))
-    with pytest.raises(ValueError, match="block"):
-        read_feed_forward(block, "block")
+    with pytest.raises(ValueError, match=r"cannot be read: its output is not down\(act\(up\(x\)\)\)"):
+        read_feed_forward(block)

@@ -1,7 +1,8 @@
+import pytest
 import torch
 
 from synchromesh.kernels import autocast
-from synchromesh.kernels.autocast import cast
+from synchromesh.kernels.autocast import autocast_alike, cast
 
 
 def casts_and_gradients(x, weight):
@@ -33,3 +34,14 @@ def test_a_cast_to_the_same_dtype_is_the_tensor(monkeypatch):
     monkeypatch.setattr(autocast, "HUGE_FROM", 1)
     x = torch.randn(3)
     assert cast(x, torch.float32) is x
+
+
+def test_large_matrices_stay_for_a_narrower_input_alone(monkeypatch):
+    monkeypatch.setattr(autocast, "HUGE_FROM", 1)
+    x, matrix, bias = torch.randn(3, 4), torch.randn(2, 4, 4), torch.randn(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        own, (kept, narrow) = autocast_alike(x, [matrix, bias], narrowed=1)
+        with pytest.raises(ValueError, match=r"input of torch\.float64 and expert weights of torch\.bfloat16"):
+            autocast_alike(x.double(), [matrix, bias], narrowed=1)
+    assert kept is matrix
+    assert own.dtype == narrow.dtype == torch.bfloat16

@@ -20,7 +20,8 @@ from synchromesh.parallel.grid_module import GridModule
 from synchromesh.torch_private import transformed
 
 LEAST_TARGET = 1e-3  # that another one is divided by: gradients stay finite
-PAIRS = (2**26, 2**18)  # of items that are in memory at a time: elsewhere, and on a CPU, whose cache they are to fit
+PAIRS = 2**26  # of items that are in memory at a time
+CPU_PAIRS = 2**18  # on a CPU, whose cache they are to fit
 
 
 def graded_average_precision(
@@ -62,7 +63,8 @@ class _Ranked(torch.autograd.Function):
     def forward(ctx: Any, scores: Tensor, targets: Tensor, temperature: float) -> Tensor:
         items = scores.shape[-1]
         flat, wanted = scores.reshape(-1, items), targets.reshape(-1, items)
-        most = max(1, PAIRS[scores.device.type == "cpu"] // max(1, items**2))
+        pairs = CPU_PAIRS if scores.device.type == "cpu" else PAIRS
+        most = max(1, pairs // max(1, items**2))
         parts = zip(flat.split(most), wanted.split(most), strict=True)
         values, slopes = zip(*[_ranked(s, y, temperature) for s, y in parts], strict=True)
         ctx.save_for_backward(torch.cat(slopes).view(scores.shape))
