@@ -12,7 +12,6 @@ their regions but without masks.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import resource
 import subprocess
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 from PIL import Image
+from timing import machine
 
 RESULTS = Path(__file__).parent / "results" / "coco_json.jsonl"
 HEIGHT, WIDTH = 480, 640
@@ -126,14 +126,6 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def machine() -> dict[str, object]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {"machine": f"{model}, {os.cpu_count()} cores", "commit": commit, "python": platform.python_version()}
-
-
 def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = generate(Path(folder), args.annotations, args.pictures)
@@ -144,7 +136,9 @@ def main(args: Args) -> None:
         found = json.loads(done.stdout)
         size = path.stat().st_size / 2**20
     met = {name: found[name] < most for name, most in WANTED.items()}
-    line = json.dumps({**machine(), "file_mib": round(size, 1), **found, "met": met})
+    line = json.dumps(
+        {**machine(), "python": platform.python_version(), "file_mib": round(size, 1), **found, "met": met}
+    )
     print(line)
     with args.out.open("a") as file:
         file.write(line + "\n")

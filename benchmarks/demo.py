@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 from rich.table import Table
+from timing import machine
 
 from synchromesh import Float8Products, MXFloat8Products
 from synchromesh.commands.context import Context
@@ -101,15 +99,6 @@ def name_of(model: str, args: Args) -> str:
     tile = [f"tile {args.tile}"] if args.tile else []
     products = [] if args.products == "none" else [args.products]
     return ", ".join([model, *tile, *products])
-
-
-def machine() -> dict[str, Any]:
-    """Name the processor and the commit."""
-    cpu = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {"machine": f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores", "commit": commit}
 
 
 def table(lines: Sequence[dict[str, Any]]) -> Table:

@@ -33,12 +33,14 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from timing import save
 
 from synchromesh import Dropless, Grid, MLPExperts, MoE, Plan, Sharded, TopKRouter
 from synchromesh.parallel.layout import Layout
 from synchromesh.planning.framing import Framing
 from synchromesh.types import Workload
 
+FIGURE = ("nodes", "ranks", "mbit", "shape", "plan")  # what tells a record from others
 RESULTS = Path(__file__).parent / "results" / "emulated_cluster.jsonl"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "plans.svg"
 PREFIX = "smesh"  # of all names made here
@@ -260,19 +262,6 @@ def measure_cluster(nodes: int, mbit: int, args: Args, progress: Progress) -> li
     return records
 
 
-def save(records: list[dict[str, Any]], out: Path) -> None:
-    """Replace the records of the same figures, written aside and renamed."""
-
-    def figure(record: dict[str, Any]) -> str:
-        return json.dumps([record[name] for name in ("nodes", "ranks", "mbit", "shape", "plan")])
-
-    old = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    kept = {figure(record): record for record in [*old, *records]}
-    aside = out.with_suffix(".part")
-    aside.write_text("".join(json.dumps(record) + "\n" for record in kept.values()))
-    aside.replace(out)
-
-
 def show(records: list[dict[str, Any]]) -> None:
     """Print, for every cell, the best plan, the worst, the one that E and W alone would fix, and data parallel."""
     table = Table(title="milliseconds a step (median; quartiles)")
@@ -356,7 +345,7 @@ def main(args: Args) -> None:
             raise SystemExit("network namespaces need root: run this with sudo, or --show what was measured")
         with Progress(console=Console(stderr=True)) as progress:
             for nodes, mbit in itertools.product(args.nodes, args.rates):
-                save(measure_cluster(nodes, mbit, args, progress), args.out)
+                save(measure_cluster(nodes, mbit, args, progress), args.out, figure=FIGURE)
     if not args.out.exists():
         raise SystemExit(f"{args.out} does not exist: nothing was measured yet")
     records = [json.loads(line) for line in args.out.read_text().splitlines()]

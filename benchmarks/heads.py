@@ -14,7 +14,6 @@ ends with boxes, masks or logits of each pixel. Stochastic depth is off. Rounds 
 from __future__ import annotations
 
 import copy
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +25,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from timing import machine, timed
+from timing import machine, save, timed
 from torch import Tensor, nn
 from transformers import (
     DeformableDetrImageProcessorPil,
@@ -51,6 +50,7 @@ from synchromesh.models.heads.semantic import SemanticFPN, SemanticHead
 from synchromesh.models.swin_v2 import SwinV2, SwinV2Config
 from synchromesh.testing.compare import relative_rms
 
+FIGURE = ("machine", "threads", "head", "pass", "batch", "pixels")  # what tells a record from others
 RESULTS = Path(__file__).parent / "results" / "heads.jsonl"
 CLASSES, OBJECTS = 80, 8  # objects of an image
 SMALL = {"width": 64, "heads": 2, "decoder_layers": 2, "ffn": 32, "queries": 6}
@@ -284,20 +284,6 @@ def measure(name: str, head: Any, args: Args) -> list[dict[str, Any]]:
     return records
 
 
-def save(records: list[dict[str, Any]], out: Path) -> None:
-    """Replace the records of the same figures, written aside and renamed."""
-
-    def figure(record: dict[str, Any]) -> str:
-        return json.dumps([record[name] for name in ("head", "pass", "batch", "pixels", "threads")])
-
-    old = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    kept = {figure(record): record for record in [*old, *records]}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_suffix(".part")
-    aside.write_text("".join(json.dumps(record) + "\n" for record in kept.values()))
-    aside.replace(out)
-
-
 def show(records: list[dict[str, Any]]) -> None:
     table = Table("head", "pass", title="seconds")
     for name in ("transformers", "ours", "transformers over ours", "load"):
@@ -320,7 +306,7 @@ def main(args: Args) -> None:
     for name in args.heads or HEADS:
         records += [{**about, **record} for record in measure(name, HEADS[name][args.quick], args)]
         if not args.quick or args.out != RESULTS:
-            save(records, args.out)
+            save(records, args.out, figure=FIGURE)
         print(f"{len(records)} figures", file=sys.stderr)
     show(records)
 

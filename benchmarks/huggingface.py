@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 import tyro
-from layer import ROUTINGS, machine, save, seconds_of, timed
+from layer import FIGURE, ROUTINGS, seconds_of, timed
 from rich.console import Console
 from rich.table import Table
+from timing import machine, save
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -173,7 +174,7 @@ def main(args: Args) -> None:
             for routing in args.routings:
                 records.append(about | measure(shape, getattr(torch, dtype), routing, args, training=training))
     if not args.tiny or args.out != RESULTS:
-        save(records, args.out)
+        save(records, args.out, figure=FIGURE)
     show(records)
 
 

@@ -13,11 +13,7 @@ run above what it was before, gradients included (Linux: /proc/self/clear_refs a
 from __future__ import annotations
 
 import ctypes
-import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +26,7 @@ import torch.nn.functional as F
 import tyro
 from rich.console import Console
 from rich.table import Table
+from timing import machine, save
 from torch import Tensor, nn
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
@@ -51,6 +48,7 @@ SHAPES = [
 ]
 KEPT_BACK = [(2048, 384, 1536, 12, 2), (2048, 768, 1024, 16, 4), (1024, 320, 640, 48, 6), (1024, 512, 256, 128, 8)]
 ROUTINGS = {"balanced": balanced, "zipf": zipf}
+FIGURE = ("machine", "threads", "shape", "dtype", "routing", "pass")  # what tells a record from others
 RESULTS = Path(__file__).parent / "results" / "layer.jsonl"
 
 
@@ -367,38 +365,6 @@ def verdict(p: Problem, seconds: dict[str, float]) -> dict[str, object]:
     }
 
 
-def machine() -> dict[str, object]:
-    """Return what a figure depends on besides the code."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    model = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "")
-    return {
-        "machine": f"{model or platform.processor()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "commit": commit,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def save(records: list[dict[str, object]], out: Path) -> None:
-    """Replace the records of the same figures, written aside and renamed."""
-
-    def figure(record: dict[str, object]) -> str:
-        return json.dumps([record[name] for name in ("shape", "dtype", "routing", "pass")])
-
-    old = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    kept = {figure(record): record for record in [*old, *records]}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_suffix(".part")
-    aside.write_text("".join(json.dumps(record) + "\n" for record in kept.values()))
-    aside.replace(out)
-
-
 def show(records: list[dict[str, object]]) -> None:
     table = Table("T D F E K", "dtype", "routing", "pass", title="milliseconds (MiB at peak)")
     for name in ("limit", *CONTESTANTS, "over limit", "over best", "misses"):
@@ -425,7 +391,7 @@ def main(args: Args) -> None:
             for routing in ROUTINGS:
                 found = measure(shape, getattr(torch, dtype), routing, args)
                 records += [{**about, **record} for record in found]
-                save(records, args.out)  # a run that is cut keeps what it has
+                save(records, args.out, figure=FIGURE)  # a run that is cut keeps what it has
     show(records)
 
 

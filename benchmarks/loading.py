@@ -17,7 +17,6 @@ import os
 import platform
 import resource
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
+from timing import machine
 
 RESULTS = Path(__file__).parent / "results" / "loading.jsonl"
 SIDE, BATCH = 192, 20
@@ -194,15 +194,10 @@ def compare(size: tuple[int, int], count: int, rounds: int) -> dict[str, object]
     }
 
 
-def machine() -> dict[str, object]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    packages = ("pillow", "pyarrow", "datasets", "webdataset", "torch")
+def about() -> dict[str, object]:
+    """Return what the figures depend on besides: versions of the contestants, and what else ran."""
+    packages = ("pillow", "pyarrow", "datasets", "webdataset")
     return {
-        "machine": f"{model}, {os.cpu_count()} cores",
-        "commit": commit,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
         "load": [round(value, 2) for value in os.getloadavg()],
@@ -214,7 +209,7 @@ def main(args: Args) -> None:
     cases = [((60, 40), 40)] if args.tiny else [((500, 375), 200), ((2000, 1500), 20)]
     with args.out.open("a") as file:
         for size, count in cases:
-            line = json.dumps({**machine(), **compare(size, count, 0 if args.tiny else args.rounds)})
+            line = json.dumps({**machine(), **about(), **compare(size, count, 0 if args.tiny else args.rounds)})
             print(line)
             file.write(line + "\n")
 

@@ -22,10 +22,10 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from layer import machine
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from timing import machine
 from torch import nn
 
 from synchromesh import cli

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 import tyro
 from rich.console import Console
 from rich.table import Table
-from timing import machine, timed
+from timing import machine, save, timed
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Swinv2Config, Swinv2ForImageClassification
@@ -40,6 +39,7 @@ from synchromesh.moe.record import aux_loss
 from synchromesh.testing.compare import relative_rms
 from synchromesh.torch_private import onednn_linear
 
+FIGURE = ("machine", "threads", "model", "dtype", "pass", "batch", "compiled")  # what tells a record from others
 RESULTS = Path(__file__).parent / "results" / "swin.jsonl"
 TINY = SwinV2Config(image_size=64, drop_path=0.0)
 TINY_EXPERTS = ExpertsConfig(num_experts=8, blocks=((), (), (1, 3, 5), (1,)), dropout=0.0, down_bias=True)
@@ -249,21 +249,6 @@ def verdict(times: dict[str, float], kind: str) -> dict[str, object]:
     }
 
 
-def save(records: list[dict[str, object]], out: Path) -> None:
-    """Replace the records of the same figures, written aside and renamed."""
-
-    def figure(record: dict[str, object]) -> str:
-        what = [record[name] for name in ("model", "dtype", "pass", "batch", "threads")]
-        return json.dumps([*what, record.get("compiled", "")])
-
-    old = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    kept = {figure(record): record for record in [*old, *records]}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_suffix(".part")
-    aside.write_text("".join(json.dumps(record) + "\n" for record in kept.values()))
-    aside.replace(out)
-
-
 def show(records: list[dict]) -> None:
     table = Table("model", "dtype", "pass", "ours compiled by", title="images per second")
     for name in ("transformers", "dense", "experts", "dense over transformers", "most possible", "experts over dense"):
@@ -286,7 +271,7 @@ def main(args: Args) -> None:
         for dtype in args.dtypes:
             made = measure(case, dtype, seconds, args.compile)
             records += [{**about, "model": name, **record} for record in made]
-            save(records, args.out)
+            save(records, args.out, figure=FIGURE)
             print(f"{len(records)} figures", file=sys.stderr)
     show(records)
 

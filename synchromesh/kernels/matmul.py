@@ -1,8 +1,8 @@
 """One product of two matrices on a CPU, by the faster of two libraries.
 
-In float32 torch multiplies by MKL, which on processors of AMD leaves half of the registers' width unused; oneDNN, which
-torch takes for bfloat16 and convolutions, does not. Which one is faster for how many rows is measured
-(`product_costs`).
+In float32 torch multiplies by MKL, which on processors of AMD computes with vectors of 256 bits: all that Zen 4 has,
+half of what Zen 5 has. oneDNN, which torch takes for bfloat16 and convolutions, uses them whole. Which one is faster
+for how many rows is measured (`product_costs`).
 """
 
 from __future__ import annotations

@@ -132,10 +132,10 @@ class Machines:
     measured: tuple[Machine, ...]
 
     def costs(self, cpu: str, threads: int, dtype: torch.dtype, *, wide: bool = True) -> ProductCosts:
-        """Return the costs of a CPU, else of the first that was measured; of the nearest number of threads.
+        """Return the costs of a CPU, else of one of its family, else of the first; of the nearest number of threads.
 
-        Which library is the faster one depends on a CPU's maker and its vectors: others than the first one's multiply
-        by torch's own until they are measured. A dtype that was not measured costs what float32 does where it has as
+        Which library is the faster one depends on how wide the units of a CPU's family compute: of families that nobody
+        has measured, torch's own multiplies. A dtype that was not measured costs what float32 does where it has as
         many bytes or more, and is multiplied expert by expert where it has less: torch has no fast batched product of
         every short one.
 
@@ -143,11 +143,13 @@ class Machines:
             cpu: its model.
             threads: that torch computes with.
             dtype: of the products.
-            wide: whether the CPU has the vectors of 512 bits that the first one has.
+            wide: whether the CPU has vectors of 512 bits, as those that were measured have.
         """
-        known = [machine for machine in self.measured if machine.cpu == cpu]
-        own = bool(known) or (wide and cpu.split()[:1] == self.measured[0].cpu.split()[:1])
-        known = known or [machine for machine in self.measured if machine.cpu == self.measured[0].cpu]
+        known, own = [machine for machine in self.measured if machine.cpu == cpu], True
+        if not known:
+            kin = [machine.cpu for machine in self.measured if _family(machine.cpu) == _family(cpu)]
+            stands, own = (kin or [self.measured[0].cpu])[0], wide and bool(kin)
+            known = [machine for machine in self.measured if machine.cpu == stands]
         machine = min(known, key=lambda one: abs(math.log2(one.threads / threads)))
         name = str(dtype).removeprefix("torch.")
         costs = machine.products.get(name, machine.products["float32"])
@@ -226,6 +228,12 @@ def cpu_model() -> str:
     parts = [said.get("model name", platform.machine())]
     parts += [f"{name} {said[name]}" for name in ("cpu family", "model") if name in said]
     return ", ".join(parts)
+
+
+def _family(cpu: str) -> tuple[str, ...]:
+    """Return a CPU's maker and family, of what `cpu_model` says."""
+    name, *about = cpu.split(", ")
+    return (*name.split()[:1], *(part for part in about if part.startswith("cpu family")))
 
 
 def _fields(found: Any, kinds: dict[str, type]) -> dict[str, Any]:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from synchromesh.kernels.matmul import has_onednn
-from synchromesh.kernels.product_costs import Cost, Machine, ProductCosts, cpu_model
+from synchromesh.kernels.product_costs import NOISE, Cost, Machine, ProductCosts, cpu_model
 from synchromesh.torch_private import onednn_linear
 
 EXPERTS = 128  # whose matrices are more than caches hold, as those of a layer are when its turn comes again
 SMALL = (8, 64)  # rows, and the width of matrices, of products that cost little more than their call
 WIDTH = 512
 ROWS = (2, 34)
+MANY = 256  # rows at which a library shows whether it uses a processor's full width, where others are as fast as ever
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -24,7 +25,7 @@ def measure(*, seconds: float = 0.5, dtypes: Sequence[torch.dtype] = DTYPES) -> 
     """Return the costs of products with as many threads as torch has now.
 
     Args:
-        seconds: for each of three sizes of a dtype.
+        seconds: for each of three or four sizes of a dtype.
         dtypes: float32 and what else.
     """
     products = {str(dtype).removeprefix("torch."): _measured(dtype, seconds) for dtype in dtypes}
@@ -45,7 +46,14 @@ def _measured(dtype: torch.dtype, seconds: float) -> ProductCosts:
     timings = [_timed(dtype, rows, width, seconds) for rows, width in (SMALL, *((rows, WIDTH) for rows in ROWS))]
     alone, batched, *onednn = zip(*timings, strict=True)
     costs = ProductCosts(fitted(*alone, calls=EXPERTS), fitted(*batched, calls=1))
-    return dataclasses.replace(costs, onednn=fitted(*onednn[0], calls=EXPERTS)) if onednn else costs
+    if not onednn or not _gains(*_timed(dtype, MANY, WIDTH, seconds)):
+        return costs
+    return dataclasses.replace(costs, onednn=fitted(*onednn[0], calls=EXPERTS))
+
+
+def _gains(alone: float, _: float, onednn: float) -> bool:
+    """Tell whether oneDNN is worth its results being copied, at many rows: at few, torch's library may just be slow."""
+    return NOISE * onednn < alone
 
 
 def _timed(dtype: torch.dtype, rows: int, width: int, seconds: float) -> list[float]:

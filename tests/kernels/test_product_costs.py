@@ -48,16 +48,20 @@ def test_the_own_cpu_comes_first_then_the_nearest_threads():
     assert machines.costs("unknown", 1, torch.float32) == CALLS
 
 
-def test_the_library_is_chosen_by_measurements_of_the_same_kind_of_cpu_alone():
+def test_the_library_is_chosen_by_measurements_of_the_same_family_of_cpu_alone():
+    wide, narrow = "AMD one, cpu family 26, model 2", "AMD one, cpu family 25, model 17"
     onednn = Cost(1.0, 1.0, 0.05)
-    machines = Machines((machine("AMD one", 1, dataclasses.replace(CALLS, onednn=onednn)), machine("Other 2", 1)))
+    gains = machine(wide, 1, dataclasses.replace(CALLS, onednn=onednn))
+    machines = Machines((gains, machine(narrow, 1, SLOW_BATCHES), machine("Other 2", 1)))
     assert Machines.from_json(machines.to_json()) == machines
-    assert machines.costs("AMD one", 4, torch.float32, wide=False).onednn == onednn
-    assert machines.costs("AMD two", 4, torch.float32).onednn == onednn
-    assert machines.costs("AMD two", 4, torch.float32, wide=False).onednn is None
-    for cpu in ("Intel one", "Other 2", ""):
+    assert machines.costs(wide, 4, torch.float32, wide=False).onednn == onednn
+    kin = "AMD two, cpu family 26, model 68"
+    assert machines.costs(kin, 4, torch.float32).onednn == onednn
+    assert machines.costs(kin, 4, torch.float32, wide=False).onednn is None
+    assert machines.costs("AMD two, cpu family 25, model 1", 4, torch.float32) == SLOW_BATCHES
+    for cpu in ("Intel one, cpu family 26, model 2", "AMD two, cpu family 27, model 1", narrow, "Other 2", "AMD64", ""):
         assert machines.costs(cpu, 1, torch.float32).onednn is None
-    assert machines.costs("AMD one", 1, torch.float64).onednn is None
+    assert machines.costs(wide, 1, torch.float64).onednn is None
 
 
 def test_a_batch_is_weighed_against_the_faster_library():

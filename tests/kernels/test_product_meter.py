@@ -24,10 +24,21 @@ def test_noise_gives_no_negative_costs():
 
 
 def test_a_machine_measures_itself(monkeypatch: pytest.MonkeyPatch):
-    for name, less in (("EXPERTS", 4), ("WIDTH", 96)):
+    for name, less in (("EXPERTS", 4), ("WIDTH", 96), ("MANY", 8)):
         monkeypatch.setattr(product_meter, name, less)
     found = measure(seconds=0.01, dtypes=[torch.float32])
     assert isinstance(found, Machine)
     assert found.threads == torch.get_num_threads()
     assert list(found.products) == ["float32"]
     assert found.products["float32"].alone.row > 0
+
+
+@pytest.mark.parametrize("many", [1.0, 1.2, 1.3])
+def test_a_library_that_gains_at_few_rows_alone_is_not_taken(monkeypatch: pytest.MonkeyPatch, many: float):
+    def timed(dtype: torch.dtype, rows: int, width: int, seconds: float) -> list[float]:
+        gain = many if rows == product_meter.MANY else 2.0
+        return [gain * rows * width, gain * rows * width, rows * width]
+
+    monkeypatch.setattr(product_meter, "_timed", timed)
+    found = measure(dtypes=[torch.float32]).products["float32"]
+    assert (found.onednn is not None) == (many == 1.3)
