@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from synchromesh.torch_private import children_of
 Predicate = Callable[[str, nn.Module], bool]
 """(dotted name, module) -> whether it is chosen."""
 
-Select = type[nn.Module] | str | Predicate | tuple[type[nn.Module] | str, ...]
+Select = type[nn.Module] | str | Predicate | Sequence[type[nn.Module] | str]
 """Which modules: a type, a pattern of the dotted name as of a shell (`encoder.*.mlp`), any of several, a function."""
 
 Factory = Callable[[str, nn.Module], nn.Module | None]
@@ -102,6 +102,8 @@ class Adaptation:
     def merge(self) -> nn.Module:
         """Make the model plain again, with what was learned; return it. On ranks all of them call it together.
 
+        Its parameters learn where those of the old modules did, whatever was frozen meanwhile.
+
         Raises:
             ValueError: a module has no plain form, or is no longer in the model. Nothing has changed then.
         """
@@ -110,6 +112,7 @@ class Adaptation:
         for change in self.changes:
             if change.new not in plain:
                 plain[change.new] = merge_tensors(change.new, *_tensors_of(change.new))
+            _learn_as(change.old, plain[change.new])
         self._put(plain)
         return self.model
 
@@ -178,7 +181,7 @@ def adapt(model: nn.Module, select: Select, factory: Factory) -> Adaptation:
     'Linear'
     """
     chosen = matching(select)
-    if chosen("", model) and not isinstance(select, (type, tuple)):  # a type may also be that of the model around
+    if chosen("", model) and not isinstance(select, (type, tuple, list)):  # a type may also be that of the model around
         raise ValueError("select chose the model itself, wanted blocks inside it")
     found = _Found(chosen, factory)
     found.look_inside(model, "")
@@ -226,12 +229,15 @@ def merge_all(model: nn.Module) -> list[str]:
 
 def matching(select: Select) -> Predicate:
     """Return what chooses modules as a function of name and module."""
-    if isinstance(select, tuple):
-        return lambda name, module: any(matching(one)(name, module) for one in select)
     if isinstance(select, str):
         return lambda name, module: fnmatch.fnmatchcase(name, select) and name != ""
     if isinstance(select, type):
         return lambda name, module: isinstance(module, select)
+    if isinstance(select, (tuple, list)):
+        each = [matching(one) for one in select]
+        return lambda name, module: any(one(name, module) for one in each)
+    if not callable(select):
+        raise ValueError(f"got {select!r} to choose modules by, wanted a type, a pattern, several of them, or a function")
     return select
 
 
@@ -314,6 +320,12 @@ def _merged(change: Change) -> nn.Module:
             "`synchromesh.Adapted`, or undo()"
         )
     return change.new.merged()
+
+
+def _learn_as(old: nn.Module, new: nn.Module) -> None:
+    learns = {name: parameter.requires_grad for name, parameter in old.named_parameters()}
+    for name, parameter in new.named_parameters():
+        parameter.requires_grad_(learns.get(name, parameter.requires_grad))
 
 
 def _some(names: list[str]) -> str:

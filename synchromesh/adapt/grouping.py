@@ -60,6 +60,8 @@ class BalancedKMeans(Grouping):
     def order(self, rows: Float[Tensor, "F D"], groups: int) -> Int[Tensor, " F"]:
         if rows.is_meta:
             return torch.arange(len(rows))
+        if not rows.isfinite().all():
+            raise ValueError("got a first layer with NaN or infinite weights to group by direction, wanted finite ones")
         units = F.normalize(rows.detach().to("cpu", torch.float64), dim=1)
         centres, before = self._first(units, groups), None
         for _ in range(self.iterations):

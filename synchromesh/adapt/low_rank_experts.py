@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from synchromesh.adapt.adaptation import Adapted
 from synchromesh.kernels import Kernels, MLPWeights
@@ -196,7 +197,7 @@ class LowRankMoE(Adapted):
         common: the factors that all experts share; None where each has its own.
 
     Raises:
-        ValueError: its experts are of another kind than `MLPExperts` and `GatedMLPExperts`.
+        ValueError: its experts are of another kind than `MLPExperts` and `GatedMLPExperts`, or masked.
     """
 
     takes_mask = True
@@ -215,6 +216,8 @@ class LowRankMoE(Adapted):
         if not isinstance(old, StackedExperts) or (tasks and moe.shared is not None):
             what = "a shared expert" if isinstance(old, StackedExperts) else f"the experts {type(old).__name__}"
             raise ValueError(f"got a MoE layer with {what}, wanted MLPExperts or GatedMLPExperts alone")
+        if parametrize.is_parametrized(old):
+            raise ValueError("got experts that are masked or adapted already, wanted plain ones: densify or merge first")
         self.moe = copy.deepcopy(moe).requires_grad_(False)
         experts = LowRankExperts(
             old, updates=updates, shared=not per_expert, with_shared=with_shared, generator=generator

@@ -7,6 +7,7 @@ from torch import nn
 
 from synchromesh import Adapted
 from synchromesh.adapt.adaptation import adapt, after_step, merge_all
+from synchromesh.adapt.low_rank import LowRank
 
 
 class Scaled(Adapted):
@@ -56,6 +57,7 @@ def trained(adaptation) -> None:
     [
         (nn.Linear, ("0", "1.0", "2")),
         ((nn.Linear, nn.Tanh), ("0", "1.0", "2")),  # the factory leaves the tanh
+        (["0", "2"], ("0", "2")),
         ("1.*", ("1.0",)),
         ("[02]", ("0", "2")),
         (lambda name, module: isinstance(module, nn.Linear) and module.in_features == 4, ("0",)),
@@ -210,3 +212,16 @@ def test_a_model_is_made_plain_by_whoever_has_no_adaptation_of_it():
     assert type(model[0]) is nn.Linear
     torch.testing.assert_close(model(x), wanted)
     assert merge_all(model) == []
+
+
+def test_what_chooses_nothing_is_refused():
+    with pytest.raises(ValueError, match="wanted a type, a pattern"):
+        adapt(network(), 3, scaled)
+
+
+def test_what_was_frozen_before_is_frozen_after_merging_and_the_rest_learns_again():
+    model = network()
+    model[0].bias.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    adapt(model, nn.Linear, LowRank(rank=1)).merge()
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before

@@ -93,3 +93,9 @@ def test_a_block_whose_hidden_units_depend_on_each_other_is_no_feed_forward_to_s
     block = nn.Sequential(nn.Linear(8, 24), between, nn.Linear(24, 8))
     with pytest.raises(ValueError, match=r"cannot be read: its output is not down\(act\(up\(x\)\)\)"):
         read_feed_forward(block)
+
+
+@pytest.mark.parametrize("drop", [nn.AlphaDropout(0.1), nn.Dropout1d(0.1)], ids=lambda layer: type(layer).__name__)
+def test_a_dropout_that_experts_do_not_have_is_not_lost_in_silence(drop):
+    with pytest.raises(ValueError, match=r"got the dropout 1 .*wanted `nn.Dropout`"):
+        read_feed_forward(nn.Sequential(nn.Linear(4, 8), drop, nn.ReLU(), nn.Linear(8, 4)))

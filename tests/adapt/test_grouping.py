@@ -42,3 +42,9 @@ def test_k_means_is_at_an_optimum_of_its_own_assignment():
             for i in groups[a]:
                 for j in groups[b]:
                     assert cost[i, a] + cost[j, b] <= cost[i, b] + cost[j, a] + 1e-12
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_rows_without_a_direction_are_refused(number):
+    with pytest.raises(ValueError, match="wanted finite ones"):
+        BalancedKMeans().order(torch.tensor([[1.0, 0.0], [0.0, number]]), 2)

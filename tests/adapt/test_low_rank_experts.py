@@ -9,6 +9,7 @@ from synchromesh import GatedMLPExperts, Grid, MLPExperts, ModuleExperts, MoE, S
 from synchromesh.adapt.adaptation import adapt
 from synchromesh.adapt.low_rank import LowRank
 from synchromesh.adapt.low_rank_experts import SHARED, LowRankExperts, LowRankMoE, Update
+from synchromesh.adapt.sparse import StaticSparsity
 from synchromesh.moe.cut import Cut
 from synchromesh.moe.places import PlacedRouter
 from synchromesh.testing.distributed import run_ranks
@@ -150,5 +151,9 @@ def test_what_cannot_be_is_refused():
         ).hold(Cut(0, 4))
     with pytest.raises(ValueError, match="ModuleExperts"):
         LowRank()("moe", MoE(TopKRouter(4, 2), ModuleExperts([nn.Linear(4, 4), nn.Linear(4, 4)])))
+    masked = MoE(TopKRouter(4, 2), MLPExperts(2, 4, hidden=4))
+    adapt(masked, "experts", StaticSparsity(0.5))
+    with pytest.raises(ValueError, match="masked or adapted already"):
+        LowRank()("moe", masked)
     with pytest.raises(ValueError, match="a shared expert"):
         LowRankMoE(MoE(TopKRouter(4, 2), MLPExperts(2, 4, hidden=4), shared=nn.Linear(4, 4)), UPDATES, per_expert=True)

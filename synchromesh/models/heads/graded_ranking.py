@@ -107,7 +107,8 @@ class GradedRanking(AgreementConfig):
         temperature: of its ranks.
         prototypes: that cells are expressed by before they are compared; 0 compares cells as they are.
         sharpness: cosines are divided by this before cells choose their prototypes.
-        across: rank the cells of another picture too, the one before in the batch of all ranks.
+        across: rank the cells of another picture too, the one before in the batch of all ranks; a picture that is alone
+            there has no other, and its own cells count twice.
     """
 
     base: PixelContrast = field(default_factory=PixelContrast)
