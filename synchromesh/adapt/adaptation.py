@@ -236,8 +236,6 @@ def matching(select: Select) -> Predicate:
     if isinstance(select, (tuple, list)):
         each = [matching(one) for one in select]
         return lambda name, module: any(one(name, module) for one in each)
-    if not callable(select):
-        raise ValueError(f"got {select!r} to choose modules by, wanted a type, a pattern, several of them, or a function")
     return select
 
 

@@ -37,7 +37,7 @@ def test_a_machine_measures_itself(monkeypatch: pytest.MonkeyPatch):
 def test_a_library_that_gains_at_few_rows_alone_is_not_taken(monkeypatch: pytest.MonkeyPatch, many: float):
     def timed(dtype: torch.dtype, rows: int, width: int, seconds: float) -> list[float]:
         gain = many if rows == product_meter.MANY else 2.0
-        return [gain * rows * width, gain * rows * width, rows * width]
+        return [gain * rows * width, gain * rows * width, 1.0 * rows * width]
 
     monkeypatch.setattr(product_meter, "_timed", timed)
     found = measure(dtypes=[torch.float32]).products["float32"]
