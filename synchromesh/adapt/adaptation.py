@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from synchromesh.torch_private import children_of
 Predicate = Callable[[str, nn.Module], bool]
 """(dotted name, module) -> whether it is chosen."""
 
-Select = type[nn.Module] | str | Predicate | Sequence[type[nn.Module] | str]
+Select = type[nn.Module] | str | Predicate | tuple[type[nn.Module] | str, ...] | list[type[nn.Module] | str]
 """Which modules: a type, a pattern of the dotted name as of a shell (`encoder.*.mlp`), any of several, a function."""
 
 Factory = Callable[[str, nn.Module], nn.Module | None]

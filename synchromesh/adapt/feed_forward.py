@@ -135,7 +135,9 @@ def read_feed_forward(module: nn.Module, name: str = "") -> FeedForwardBlock:
             "these are neighbours in a model, as in BERT, `join_feed_forwards` makes one module of them"
         )
     own = {id(p) for part in linears.values() for p in part.module.parameters()}
-    unlike = [f"{path} ({type(part).__name__})" for path, part in module.named_modules() if isinstance(part, DROPS_UNLIKE)]
+    unlike = [
+        f"{path} ({type(part).__name__})" for path, part in module.named_modules() if isinstance(part, DROPS_UNLIKE)
+    ]
     if unlike:
         raise ValueError(f"{what} cannot be read: got the dropout {unlike[0]}, wanted `nn.Dropout`, as experts have")
     others = [path for path, parameter in module.named_parameters() if id(parameter) not in own]

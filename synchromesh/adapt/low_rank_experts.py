@@ -217,7 +217,9 @@ class LowRankMoE(Adapted):
             what = "a shared expert" if isinstance(old, StackedExperts) else f"the experts {type(old).__name__}"
             raise ValueError(f"got a MoE layer with {what}, wanted MLPExperts or GatedMLPExperts alone")
         if parametrize.is_parametrized(old):
-            raise ValueError("got experts that are masked or adapted already, wanted plain ones: densify or merge first")
+            raise ValueError(
+                "got experts that are masked or adapted already, wanted plain ones: densify or merge first"
+            )
         self.moe = copy.deepcopy(moe).requires_grad_(False)
         experts = LowRankExperts(
             old, updates=updates, shared=not per_expert, with_shared=with_shared, generator=generator
