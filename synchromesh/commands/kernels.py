@@ -15,11 +15,12 @@ from synchromesh.errors import InputError
 from synchromesh.kernels.families import LayerShape, Running, running
 from synchromesh.kernels.grouped_mm.choice import architecture_of
 from synchromesh.kernels.grouped_mm.favoured import Measured, OnlyWay, Predicted, Unmeasured
+from synchromesh.kernels.weighed import Weighed
 
 ABOUT = """\
 Say for each kernel family which implementation runs a layer on this machine or on a named architecture, and why: as
-measured (all times), as arithmetic says (fractions of the dense rate), because there is no other way, or because
-nothing is known.
+measured (all times), as arithmetic says (fractions of the dense rate), by what products cost this CPU, because there
+is no other way, or because nothing is known.
 
   synchromesh kernels                                     here, for the default shape
   synchromesh kernels --architecture sm_90 --tokens 32768 --experts 128 --k 8
@@ -27,7 +28,9 @@ nothing is known.
 """
 
 
-BECAUSE = {Measured: "measured", Predicted: "arithmetic", OnlyWay: "only way", Unmeasured: "unmeasured"}
+BECAUSE = {
+    Measured: "measured", Predicted: "arithmetic", OnlyWay: "only way", Unmeasured: "unmeasured", Weighed: "costs"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,10 @@ def as_json(one: Running) -> dict[str, Any]:
             "fractions": {way.value: fraction for way, fraction in reason.fractions.items()},
             "held_back": [way.value for way in reason.held_back],
         }
+    if isinstance(reason, Weighed):
+        about = reason.machine
+        measured_on = {"cpu": about.cpu, "threads": about.threads, "torch": about.torch}
+        numbers = {"way": reason.taken, "seconds": dict(reason.seconds), "measured_on": measured_on}
     kind = BECAUSE[type(reason)]
     about = {"family": one.family, "step": one.step, "runs": one.implementation}
     return {**about, "because": kind, "reason": str(reason), **numbers}

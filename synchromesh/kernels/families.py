@@ -9,6 +9,7 @@ import torch
 
 from synchromesh.kernels.grouped_mm.choice import Choices, Kind, Way
 from synchromesh.kernels.grouped_mm.favoured import OnlyWay, ProductShape, Reason, asked_rows, favoured
+from synchromesh.kernels.weighed import Weighed, weighed
 
 FIRST_GPU = 80  # sm_80: older ones run the reference
 
@@ -60,7 +61,7 @@ class Running:
     family: str
     step: str
     implementation: str
-    reason: Reason
+    reason: Reason | Weighed
 
 
 def running(layer: LayerShape, architecture: str, *, choices: Choices | None = None) -> tuple[Running, ...]:
@@ -68,7 +69,7 @@ def running(layer: LayerShape, architecture: str, *, choices: Choices | None = N
 
     Args:
         layer: its shape.
-        architecture: "cpu", or that of a GPU, such as "sm_90" or "gfx942".
+        architecture: "cpu", which is this machine's, or that of a GPU, such as "sm_90" or "gfx942".
         choices: measured products; None takes the package's own.
 
     Raises:
@@ -78,6 +79,8 @@ def running(layer: LayerShape, architecture: str, *, choices: Choices | None = N
     others = ("select", "positions", "permute", "scaled_mm", "quantized_mlp", "direct_mlp")
     plain = [Running(family, "", general, OnlyWay(why)) for family in others]
     products = list(_products(layer))
+    if general == "cpu":
+        return (*plain, *(Running(family, step, general, _weighed(shape)) for family, step, shape, _ in products))
     if general != "triton":
         return (*plain, *(Running(family, step, general, OnlyWay(why)) for family, step, *_ in products))
     found = []
@@ -100,6 +103,11 @@ def _general(architecture: str, dtype: torch.dtype) -> tuple[str, str]:
     if dtype == torch.float64:
         return "reference", "float64 is for exactness, not for speed"
     return ("triton", "no other has it on a GPU") if known else ("reference", "Triton begins at sm_80")
+
+
+def _weighed(shape: ProductShape) -> Weighed:
+    numbers = shape.depth * shape.width
+    return weighed(experts=shape.experts, rows=shape.rows_per_expert, numbers=numbers, dtype=shape.dtype)
 
 
 def _products(layer: LayerShape) -> Iterator[tuple[str, str, ProductShape, tuple[Way, ...]]]:

@@ -132,7 +132,7 @@ class Machines:
     measured: tuple[Machine, ...]
 
     def costs(self, cpu: str, threads: int, dtype: torch.dtype, *, wide: bool = True) -> ProductCosts:
-        """Return the costs of a CPU, else of one of its family, else of the first; of the nearest number of threads.
+        """Return the costs of a CPU, by the machine that is nearest to it.
 
         Which library is the faster one depends on how wide the units of a CPU's family compute: of families that nobody
         has measured, torch's own multiplies. A dtype that was not measured costs what float32 does where it has as
@@ -145,12 +145,8 @@ class Machines:
             dtype: of the products.
             wide: whether the CPU has vectors of 512 bits, as those that were measured have.
         """
-        known, own = [machine for machine in self.measured if machine.cpu == cpu], True
-        if not known:
-            kin = [machine.cpu for machine in self.measured if _family(machine.cpu) == _family(cpu)]
-            stands, own = (kin or [self.measured[0].cpu])[0], wide and bool(kin)
-            known = [machine for machine in self.measured if machine.cpu == stands]
-        machine = min(known, key=lambda one: abs(math.log2(one.threads / threads)))
+        machine = self.nearest(cpu, threads)
+        own = machine.cpu == cpu or (wide and _family(machine.cpu) == _family(cpu))
         name = str(dtype).removeprefix("torch.")
         costs = machine.products.get(name, machine.products["float32"])
         if not own or name not in machine.products:
@@ -158,6 +154,15 @@ class Machines:
         if name not in machine.products and dtype.itemsize < torch.float32.itemsize:
             return ProductCosts(costs.alone, dataclasses.replace(costs.alone, call=3 * costs.alone.call))
         return costs
+
+    def nearest(self, cpu: str, threads: int) -> Machine:
+        """Return what was measured of a CPU, else of one of its family, else of the first, nearest in threads."""
+        kin = [machine.cpu for machine in self.measured if _family(machine.cpu) == _family(cpu)]
+        stands = next(
+            (own for own in (cpu, *kin) if any(own == one.cpu for one in self.measured)), self.measured[0].cpu
+        )
+        known = [machine for machine in self.measured if machine.cpu == stands]
+        return min(known, key=lambda one: abs(math.log2(one.threads / threads)))
 
     def with_machines(self, others: Iterable[Machine]) -> Machines:
         """Return these and others, in place of those of the same CPU and number of threads."""
@@ -214,8 +219,12 @@ def here() -> Machines:
 @functools.cache
 def costs_here(threads: int, dtype: torch.dtype) -> ProductCosts:
     """Return the costs on this machine."""
-    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return here().costs(cpu_model(), threads, dtype, wide=wide)
+    return here().costs(cpu_model(), threads, dtype, wide=has_wide_vectors())
+
+
+def has_wide_vectors() -> bool:
+    """Tell whether this CPU has vectors of 512 bits, and torch may use them."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 @functools.cache

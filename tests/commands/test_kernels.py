@@ -37,6 +37,15 @@ def test_this_machine_without_a_name(capsys):
     assert wanted in {one["runs"] for one in found}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs its own kernels")
+def test_a_cpu_says_how_it_multiplies_and_by_whose_costs(capsys):
+    closing = next(one for one in objects(capsys, *LARGE) if (one["family"], one["step"]) == ("fused_mlp", "closing"))
+    assert closing["because"] == "costs"
+    assert closing["way"] in closing["seconds"]
+    assert set(closing["measured_on"]) == {"cpu", "threads", "torch"}
+    assert closing["reason"].startswith(f"{closing['way']}: one by one ")
+
+
 def test_a_table_for_people_names_way_reason_and_versions(capsys):
     assert cli.main(["kernels", "--architecture", "sm_90", *LARGE]) == 0
     said = capsys.readouterr().out

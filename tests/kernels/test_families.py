@@ -8,6 +8,7 @@ import torch
 from synchromesh.kernels.families import LayerShape, running
 from synchromesh.kernels.grouped_mm.choice import Cell, Choices, Kind, Measurement
 from synchromesh.kernels.grouped_mm.favoured import Measured, OnlyWay, Predicted
+from synchromesh.kernels.weighed import Weighed
 
 LAYER = LayerShape(32768, 2048, 1024, 64, 8)
 FAMILIES = {"select", "positions", "permute", "scaled_mm", "quantized_mlp", "direct_mlp", "fused_mlp", "grouped_mm"}
@@ -25,7 +26,9 @@ def test_where_there_is_one_way_every_family_takes_it(architecture, wanted):
     found = running(LAYER, architecture)
     assert {one.family for one in found} == FAMILIES
     assert {one.implementation for one in found} == {wanted}
-    assert all(isinstance(one.reason, OnlyWay) for one in found)
+    products = [one.reason for one in found if one.family in ("fused_mlp", "grouped_mm")]
+    assert all(isinstance(reason, Weighed if wanted == "cpu" else OnlyWay) for reason in products)
+    assert all(isinstance(one.reason, OnlyWay) for one in found if one.reason not in products)
 
 
 def test_an_unmeasured_gpu_runs_no_kernel_that_never_ran():
