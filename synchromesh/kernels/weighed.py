@@ -19,7 +19,7 @@ class Weighed:
 
     Attributes:
         taken: the way that runs; calls that hardly differ are saved.
-        seconds: by way: each expert by torch, neighbours in one call of torch, and each expert by oneDNN where that may run.
+        seconds: by way: each expert by torch, neighbours in one call of torch, each expert by oneDNN where it may run.
         machine: whose costs these are.
         cpu: this one's model.
     """
