@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +100,18 @@ def met(records: Iterable[Record]) -> list[str]:
     ]
 
 
+def swin_table(records: Iterable[Record]) -> str:
+    header = ["model", "dtype", "pass", "CPU", "transformers, images/s", "ours", "with experts"]
+    header += ["ours over transformers", "matmul limit", "experts over dense"]
+    found = beside(records, ("model", "batch", "dtype", "pass"))
+    rows = (swin_row(cpu, by_cpu[cpu]) for by_cpu in found.values() for cpu in machines({None: by_cpu}))
+    return table(header, rows)
+
+
 def swin_row(cpu: str, found: Record) -> list[str]:
     rate = {name: found["batch"] / seconds for name, seconds in found["seconds"].items()}
     return [
-        f"{found['model']}, batch {found['batch']}" + (", compiled" if found.get("compiled") else ""),
+        f"{found['model']}, batch {found['batch']}",
         found["dtype"],
         found["pass"],
         cpu,
@@ -114,18 +122,19 @@ def swin_row(cpu: str, found: Record) -> list[str]:
     ]
 
 
+def parted(records: Sequence[Record], first: Callable[[Record], bool]) -> tuple[list[Record], list[Record]]:
+    """Return the records of which it is true, and the others."""
+    return [one for one in records if first(one)], [one for one in records if not first(one)]
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None).parse_args()
-    layers, experts = lines("layer"), lines("huggingface")
     kept = [list(shape) for shape in (*KEPT_BACK, *OTHER_STEPS, *OTHER_DECODES)]
-    for records, limit in ((layers, True), (experts, False)):
-        for own in ([one for one in records if one["shape"] not in kept], [r for r in records if r["shape"] in kept]):
-            if own:
-                print(layer_table(own, limit=limit), *met(own), "", sep="\n")
-    header = ["model", "dtype", "pass", "CPU", "transformers, images/s", "ours", "with experts"]
-    header += ["ours over transformers", "matmul limit", "experts over dense"]
-    found = beside(lines("swin"), ("compiled", "model", "batch", "dtype", "pass"))
-    print(table(header, (swin_row(cpu, one) for by_cpu in found.values() for cpu, one in by_cpu.items())))
+    for name in ("layer", "huggingface"):
+        for records in parted(lines(name), lambda one: one["shape"] not in kept):
+            print(layer_table(records, limit=name == "layer"), *met(records), "", sep="\n")
+    for records in parted(lines("swin"), lambda one: not one.get("compiled")):
+        print(swin_table(records), "", sep="\n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,15 @@ def test_the_benchmark_of_transformers_experts_runs(tmp_path):
     assert all(set(r["seconds"]) == {"eager", "batched_mm", "grouped_mm", "synchromesh"} for r in records)
 
 
+def test_the_tables_of_the_docs_are_those_that_the_results_make():
+    done = run_program(BENCHMARKS / "tables.py")
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(rows) > 160
+    docs = [(BENCHMARKS.parent / "docs" / f"{page}.md").read_text() for page in ("benchmarks", "models")]
+    assert [row for row in rows if not any(row in page.splitlines() for page in docs)] == []
+
+
 def test_the_benchmark_of_a_cascades_memory_runs_and_fits_its_formula(tmp_path):
     out = tmp_path / "figures.jsonl"
     done = run_program(BENCHMARKS / "cascade_memory.py", "--tiny", "--out", out)
