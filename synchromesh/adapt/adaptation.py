@@ -255,15 +255,22 @@ class _Found:
         self.made: dict[nn.Module, nn.Module] = {}
         self.asked: list[str] = []
 
-    def look_inside(self, parent: nn.Module, path: str) -> None:
+    def look_inside(self, parent: nn.Module, path: str, part_of: str = "") -> None:
+        """Look at all children. part_of: the dotted name of the adapted module that the parent is, or lies in."""
+        part_of = path if isinstance(parent, Adapted) and not part_of else part_of
         for name, child in children_of(parent).items():
             child_path = f"{path}.{name}" if path else name
             if child is None:
                 continue
             if child in self.made or self._make(child_path, child):
+                if part_of and isinstance(self.made[child], Adapted):
+                    raise ValueError(
+                        f"{child_path} is a part of {part_of}, which is adapted already and cares for its parts: merge "
+                        "or undo that first, or choose other modules"
+                    )
                 self.places.append((parent, name, child_path, child))
             else:
-                self.look_inside(child, child_path)
+                self.look_inside(child, child_path, part_of)
 
     def _make(self, path: str, child: nn.Module) -> bool:
         if not self.chosen(path, child):

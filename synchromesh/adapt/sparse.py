@@ -34,9 +34,9 @@ from synchromesh.moe.experts import StackedExperts
 class StaticSparsity(ModuleFactory):
     """Masks entries of the matrices of linear layers and of experts; other modules stay, what is inside is asked.
 
-    Norms, biases, embeddings and routers are never masked. Every matrix, and every expert's, has the same share of
-    zeros, to one entry. Masks depend on seed, name and size alone: ranks that hold parts of experts have their part of
-    the mask of the whole.
+    Norms, biases, embeddings and routers are never masked; stacked experts of other libraries are not known, and stay.
+    Every matrix, and every expert's, has the same share of zeros, to one entry. Masks depend on seed, name and size
+    alone: ranks that hold parts of experts have their part of the mask of the whole.
 
     Attributes:
         sparsity: share of entries that are 0, 0 <= it < 1.

@@ -5,9 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from synchromesh import Adapted
+from synchromesh import Adapted, MoE
 from synchromesh.adapt.adaptation import adapt, after_step, merge_all
 from synchromesh.adapt.low_rank import LowRank
+from synchromesh.adapt.sparse import StaticSparsity
+from synchromesh.adapt.split import SplitFFN
+from synchromesh.moe.experts import StackedExperts
 
 
 class Scaled(Adapted):
@@ -220,3 +223,13 @@ def test_what_was_frozen_before_is_frozen_after_merging_and_the_rest_learns_agai
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     adapt(model, nn.Linear, LowRank(rank=1)).merge()
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
+def test_a_part_of_an_adapted_module_is_not_adapted_behind_its_back():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)))
+    split = adapt(model, "1", SplitFFN(num_experts=4, k=4))
+    with pytest.raises(ValueError, match=r"1\.moe is a part of 1, which is adapted already"):
+        adapt(model, MoE, LowRank())
+    after_step(model)
+    assert isinstance(adapt(model, StackedExperts, StaticSparsity(0.5)).model, nn.Module)  # a mask over a tensor may be
+    split.undo()
