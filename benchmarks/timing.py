@@ -42,9 +42,12 @@ def machine() -> dict[str, object]:
 
 
 def save(records: Sequence[Mapping[str, Any]], out: Path, *, figure: Sequence[str]) -> None:
-    """Replace the lines of the same figures, each told by these fields, written aside and renamed."""
+    """Replace the lines of the same figures, each told by these fields, written aside and renamed.
+
+    A field that a line does not have is as one that is empty.
+    """
     old = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    kept = {json.dumps([record.get(name) for name in figure]): record for record in [*old, *records]}
+    kept = {json.dumps([record.get(name, "") for name in figure]): record for record in [*old, *records]}
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_suffix(".part")
     aside.write_text("".join(json.dumps(record) + "\n" for record in kept.values()))

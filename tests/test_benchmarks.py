@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from xml.etree import ElementTree
 import pytest
 import tyro
 
+from synchromesh.kernels.product_costs import cpu_model
 from synchromesh.testing.programs import run_program
 from synchromesh.training.codec import differences, encode
 
@@ -79,12 +81,15 @@ def test_the_benchmark_of_heads_runs(tmp_path):
 @pytest.mark.parametrize("backend", ["", pytest.param("eager", marks=pytest.mark.exhaustive)])
 def test_the_benchmark_of_swin_compares_before_it_times_and_keeps_lines_of_compiled_models_apart(backend, tmp_path):
     out = tmp_path / "figures.jsonl"
-    out.write_text('{"model": "smallest", "dtype": "float32", "pass": "train", "batch": 16, "threads": 1}\n')
+    here = f"{cpu_model()}, {os.cpu_count()} cores"
+    old = {"model": "smallest", "dtype": "float32", "pass": "train", "batch": 16, "threads": 1}
+    out.write_text("".join(json.dumps({**old, "machine": machine}) + "\n" for machine in (here, "another")))
     done = run_program(BENCHMARKS / "swin.py", "--tiny", "--threads", 1, "--compile", backend, "--out", out)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in out.read_text().splitlines()]
     made = [record for record in records if "seconds" in record]
-    assert len(records) - len(made) == (1 if backend else 0)  # the line without a backend is another figure
+    # The other machine's line is another figure, and so is one without a backend.
+    assert len(records) - len(made) == (2 if backend else 1)
     passes = [(dtype, kind) for dtype in ("float32", "bfloat16") for kind in ("train", "infer")]
     assert [(r["dtype"], r["pass"]) for r in made] == passes
     assert all(set(r["seconds"]) == {"theirs", "dense", "experts", "matmuls"} for r in made)
@@ -170,6 +175,7 @@ def loaded(name, monkeypatch):
     spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
+    monkeypatch.syspath_prepend(BENCHMARKS)  # what benchmarks share lies beside them
     spec.loader.exec_module(module)
     return module
 
