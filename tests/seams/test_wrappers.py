@@ -305,7 +305,10 @@ def test_one_model_serves_several_threads():
     assert aux_loss(net) == 0
 
 
-@pytest.mark.parametrize("spread", ["alone", "on a grid of one rank", "adaptive on a grid of one rank"])
+FEWER = [pytest.param(one, marks=pytest.mark.exhaustive) for one in ("alone", "on a grid of one rank")]
+
+
+@pytest.mark.parametrize("spread", [*FEWER, "adaptive on a grid of one rank"])
 def test_one_transformers_model_serves_several_threads(spread):
     from transformers import MixtralConfig, MixtralForCausalLM
 
