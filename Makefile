@@ -24,8 +24,9 @@ samples: $(READY)
 site: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# Two tests at a time, each on one thread: most wait for processes that they start.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+# Two tests at a time, each on one thread: most wait for processes that they start. In the order of files: by their
+# numbers of tests the few long ones would come last, and one at a time.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 test: $(READY)
 	$(TEST) --jaxtyping-packages=synchromesh,beartype.beartype --ignore=tests/compile --ignore=tests/interpreted tests $(PYTEST_ARGS)
