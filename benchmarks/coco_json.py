@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import tyro
 from PIL import Image
-from timing import machine
 
 RESULTS = Path(__file__).parent / "results" / "coco_json.jsonl"
 HEIGHT, WIDTH = 480, 640
@@ -127,6 +126,8 @@ def peak_mib() -> float:
 
 
 def main(args: Args) -> None:
+    from timing import machine  # with torch, which the process whose memory is measured need not have
+
     with tempfile.TemporaryDirectory() as folder:
         path = generate(Path(folder), args.annotations, args.pictures)
         inside = [sys.executable, __file__, "inside", str(path), str(Path(folder) / "images")]

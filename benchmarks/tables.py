@@ -1,7 +1,6 @@
-"""Print what benchmarks/results holds as the Markdown tables of docs/benchmarks.md and docs/models.md, a machine beside
-another.
+"""Print what benchmarks/results holds as the tables of docs/benchmarks.md and docs/models.md, machines side by side.
 
-    python benchmarks/tables.py
+python benchmarks/tables.py
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def beside(records: Iterable[Record], names: Sequence[str]) -> dict[tuple[str, .
     """Return the records of each figure, told by these fields, by their machine."""
     found: dict[tuple[str, ...], dict[str, Record]] = {}
     for one in records:
-        figure = tuple(" ".join(map(str, one[n])) if n == "shape" else str(one.get(n, "")) for n in names)
+        figure = tuple(" ".join(map(str, one[n])) if n == "shape" else str(one[n]) for n in names)
         found.setdefault(figure, {})[CPUS.get(one["machine"], one["machine"])] = one
     return found
 
@@ -104,7 +103,7 @@ def swin_table(records: Iterable[Record]) -> str:
     header = ["model", "dtype", "pass", "CPU", "transformers, images/s", "ours", "with experts"]
     header += ["ours over transformers", "matmul limit", "experts over dense"]
     found = beside(records, ("model", "batch", "dtype", "pass"))
-    rows = (swin_row(cpu, by_cpu[cpu]) for by_cpu in found.values() for cpu in machines({None: by_cpu}))
+    rows = (swin_row(cpu, by_cpu[cpu]) for by_cpu in found.values() for cpu in machines(found) if cpu in by_cpu)
     return table(header, rows)
 
 

@@ -157,12 +157,12 @@ class Machines:
 
     def nearest(self, cpu: str, threads: int) -> Machine:
         """Return what was measured of a CPU, else of one of its family, else of the first, nearest in threads."""
-        kin = [machine.cpu for machine in self.measured if _family(machine.cpu) == _family(cpu)]
-        stands = next(
-            (own for own in (cpu, *kin) if any(own == one.cpu for one in self.measured)), self.measured[0].cpu
-        )
-        known = [machine for machine in self.measured if machine.cpu == stands]
-        return min(known, key=lambda one: abs(math.log2(one.threads / threads)))
+        family, first = _family(cpu), self.measured[0].cpu
+
+        def distance(one: Machine) -> tuple[bool, bool, bool, float]:
+            return one.cpu != cpu, _family(one.cpu) != family, one.cpu != first, abs(math.log2(one.threads / threads))
+
+        return min(self.measured, key=distance)
 
     def with_machines(self, others: Iterable[Machine]) -> Machines:
         """Return these and others, in place of those of the same CPU and number of threads."""

@@ -46,14 +46,11 @@ def _measured(dtype: torch.dtype, seconds: float) -> ProductCosts:
     timings = [_timed(dtype, rows, width, seconds) for rows, width in (SMALL, *((rows, WIDTH) for rows in ROWS))]
     alone, batched, *onednn = zip(*timings, strict=True)
     costs = ProductCosts(fitted(*alone, calls=EXPERTS), fitted(*batched, calls=1))
-    if not onednn or not _gains(*_timed(dtype, MANY, WIDTH, seconds)):
-        return costs
-    return dataclasses.replace(costs, onednn=fitted(*onednn[0], calls=EXPERTS))
-
-
-def _gains(alone: float, _: float, onednn: float) -> bool:
-    """Tell whether oneDNN is worth its results being copied, at many rows: at few, torch's library may just be slow."""
-    return NOISE * onednn < alone
+    if onednn:
+        by_torch, _, by_onednn = _timed(dtype, MANY, WIDTH, seconds)
+        if NOISE * by_onednn < by_torch:  # at few rows torch's library may just be slow
+            return dataclasses.replace(costs, onednn=fitted(*onednn[0], calls=EXPERTS))
+    return costs
 
 
 def _timed(dtype: torch.dtype, rows: int, width: int, seconds: float) -> list[float]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from synchromesh.kernels.matmul import STEP
+from synchromesh.kernels.matmul import STEP, has_onednn
 from synchromesh.kernels.product_costs import Machine, Machines, cpu_model, has_wide_vectors, here
 
 ALONE, TOGETHER, ONEDNN = "one by one", "neighbours in one call", "one by one by oneDNN"
@@ -44,6 +45,8 @@ def weighed(*, experts: int, rows: int, numbers: int, dtype: torch.dtype, machin
     """
     machines, cpu, threads = machines or here(), cpu_model(), torch.get_num_threads()
     costs = machines.costs(cpu, threads, dtype, wide=has_wide_vectors())
+    if not has_onednn(dtype):
+        costs = dataclasses.replace(costs, onednn=None)
     padded = -(-rows // STEP) * STEP
     seconds = {
         ALONE: experts * costs.alone.seconds(experts=1, rows=rows, numbers=numbers),
